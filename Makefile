@@ -1,0 +1,83 @@
+# InstructGPT in three stages: make sft rm ppo. `make help` lists the rest.
+
+CONFIG ?= tiny
+# More options for the stages named on the command line: make ppo ARGS="--learning_rate 1e-5"
+ARGS ?=
+# How to start a stage: make ppo LAUNCH="accelerate launch --num_processes 4"
+LAUNCH ?= python
+PYTHON ?= python3
+
+STAGES = base sft candidates rm ppo
+CONFIGS = recipes/configs/$(CONFIG)
+RUN = runs/$(CONFIG)
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PYTHONUNBUFFERED = 1
+# Idle OpenMP threads must not spin: on a busy machine that costs more than the work itself.
+export OMP_WAIT_POLICY ?= passive
+
+.DEFAULT_GOAL = help
+.DELETE_ON_ERROR:
+.PHONY: help install check test test-unit clean FORCE $(STAGES)
+MAKEFLAGS += --no-print-directory
+
+help:  ## this list
+	@echo 'make sft rm ppo [CONFIG=tiny] [ARGS="--option value"] [LAUNCH="accelerate launch"]'
+	@sed -nE 's/^([a-z-]+):.*## *(.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+# ---- environment ---------------------------------------------------------------------------------
+
+install:  ## make .venv with the tested set of packages (does nothing where that is done)
+	@test .venv/installed -nt pyproject.toml -a .venv/installed -nt constraints.txt || { \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || { echo "Python 3.10 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }; \
+	  echo "installing into .venv (once)"; \
+	  $(PYTHON) -m venv .venv && .venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]' \
+	    && touch .venv/installed; }
+
+# ---- stages --------------------------------------------------------------------------------------
+# A stage is done when its metrics are written. It is redone when its config, the local data or an
+# earlier stage that its config names has changed, when ARGS are given for it, or with make -B.
+
+config = $(if $(filter base,$(1)),trl_instruct/tiny/pretrain.yaml,$(CONFIGS)/$(1).yaml)
+metrics = $(foreach stage,$(1),$(RUN)/$(stage)/metrics.json)
+named = $(shell sed -nE 's/^[a-z_]+: *//p' $(call config,$(1)) 2>/dev/null)
+data = $(wildcard $(filter-out $(RUN)/%,$(filter %.json %.jsonl %.gz %.csv %.parquet,$(named))))
+earlier = $(foreach stage,$(filter-out $(1),$(STAGES)),\
+  $(if $(filter $(RUN)/$(stage) $(RUN)/$(stage)/%,$(named)),$(stage)))
+inputs = $(call metrics,$(earlier) $(if $(filter tiny,$(named)),$(if $(filter sft,$(1)),base))) $(data)
+forced = $(if $(ARGS),$(if $(filter $(1),$(MAKECMDGOALS)),FORCE))
+
+base: ## stage 0: pre-train the tiny default's base model
+sft: ## stage 1: supervised fine-tuning
+candidates: ## completions of the SFT policy, for the labeler to rank
+rm: ## stage 2: the reward model
+ppo: ## stage 3: PPO, and the table of what was achieved
+
+define stage_rules
+$(1): install $(call metrics,$(1))
+	@$$(if $$(filter $(1),$$(built)),:,echo "$(1): done and unchanged ($(RUN)/$(1))")
+$(call metrics,$(1)): $(call config,$(1)) $(call inputs,$(1)) $(call forced,$(1)) | install
+	$$(eval built += $(1))$$(LAUNCH) recipes/$(subst base,pretrain,$(1)).py \
+	  --config $(call config,$(1)) --overwrite_output_dir $$(ARGS)
+endef
+$(foreach stage,$(STAGES),$(eval $(call stage_rules,$(stage))))
+
+FORCE:
+
+# ---- the project itself --------------------------------------------------------------------------
+
+check: install  ## format, lint, types, import contracts
+	ruff format --check .
+	ruff check .
+	mypy
+	lint-imports
+
+test: install  ## all tests
+	python -m pytest
+
+test-unit: install  ## the tests that take seconds
+	python -m pytest -m "not slow"
+
+clean:  ## remove runs of this CONFIG and caches (the environment stays)
+	rm -rf $(RUN) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

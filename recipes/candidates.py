@@ -1,0 +1,15 @@
+"""Between stages 1 and 2: sample K completions per prompt for a labeler to rank.
+
+    python recipes/candidates.py --config recipes/configs/tiny/candidates.yaml
+
+Options: `--help`; trl_instruct/configs.py explains them. What happens:
+`sample_candidates` in trl_instruct/candidates.py. From Python:
+`from trl_instruct import sample_candidates`.
+"""
+
+import sys
+
+from trl_instruct.cli import main
+
+if __name__ == "__main__":
+    main(["candidates", *sys.argv[1:]])

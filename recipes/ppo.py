@@ -1,0 +1,14 @@
+"""Stage 3: optimise the policy against the reward with PPO.
+
+    python recipes/ppo.py --config recipes/configs/tiny/ppo.yaml
+
+Options: `--help`; trl_instruct/configs.py explains them. What happens: `ppo` in
+trl_instruct/recipes.py. From Python: `from trl_instruct import ppo`.
+"""
+
+import sys
+
+from trl_instruct.cli import main
+
+if __name__ == "__main__":
+    main(["ppo", *sys.argv[1:]])

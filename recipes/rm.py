@@ -1,0 +1,14 @@
+"""Stage 2: train a reward model from rankings.
+
+    python recipes/rm.py --config recipes/configs/tiny/rm.yaml
+
+Options: `--help`; trl_instruct/configs.py explains them. What happens: `rm` in
+trl_instruct/recipes.py. From Python: `from trl_instruct import rm`.
+"""
+
+import sys
+
+from trl_instruct.cli import main
+
+if __name__ == "__main__":
+    main(["rm", *sys.argv[1:]])

@@ -1,0 +1,34 @@
+"""InstructGPT in three calls: supervised fine-tuning, a reward model from rankings, PPO."""
+
+import importlib
+from typing import Any
+
+# In the order of the pipeline. Loaded on first use: `import trl_instruct` stays light.
+_EXPORTS = {
+    "pretrain": "pretraining",
+    "sft": "recipes",
+    "sample_candidates": "candidates",
+    "rm": "recipes",
+    "ppo": "recipes",
+    "compare": "summary",
+    "SFTConfig": "configs",
+    "RewardConfig": "configs",
+    "PPOConfig": "configs",
+    "load_demonstrations": "data",
+    "load_rankings": "rankings",
+    "load_pairs": "pairs",
+    "load_prompts": "data",
+    "rankings_to_pairs": "pairs",
+    "split_by_prompt": "pairs",
+    "RewardModel": "rewards",
+    "PPOTrainer": "ppo_trainer",
+    "StageResult": "stage",
+    "InputError": "errors",
+}
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'trl_instruct' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"trl_instruct.{_EXPORTS[name]}"), name)

@@ -1,0 +1,95 @@
+"""From scores to rewards to advantages: pure functions of tensors."""
+
+import torch
+from torch import Tensor
+
+
+def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -> Tensor:
+    """Estimate of KL(policy || ref_policy) at each sampled token.
+
+    With r = ref(token) / policy(token) and tokens sampled from the policy:
+    k1 = -log r (unbiased, may be negative: clamping it would bias it);
+    k3 = (r - 1) - log r (unbiased, never negative, lower variance).
+    Schulman, http://joschu.net/blog/kl-approx.html.
+
+    Args:
+        logprobs, ref_logprobs: `(B, C)` log-probabilities of the sampled tokens, nats.
+        estimator: "k1" or "k3".
+
+    Returns:
+        `(B, C)` nats.
+
+    Raises:
+        ValueError: unknown estimator.
+
+    >>> kl_per_token(torch.tensor([[-1.0]]), torch.tensor([[-1.5]]))
+    tensor([[0.5000]])
+    """
+    log_ratio = ref_logprobs - logprobs
+    if estimator == "k1":
+        return -log_ratio
+    if estimator == "k3":
+        return log_ratio.exp() - 1 - log_ratio
+    raise ValueError(f"kl_estimator is {estimator!r}; it must be 'k1' or 'k3'.")
+
+
+def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, *, kl_coef: float) -> Tensor:
+    """Reward of each token: the KL penalty everywhere, the score at the last token.
+
+    R(x, y) = r(x, y) - beta * log(policy(y|x) / ref(y|x)), InstructGPT equation 2, spread over
+    the tokens: the penalty falls where it arises, the score at the end of the episode, which is
+    the completion's last token, EOS included.
+
+    Args:
+        scores: `(B,)` one score per completion.
+        kl: `(B, C)` per-token KL, nats.
+        lengths: `(B,)` completion lengths, EOS included.
+        kl_coef: beta.
+
+    Returns:
+        `(B, C)`, 0 behind the last token.
+
+    >>> token_rewards(torch.tensor([1.0]), torch.tensor([[0.5, 0.5, 9.0]]), torch.tensor([2]),
+    ...               kl_coef=0.1)
+    tensor([[-0.0500,  0.9500,  0.0000]])
+    """
+    columns = torch.arange(kl.shape[1], device=kl.device)
+    last = columns == (lengths - 1).unsqueeze(1)
+    penalty = torch.where(columns < lengths.unsqueeze(1), -kl_coef * kl, 0.0)
+    return penalty + last * scores.unsqueeze(1)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, equations 11-16).
+
+    delta_t = r_t + gamma * V_{t+1} - V_t;  A_t = delta_t + gamma * lam * A_{t+1};
+    the value behind the last token is 0, since the episode is over.
+
+    Args:
+        rewards: `(B, C)` per-token rewards.
+        values: `(B, C)` V_t, the value of the state in which token t was chosen.
+        mask: `(B, C)` True on completion tokens.
+        gamma: discount; 1 in InstructGPT (no discount).
+        lam: lambda; 0.95.
+
+    Returns:
+        advantages and returns (= advantages + values), `(B, C)`, 0 outside the mask.
+
+    >>> gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), torch.tensor([[True, True]]),
+    ...     gamma=1.0, lam=0.5)
+    (tensor([[0.2500, 0.5000]]), tensor([[0.7500, 1.0000]]))
+    """
+    values = torch.where(mask, values, 0.0)
+    rewards = torch.where(mask, rewards, 0.0)
+    next_advantage = torch.zeros_like(values[:, 0])
+    next_value = torch.zeros_like(values[:, 0])
+    reversed_advantages = []
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = delta + gamma * lam * next_advantage
+        next_value = values[:, t]
+        reversed_advantages.append(next_advantage)
+    advantages = torch.where(mask, torch.stack(reversed_advantages[::-1], dim=1), 0.0)
+    return advantages, advantages + values

@@ -1,0 +1,128 @@
+"""K completions per prompt from a policy: what a labeler ranks."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, set_seed
+from trl import ModelConfig
+
+from trl_instruct.data import load_prompts
+from trl_instruct.errors import InputError
+from trl_instruct.models import ModelSource, context_length, load_policy, load_tokenizer
+from trl_instruct.rewards import RewardFunction, as_completions, call_reward
+from trl_instruct.rollouts import decode, eos_token_ids, fit_prompts, generate, tokenize_prompts
+from trl_instruct.tiny import SimulatedLabeler
+
+Labeler = Callable[[Sequence[float]], Sequence[float]]
+
+
+def sample_candidates(
+    policy: ModelSource,
+    prompts: Any,
+    output_file: str | os.PathLike,
+    *,
+    num_candidates: int = 4,
+    response_length: int = 53,
+    temperature: float = 1.0,
+    gold: RewardFunction | None = None,
+    labeler: Labeler | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    split: str = "train",
+    processing_class: PreTrainedTokenizerBase | None = None,
+) -> dict[str, int]:
+    """Draw K completions per prompt into a file that is ready to be ranked (InstructGPT 3.4).
+
+    Each line holds `prompt`, `responses` and an empty `ranks` that a person fills in (1 = best,
+    equal = tie); the prompt's further columns stay. With `gold`, a simulated labeler gives
+    `scores` instead, and `gold_scores` keeps what it would say without noise.
+
+    Args:
+        policy: usually the SFT model.
+        prompts: prompt records.
+        output_file: a .jsonl path.
+        num_candidates: K; the paper's labelers saw 4 to 9.
+        response_length: longest completion, tokens.
+        temperature: sampling temperature.
+        gold: reward function that the simulated labeler goes by.
+        labeler: gold scores of one prompt's candidates -> its own scores; default: gaussian noise
+            at which two labelers agree on 73 % of pairs.
+        seed: of sampling and labeler.
+        batch_size: completions per forward pass.
+        split: split of the prompts.
+        processing_class: the policy's tokenizer, where it does not lie beside it.
+
+    Returns:
+        Counts: prompts, responses, duplicates (equal completions of a prompt are given once) and
+        prompts_left_out (all completions equal: nothing to rank).
+
+    Raises:
+        InputError: num_candidates below 2, bad prompts, or no policy there.
+    """
+    if num_candidates < 2:
+        raise InputError(f"num_candidates is {num_candidates}; a ranking needs at least 2.")
+    records = load_prompts(prompts, split)
+    model = load_policy(policy, ModelConfig())
+    tokenizer = processing_class or load_tokenizer(policy)
+    token_lists, _ = fit_prompts(
+        tokenize_prompts(records["prompt"][:], tokenizer),
+        max_prompt_length=None,
+        response_length=response_length,
+        context=context_length(model),
+    )
+    if gold is not None and labeler is None:
+        labeler = SimulatedLabeler(seed=seed).label
+    set_seed(seed)
+    counts = {"prompts": len(records), "responses": 0, "duplicates": 0, "prompts_left_out": 0}
+    path = Path(output_file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    step = max(1, batch_size * 4 // num_candidates)
+    with temporary.open("w", encoding="utf-8") as file:
+        for start in tqdm(range(0, len(records), step), desc="candidates", unit="batch"):
+            rows = range(start, min(start + step, len(records)))
+            repeated = [token_lists[row] for row in rows for _ in range(num_candidates)]
+            sampled = generate(
+                model,
+                repeated,
+                max_new_tokens=response_length,
+                eos_token_ids=eos_token_ids(model, tokenizer),
+                temperature=temperature,
+                batch_size=batch_size,
+            )
+            texts = decode(*sampled, tokenizer)
+            for index, row in enumerate(rows):
+                drawn = texts[index * num_candidates : (index + 1) * num_candidates]
+                ranking = _ranking(records[row], drawn, gold, labeler, counts)
+                if ranking is not None:
+                    file.write(json.dumps(ranking, ensure_ascii=False) + "\n")
+    temporary.replace(path)
+    return counts
+
+
+def _ranking(
+    record: dict[str, Any],
+    drawn: list[str],
+    gold: RewardFunction | None,
+    labeler: Labeler | None,
+    counts: dict[str, int],
+) -> dict[str, Any] | None:
+    """One ranking-ready record, or None (counted) where there is nothing to rank."""
+    distinct = [text for text in dict.fromkeys(drawn) if text.strip()]
+    counts["duplicates"] += len(drawn) - len(distinct)
+    if len(distinct) < 2:
+        counts["prompts_left_out"] += 1
+        return None
+    counts["responses"] += len(distinct)
+    prompt = record["prompt"]
+    responses = as_completions([prompt] * len(distinct), distinct)
+    if gold is None or labeler is None:
+        return {**record, "responses": responses, "ranks": None}
+    columns = {k: [v] * len(distinct) for k, v in record.items() if k != "prompt"}
+    gold_scores = call_reward(gold, [prompt] * len(distinct), responses, columns)
+    scores = list(labeler(gold_scores))
+    return {**record, "responses": responses, "scores": scores, "gold_scores": gold_scores}

@@ -1,0 +1,242 @@
+"""One dataclass a stage, extending TRL's. InstructGPT's published values are the defaults where
+they make sense at any scale; the source stands in each field's help (Ouyang et al. 2022)."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+import torch
+import trl
+import yaml
+from transformers import SchedulerType, TrainingArguments
+from trl import ModelConfig
+
+from trl_instruct.errors import InputError
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+# A mixin: were StageConfig a TrainingArguments itself, its defaults would hide those of TRL's.
+_Mixin: Any = TrainingArguments if TYPE_CHECKING else object
+
+
+@dataclass
+class StageConfig(_Mixin):
+    """What the stages have in common: where the data are, and what may be overwritten."""
+
+    dataset_name: str | None = _option(
+        None, "Training data: a Hub id, a local json / jsonl(.gz) / csv / parquet, or tiny:<split>."
+    )
+    dataset_train_split: str = _option("train", "Split of the dataset to train on.")
+    eval_dataset_name: str | None = _option(None, "Held-out data, named like dataset_name.")
+    overwrite_output_dir: bool = _option(False, "Replace the run that output_dir holds.")
+    trust_remote_code: bool = _option(
+        False, "Allow models and tokenizers that bring Python code of their own from the Hub."
+    )
+    bf16: bool | None = _option(
+        None, "bfloat16 mixed precision. Default: on an accelerator that has it yes, on CPU no."
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            cpu = self.use_cpu or not torch.accelerator.is_available()
+            self.bf16 = not self.fp16 and not cpu
+        floored = SchedulerType(self.lr_scheduler_type) is SchedulerType.COSINE_WITH_MIN_LR
+        self.lr_scheduler_kwargs: dict[str, Any] | str | None = self.lr_scheduler_kwargs or (
+            {"min_lr_rate": 0.1} if floored else None
+        )
+        super().__post_init__()
+
+
+@dataclass
+class PretrainConfig(StageConfig, TrainingArguments):
+    """Stage 0: a small base model from scratch, on any text, with any architecture."""
+
+    architecture: str = _option("llama", "Model type of transformers: llama, gpt2, gpt_neox, ...")
+    architecture_kwargs: dict[str, Any] | str | None = _option(
+        None, "Fields of that architecture's config, e.g. {hidden_size: 96}."
+    )
+    vocab_size: int = _option(8192, "Size of the byte-level BPE trained on the same text.")
+    max_length: int = _option(512, "Tokens in a row.")
+    packing: bool = _option(True, "Cut the text into full rows; else one text a row.")
+    learning_rate: float = _option(1e-3, "Peak learning rate.")
+    lr_scheduler_type: str = _option("cosine_with_min_lr", "Cosine to a tenth of the peak.")
+    num_train_epochs: float = _option(1.0, "Passes over the text.")
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "architecture_kwargs",
+    ]
+
+
+@dataclass
+class SFTConfig(StageConfig, trl.SFTConfig):
+    """Stage 1, supervised fine-tuning (InstructGPT C.1)."""
+
+    learning_rate: float = _option(9.65e-6, "Peak learning rate (C.1: 9.65e-6 for 1.3B and 6B).")
+    num_train_epochs: float = _option(16.0, "Passes over the demonstrations (C.1: 16).")
+    lr_scheduler_type: str = _option("cosine_with_min_lr", "Cosine to 10 % of the peak (C.1).")
+    per_device_train_batch_size: int = _option(8, "Sequences per forward pass and device.")
+    gradient_accumulation_steps: int = _option(4, "8 x 4 = 32 sequences a step (C.1: 32).")
+
+
+@dataclass
+class RewardConfig(StageConfig, trl.RewardConfig):
+    """Stage 2, the reward model (InstructGPT 3.5, C.2)."""
+
+    learning_rate: float = _option(9e-6, "Peak learning rate (C.2: 9e-6; +-50 % does not matter).")
+    num_train_epochs: float = _option(1.0, "Passes over the rankings (C.2: 1; more overfits).")
+    lr_scheduler_type: str = _option("cosine_with_min_lr", "Cosine to 10 % of the peak (C.2).")
+    per_device_train_batch_size: int = _option(8, "Pairs per forward pass and device.")
+    gradient_accumulation_steps: int = _option(8, "8 x 8 = 64 pairs a step.")
+    eval_size: float = _option(
+        0.1,
+        "Share of the prompts held out for pair accuracy where there is no eval dataset; 0: none.",
+    )
+
+
+@dataclass
+class PPOConfig(StageConfig, TrainingArguments):
+    """Stage 3, PPO (InstructGPT 3.5, C.4). Field names are those of TRL's PPOConfig.
+
+    minibatch = one optimizer step = per_device_train_batch_size x gradient_accumulation_steps x
+    processes; a rollout batch = num_mini_batches minibatches; num_ppo_epochs passes over it.
+    The defaults are the paper's 512 = 8 x 64, one epoch.
+    """
+
+    reward_model_path: str | None = _option(
+        None, "The reward: a reward model's folder or Hub id, or `tiny` (the gold scorer)."
+    )
+    gold: str | None = _option(
+        None, "A second reward, never trained on, to judge the result by: a reward model or `tiny`."
+    )
+    summary_file: str | None = _option(
+        None, "Where to save the comparison on eval_dataset_name; default: in output_dir."
+    )
+    learning_rate: float = _option(3e-6, "Learning rate, constant after the warm-up (TRL: 3e-6).")
+    lr_scheduler_type: str = _option("constant_with_warmup", "Constant after a warm-up (C.4).")
+    warmup_steps: float = _option(10, "Iterations of warm-up (C.4: 10).")
+    num_train_epochs: float = _option(8.0, "Uses of each prompt (C.4: about 8).")
+    total_episodes: int | None = _option(
+        None, "Completions to sample in all; default: num_train_epochs x prompts (C.4: 256k)."
+    )
+    per_device_train_batch_size: int = _option(8, "Episodes per forward pass and device.")
+    gradient_accumulation_steps: int = _option(8, "8 x 8 = 64 episodes a minibatch (C.4: 64).")
+    num_mini_batches: int = _option(8, "Minibatches (optimizer steps) in a rollout batch (C.4: 8).")
+    num_ppo_epochs: int = _option(1, "Passes over a rollout batch (C.4: 1).")
+    local_rollout_forward_batch_size: int = _option(
+        64, "Episodes per forward pass and device where no gradient is needed."
+    )
+    response_length: int = _option(53, "Longest completion, tokens (TRL: 53).")
+    max_prompt_length: int | None = _option(
+        None, "Longer prompts lose their beginning, and are counted; default: they are an error."
+    )
+    temperature: float = _option(1.0, "Sampling temperature (C.4: 1); divides all logits.")
+    missing_eos_penalty: float | None = _option(
+        None, "Taken off the score of a completion without EOS; positive."
+    )
+    kl_coef: float = _option(0.02, "beta of the KL penalty (C.4: 0.02; 0.01-0.02 best, E.7).")
+    kl_estimator: Literal["k1", "k3"] = _option("k1", "Estimator of the KL per token.")
+    whiten_rewards: bool = _option(False, "Scale the rewards to variance 1, keeping their mean.")
+    cliprange: float = _option(0.2, "Clip of the importance ratio (C.4: 0.2).")
+    cliprange_value: float = _option(0.2, "Clip of the value's change.")
+    vf_coef: float = _option(0.1, "Weight of the value loss (TRL: 0.1).")
+    gamma: float = _option(1.0, "Discount (C.4: none, 1).")
+    lam: float = _option(0.95, "lambda of GAE (C.4: 0.95).")
+    gradient_checkpointing: bool = _option(True, "Recompute activations to save memory.")
+    logging_steps: float = _option(1, "Iterations between two logs.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_mini_batches", "num_ppo_epochs", "response_length"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.temperature <= 0:
+            raise InputError(f"temperature is {self.temperature}; PPO samples, it must be above 0.")
+        if self.missing_eos_penalty is not None and self.missing_eos_penalty < 0:
+            raise InputError(
+                f"missing_eos_penalty is {self.missing_eos_penalty}; it is subtracted from the "
+                "score, so give it as a positive number."
+            )
+
+
+@dataclass
+class CandidatesConfig(StageConfig, TrainingArguments):
+    """Between 1 and 2: K completions per prompt for the labeler to rank (InstructGPT 3.4)."""
+
+    num_candidates: int = _option(4, "K, completions per prompt (the paper's labelers saw 4 to 9).")
+    response_length: int = _option(53, "Longest completion, tokens.")
+    temperature: float = _option(1.0, "Sampling temperature.")
+    gold: str | None = _option(
+        None, "A simulated labeler ranks by this reward, with noise (`tiny`); none: a person will."
+    )
+    per_device_eval_batch_size: int = _option(64, "Completions per forward pass.")
+
+
+Config = TypeVar("Config", bound=StageConfig)
+
+
+def resolve(
+    config_class: type[Config],
+    config: Config | None,
+    model_config: ModelConfig | None,
+    options: dict[str, Any],
+) -> tuple[Config, ModelConfig]:
+    """The stage's config and TRL's ModelConfig, from objects or from keyword options.
+
+    Args:
+        config_class: the stage's dataclass.
+        config, model_config: ready objects, or None.
+        options: field names of either dataclass with their values; not together with `config`.
+
+    Raises:
+        InputError: an option that neither dataclass has, or options beside a ready config.
+    """
+    if config is not None:
+        if options:
+            raise InputError(
+                f"config= and the options {sorted(options)} were both given; set them in it."
+            )
+        return config, model_config or ModelConfig()
+    stage_fields = {f.name for f in dataclasses.fields(config_class) if f.init}
+    model_fields = {f.name for f in dataclasses.fields(ModelConfig)} - stage_fields
+    check_known(options, stage_fields | model_fields, config_class.__name__)
+    model_options = {k: v for k, v in options.items() if k in model_fields}
+    config = config_class(**{k: v for k, v in options.items() if k in stage_fields})
+    return config, model_config or ModelConfig(**model_options)
+
+
+def check_known(options: Any, known: set[str], where: str) -> None:
+    """InputError for the options that are not among the known names, with the nearest name."""
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"Unknown option {name!r} for {where}.{hint}")
+
+
+def save_config(path: Path, config: StageConfig, model_config: ModelConfig) -> None:
+    """Write the resolved options as YAML that `--config` reads back.
+
+    Every option of the stage stands in it; of the hundred and more of transformers, and of
+    ModelConfig, those whose value differs from the library's default.
+    """
+    library_defaults = {
+        f.name: f.default
+        for library in (TrainingArguments, ModelConfig)
+        for f in dataclasses.fields(library)
+    }
+    values = {**dataclasses.asdict(model_config), **config.to_dict()}
+    resolved = {
+        name: value
+        for name, value in values.items()
+        if value not in (None, [])
+        and not name.endswith("_token")
+        and (name not in library_defaults or value != library_defaults[name])
+        and name not in {"accelerator_config", "overwrite_output_dir", "resume_from_checkpoint"}
+    }
+    path.write_text(yaml.safe_dump(resolved, sort_keys=True, allow_unicode=True), encoding="utf-8")

@@ -1,0 +1,161 @@
+"""Measure what the stages made: pair accuracy of a reward model, policies side by side."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from trl_instruct.rewards import RewardFunction, as_completions, call_reward
+from trl_instruct.rollouts import (
+    completion_logprobs,
+    decode,
+    eos_token_ids,
+    generate,
+    pad_prompts,
+    tokenize_prompts,
+)
+
+Z_95 = 1.96
+
+
+class Interval(NamedTuple):
+    """A mean with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Mean of independent measurements with the normal 95 % interval, mean +- 1.96 sd / sqrt(n).
+
+    >>> mean_interval([0.0, 1.0])
+    Interval(mean=0.5, low=-0.48, high=1.48)
+    """
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Interval(mean, math.nan, math.nan)
+    half = Z_95 * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)
+
+
+def pair_accuracy(reward: RewardFunction, pairs: Dataset) -> Interval:
+    """Share of pairs whose chosen response scores higher than the rejected one.
+
+    A score tie counts one half. The interval is over prompts, since the pairs of one prompt share
+    their responses: each prompt is one measurement, weighted by its number of pairs (the
+    linearised variance of a ratio estimator).
+
+    Args:
+        reward: any reward function.
+        pairs: columns `prompt`, `chosen`, `rejected`.
+    """
+    prompts = pairs["prompt"][:]
+    sides = [_score_once(reward, prompts, pairs[side][:]) for side in ("chosen", "rejected")]
+    right = [
+        0.5 if chosen == rejected else float(chosen > rejected)
+        for chosen, rejected in zip(*sides, strict=True)
+    ]
+    groups: dict[str, list[float]] = {}
+    for prompt, value in zip(prompts, right, strict=True):
+        groups.setdefault(repr(prompt), []).append(value)
+    mean = statistics.fmean(right)
+    deviations = [sum(values) - mean * len(values) for values in groups.values()]
+    half = Z_95 * math.sqrt(sum(d * d for d in deviations)) / len(right)
+    return Interval(mean, mean - half, mean + half)
+
+
+def _score_once(
+    reward: RewardFunction, prompts: Sequence[Any], completions: Sequence[Any]
+) -> list[float]:
+    """Scores of prompt-completion pairs; one that recurs is scored once."""
+    keys = [repr(pair) for pair in zip(prompts, completions, strict=True)]
+    first = {key: row for row, key in reversed(list(enumerate(keys)))}
+    rows = list(first.values())
+    scores = call_reward(reward, [prompts[r] for r in rows], [completions[r] for r in rows], {})
+    by_key = dict(zip(first, scores, strict=True))
+    return [by_key[key] for key in keys]
+
+
+class Samples(NamedTuple):
+    """What a policy says to B prompts: texts, and per completion its scores and measures."""
+
+    completions: list[str]
+    scores: dict[str, list[float]]
+    kl: list[float]
+    lengths: list[int]
+    ended: list[bool]
+
+
+@torch.no_grad()
+def sample_and_score(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Dataset,
+    rewards: dict[str, RewardFunction],
+    *,
+    ref_policy: PreTrainedModel | None,
+    response_length: int,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Samples:
+    """One sampled completion per prompt, judged by every reward.
+
+    Args:
+        policy: the model to measure.
+        tokenizer: its tokenizer.
+        prompts: column `prompt`; further columns reach the rewards.
+        rewards: named reward functions.
+        ref_policy: what the KL is measured to; None: KL 0.
+        response_length, temperature, batch_size: of sampling.
+        seed: of sampling.
+    """
+    set_seed(seed)
+    token_lists = tokenize_prompts(prompts["prompt"][:], tokenizer)
+    completions, lengths, ended = generate(
+        policy,
+        token_lists,
+        max_new_tokens=response_length,
+        eos_token_ids=eos_token_ids(policy, tokenizer),
+        temperature=temperature,
+        batch_size=batch_size,
+    )
+    texts = decode(completions, lengths, ended, tokenizer)
+    columns = prompts[:]
+    asked = columns.pop("prompt")
+    given = as_completions(asked, texts)
+    scores = {name: call_reward(f, asked, given, columns) for name, f in rewards.items()}
+    kl = torch.zeros(len(texts))
+    if ref_policy is not None:
+        tokens = (*pad_prompts(token_lists, completions.device), completions, lengths)
+        both = [
+            _sequence_logprobs(m, tokens, temperature, batch_size) for m in (policy, ref_policy)
+        ]
+        kl = both[0] - both[1]
+    return Samples(texts, scores, kl.tolist(), lengths.tolist(), ended.tolist())
+
+
+def _sequence_logprobs(
+    model: PreTrainedModel, tokens: tuple[Tensor, ...], temperature: float, batch_size: int
+) -> Tensor:
+    parts = zip(*(field.split(batch_size) for field in tokens), strict=True)
+    return torch.cat(
+        [completion_logprobs(model, *part, temperature=temperature).sum(dim=1) for part in parts]
+    ).cpu()
+
+
+def summarize(samples: Samples) -> dict[str, Any]:
+    """Means of the samples: every score with its interval, KL, length, share ended."""
+    scores = {name: mean_interval(s)._asdict() for name, s in samples.scores.items()}
+    return {
+        **scores,
+        "kl": statistics.fmean(samples.kl),
+        "length": statistics.fmean(samples.lengths),
+        "ended": statistics.fmean(samples.ended),
+    }

@@ -1,0 +1,325 @@
+"""Load and save the four roles: policy, ref_policy, reward model, value model.
+
+A model is a Hub id, a local folder, what an earlier stage returned, or a loaded model. An adapter
+folder is merged into its base on loading.
+"""
+
+import contextlib
+import copy
+import inspect
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from trl_instruct.errors import InputError
+
+ModelSource: TypeAlias = str | os.PathLike | PreTrainedModel
+
+# Written when a stage starts and when it has ended: a folder with the first and without the second
+# holds a run that was cut short.
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.json"
+
+
+def load_tokenizer(
+    source: ModelSource, *, revision: str = "main", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with the EOS and pad tokens that all stages rely on.
+
+    Args:
+        source: a model as above; a loaded model is asked where it came from.
+
+    Returns:
+        The tokenizer, padding on the left. Where it has no pad token, EOS serves: masks come from
+        lengths, so pad == eos does no harm.
+
+    Raises:
+        InputError: no tokenizer there, or one without an EOS token.
+    """
+    path = model_name(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, padding_side="left", revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"No tokenizer could be loaded from {path!r}: {_first_line(error)} Give a Hub id or a "
+            "folder that holds one, or pass processing_class=."
+        ) from error
+    return check_tokenizer(tokenizer, path)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer with a pad token; InputError where it has no EOS token."""
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"The tokenizer of {name!r} has no EOS token, so a completion could not end. Set one "
+            "(tokenizer.eos_token = ...; tokenizer.save_pretrained(...)) that stands in its "
+            "vocabulary."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(
+    source: ModelSource, model_config: ModelConfig, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal language model; weights in float32 unless `model_config.dtype` says otherwise.
+
+    Raises:
+        InputError: nothing there, a checkpoint that is no language model, or an unfinished stage.
+    """
+    if isinstance(source, PreTrainedModel | PeftModel):
+        return source
+    if is_adapter(source):
+        return _merged_adapter(source, AutoModelForCausalLM, model_config, trust_remote_code)
+    return _load(source, AutoModelForCausalLM, model_config, trust_remote_code)
+
+
+def load_reward_model(
+    source: ModelSource,
+    model_config: ModelConfig,
+    *,
+    fresh_head: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A scalar `AutoModelForSequenceClassification` (`num_labels=1`).
+
+    Args:
+        source: a reward model; with `fresh_head`, any language model, whose unembedding is
+            replaced by a scalar head drawn from N(0, 1 / sqrt(hidden + 1)), as in Stiennon et al.
+            2020 (the class has no bias).
+
+    Raises:
+        InputError: nothing there, no scalar head (and none asked for), or an unfinished stage.
+    """
+    kind = AutoModelForSequenceClassification
+    if isinstance(source, PreTrainedModel | PeftModel):
+        model = source if hasattr(source, "score") else _classifier_from_policy(source)
+    elif is_adapter(source):
+        if PeftConfig.from_pretrained(os.fspath(source)).task_type == "SEQ_CLS":
+            return _merged_adapter(source, kind, model_config, trust_remote_code, num_labels=1)
+        policy = load_policy(source, model_config, trust_remote_code=trust_remote_code)
+        model = _classifier_from_policy(policy)
+    else:
+        head = ("score.weight",) if fresh_head else ()
+        model = _load(source, kind, model_config, trust_remote_code, may_lack=head, num_labels=1)
+    if fresh_head:
+        hidden = score_head(model).in_features
+        nn.init.normal_(score_head(model).weight, std=1.0 / math.sqrt(hidden + 1))
+    return model
+
+
+def _classifier_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    classifier = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+    classifier.base_model.load_state_dict(policy.base_model.state_dict())
+    return classifier
+
+
+def merged_base(source: ModelSource, folder: Path, model_config: ModelConfig) -> ModelSource:
+    """A model that a new adapter, if one is asked for, can be trained on.
+
+    A new adapter names its base by path. Where the source is itself an adapter, the two are merged
+    and saved as that base, so that plain peft can load the result.
+    """
+    if not model_config.use_peft or not is_adapter(source):
+        return source
+    policy = load_policy(source, model_config)
+    policy.save_pretrained(folder)
+    load_tokenizer(source).save_pretrained(folder)
+    return folder
+
+
+def with_lora(model: PreTrainedModel, model_config: ModelConfig) -> PreTrainedModel:
+    """The model with a fresh LoRA adapter, if `model_config` asks for one."""
+    peft_config = peft_config_of(model_config)
+    return get_peft_model(model, peft_config) if peft_config else model
+
+
+def peft_config_of(model_config: ModelConfig, task_type: str = "CAUSAL_LM") -> PeftConfig | None:
+    """TRL's PEFT config, with targets that work without thought: all linear layers."""
+    config = get_peft_config(model_config)
+    if config is None:
+        return None
+    config.task_type = task_type
+    config.target_modules = config.target_modules or "all-linear"
+    if task_type == "SEQ_CLS" and not config.modules_to_save:
+        config.modules_to_save = ["score"]
+    return config
+
+
+def reference_of(policy: PreTrainedModel) -> PreTrainedModel | None:
+    """A frozen copy of the policy; None for a LoRA policy, whose base is the reference."""
+    if isinstance(policy, PeftModel):
+        return None
+    return copy.deepcopy(policy).eval().requires_grad_(False)
+
+
+class ValueModel(nn.Module):
+    """A scalar reward model read at every token: V(s_t) instead of one score at the end."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        """Value after each token: `(B, T)`, float32. Arguments `(B, T)`."""
+        backbone = self.model.base_model
+        hidden = backbone(
+            **accepted(
+                backbone,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+            )
+        ).last_hidden_state
+        return score_head(self.model)(hidden).squeeze(-1).float()
+
+
+def score_head(model: PreTrainedModel) -> nn.Linear:
+    """The scalar head of a sequence classifier; InputError where it has another kind of head."""
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise InputError(
+            f"{type(model).__name__} has no scalar head `score`. A reward or value model is an "
+            "AutoModelForSequenceClassification with num_labels=1, as `rm` trains it."
+        )
+    return head
+
+
+def accepted(module: nn.Module, **arguments: Any) -> dict[str, Any]:
+    """Those arguments that the module's forward knows (some architectures take no positions)."""
+    known = inspect.signature(module.forward).parameters
+    return {name: value for name, value in arguments.items() if name in known}
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: in RL it would make the policy differ from the one that sampled."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Most tokens the model can attend to; None where its architecture has no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def model_name(source: ModelSource) -> str:
+    """What to call a model in messages and where to look for its tokenizer."""
+    if isinstance(source, PreTrainedModel | PeftModel):
+        return source.config._name_or_path or type(source).__name__
+    return os.fspath(source)
+
+
+def is_adapter(source: ModelSource) -> bool:
+    """Whether the source is a folder that holds a PEFT adapter instead of full weights."""
+    return not isinstance(source, nn.Module) and (Path(source) / "adapter_config.json").is_file()
+
+
+def _load(
+    source: str | os.PathLike,
+    kind: Any,
+    model_config: ModelConfig,
+    trust_remote_code: bool,
+    may_lack: tuple[str, ...] = (),
+    **kwargs: Any,
+) -> PreTrainedModel:
+    path = os.fspath(source)
+    check_finished(Path(path))
+    quantization = get_quantization_config(model_config)
+    with quiet_loading():
+        try:
+            model, info = kind.from_pretrained(
+                path,
+                dtype=_dtype(model_config),
+                revision=model_config.model_revision,
+                attn_implementation=model_config.attn_implementation,
+                quantization_config=quantization,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **kwargs,
+            )
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"No model could be loaded from {path!r}: {_first_line(error)} Give a Hub id, a "
+                "folder saved with save_pretrained, or the result of an earlier stage."
+            ) from error
+    missing = sorted(set(info["missing_keys"]) - set(may_lack))
+    if missing:
+        raise InputError(
+            f"{path!r} lacks weights that a {type(model).__name__} needs: {', '.join(missing[:3])}"
+            f"{' ...' if len(missing) > 3 else ''}. Is it a model of another kind (a reward model "
+            "where a policy is needed, or the reverse)?"
+        )
+    return model
+
+
+def _merged_adapter(
+    source: str | os.PathLike,
+    kind: Any,
+    model_config: ModelConfig,
+    trust_remote_code: bool,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    path = os.fspath(source)
+    check_finished(Path(path))
+    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    head = ("score.weight",) if kind is AutoModelForSequenceClassification else ()
+    model = _load(base, kind, model_config, trust_remote_code, may_lack=head, **kwargs)
+    return PeftModel.from_pretrained(model, path).merge_and_unload()
+
+
+def _dtype(model_config: ModelConfig) -> Any:
+    name = model_config.dtype or "float32"
+    return name if name == "auto" else getattr(torch, name)
+
+
+def check_finished(folder: Path) -> None:
+    """InputError where the folder holds a stage that was cut short."""
+    if (folder / CONFIG_FILE).is_file() and not (folder / METRICS_FILE).is_file():
+        raise InputError(
+            f"The stage that writes {str(folder)!r} has not finished: there is no {METRICS_FILE}. "
+            "Run it to its end first."
+        )
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence the report on a head that is missing because it is about to be made.
+
+    Nothing is lost: `_load` reads the same report and turns every other gap into an error.
+    """
+    logging = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

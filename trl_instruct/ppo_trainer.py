@@ -1,0 +1,417 @@
+"""PPO as in InstructGPT: the loop reads as the paper."""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    set_seed,
+)
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import TrainOutput
+
+from trl_instruct.advantages import gae, kl_per_token, token_rewards
+from trl_instruct.configs import PPOConfig
+from trl_instruct.errors import InputError
+from trl_instruct.losses import (
+    entropy,
+    policy_clipped,
+    policy_loss,
+    token_logprobs,
+    value_clipped,
+    value_loss,
+)
+from trl_instruct.masking import masked_mean, masked_whiten
+from trl_instruct.models import ValueModel, context_length, disable_dropout, reference_of
+from trl_instruct.rewards import RewardFunction, RewardModel, as_completions, call_reward
+from trl_instruct.rollouts import (
+    PolicyAndValue,
+    Rollout,
+    completion_logprobs,
+    decode,
+    eos_token_ids,
+    fit_prompts,
+    generate,
+    join,
+    pad_prompts,
+    tokenize_prompts,
+    widen,
+)
+
+
+class PPOTrainer(Trainer):
+    """Proximal policy optimisation of a language model against a reward (InstructGPT 3.5, C.4).
+
+    One `global_step` is one iteration: sample a rollout batch, score it, compute advantages, take
+    `num_ppo_epochs` passes of `num_mini_batches` optimizer steps over it.
+
+    Args:
+        args: `PPOConfig`.
+        processing_class: the policy's tokenizer.
+        model: the policy; a LoRA-wrapped one trains its adapter.
+        ref_model: frozen reference of the KL penalty; None: a copy of the policy as given, or, for
+            a LoRA policy, its base.
+        reward_model: a function `f(prompts, completions, **columns) -> list[float]`, or a scalar
+            sequence classifier with the policy's tokenizer.
+        train_dataset: column `prompt` (text or messages); further columns reach the reward.
+        value_model: a scalar sequence classifier with the policy's tokenizer; its every weight
+            trains.
+        callbacks: as in `transformers.Trainer`.
+
+    Raises:
+        InputError: a prompt that does not fit into the context, messages without a chat template,
+            a reward that returns anything but one finite number per completion.
+    """
+
+    args: PPOConfig
+    processing_class: PreTrainedTokenizerBase
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    control: TrainerControl
+
+    def __init__(
+        self,
+        args: PPOConfig,
+        processing_class: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        ref_model: PreTrainedModel | None,
+        reward_model: RewardFunction | PreTrainedModel,
+        train_dataset: Dataset,
+        value_model: PreTrainedModel,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        self.ref_model = ref_model or reference_of(model)
+        if isinstance(reward_model, nn.Module):
+            reward_model = RewardModel(reward_model, processing_class)
+        self.reward = reward_model
+        self.eos_token_ids = eos_token_ids(model, processing_class)
+        disable_dropout(model)
+        disable_dropout(value_model)
+        super().__init__(
+            model=PolicyAndValue(model, ValueModel(value_model)),
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self._place_frozen_models()
+        self.prompts, self.cut_prompts = fit_prompts(
+            tokenize_prompts(train_dataset["prompt"][:], processing_class),
+            max_prompt_length=args.max_prompt_length,
+            response_length=args.response_length,
+            context=context_length(model),
+        )
+        self.minibatch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self.local_batch_size = self.minibatch_size * args.num_mini_batches
+        self.batch_size = self.local_batch_size * self.accelerator.num_processes
+        episodes = args.total_episodes or int(args.num_train_epochs * len(train_dataset))
+        self.num_iterations = math.ceil(episodes / self.batch_size)
+        if args.max_steps > 0:
+            self.num_iterations = args.max_steps
+
+    @property
+    def policy(self) -> PreTrainedModel:
+        """The policy, outside of whatever the processes wrap it in."""
+        return self.accelerator.unwrap_model(self.model).policy
+
+    def train(self, resume_from_checkpoint: None = None) -> TrainOutput:
+        """Run all iterations; returns the number of iterations and the last metrics."""
+        if resume_from_checkpoint:
+            raise InputError("PPOTrainer does not resume from a checkpoint; start the run afresh.")
+        self.begin_training()
+        for rows in self.prompt_batches():
+            if self.control.should_training_stop:
+                break
+            started = time.perf_counter()
+            rollout = self.sample(rows)
+            rollout = self.score(rollout, rows)
+            rewards, kl = self.rewards(rollout)
+            advantages, returns = self.advantages(rollout, rewards)
+            stats = self.update(rollout, advantages, returns)
+            self.end_iteration(rollout, kl, stats, time.perf_counter() - started)
+        return self.end_training()
+
+    def prompt_batches(self) -> Iterator[list[int]]:
+        """Rows of the prompt dataset, one rollout batch of this process at a time.
+
+        Every pass is shuffled afresh, alike in all processes, each of which takes its own part.
+        What a pass leaves over opens the next one.
+        """
+        generator = torch.Generator().manual_seed(self.args.data_seed or self.args.seed)
+        queue: list[int] = []
+        for _ in range(self.num_iterations):
+            while len(queue) < self.batch_size:
+                queue += torch.randperm(len(self.prompts), generator=generator).tolist()
+            batch, queue = queue[: self.batch_size], queue[self.batch_size :]
+            yield batch[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    @torch.no_grad()
+    def sample(self, rows: Sequence[int]) -> Rollout:
+        """Completions of these prompts with log-probabilities and values; scores are still 0."""
+        prompts = [self.prompts[row] for row in rows]
+        completions, lengths, ended = generate(
+            self.policy,
+            prompts,
+            max_new_tokens=self.args.response_length,
+            eos_token_ids=self.eos_token_ids,
+            temperature=self.args.temperature,
+            batch_size=self.args.local_rollout_forward_batch_size,
+        )
+        prompt_ids, prompt_lengths = pad_prompts(prompts, completions.device)
+        blank = torch.zeros(completions.shape, device=completions.device)
+        rollout = Rollout(
+            prompt_ids,
+            prompt_lengths,
+            completions,
+            lengths,
+            ended,
+            blank,
+            blank,
+            blank,
+            blank[:, 0],
+        )
+        parts = [self.judge(rollout.select(part)) for part in self.forward_batches(rollout)]
+        order = torch.cat(list(self.forward_batches(rollout)))
+        logprobs, ref_logprobs, values = (
+            torch.cat(part)[order.argsort()] for part in zip(*parts, strict=True)
+        )
+        return rollout._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
+
+    def forward_batches(self, rollout: Rollout) -> Iterator[Tensor]:
+        """Row indices of a rollout in batches of similar length, so that little is padding."""
+        order = (rollout.prompt_lengths + rollout.completion_lengths).argsort()
+        yield from order.split(self.args.local_rollout_forward_batch_size)
+
+    def judge(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities under policy and reference, and values: each `(b, C)`."""
+        tokens = rollout[:4]
+        model = self.accelerator.unwrap_model(self.model)
+        with self.accelerator.autocast():
+            logprobs = completion_logprobs(model.policy, *tokens, temperature=self.args.temperature)
+            ref_logprobs = self.reference_logprobs(tokens)
+            sequences, width = join(*tokens)
+            values = model.value(*sequences)[:, -width - 1 : -1]
+        lengths = rollout.completion_lengths
+        return logprobs, ref_logprobs, widen(values, lengths, logprobs.shape[1])
+
+    def reference_logprobs(self, tokens: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+        """Log-probabilities under the reference model: a LoRA policy's is its own base."""
+        if self.ref_model is not None:
+            return completion_logprobs(self.ref_model, *tokens, temperature=self.args.temperature)
+        with self.policy.disable_adapter():
+            return completion_logprobs(self.policy, *tokens, temperature=self.args.temperature)
+
+    def score(self, rollout: Rollout, rows: Sequence[int]) -> Rollout:
+        """The rollout with the reward's score of each completion, less the missing-EOS penalty."""
+        texts = decode(
+            rollout.completion_ids,
+            rollout.completion_lengths,
+            rollout.ended,
+            self.processing_class,
+        )
+        records = self.train_dataset.select(list(rows))[:]
+        prompts = records.pop("prompt")
+        given = call_reward(self.reward, prompts, as_completions(prompts, texts), records)
+        scores = torch.tensor(given, device=rollout.scores.device)
+        if self.args.missing_eos_penalty is not None:
+            scores = scores - self.args.missing_eos_penalty * ~rollout.ended
+        return rollout._replace(scores=scores)
+
+    def rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Per-token rewards with the KL penalty inside, and the KL itself: each `(B, C)`."""
+        kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, estimator=self.args.kl_estimator)
+        rewards = token_rewards(
+            rollout.scores, kl, rollout.completion_lengths, kl_coef=self.args.kl_coef
+        )
+        if self.args.whiten_rewards:
+            rewards = masked_whiten(rewards, rollout.mask, shift_mean=False)
+        return rewards, kl
+
+    def advantages(self, rollout: Rollout, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        """Whitened advantages, and returns: each `(B, C)`."""
+        advantages, returns = gae(
+            rewards, rollout.values, rollout.mask, gamma=self.args.gamma, lam=self.args.lam
+        )
+        return masked_whiten(advantages, rollout.mask), returns
+
+    def update(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
+        """The PPO epochs: a fresh shuffle each, one optimizer step a minibatch. Mean statistics."""
+        self.model.train()
+        stats = defaultdict(list)
+        for _ in range(self.args.num_ppo_epochs):
+            shuffled = torch.randperm(self.local_batch_size, device=advantages.device)
+            for rows in shuffled.split(self.minibatch_size):
+                step = self.step(rollout.select(rows), advantages[rows], returns[rows])
+                for name, value in step.items():
+                    stats[name].append(value)
+        means = {name: sum(values) / len(values) for name, values in stats.items()}
+        ratios = torch.tensor(stats["val/ratio"])
+        return {**means, "val/ratio_var": ratios.var(unbiased=False).item()}
+
+    def step(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
+        """One optimizer step on one minibatch, accumulated over its micro-batches.
+
+        The loss is the mean over all real tokens of the minibatch, in all processes: how it is
+        cut into micro-batches changes nothing.
+        """
+        tokens = self.accelerator.reduce(rollout.mask.sum(), "sum")
+        weight = self.accelerator.num_processes / tokens  # processes average their gradients
+        stats: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=tokens.device))
+        rows = torch.arange(len(rollout.scores), device=tokens.device)
+        micro_batches = rows.split(self.args.per_device_train_batch_size)
+        for index, part in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model_wrapped):
+                sums = self.losses(rollout.select(part), advantages[part], returns[part])
+                loss = sums["loss/policy"] + self.args.vf_coef * sums["loss/value"]
+                self.accelerator.backward(loss * weight)
+            for name, value in sums.items():
+                stats[name] += value.detach()
+        self.check_finite(stats)
+        grad_norm = self.accelerator.clip_grad_norm_(
+            self.model.parameters(), self.args.max_grad_norm or math.inf
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        means = {name: (self.accelerator.reduce(s, "sum") / tokens) for name, s in stats.items()}
+        means["grad_norm"] = grad_norm
+        return {name: float(value) for name, value in means.items()}
+
+    def losses(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, Tensor]:
+        """Sums over the real tokens of a micro-batch: the two losses and what is logged."""
+        sequences, width = join(*rollout[:4])
+        logits, values = self.model_wrapped(sequences, width)
+        cut = Rollout(*(f[:, :width] if f.dim() == 2 else f for f in rollout))
+        advantages, returns, mask = advantages[:, :width], returns[:, :width], cut.mask
+        logprobs = token_logprobs(logits, cut.completion_ids, temperature=self.args.temperature)
+        policy = (logprobs, cut.logprobs, advantages)
+        value = (values, cut.values, returns)
+        clip, value_clip = self.args.cliprange, self.args.cliprange_value
+        per_token = {
+            "loss/policy": policy_loss(*policy, cliprange=clip),
+            "loss/value": value_loss(*value, cliprange_value=value_clip),
+        }
+        with torch.no_grad():
+            per_token |= {
+                "policy/clipfrac": policy_clipped(*policy, cliprange=clip).float(),
+                "policy/approxkl": 0.5 * (logprobs - cut.logprobs) ** 2,
+                "policy/entropy": entropy(logits, temperature=self.args.temperature),
+                "val/clipfrac": value_clipped(*value, cliprange_value=value_clip).float(),
+                "val/ratio": torch.exp(logprobs - cut.logprobs),
+            }
+        return {name: torch.where(mask, t, 0.0).sum() for name, t in per_token.items()}
+
+    def check_finite(self, sums: dict[str, Tensor]) -> None:
+        """Stop at a loss that is no number, before it reaches the weights."""
+        for name in ("loss/policy", "loss/value"):
+            if not torch.isfinite(sums[name]):
+                raise FloatingPointError(
+                    f"{name} is {sums[name].item()} in iteration {self.state.global_step + 1}. "
+                    "Lower learning_rate, set max_grad_norm, or use bf16 instead of fp16."
+                )
+
+    def begin_training(self) -> None:
+        """Optimizer, scheduler, processes, callbacks: what `Trainer.train` does before its loop."""
+        args = self.args
+        set_seed(args.seed + 100_003 * self.accelerator.process_index)  # ranks must differ
+        if args.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(**args.gradient_checkpointing_kwargs or {})
+        self.create_optimizer()
+        self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.create_scheduler(num_training_steps=self.num_iterations)
+        self.state = TrainerState(
+            is_local_process_zero=self.is_local_process_zero(),
+            is_world_process_zero=self.is_world_process_zero(),
+            stateful_callbacks=[
+                callback
+                for callback in [*self.callback_handler.callbacks, self.control]
+                if isinstance(callback, ExportableState)
+            ],
+        )
+        self.state.max_steps = self.num_iterations
+        self.state.num_train_epochs = math.ceil(self.epochs_after(self.num_iterations))
+        self.state.compute_steps(args, self.num_iterations)
+        handler = self.callback_handler
+        handler.model, handler.optimizer = self.model, self.optimizer
+        handler.lr_scheduler = self.lr_scheduler
+        self.control = handler.on_train_begin(args, self.state, self.control)
+
+    def epochs_after(self, iterations: int) -> float:
+        """Passes over the prompts that this many iterations make."""
+        return iterations * self.batch_size / len(self.prompts)
+
+    def end_iteration(
+        self, rollout: Rollout, kl: Tensor, stats: dict[str, float], seconds: float
+    ) -> None:
+        """Count, log and, when it is time, save."""
+        metrics = {
+            **self.episode_metrics(rollout, kl),
+            **stats,
+            "lr": self.lr_scheduler.get_last_lr()[0],
+            "eps": self.batch_size / seconds,
+            "episode": (self.state.global_step + 1) * self.batch_size,
+        }
+        self.lr_scheduler.step()
+        self.state.global_step += 1
+        self.state.epoch = self.epochs_after(self.state.global_step)
+        self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+        if self.control.should_log:
+            self.log(metrics)
+        if self.control.should_save:
+            self._save_checkpoint(self.model_wrapped, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def episode_metrics(self, rollout: Rollout, kl: Tensor) -> dict[str, float]:
+        """Means over the episodes of all processes; sums within an episode run over real tokens."""
+        mask = rollout.mask
+        kl = torch.where(mask, kl, 0.0).sum(dim=1)
+        penalty = -self.args.kl_coef * kl
+        per_episode = {
+            "objective/kl": kl,
+            "objective/entropy": -rollout.logprobs.sum(dim=1),
+            "objective/non_score_reward": penalty,
+            "objective/scores": rollout.scores,
+            "objective/rlhf_reward": rollout.scores + penalty,
+            "objective/length": rollout.completion_lengths.float(),
+            "objective/ended": rollout.ended.float(),
+            "val/mean": masked_mean(rollout.values, mask),
+        }
+        means = {name: self.accelerator.reduce(t.mean(), "mean") for name, t in per_episode.items()}
+        return {name: float(mean) for name, mean in means.items()}
+
+    def end_training(self) -> TrainOutput:
+        """Tell the callbacks; the last logged metrics are the result."""
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        history = self.state.log_history
+        metrics = history[-1] if history else {}
+        return TrainOutput(self.state.global_step, metrics.get("loss/policy", math.nan), metrics)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save policy and tokenizer, which is all that is deployed; checkpoints add the value."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        self.policy.save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
+        if _internal_call:
+            value = self.accelerator.unwrap_model(self.model).value
+            value.model.save_pretrained(folder / "value_model")
+
+    def _place_frozen_models(self) -> None:
+        if self.ref_model is not None:
+            disable_dropout(self.ref_model)
+            self.ref_model.to(self.accelerator.device)
+        if isinstance(self.reward, RewardModel):
+            self.reward.model.to(self.accelerator.device)

@@ -1,0 +1,141 @@
+"""Reward adapters: whatever judges a completion, behind TRL's reward-function signature.
+
+f(prompts, completions, **columns) -> list[float]: one score per completion; `columns` are the
+prompt dataset's further columns. Prompts and completions are both texts or both lists of messages.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trl_instruct.errors import InputError
+from trl_instruct.masking import right_padded_mask
+from trl_instruct.models import accepted, context_length
+
+RewardFunction = Callable[..., Sequence[float]]
+
+
+class RewardModel:
+    """A scalar sequence classifier as a reward function, with a tokenizer of its own.
+
+    Prompt + completion is tokenised as TRL's RewardTrainer tokenised it in training: joined, EOS
+    at the end for text, the chat template for messages. What exceeds the model's context is cut
+    from the left, and counted in `truncated`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 64
+    ):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.truncated = 0
+        # The classifier finds the last token of a row by this id.
+        self.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+    @property
+    def __name__(self) -> str:
+        return self.model.config._name_or_path or type(self.model).__name__
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float]:
+        """Scores of the completions, one float each."""
+        rows = [self._tokenize(p, c) for p, c in zip(prompts, completions, strict=True)]
+        context = context_length(self.model)
+        if context is not None:
+            self.truncated += sum(len(row) > context for row in rows)
+            rows = [row[-context:] for row in rows]
+        by_length = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        scores = [0.0] * len(rows)
+        for start in range(0, len(rows), self.batch_size):
+            batch = by_length[start : start + self.batch_size]
+            for row, score in zip(batch, self._score([rows[r] for r in batch]), strict=True):
+                scores[row] = float(score)
+        return scores
+
+    def _tokenize(self, prompt: Any, completion: Any) -> list[int]:
+        if isinstance(prompt, str):
+            text = prompt + completion
+            if not text.endswith(self.tokenizer.eos_token):
+                text += self.tokenizer.eos_token
+            return self.tokenizer(text)["input_ids"]
+        messages = [*prompt, *completion]
+        return self.tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
+
+    def _score(self, rows: list[list[int]]) -> Tensor:
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.full((len(rows), int(lengths.max())), self.tokenizer.pad_token_id)
+        for row, tokens in enumerate(rows):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask = right_padded_mask(lengths, ids.shape[1]).long()
+        device = self.model.device
+        return self.model(
+            **accepted(self.model, input_ids=ids.to(device), attention_mask=mask.to(device))
+        ).logits.squeeze(-1)
+
+
+def call_reward(
+    reward: RewardFunction,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: Mapping[str, Sequence[Any]],
+) -> list[float]:
+    """Scores of a reward function, checked.
+
+    Args:
+        reward: any callable with the signature above; columns it has no parameter for are left
+            out.
+        prompts, completions: B texts, or B lists of messages.
+        columns: further columns, B values each.
+
+    Returns:
+        B finite floats.
+
+    Raises:
+        InputError: another number of scores than completions, or a score that is no finite number.
+    """
+    parameters = inspect.signature(reward).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    wanted = {k: v for k, v in columns.items() if takes_all or k in parameters}
+    scores = reward(prompts=prompts, completions=completions, **wanted)
+    name = reward_name(reward)
+    count = len(scores) if hasattr(scores, "__len__") else None
+    if count != len(completions):
+        given = f"{type(scores).__name__}" if count is None else f"{count} scores"
+        raise InputError(
+            f"Reward {name!r} returned {given} for {len(completions)} completions; it must "
+            "return a list with one float per completion."
+        )
+    return [_finite(score, name, row) for row, score in enumerate(scores)]
+
+
+def as_completions(prompts: Sequence[Any], texts: Sequence[str]) -> list[Any]:
+    """Completion texts in the prompts' own format: text, or the assistant's message."""
+    if isinstance(prompts[0], str):
+        return list(texts)
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def reward_name(reward: RewardFunction) -> str:
+    """What to call a reward in messages and tables."""
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
+def _finite(score: Any, name: str, row: int) -> float:
+    try:
+        value = float(score)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(
+            f"Reward {name!r} gave completion {row + 1} the score {score!r}; a score must be a "
+            "finite number."
+        )
+    return value

@@ -1,0 +1,320 @@
+"""Where records come from: a dataset, a file, a folder, the Hub, the embedded tiny world."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetGenerationError
+
+from trl_instruct.errors import InputError
+
+AnyDataset: TypeAlias = Dataset | IterableDataset
+Record: TypeAlias = Mapping[str, Any]
+
+BUILDERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".json.gz": "json",
+    ".jsonl.gz": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
+TEXT_CELLS = ("prompt", "completion", "chosen", "rejected", "text", "labeler")
+LIST_CELLS = ("messages", "responses", "ranks", "scores", "ratings")
+# Text stays text: pandas would read the answer "NA" as a missing value and "007" as 7.
+CSV_OPTIONS: dict[str, Any] = {
+    "keep_default_na": False,
+    "na_values": [""],
+    "converters": dict.fromkeys(TEXT_CELLS + LIST_CELLS, str),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where records come from, for messages: a name and, for JSON Lines, the file to count in."""
+
+    name: str
+    lines: Path | None = None
+
+    @classmethod
+    def of(cls, source: Any, split: str = "train") -> Source:
+        if not isinstance(source, (str, PathLike)):
+            return cls(f"the given {type(source).__name__}")
+        if "[" in split:
+            return cls(f"{source} ({split})")
+        path = Path(fspath(source)).expanduser()
+        return cls(str(source), path if path.is_file() and _holds_json_lines(path) else None)
+
+    def where(self, row: int) -> str:
+        """Row 0, 1, ... as a user finds it: the 1-based line of a JSON Lines file, or the row."""
+        if self.lines is None:
+            return f"{self.name}, row {row + 1}"
+        with _open_text(self.lines) as file:
+            numbers = (number for number, line in enumerate(file, start=1) if line.strip())
+            return f"{self.name}, line {next(islice(numbers, row, None), row + 1)}"
+
+    @contextmanager
+    def located(self, row: int) -> Iterator[None]:
+        """Put the file and line, or the row, in front of an `InputError` raised inside."""
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"{self.where(row)}: {error}") from None
+
+
+def load_records(source: Any, split: str = "train", streaming: bool = False) -> AnyDataset:
+    """Load records from wherever they are, without looking at their fields.
+
+    Args:
+        source: a `datasets.Dataset` or `IterableDataset` (taken as it is), a `DatasetDict`,
+            `"tiny:<split>"` (the embedded world), a local .json, .jsonl, .json.gz, .jsonl.gz, .csv
+            or .parquet file, a local folder, or the id of a dataset on the Hub.
+        split: which split of a folder, a `DatasetDict` or a Hub dataset; a single file has only
+            "train" (slices such as `"train[:100]"` work).
+        streaming: give an `IterableDataset` that reads as it goes.
+
+    Cells of a csv file that hold lists (`responses`, `ranks`, `scores`, `ratings`, `messages`) are
+    written as JSON.
+
+    Raises:
+        InputError: no such file, an unknown extension, malformed JSON (with its line), no such
+            split, no records.
+
+    >>> load_records(Dataset.from_list([{"prompt": "Name a city."}])).num_rows
+    1
+    """
+    where = Source.of(source, split)
+    if isinstance(source, (DatasetDict, IterableDatasetDict)):
+        dataset = _take_split(source, split, where)
+    elif isinstance(source, (Dataset, IterableDataset)):
+        dataset = source
+    elif isinstance(source, str) and source.startswith("tiny:"):
+        dataset = _load_tiny(source.removeprefix("tiny:"), streaming)
+    elif isinstance(source, (str, PathLike)):
+        dataset = _load_path(source, split, streaming, where)
+    else:
+        raise InputError(
+            f"Records cannot be loaded from a {type(source).__name__}. Give a file, a folder, a "
+            "Hub id or a datasets.Dataset; a list of dicts becomes one with Dataset.from_list."
+        )
+    first_record(dataset, where)
+    return dataset
+
+
+def first_record(dataset: AnyDataset, source: Source) -> dict[str, Any]:
+    """The first record.
+
+    Raises:
+        InputError: there is none.
+    """
+    for record in iterate(dataset):
+        return record
+    raise InputError(f"{source.name} holds no records; at least one is needed.")
+
+
+def iterate(dataset: AnyDataset, column: str | None = None) -> Iterator[Any]:
+    """Rows, or the values of one column, as Python objects; a batch at a time in memory."""
+    if isinstance(dataset, IterableDataset):
+        yield from dataset
+        return
+    dataset = dataset.with_format(None)
+    try:
+        for batch in (dataset if column is None else dataset.select_columns([column])).iter(500):
+            values = zip(*batch.values(), strict=True)
+            yield from (row[0] if column else dict(zip(batch, row, strict=True)) for row in values)
+    except UnicodeDecodeError as error:
+        raise InputError(f"The records are not UTF-8 text ({error}); write them as such.") from None
+
+
+def map_records(dataset: AnyDataset, function: Any, **options: Any) -> AnyDataset:
+    """`dataset.map`, never from the cache, whose key does not change with the code of a package."""
+    if isinstance(dataset, Dataset):
+        options["load_from_cache_file"] = False
+    return dataset.map(function, **options)
+
+
+def kind_of(value: Any) -> str:
+    """A value as an error shows it: its type and its beginning."""
+    if value is None:
+        return "null or absent"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+
+
+def _load_tiny(name: str, streaming: bool) -> AnyDataset:
+    from trl_instruct.tiny import split  # the world is made only when it is asked for
+
+    try:
+        dataset = split(name)
+    except ValueError as error:
+        raise InputError(f"tiny:{name}: {error}") from error
+    return dataset.to_iterable_dataset() if streaming else dataset
+
+
+def _load_path(
+    source: str | PathLike[str], split: str, streaming: bool, where: Source
+) -> AnyDataset:
+    path = Path(fspath(source)).expanduser()
+    if path.is_dir():
+        return _load_folder(path, split, streaming, where)
+    builder = next((kind for end, kind in BUILDERS.items() if path.name.lower().endswith(end)), "")
+    if path.is_file() and builder:
+        return _load_file(path, builder, split, streaming, where)
+    if path.is_file():
+        known = ", ".join(BUILDERS)
+        raise InputError(f"{where.name}: the extension must be one of {known}, found {path.name!r}")
+    if builder or isinstance(source, PathLike) or str(source).startswith((".", "/", "~")):
+        raise InputError(f"{where.name}: no such file or folder (looked in {Path.cwd()}).")
+    try:
+        return load_dataset(str(source), split=split, streaming=streaming)
+    except (FileNotFoundError, ConnectionError) as error:
+        problem = f"no file or folder here, and not to be had from the Hub: {error}"
+    except ValueError as error:
+        problem = f"split {split!r} could not be loaded: {error}"
+    raise InputError(f"{where.name}: {problem}")
+
+
+def _load_folder(path: Path, split: str, streaming: bool, where: Source) -> AnyDataset:
+    try:
+        if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
+            return load_dataset(str(path), split=split, streaming=streaming)
+    except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        raise InputError(f"{where.name}: split {split!r} could not be loaded: {cause}") from error
+    saved = load_from_disk(str(path))
+    dataset = _take_split(saved, split, where) if isinstance(saved, DatasetDict) else saved
+    return dataset.to_iterable_dataset() if streaming else dataset
+
+
+def _take_split(splits: Mapping[str, AnyDataset], split: str, where: Source) -> AnyDataset:
+    if split not in splits:
+        raise InputError(f"{where.name}: no split {split!r}; there are {', '.join(splits)}.")
+    return splits[split]
+
+
+def _load_file(path: Path, builder: str, split: str, streaming: bool, where: Source) -> AnyDataset:
+    if split.partition("[")[0] != "train":
+        raise InputError(f"{where.name}: no split {split!r}; a single file has only 'train'.")
+    options = CSV_OPTIONS if builder == "csv" else {}
+    files = {"train": str(path)}
+    try:
+        dataset = load_dataset(
+            builder, data_files=files, split=split, streaming=streaming, **options
+        )
+    except (StopIteration, ValueError, OSError, EOFError, DatasetGenerationError) as error:
+        raise _file_fault(error, path, builder, where) from error
+    if builder == "csv":
+        dataset = _decode_cells(dataset, where)
+    if not streaming:
+        return dataset
+    inputs = {"dataset": dataset, "path": path, "builder": builder, "where": where}
+    return IterableDataset.from_generator(_guarded, gen_kwargs=inputs, features=dataset.features)
+
+
+def _guarded(
+    dataset: IterableDataset, path: Path, builder: str, where: Source
+) -> Iterator[dict[str, Any]]:
+    """Rows of a streamed file; a fault of the reader becomes an `InputError` with its line."""
+    try:
+        yield from dataset
+    except InputError:
+        raise
+    except (ValueError, OSError, EOFError, DatasetGenerationError) as error:
+        raise _file_fault(error, path, builder, where) from error
+
+
+def _file_fault(error: Exception, path: Path, builder: str, where: Source) -> InputError:
+    """What is wrong with a file that `datasets` could not read: the first bad line, if it can."""
+    if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+        return InputError(f"{where.name} holds no records; at least one is needed.")
+    try:
+        if builder == "json":
+            _parse_json(where, path)
+    except InputError as fault:
+        return fault
+    except (OSError, EOFError, UnicodeDecodeError) as fault:
+        return InputError(f"{where.name} cannot be read ({fault}); UTF-8 text is needed.")
+    cause = error.__cause__ or error
+    return InputError(f"{where.name} cannot be read as a table of {builder} records: {cause}")
+
+
+def _parse_json(where: Source, path: Path) -> None:
+    """Parse a JSON or JSON Lines file; raise an `InputError` for the first bad line."""
+    with _open_text(path) as file:
+        parts = enumerate(file, start=1) if where.lines else [(0, file.read())]
+        for number, text in parts:
+            if not text.strip():
+                continue
+            text = text.rstrip()
+            try:
+                value = json.loads(text)
+            except json.JSONDecodeError as error:
+                line = number or error.lineno
+                raise InputError(
+                    f"{where.name}, line {line}: malformed JSON ({error.msg}, column "
+                    f"{error.colno}): {text.splitlines()[error.lineno - 1].strip()[:60]!r}"
+                ) from None
+            if where.lines and not isinstance(value, dict):
+                raise InputError(
+                    f"{where.name}, line {number}: {kind_of(value)}; each line needs a JSON object."
+                )
+
+
+def _holds_json_lines(path: Path) -> bool:
+    """Whether a row of the file is a line: .jsonl, or a .json that does not open with "["."""
+    name = path.name.lower().removesuffix(".gz")
+    if not name.endswith(".json"):
+        return name.endswith(".jsonl")
+    try:
+        with _open_text(path) as file:
+            first = next((line.strip() for line in file if line.strip()), "")
+    except (OSError, EOFError, UnicodeDecodeError):
+        return False
+    return first.startswith("{") and first.endswith("}")
+
+
+def _open_text(path: Path) -> Any:
+    opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
+    return opener(path, "rt", encoding="utf-8-sig")
+
+
+def _decode_cells(dataset: AnyDataset, where: Source) -> AnyDataset:
+    """Lists in the cells of a csv file, written as JSON: '["a", "b"]' -> ["a", "b"]."""
+    columns = set(dataset.column_names or first_record(dataset, where)) & set(LIST_CELLS)
+    if not columns:
+        return dataset
+
+    def decoded(record: Record, row: int) -> dict[str, Any]:
+        with where.located(row):
+            return {column: _decode_cell(column, record[column]) for column in columns}
+
+    return map_records(dataset, decoded, with_indices=True)
+
+
+def _decode_cell(column: str, cell: str | None) -> Any:
+    if cell is None:
+        return None
+    try:
+        values = json.loads(cell)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"`{column}` is {kind_of(cell)}; a JSON list is needed ({error})."
+        ) from None
+    numbers = column in ("scores", "ratings") and isinstance(values, list)
+    return [float(v) if type(v) is int else v for v in values] if numbers else values

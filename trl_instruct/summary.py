@@ -1,0 +1,166 @@
+"""What the chain of stages achieved: base, SFT and PPO side by side on held-out prompts."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from trl import ModelConfig
+
+from trl_instruct.data import load_prompts
+from trl_instruct.evaluation import Samples, sample_and_score, summarize
+from trl_instruct.models import CONFIG_FILE, METRICS_FILE, load_policy, load_tokenizer
+from trl_instruct.recipes import load_reward
+from trl_instruct.stage import write_json
+
+SHOWN_SAMPLES = 5
+
+
+def compare(policy: str | os.PathLike) -> dict[str, Any]:
+    """Measure a PPO policy beside what it came from; print the table and save it.
+
+    What it came from stands in each stage's config: the SFT policy it started from, the base model
+    of that, the reward model, the rankings.
+
+    Args:
+        policy: a folder that `ppo` left, with eval_dataset_name in its config.
+
+    Returns:
+        The summary, as saved to `summary_file` (default: summary.json in the folder): per model
+        each score's mean and 95 % interval, KL, length, share ended; the reward model's accuracy
+        and ceiling; seconds per stage; samples.
+    """
+    folder = Path(policy)
+    config = _read_yaml(folder)
+    started_from = config["model_name_or_path"]
+    base = _read_yaml(Path(started_from)).get("model_name_or_path")
+    paths = {"base": base, "sft": started_from, "ppo": folder}
+    prompts = load_prompts(config["eval_dataset_name"])
+    rewards = {"rm": load_reward(config["reward_model_path"])}
+    if "gold" in config:
+        rewards["gold"] = load_reward(config["gold"])
+    tokenizer = load_tokenizer(folder)
+    reference = load_policy(started_from, ModelConfig())
+    samples = {
+        name: sample_and_score(
+            reference if name == "sft" else load_policy(path, ModelConfig()),
+            tokenizer,
+            prompts,
+            rewards,
+            ref_policy=reference if name == "ppo" else None,
+            response_length=config["response_length"],
+            temperature=config["temperature"],
+            seed=config.get("seed", 42),
+        )
+        for name, path in paths.items()
+        if path
+    }
+    summary = _summary(folder, config, samples)
+    summary["samples"] = _samples(prompts["prompt"][:SHOWN_SAMPLES], samples)
+    path = Path(config.get("summary_file") or folder / "summary.json")
+    write_json(path, summary)
+    print(render(summary))
+    print(f"\nSummary: {path}   policy: {folder}   reward model: {config['reward_model_path']}")
+    return summary
+
+
+def _summary(folder: Path, config: dict, samples: dict[str, Samples]) -> dict[str, Any]:
+    measured = {name: summarize(s) for name, s in samples.items()}
+    reward_folder = Path(config["reward_model_path"])
+    reward_metrics = _read_json(reward_folder / METRICS_FILE)
+    summary: dict[str, Any] = {
+        score: {name: m[score] for name, m in measured.items()}
+        for score in next(iter(samples.values())).scores
+    }
+    for what in ("accuracy", "ceiling"):
+        if what in reward_metrics:
+            summary["rm"][what] = reward_metrics[what]
+    summary["kl"] = measured["ppo"]["kl"]
+    for what in ("length", "ended"):
+        summary[what] = {name: m[what] for name, m in measured.items()}
+    summary["prompts"] = len(samples["ppo"].completions)
+    summary["seconds"] = _seconds(folder, config, reward_folder)
+    summary["seed"] = config.get("seed", 42)
+    return summary
+
+
+def _seconds(folder: Path, config: dict, reward_folder: Path) -> dict[str, float]:
+    """Run time of each stage in the chain, as its own metrics tell."""
+    sft_folder = Path(config["model_name_or_path"])
+    rankings = _read_yaml(reward_folder).get("dataset_name", "")
+    folders = {
+        "base": Path(_read_yaml(sft_folder).get("model_name_or_path", "")),
+        "sft": sft_folder,
+        "candidates": Path(rankings).parent,
+        "rm": reward_folder,
+        "ppo": folder,
+    }
+    metrics = {name: _read_json(path / METRICS_FILE) for name, path in folders.items()}
+    seconds = {name: m["seconds"] for name, m in metrics.items() if "seconds" in m}
+    return {**seconds, "total": round(sum(seconds.values()), 1)}
+
+
+def _samples(prompts: list[Any], samples: dict[str, Samples]) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": prompt,
+            **{
+                name: {
+                    "completion": s.completions[row],
+                    **{score: values[row] for score, values in s.scores.items()},
+                }
+                for name, s in samples.items()
+                if name != "base"
+            },
+        }
+        for row, prompt in enumerate(prompts)
+    ]
+
+
+def render(summary: dict[str, Any]) -> str:
+    """The summary as a plain-text table with samples below."""
+    scores = [s for s in ("gold", "rm") if s in summary]
+    titles = {"gold": "gold score (95 %)", "rm": "RM score (95 %)"}
+    header = ["", *(titles[s] for s in scores), "KL to SFT", "tokens", "ended"]
+    rows = [header]
+    for name in summary["length"]:
+        means = [_interval(summary[s][name]) for s in scores]
+        kl = f"{summary['kl']:.2f}" if name == "ppo" else "-"
+        label = {"base": "base", "sft": "SFT", "ppo": "PPO"}[name]
+        tokens, ended = summary["length"][name], summary["ended"][name]
+        rows.append([label, *means, kl, f"{tokens:.1f}", f"{ended:.0%}"])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    lines.insert(0, f"\n{summary['prompts']} test prompts, one completion each\n")
+    if "accuracy" in summary["rm"]:
+        ceiling = summary["rm"].get("ceiling")
+        beside = f" (noise ceiling {ceiling:.3f})" if ceiling is not None else ""
+        lines.append(f"\nRM accuracy on held-out pairs {summary['rm']['accuracy']:.3f}{beside}")
+    lines.append("seconds: " + ", ".join(f"{k} {v:g}" for k, v in summary["seconds"].items()))
+    for sample in summary["samples"]:
+        lines.append(f"\n> {_one_line(sample['prompt'])}")
+        for name, label in (("sft", "SFT"), ("ppo", "PPO")):
+            given = "  ".join(f"{s} {sample[name][s]:.2f}" for s in scores)
+            lines.append(f"  {label}  {_one_line(sample[name]['completion'])}   [{given}]")
+    return "\n".join(lines)
+
+
+def _interval(score: dict[str, float]) -> str:
+    return f"{score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+
+
+def _one_line(content: Any) -> str:
+    """Text on one line; what is not printable is escaped, since a model wrote it."""
+    text = content if isinstance(content, str) else " / ".join(m["content"] for m in content)
+    shown = " | ".join(text.strip().splitlines())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
+
+
+def _read_yaml(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
