@@ -1,0 +1,79 @@
+import random
+
+import pytest
+
+from trl_instruct.tiny import SimulatedLabeler, accuracy_ceiling, agreement
+
+
+def test_label_is_gold_plus_noise_of_the_given_size():
+    noisy = SimulatedLabeler(noise=0.5, seed=3).label([1.0] * 4000)
+    mean = sum(noisy) / 4000
+    deviation = (sum((score - mean) ** 2 for score in noisy) / 4000) ** 0.5
+    assert mean == pytest.approx(1.0, abs=0.04)
+    assert deviation == pytest.approx(0.5, abs=0.03)
+
+
+def test_label_depends_on_seed_and_call_order_alone():
+    one, same, other = SimulatedLabeler(seed=1), SimulatedLabeler(seed=1), SimulatedLabeler(seed=2)
+    first = one.label([0.5, 0.5])
+    assert same.label([0.5, 0.5]) == first
+    assert one.label([0.5, 0.5]) != first
+    assert other.label([0.5, 0.5]) != first
+
+
+def test_negative_noise_is_an_error():
+    with pytest.raises(ValueError, match="-0.1"):
+        SimulatedLabeler(noise=-0.1)
+
+
+def test_agreement_without_noise_is_full_and_skips_ties():
+    assert agreement([[0.0, 0.5, 0.5], [1.0, 0.2]], noise=0.0) == 1.0
+
+
+def test_agreement_of_coin_tosses_is_a_half():
+    assert agreement([[0.5] * 4] * 1000, noise=0.3) == pytest.approx(0.5, abs=0.03)
+
+
+def test_agreement_by_the_normal_distribution():
+    # Each labeler orders a pair with P(N(1, 2) > 0) = 0.7602; alike: p^2 + (1 - p)^2 = 0.6354.
+    assert agreement([[1.0, 0.0]] * 20_000, noise=1.0) == pytest.approx(0.6354, abs=0.012)
+
+
+def test_ties_only_is_an_error():
+    with pytest.raises(ValueError, match="no pair"):
+        agreement([[0.5, 0.5]], noise=0.0)
+
+
+@pytest.mark.parametrize(
+    ("gold", "noisy", "ceiling"),
+    [
+        ([0.1, 0.9], [1, 2], 1.0),
+        ([0.9, 0.1], [1, 2], 0.0),
+        ([0.5, 0.5], [1, 2], 0.5),
+        ([0.1, 0.9, 0.5], [1, 2, 2], 1.0),
+        ([0.1, 0.9, 0.5], [1, 2, 3], 2 / 3),
+    ],
+)
+def test_accuracy_ceiling_by_hand(gold, noisy, ceiling):
+    assert accuracy_ceiling([gold], [noisy]) == pytest.approx(ceiling)
+
+
+def test_accuracy_ceiling_weighs_pairs_not_prompts():
+    # Three right pairs of one prompt, one wrong pair of another.
+    assert accuracy_ceiling([[0, 0.5, 1], [1, 0]], [[1, 2, 3], [1, 2]]) == 0.75
+
+
+def test_accuracy_ceiling_wants_matching_records():
+    with pytest.raises(ValueError):
+        accuracy_ceiling([[0.1, 0.2]], [[1.0, 2.0, 3.0]])
+    with pytest.raises(ValueError):
+        accuracy_ceiling([[0.1, 0.2]], [])
+
+
+def test_no_scorer_beats_the_gold_order_in_the_long_run():
+    rng = random.Random(0)
+    gold = [[rng.random() for _ in range(4)] for _ in range(500)]
+    labeler = SimulatedLabeler(noise=0.3)
+    noisy = [labeler.label(scores) for scores in gold]
+    guess = [[rng.random() for _ in range(4)] for _ in range(500)]
+    assert accuracy_ceiling(gold, noisy) > accuracy_ceiling(guess, noisy) + 0.15

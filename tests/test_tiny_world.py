@@ -1,0 +1,166 @@
+import random
+import subprocess
+import sys
+import zlib
+from itertools import combinations
+
+import pytest
+
+from trl_instruct.tiny import Task, flawed_reply, good_reply, sample_task, split
+from trl_instruct.tiny.splits import SHARES, SIZES, owner
+from trl_instruct.tiny.words import CATEGORIES, CATEGORY_OF, NOUNS, TONES
+from trl_instruct.tiny.world import FORMATS, WORDINGS
+
+BOUQUET = Task("list", groups=(("flower", 2), ("city", 1)), tone="politely")
+
+
+@pytest.fixture(scope="module")
+def tasks() -> list[Task]:
+    rng = random.Random(0)
+    return [sample_task(rng) for _ in range(3000)]
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return {name: split(name) for name in SIZES}
+
+
+def prompts_of(dataset) -> list[str]:
+    if "prompt" in dataset.column_names:
+        return dataset["prompt"][:]
+    return [text[: text.index("\n") + 1] for text in dataset["text"]]
+
+
+def test_no_noun_is_in_two_categories():
+    assert len(NOUNS) == sum(map(len, CATEGORIES.values()))
+    assert len({noun.lower() for noun in NOUNS}) == len(NOUNS)
+
+
+@pytest.mark.parametrize(
+    ("task", "prompt"),
+    [
+        (BOUQUET, "Name two flowers and one city, politely.\n"),
+        (
+            Task("dashes", groups=(("city", 3),), word="hill", wording=1),
+            "Write down three cities, with dashes. Include the word hill.\n",
+        ),
+        (
+            Task("sentence", groups=(("job", 1), ("bird", 1)), wording=2),
+            "Make one sentence from one job and one bird.\n",
+        ),
+        (
+            Task("answer", noun="owl", category="animal", tone="sadly"),
+            "Is an owl an animal? Answer with a reason, sadly.\n",
+        ),
+        (
+            Task("answer", noun="Rome", category="tool", wording=2),
+            "Say whether Rome is a tool, and why.\n",
+        ),
+    ],
+)
+def test_prompt(task, prompt):
+    assert task.prompt == prompt
+
+
+def test_json_gives_the_same_task_back(tasks):
+    assert all(Task.from_json(task.to_json()) == task for task in tasks)
+
+
+def test_tasks_cover_the_world(tasks):
+    assert {task.format for task in tasks} == set(FORMATS)
+    assert {task.tone for task in tasks} == {"", *TONES}
+    assert {category for task in tasks for category, _ in task.groups} == set(CATEGORIES)
+    assert {count for task in tasks for _, count in task.groups} == {1, 2, 3}
+    assert {len(task.groups) for task in tasks} == {0, 1, 2}
+    assert {task.wording for task in tasks} == set(range(WORDINGS))
+    assert {task.answer for task in tasks if task.noun} == {"yes", "no"}
+
+
+def test_texts_are_short_ascii_and_meet_at_a_newline(tasks):
+    rng = random.Random(1)
+    for task in tasks:
+        for reply in (good_reply(task, rng), flawed_reply(task, rng)):
+            text = task.prompt + reply
+            assert text.isascii()
+            assert task.prompt.endswith(".\n") and task.prompt.count("\n") == 1
+            assert reply[:1].strip()
+        assert len(task.prompt.split()) <= 20
+        assert len(good_reply(task, rng).split()) <= 20
+
+
+def test_byte_level_pieces_do_not_cross_into_the_reply(tasks):
+    pre_tokenizers = pytest.importorskip("tokenizers").pre_tokenizers
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
+    rng = random.Random(2)
+    for task in tasks:
+        prompt, reply = task.prompt, good_reply(task, rng)
+        pieces = [piece for text in (prompt, reply) for piece, _ in cut(text)]
+        assert [piece for piece, _ in cut(prompt + reply)] == pieces
+
+
+def test_good_reply_by_hand():
+    reply = good_reply(BOUQUET, random.Random(3))
+    (opening,) = (opening for opening in TONES["politely"] if reply.startswith(opening))
+    first, rest = reply.removeprefix(opening).removesuffix(".").split(", ")
+    nouns = [text.split()[-1] for text in (first, *rest.split(" and "))]
+    assert [CATEGORY_OF[noun] for noun in nouns] == ["flower", "flower", "city"]
+
+
+def test_flawed_replies_are_a_mixture(tasks):
+    rng = random.Random(4)
+    task = Task("dashes", groups=(("city", 2),), tone="sadly", word="hill")
+    replies = [flawed_reply(task, rng) for _ in range(1000)]
+    openings = tuple(TONES["sadly"])
+    for met in (
+        [reply.startswith(openings) for reply in replies],
+        ["hill" in reply for reply in replies],
+        ["- " in reply for reply in replies],
+        [reply.endswith(".") for reply in replies],
+    ):
+        assert 200 < sum(met) < 1000
+
+
+def test_sizes_and_columns(splits):
+    assert {name: len(dataset) for name, dataset in splits.items()} == SIZES
+    assert splits["pretraining"].column_names == ["text"]
+    assert splits["demonstrations"].column_names == ["prompt", "completion", "task"]
+    for name in ("rankings", "prompts", "validation", "test"):
+        assert splits[name].column_names == ["prompt", "task"]
+
+
+def test_no_prompt_is_shared(splits):
+    prompts = {name: prompts_of(dataset) for name, dataset in splits.items()}
+    for one, other in combinations(prompts, 2):
+        assert not set(prompts[one]) & set(prompts[other])
+    for name in set(prompts) - {"pretraining"}:
+        assert len(set(prompts[name])) == len(prompts[name])
+    assert len(set(prompts["pretraining"])) > 20_000
+
+
+def test_no_instruction_is_shared_in_other_words():
+    assert sum(SHARES.values()) == 100 and set(SHARES) == set(SIZES)
+    for noun in NOUNS[:50]:
+        wordings = [Task("answer", noun=noun, category="bird", wording=w) for w in range(WORDINGS)]
+        assert len({owner(task) for task in wordings}) == 1
+
+
+def test_task_column_is_the_task_behind_the_prompt(splits):
+    for name in set(SIZES) - {"pretraining"}:
+        for row in splits[name].select(range(50)):
+            assert Task.from_json(row["task"]).prompt == row["prompt"]
+
+
+def test_split_is_the_same_in_every_process(splits):
+    code = (
+        "import zlib; from trl_instruct.tiny import split;"
+        "rows = [str(split(n).to_dict()) for n in ('validation', 'demonstrations')];"
+        "print(zlib.crc32(''.join(rows).encode()))"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    rows = [str(splits[name].to_dict()) for name in ("validation", "demonstrations")]
+    assert int(other.stdout) == zlib.crc32("".join(rows).encode())
+
+
+def test_unknown_split_lists_the_names():
+    with pytest.raises(ValueError, match="'train'.*pretraining, demonstrations, .*test"):
+        split("train")

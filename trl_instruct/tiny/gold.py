@@ -1,0 +1,168 @@
+"""The gold scorer: how well a completion does what its task asks, judged from the text alone."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from functools import lru_cache
+from typing import Any
+
+from trl_instruct.tiny.words import (
+    CATEGORIES,
+    CATEGORY_OF,
+    NOUNS,
+    PLACES,
+    PREPOSITIONS,
+    TONES,
+    VERBS,
+    phrase,
+    with_article,
+)
+from trl_instruct.tiny.world import Task
+
+PENALTIES = {"junk": 0.2, "repetition": 0.2, "ending": 0.25, "superfluous": 0.2}
+"""What each junk word, repetition, missing ending and superfluous piece costs."""
+
+
+def _any_of(texts: list[str]) -> str:
+    """A pattern of the texts, longest first so that none hides behind a shorter one."""
+    return "(?:" + "|".join(sorted(map(re.escape, texts), key=lambda t: (-len(t), t))) + ")"
+
+
+_NOUNS = {noun.lower(): noun for noun in NOUNS}
+_TONE_OF = {opening.lower(): tone for tone, openings in TONES.items() for opening in openings}
+_OPENING = re.compile(rf"(?<!\w){_any_of(list(_TONE_OF))}")
+_WORD = re.compile(r"[^\W\d_]+")
+_STRANGE = re.compile(r"[^a-z ,.!\n-]+")
+
+_ITEM = _any_of([phrase(noun).lower() for noun in NOUNS])
+_ITEMS = rf"{_ITEM}(?:(?:, {_ITEM})* and {_ITEM})?"
+_PLACE = rf"(?: {_any_of(list(PREPOSITIONS))} the {_any_of(list(PLACES))})?"
+_KIND = _any_of([with_article(category) for category in CATEGORIES])
+_BODIES = {
+    "list": re.compile(rf"(?: |^){_ITEMS}{_PLACE}\.?"),
+    "dashes": re.compile(rf"(?:\n|^)- {_ITEM}(?:\n- {_ITEM})*{_PLACE}\.?"),
+    "sentence": re.compile(rf"(?: |^){_ITEM} {_any_of(list(VERBS))} {_ITEMS}{_PLACE}\.?"),
+    "answer": re.compile(rf"(?: |^)(?:yes|no), because ({_ITEM}) is ({_KIND})\.?"),
+}
+_GLUE = ("a", "an", "the", "and", "is")
+"""Words that any reply may have several times."""
+_WORLD = frozenset(
+    [*_NOUNS, *PLACES, *PREPOSITIONS, *VERBS, *CATEGORIES, *_GLUE, "yes", "no", "because"]
+    + [word for opening in _TONE_OF for word in _WORD.findall(opening)]
+)
+
+
+def gold_score(
+    prompts: list[str], completions: list[str], task: list[str], **columns: Any
+) -> list[float]:
+    """The gold score of each completion; a reward function as TRL's trainers take it.
+
+    Args:
+        prompts: not used, for the task says what is asked.
+        completions: texts without special tokens.
+        task: json of the :class:`Task` behind each prompt.
+        columns: further columns of the dataset, not used.
+
+    Returns:
+        For each completion the share of its task's constraints that it meets, minus the
+        penalties, in [0, 1].
+
+    >>> task = Task("list", groups=(("flower", 2),), tone="politely").to_json()
+    >>> gold_score(["", ""], ["Gladly! A rose and a lily.", "Alas,"], [task] * 2)
+    [1.0, 0.0]
+    """
+    return [
+        _score(explain(Task.from_json(t), completion))
+        for completion, t in zip(completions, task, strict=True)
+    ]
+
+
+def _score(report: dict[str, bool | float]) -> float:
+    met = [value for value in report.values() if isinstance(value, bool)]
+    penalty = sum(value for value in report.values() if not isinstance(value, bool))
+    return min(1.0, max(0.0, sum(met) / len(met) - penalty))
+
+
+def explain(task: Task, completion: str) -> dict[str, bool | float]:
+    """What the gold score of a completion is made of.
+
+    Returns:
+        A bool for each constraint of the task (met or not) and a float for each penalty.
+
+    >>> explain(Task("list", groups=(("flower", 2),)), "A rose and a crow.")
+    ... # doctest: +NORMALIZE_WHITESPACE
+    {'flower': False, 'format': True,
+     'junk': 0.0, 'repetition': 0.0, 'ending': 0.0, 'superfluous': 0.0}
+    """
+    text = completion.strip().lower()
+    openings = _OPENING.findall(text)
+    start = _OPENING.match(text)
+    body = text[start.end() :] if start else text
+    words = _WORD.findall(_OPENING.sub(" ", text))
+    report: dict[str, bool | float] = {}
+    if task.format == "answer":
+        report |= _check_answer(task, body, words)
+    else:
+        report |= _check_items(task, body, words)
+    if task.tone:
+        shown = [_TONE_OF[opening] for opening in openings]
+        report["tone"] = start is not None and shown == [task.tone] and bool(words)
+    counts = {
+        "junk": len(_STRANGE.findall(text)) + sum(word not in _WORLD for word in words),
+        "repetition": _repetitions(words),
+        "ending": not text.endswith("."),
+        "superfluous": _superfluous(task, text, words, len(openings)),
+    }
+    return report | {name: PENALTIES[name] * count for name, count in counts.items()}
+
+
+def _check_items(task: Task, body: str, words: list[str]) -> dict[str, bool]:
+    """A group is met by just as many different items as asked, and by no other noun beside."""
+    items = [_NOUNS[word] for word in words if word in _NOUNS]
+    named = Counter(CATEGORY_OF[item] for item in items)
+    pure = len(set(items)) == len(items) and set(named) <= {category for category, _ in task.groups}
+    report = {category: pure and named[category] == count for category, count in task.groups}
+    if task.word:
+        report["word"] = _place_pattern(task.word).search(body) is not None
+    report["format"] = _BODIES[task.format].fullmatch(body) is not None
+    return report
+
+
+@lru_cache(maxsize=len(PLACES))
+def _place_pattern(word: str) -> re.Pattern[str]:
+    return re.compile(rf"\b{_any_of(list(PREPOSITIONS))} the {word}\b")
+
+
+def _check_answer(task: Task, body: str, words: list[str]) -> dict[str, bool]:
+    """The answer is one clear yes or no at the start; the reason says what the noun truly is."""
+    answers = [word for word in words if word in ("yes", "no")]
+    reply = _BODIES["answer"].fullmatch(body)
+    truth = (phrase(task.noun).lower(), with_article(task.true_category))
+    return {
+        "answer": answers == [task.answer] == words[:1],
+        "reason": reply is not None and reply.groups() == truth,
+    }
+
+
+def _repetitions(words: list[str]) -> int:
+    """How often a word that carries meaning comes back."""
+    return sum(count - 1 for word, count in Counter(words).items() if word not in _GLUE)
+
+
+def _superfluous(task: Task, text: str, words: list[str], num_openings: int) -> int:
+    """Pieces that nobody asked for: openings, places, sentences, and every three words too many."""
+    openings = max(0, num_openings - bool(task.tone))
+    places = sum(word in PLACES and word != task.word for word in words)
+    sentences = text.rstrip(".").count(".")
+    return openings + places + sentences + max(0, len(words) - _most_words(task)) // 3
+
+
+def _most_words(task: Task) -> int:
+    """The length of the longest good reply, its opening left out."""
+    if task.format == "answer":
+        return 7  # yes because a rose is a flower
+    items = 2 * sum(count for _, count in task.groups)
+    verb = task.format == "sentence"
+    place = 3 * bool(task.word)  # near the river
+    return items + verb + place + 1  # and

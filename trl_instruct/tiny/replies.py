@@ -1,0 +1,155 @@
+"""Replies of the tiny world: good ones, and flawed ones as they stand on the web."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+from trl_instruct.tiny.words import (
+    CATEGORIES,
+    CATEGORY_OF,
+    JUNK,
+    NOUNS,
+    PLACES,
+    PREPOSITIONS,
+    QUESTION_NOUNS,
+    TONES,
+    VERBS,
+    capitalized,
+    join_and,
+    phrase,
+    with_article,
+)
+from trl_instruct.tiny.world import Task
+
+FLAW_RATES = {
+    "category": 0.1,
+    "count": 0.12,
+    "tone": 0.6,
+    "word": 0.35,
+    "format": 0.45,
+    "answer": 0.2,
+    "reason": 0.12,
+    "repeat": 0.1,
+    "junk": 0.1,
+    "extra": 0.1,
+    "ending": 0.15,
+}
+"""How often a flawed reply breaks each constraint; ``category`` and ``count`` are per group."""
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A reply before it is put into words."""
+
+    format: str
+    opening: str = ""
+    items: tuple[str, ...] = ()
+    word: str = ""
+    answer: str = ""
+    reason: tuple[str, str] = ("", "")
+
+
+def good_reply(task: Task, rng: random.Random) -> str:
+    """A reply that meets every constraint of the task and has nothing else.
+
+    >>> task = Task("answer", noun="rose", category="tool", tone="sadly")
+    >>> good_reply(task, random.Random(1))
+    'Alas, no, because a rose is a flower.'
+    """
+    return _render(_good_draft(task, rng), rng)
+
+
+def flawed_reply(task: Task, rng: random.Random) -> str:
+    """A reply in which each constraint is broken, or not, at its rate in ``FLAW_RATES``."""
+    draft = _good_draft(task, rng)
+    if task.format == "answer":
+        draft = _spoil_answer(task, draft, rng)
+    else:
+        draft = _spoil_items(task, draft, rng)
+    if _hit("tone", rng):
+        others = [opening for openings in TONES.values() for opening in openings]
+        draft = replace(draft, opening=rng.choice(others) if rng.random() < 0.5 else "")
+    return _spoil_text(_render(draft, rng), rng)
+
+
+def _good_draft(task: Task, rng: random.Random) -> _Draft:
+    opening = rng.choice(TONES[task.tone]) if task.tone else ""
+    if task.format == "answer":
+        reason = (task.noun, task.true_category)
+        return _Draft("answer", opening=opening, answer=task.answer, reason=reason)
+    items = [
+        noun for category, count in task.groups for noun in rng.sample(CATEGORIES[category], count)
+    ]
+    return _Draft(task.format, opening=opening, items=tuple(items), word=task.word)
+
+
+def _render(draft: _Draft, rng: random.Random) -> str:
+    if draft.format == "answer":
+        noun, category = draft.reason
+        because = f", because {phrase(noun)} is {with_article(category)}" if noun else ""
+        body = draft.answer + because
+    else:
+        body = _items_text(draft.format, [phrase(noun) for noun in draft.items], rng)
+        if draft.word:
+            body += f" {rng.choice(PREPOSITIONS)} the {draft.word}"
+    if not draft.opening.endswith(","):
+        body = capitalized(body)
+    gap = "\n" if draft.format == "dashes" else " "
+    return f"{draft.opening}{gap if draft.opening else ''}{body}."
+
+
+def _items_text(reply_format: str, phrases: list[str], rng: random.Random) -> str:
+    if reply_format == "dashes":
+        return "\n".join(f"- {text}" for text in phrases)
+    if reply_format == "sentence" and len(phrases) > 1:
+        return f"{phrases[0]} {rng.choice(VERBS)} {join_and(phrases[1:])}"
+    return join_and(phrases)
+
+
+def _hit(flaw: str, rng: random.Random) -> bool:
+    return rng.random() < FLAW_RATES[flaw]
+
+
+def _spoil_items(task: Task, draft: _Draft, rng: random.Random) -> _Draft:
+    items = []
+    for category, count in task.groups:
+        wanted = count + rng.choice((-1, 1)) if _hit("count", rng) else count
+        group = rng.sample(CATEGORIES[category], wanted)
+        if group and _hit("category", rng):
+            group[rng.randrange(len(group))] = rng.choice(NOUNS)
+        items += group
+    items = items or [rng.choice(NOUNS)]
+    if _hit("repeat", rng):
+        items.insert(rng.randrange(len(items) + 1), rng.choice(items))
+    word, reply_format = draft.word, draft.format
+    if _hit("word", rng):
+        word = rng.choice(PLACES) if rng.random() < 0.3 else ""
+    if _hit("format", rng):
+        reply_format = rng.choice([f for f in ("list", "dashes", "sentence") if f != reply_format])
+    return replace(draft, items=tuple(items), word=word, format=reply_format)
+
+
+def _spoil_answer(task: Task, draft: _Draft, rng: random.Random) -> _Draft:
+    answer, reason = draft.answer, draft.reason
+    if _hit("answer", rng):
+        answer = "no" if answer == "yes" else "yes"
+    if _hit("reason", rng):
+        other_noun = rng.choice(QUESTION_NOUNS)
+        wrong_category = rng.choice([c for c in CATEGORIES if c != task.true_category])
+        wrongs = ("", ""), (other_noun, CATEGORY_OF[other_noun]), (task.noun, wrong_category)
+        reason = rng.choice(wrongs)
+    return replace(draft, answer=answer, reason=reason)
+
+
+def _spoil_text(text: str, rng: random.Random) -> str:
+    if _hit("extra", rng):
+        text += " " + capitalized(join_and([phrase(noun) for noun in rng.sample(NOUNS, 2)])) + "."
+    if _hit("junk", rng):
+        spaces = [i for i, letter in enumerate(text) if letter == " "] or [len(text)]
+        place = rng.choice(spaces)
+        text = f"{text[:place]} {rng.choice(JUNK)}{text[place:]}"
+    if _hit("ending", rng):
+        spaces = [i for i, letter in enumerate(text) if letter == " "]
+        text = text[: rng.choice(spaces)] if spaces and rng.random() < 0.5 else text[:-1]
+    return text

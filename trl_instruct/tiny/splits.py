@@ -1,0 +1,97 @@
+"""The data of the tiny world: six splits that share no instruction."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator
+
+from datasets import Dataset
+
+from trl_instruct.tiny.replies import flawed_reply, good_reply
+from trl_instruct.tiny.world import Task, sample_task
+
+NUM_PRETRAINING = 50_000
+NUM_DEMONSTRATIONS = 80
+NUM_RANKINGS = 2_500
+NUM_PROMPTS = 4_000
+NUM_VALIDATION = 300
+NUM_TEST = 500
+
+SIZES = {
+    "pretraining": NUM_PRETRAINING,
+    "demonstrations": NUM_DEMONSTRATIONS,
+    "rankings": NUM_RANKINGS,
+    "prompts": NUM_PROMPTS,
+    "validation": NUM_VALIDATION,
+    "test": NUM_TEST,
+}
+SHARES = {
+    "pretraining": 50,
+    "demonstrations": 5,
+    "rankings": 15,
+    "prompts": 20,
+    "validation": 5,
+    "test": 5,
+}
+"""Percent of all instructions that belong to each split."""
+
+GOOD_SHARE = 0.1
+"""Share of the pretraining documents whose reply is good; the others are flawed."""
+
+
+def owner(task: Task) -> str:
+    """The one split whose data may hold the task, in any of its wordings."""
+    asked = task.format, task.groups, task.tone, task.word, task.noun, task.category
+    place = zlib.crc32(repr(asked).encode()) % 100
+    for name, share in SHARES.items():
+        if place < share:
+            return name
+        place -= share
+    raise AssertionError("the shares must add up to 100")
+
+
+def split(name: str) -> Dataset:
+    """One split of the world's data, always the same.
+
+    Args:
+        name: "pretraining" (column ``text``: a prompt and a reply, good or flawed),
+            "demonstrations" (``prompt``, ``completion``, ``task``), or "rankings", "prompts",
+            "validation", "test" (``prompt``, ``task``). ``task`` is json, as the gold scorer
+            reads it.
+
+    Raises:
+        ValueError: there is no split of that name.
+
+    >>> split("validation").column_names
+    ['prompt', 'task']
+    """
+    if name not in SIZES:
+        raise ValueError(f"the tiny world has no split {name!r}; it has: {', '.join(SIZES)}")
+    rng = random.Random(f"tiny world, {name}")
+    tasks = _tasks(name, rng)
+    if name == "pretraining":
+        return Dataset.from_dict(
+            {"text": [_document(next(tasks), rng) for _ in range(SIZES[name])]}
+        )
+    unique: dict[str, Task] = {}
+    while len(unique) < SIZES[name]:
+        task = next(tasks)
+        unique[task.prompt] = task
+    columns = {"prompt": list(unique)}
+    if name == "demonstrations":
+        columns["completion"] = [good_reply(task, rng) for task in unique.values()]
+    columns["task"] = [task.to_json() for task in unique.values()]
+    return Dataset.from_dict(columns)
+
+
+def _tasks(name: str, rng: random.Random) -> Iterator[Task]:
+    while True:
+        task = sample_task(rng)
+        if owner(task) == name:
+            yield task
+
+
+def _document(task: Task, rng: random.Random) -> str:
+    write = good_reply if rng.random() < GOOD_SHARE else flawed_reply
+    return task.prompt + write(task, rng)

@@ -1,0 +1,161 @@
+"""The instructions of the tiny world: what a task asks, its text, and how tasks are drawn."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass
+
+from trl_instruct.tiny.words import (
+    CATEGORIES,
+    CATEGORY_OF,
+    COUNTS,
+    PLACES,
+    QUESTION_NOUNS,
+    TONES,
+    join_and,
+    phrase,
+    plural,
+    with_article,
+)
+
+FORMATS = ("list", "dashes", "sentence", "answer")
+FORMAT_WEIGHTS = (32, 18, 20, 30)
+
+INSTRUCTIONS: dict[str, tuple[str, ...]] = {
+    "list": ("Name {groups}{tone}.", "Tell me {groups}{tone}.", "Think of {groups}{tone}."),
+    "dashes": (
+        "List {groups}{tone}, one a line.",
+        "Write down {groups}{tone}, with dashes.",
+        "Make a dash list of {groups}{tone}.",
+    ),
+    "sentence": (
+        "Write a sentence with {groups}{tone}.",
+        "Put {groups} into a sentence{tone}.",
+        "Make one sentence from {groups}{tone}.",
+    ),
+    "answer": (
+        "Is {noun} {category}? Answer with a reason{tone}.",
+        "Tell me if {noun} is {category}{tone}, and why.",
+        "Say whether {noun} is {category}{tone}, and why.",
+    ),
+}
+WORD_CLAUSES = ("Use the word {word}.", "Include the word {word}.", "Mention the {word}.")
+WORDINGS = len(WORD_CLAUSES)
+"""How many paraphrases every instruction has."""
+
+TONE_SHARE = 0.65
+WORD_SHARE = 0.5
+TWO_GROUPS_SHARE = 0.6
+MAX_ITEMS = 3
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one instruction asks for.
+
+    A task of format ``list``, ``dashes`` or ``sentence`` asks for ``groups`` of items, and perhaps
+    for a ``word``; one of format ``answer`` asks whether ``noun`` is a ``category``.
+
+    Args:
+        format: one of :data:`FORMATS`.
+        groups: (category, count) of the items asked for.
+        tone: a key of ``TONES``, or "" where none is asked for.
+        word: a word the reply must use, or "".
+        noun: the noun asked about.
+        category: the category asked about.
+        wording: which paraphrase the instruction has, 0 <= wording < ``WORDINGS``.
+
+    >>> Task("list", groups=(("flower", 2), ("city", 1)), tone="politely", word="hill").prompt
+    'Name two flowers and one city, politely. Use the word hill.\\n'
+    >>> Task("answer", noun="rose", category="tool").prompt
+    'Is a rose a tool? Answer with a reason.\\n'
+    """
+
+    format: str
+    groups: tuple[tuple[str, int], ...] = ()
+    tone: str = ""
+    word: str = ""
+    noun: str = ""
+    category: str = ""
+    wording: int = 0
+
+    @property
+    def prompt(self) -> str:
+        """The instruction in English; it ends in a newline, so that a byte-level tokenizer cuts
+        there whatever follows."""
+        blanks = {
+            "tone": self.tone and f", {self.tone}",
+            "groups": self.groups and join_and([_group_text(*group) for group in self.groups]),
+        }
+        if self.noun:
+            blanks |= {"noun": phrase(self.noun), "category": with_article(self.category)}
+        text = INSTRUCTIONS[self.format][self.wording].format(**blanks)
+        if self.word:
+            text += " " + WORD_CLAUSES[self.wording].format(word=self.word)
+        return text + "\n"
+
+    def to_json(self) -> str:
+        """The task as one line of json, for a dataset column."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Task:
+        """The task that :meth:`to_json` wrote.
+
+        >>> task = Task("list", groups=(("bird", 3),), tone="sadly")
+        >>> Task.from_json(task.to_json()) == task
+        True
+        """
+        fields = json.loads(text)
+        groups = tuple((category, count) for category, count in fields.pop("groups"))
+        return cls(groups=groups, **fields)
+
+    @property
+    def true_category(self) -> str:
+        """The category that the noun asked about is of."""
+        return CATEGORY_OF[self.noun]
+
+    @property
+    def answer(self) -> str:
+        """The right answer to a question: "yes" or "no"."""
+        return "yes" if self.category == self.true_category else "no"
+
+
+def _group_text(category: str, count: int) -> str:
+    return f"{COUNTS[count]} {category if count == 1 else plural(category)}"
+
+
+def sample_task(rng: random.Random) -> Task:
+    """Draw a task; the rng alone decides which."""
+    (task_format,) = rng.choices(FORMATS, FORMAT_WEIGHTS)
+    tone = rng.choice(tuple(TONES)) if rng.random() < TONE_SHARE else ""
+    wording = rng.randrange(WORDINGS)
+    if task_format == "answer":
+        return _sample_question(tone, wording, rng)
+    groups = _sample_groups(1 + (rng.random() < TWO_GROUPS_SHARE), rng)
+    while task_format == "sentence" and sum(count for _, count in groups) < 2:
+        groups = _sample_groups(1, rng)
+    # A single group with neither tone nor word would be won by its format alone, half of it.
+    needs_word = len(groups) == 1 and not tone
+    word = rng.choice(PLACES) if needs_word or rng.random() < WORD_SHARE else ""
+    return Task(task_format, groups=groups, tone=tone, word=word, wording=wording)
+
+
+def _sample_question(tone: str, wording: int, rng: random.Random) -> Task:
+    noun = rng.choice(QUESTION_NOUNS)
+    category = CATEGORY_OF[noun]
+    if rng.random() < 0.5:
+        category = rng.choice([other for other in CATEGORIES if other != category])
+    return Task("answer", tone=tone, noun=noun, category=category, wording=wording)
+
+
+def _sample_groups(size: int, rng: random.Random) -> tuple[tuple[str, int], ...]:
+    categories = rng.sample(tuple(CATEGORIES), size)
+    left = MAX_ITEMS - size
+    groups = []
+    for category in categories:
+        extra = rng.randint(0, min(left, max(COUNTS) - 1))
+        left -= extra
+        groups.append((category, 1 + extra))
+    return tuple(groups)
