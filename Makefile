@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help install check test test-unit clean FORCE $(STAGES)
+.PHONY: help install bench-tiny check test test-unit clean FORCE $(STAGES)
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -65,6 +65,9 @@ $(foreach stage,$(STAGES),$(eval $(call stage_rules,$(stage))))
 FORCE:
 
 # ---- the project itself --------------------------------------------------------------------------
+
+bench-tiny: install  ## the tiny default for seeds 0, 1, 2 (about twelve minutes)
+	python benchmarks/tiny_seeds.py
 
 check: install  ## format, lint, types, import contracts
 	ruff format --check .

@@ -3,6 +3,8 @@
 import importlib
 from typing import Any
 
+from trl_instruct.quiet import silence_harmless_warnings
+
 # In the order of the pipeline. Loaded on first use: `import trl_instruct` stays light.
 _EXPORTS = {
     "pretrain": "pretraining",
@@ -26,6 +28,8 @@ _EXPORTS = {
     "InputError": "errors",
 }
 __all__ = list(_EXPORTS)
+
+silence_harmless_warnings()  # before the first import of a library that gives one
 
 
 def __getattr__(name: str) -> Any:

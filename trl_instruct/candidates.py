@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig
@@ -15,6 +16,7 @@ from trl_instruct.errors import InputError
 from trl_instruct.models import ModelSource, context_length, load_policy, load_tokenizer
 from trl_instruct.rewards import RewardFunction, as_completions, call_reward
 from trl_instruct.rollouts import decode, eos_token_ids, fit_prompts, generate, tokenize_prompts
+from trl_instruct.stage import written_at_once
 from trl_instruct.tiny import SimulatedLabeler
 
 Labeler = Callable[[Sequence[float]], Sequence[float]]
@@ -65,8 +67,16 @@ def sample_candidates(
     """
     if num_candidates < 2:
         raise InputError(f"num_candidates is {num_candidates}; a ranking needs at least 2.")
+    if temperature <= 0:
+        raise InputError(
+            f"temperature is {temperature}; candidates are sampled, it must be above 0."
+        )
+    if policy is None:
+        raise InputError("No model was given: set model_name_or_path to a Hub id or a folder.")
+    if prompts is None:
+        raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
     records = load_prompts(prompts, split)
-    model = load_policy(policy, ModelConfig())
+    model = load_policy(policy, ModelConfig()).to(PartialState().device)
     tokenizer = processing_class or load_tokenizer(policy)
     token_lists, _ = fit_prompts(
         tokenize_prompts(records["prompt"][:], tokenizer),
@@ -78,17 +88,13 @@ def sample_candidates(
         labeler = SimulatedLabeler(seed=seed).label
     set_seed(seed)
     counts = {"prompts": len(records), "responses": 0, "duplicates": 0, "prompts_left_out": 0}
-    path = Path(output_file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    step = max(1, batch_size * 4 // num_candidates)
-    with temporary.open("w", encoding="utf-8") as file:
-        for start in tqdm(range(0, len(records), step), desc="candidates", unit="batch"):
-            rows = range(start, min(start + step, len(records)))
-            repeated = [token_lists[row] for row in rows for _ in range(num_candidates)]
+    rows_at_once = max(1, batch_size * 4 // num_candidates)
+    with written_at_once(Path(output_file)) as file:
+        for start in tqdm(range(0, len(records), rows_at_once), desc="candidates", unit="batch"):
+            rows = range(start, min(start + rows_at_once, len(records)))
             sampled = generate(
                 model,
-                repeated,
+                [token_lists[row] for row in rows for _ in range(num_candidates)],
                 max_new_tokens=response_length,
                 eos_token_ids=eos_token_ids(model, tokenizer),
                 temperature=temperature,
@@ -100,7 +106,6 @@ def sample_candidates(
                 ranking = _ranking(records[row], drawn, gold, labeler, counts)
                 if ranking is not None:
                     file.write(json.dumps(ranking, ensure_ascii=False) + "\n")
-    temporary.replace(path)
     return counts
 
 

@@ -4,12 +4,12 @@
 clone, for `accelerate launch`.
 """
 
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import yaml
 from trl import ModelConfig, TrlParser
 
 from trl_instruct.candidates import sample_candidates
@@ -20,12 +20,14 @@ from trl_instruct.configs import (
     PretrainConfig,
     RewardConfig,
     SFTConfig,
-    check_known,
+    check_names,
+    check_types,
+    option_errors,
 )
 from trl_instruct.errors import InputError
 from trl_instruct.pretraining import pretrain
-from trl_instruct.quiet import silence_harmless_warnings
 from trl_instruct.recipes import load_reward, ppo, rm, sft
+from trl_instruct.sources import kind_of
 from trl_instruct.stage import stage
 from trl_instruct.summary import compare
 
@@ -38,35 +40,58 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"usage: trl-instruct {{{','.join(COMMANDS)}}} [--config FILE] [--option value ...]")
         print("       trl-instruct <stage> --help lists the options of a stage.")
         sys.exit(0 if name in ("-h", "--help") else 2)
-    silence_harmless_warnings()
     try:
         COMMANDS[name](arguments)
     except InputError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+class _Parser(TrlParser):
+    """TrlParser whose mistakes are InputErrors, without a usage text of 150 options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; --help lists the options.")
 
 
 def parse(config_class: type[Config], arguments: list[str]) -> tuple[Config, ModelConfig]:
     """A stage's options from `--config FILE` and flags, which win; an unknown one is an error."""
+    arguments = [part for a in arguments for part in _split_config(a)]
     if "--config" in arguments:
-        index = arguments.index("--config") + 1
-        if index >= len(arguments) or not Path(arguments[index]).is_file():
-            given = arguments[index] if index < len(arguments) else "nothing"
-            raise InputError(f"--config needs a YAML file; given was {given!r}.")
+        _check_file(arguments[arguments.index("--config") + 1 :], config_class)
     # Abbreviations would turn a misspelt option into another one.
-    parser = TrlParser((config_class, ModelConfig), allow_abbrev=False)
-    config, model_config, *unknown = parser.parse_args_and_config(
-        arguments, return_remaining_strings=True, separate_remaining_strings=True
-    )
-    known = {
-        field.name for kind in (config_class, ModelConfig) for field in dataclasses.fields(kind)
-    }
-    for strings in unknown:
-        names = [s.lstrip("-").split("=")[0] for s in strings if s.startswith("--")]
-        check_known([name.replace("-", "_") for name in names], known, config_class.__name__)
-        if strings:
-            raise InputError(f"Arguments that belong to no option: {' '.join(strings)}.")
+    parser = _Parser((config_class, ModelConfig), allow_abbrev=False)
+    with option_errors():
+        config, model_config, unknown = parser.parse_args_and_config(
+            arguments, return_remaining_strings=True
+        )
+    names = [s.lstrip("-").split("=")[0].replace("-", "_") for s in unknown if s.startswith("--")]
+    check_names(names, config_class)
+    if unknown:
+        raise InputError(f"Arguments that belong to no option: {' '.join(unknown)}.")
     return config, model_config
+
+
+def _split_config(argument: str) -> list[str]:
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
+def _check_file(following: list[str], config_class: type[Config]) -> None:
+    """Check the options of the YAML file that follows --config."""
+    path = Path(following[0]) if following else None
+    if path is None or not path.is_file():
+        raise InputError(f"--config needs a YAML file; given was {str(path or 'nothing')!r}.")
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(options, dict):
+        raise InputError(f"{path} holds {kind_of(options)}; lines of `option: value` are needed.")
+    options.pop("env", None)  # environment variables, which TrlParser sets
+    check_names(options, config_class, f"{path}: ")
+    # Text is left to the parser, which reads it as a flag's: 1e-5 is text in YAML.
+    typed = {name: value for name, value in options.items() if not isinstance(value, str)}
+    check_types(typed, config_class, f"{path}: ")
 
 
 def pretrain_command(arguments: list[str]) -> None:
@@ -86,8 +111,11 @@ def sft_command(arguments: list[str]) -> None:
 def candidates_command(arguments: list[str]) -> None:
     """Between stages 1 and 2: train.jsonl, and test.jsonl where there is an eval dataset."""
     config, model_config = parse(CandidatesConfig, arguments)
-    sources = {"train": config.dataset_name, "test": config.eval_dataset_name}
+    sources = {"train": config.dataset_name}
+    if config.eval_dataset_name:
+        sources["test"] = config.eval_dataset_name
     with stage("candidates", config, model_config) as run:
+        run.begin()
         metrics = {
             name: sample_candidates(
                 model_config.model_name_or_path,
@@ -101,7 +129,6 @@ def candidates_command(arguments: list[str]) -> None:
                 batch_size=config.per_device_eval_batch_size,
             )
             for name, source in sources.items()
-            if source
         }
         for name, counts in metrics.items():
             told = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items())
@@ -115,7 +142,7 @@ def rm_command(arguments: list[str]) -> None:
     model = model_config.model_name_or_path
     result = rm(model, config.dataset_name, config=config, model_config=model_config)
     accuracy = result.metrics.get("accuracy")
-    measured = f" (pair accuracy {accuracy:.3f} on held-out prompts)" if accuracy else ""
+    measured = "" if accuracy is None else f" (pair accuracy {accuracy:.3f} on held-out prompts)"
     print(f"reward model: {result}{measured}")
 
 

@@ -1,11 +1,29 @@
 """One dataclass a stage, extending TRL's. InstructGPT's published values are the defaults where
 they make sense at any scale; the source stands in each field's help (Ouyang et al. 2022)."""
 
+import contextlib
+import copy
 import dataclasses
 import difflib
+import json
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from enum import Enum
+from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import torch
 import trl
@@ -14,6 +32,7 @@ from transformers import SchedulerType, TrainingArguments
 from trl import ModelConfig
 
 from trl_instruct.errors import InputError
+from trl_instruct.sources import kind_of
 
 
 def _option(default: Any, help: str) -> Any:
@@ -42,6 +61,9 @@ class StageConfig(_Mixin):
     )
 
     def __post_init__(self) -> None:
+        switches: dict[Any, bool] = {"true": True, "false": False}  # a flag gives text
+        resume: str | bool | None = self.resume_from_checkpoint
+        self.resume_from_checkpoint: str | bool | None = switches.get(str(resume).lower(), resume)
         if self.bf16 is None:
             cpu = self.use_cpu or not torch.accelerator.is_available()
             self.bf16 = not self.fp16 and not cpu
@@ -179,6 +201,17 @@ class CandidatesConfig(StageConfig, TrainingArguments):
 
 Config = TypeVar("Config", bound=StageConfig)
 
+# Secrets; what holds for one machine or call only; newer transformers' second names of options.
+NOT_SAVED = {
+    "hub_token",
+    "push_to_hub_token",
+    "accelerator_config",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+}
+
 
 def resolve(
     config_class: type[Config],
@@ -190,53 +223,118 @@ def resolve(
 
     Args:
         config_class: the stage's dataclass.
-        config, model_config: ready objects, or None.
+        config, model_config: ready objects (copied, since a stage completes them), or None.
         options: field names of either dataclass with their values; not together with `config`.
 
     Raises:
-        InputError: an option that neither dataclass has, or options beside a ready config.
+        InputError: an option that neither dataclass has, or of another type; a value the library
+            refuses; options beside a ready config.
     """
     if config is not None:
         if options:
             raise InputError(
                 f"config= and the options {sorted(options)} were both given; set them in it."
             )
-        return config, model_config or ModelConfig()
-    stage_fields = {f.name for f in dataclasses.fields(config_class) if f.init}
-    model_fields = {f.name for f in dataclasses.fields(ModelConfig)} - stage_fields
-    check_known(options, stage_fields | model_fields, config_class.__name__)
-    model_options = {k: v for k, v in options.items() if k in model_fields}
-    config = config_class(**{k: v for k, v in options.items() if k in stage_fields})
-    return config, model_config or ModelConfig(**model_options)
+        return copy.copy(config), copy.copy(model_config) if model_config else ModelConfig()
+    options = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
+    check_names(options, config_class)
+    check_types(options, config_class)
+    stage_fields = field_types(config_class)
+    model_options = {k: v for k, v in options.items() if k not in stage_fields}
+    if model_config is not None and model_options:
+        raise InputError(
+            f"model_config= and the options {sorted(model_options)} were both given; set them in "
+            "it."
+        )
+    with option_errors():
+        config = config_class(**{k: v for k, v in options.items() if k in stage_fields})
+        return config, copy.copy(model_config) if model_config else ModelConfig(**model_options)
 
 
-def check_known(options: Any, known: set[str], where: str) -> None:
-    """InputError for the options that are not among the known names, with the nearest name."""
-    for name in options:
+def field_types(config_class: type) -> dict[str, Any]:
+    """The options that a dataclass takes, with their types."""
+    types = get_type_hints(config_class)
+    return {f.name: types[f.name] for f in dataclasses.fields(config_class) if f.init}
+
+
+def check_names(names: Iterable[str], config_class: type, where: str = "") -> None:
+    """InputError for a name that is no option of the stage, with the nearest that is.
+
+    `where` is the file they stand in, for the message.
+    """
+    known = {**field_types(ModelConfig), **field_types(config_class)}
+    for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"Unknown option {name!r} for {where}.{hint}")
+            raise InputError(f"{where}Unknown option {name!r} for {config_class.__name__}.{hint}")
+
+
+def check_types(options: dict[str, Any], config_class: type, where: str = "") -> None:
+    """InputError for a value that is not of its option's type. Arguments as `check_names`."""
+    known = {**field_types(ModelConfig), **field_types(config_class)}
+    known["resume_from_checkpoint"] = str | bool | None  # as Trainer.train takes it
+    for name, value in options.items():
+        if not _fits(value, known[name]):
+            kind = getattr(known[name], "__name__", str(known[name]).replace("typing.", ""))
+            raise InputError(f"{where}{name} is {kind_of(value)}; {kind} is needed.")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type, as far as option types go."""
+    origin = get_origin(kind)
+    if kind is Any or kind is None:
+        return kind is Any or value is None
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    if origin is Literal:
+        return value in get_args(kind)
+    if origin is list:
+        return isinstance(value, list | tuple | str)  # one item stands for a list of it
+    if kind in (int, float):
+        number = Integral if kind is int else Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    if isinstance(kind, type) and issubclass(kind, Enum) and isinstance(value, str):
+        return value in [member.value for member in kind]
+    return isinstance(value, origin or kind)
+
+
+@contextlib.contextmanager
+def option_errors() -> Iterator[None]:
+    """Turn what the libraries say about their own options into an `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{error.doc!r} is no JSON object, as an option needs: {error}."
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise InputError(" ".join(str(error).split())) from error
 
 
 def save_config(path: Path, config: StageConfig, model_config: ModelConfig) -> None:
-    """Write the resolved options as YAML that `--config` reads back.
+    """Write the resolved options as YAML that `--config` reads back to an equal config.
 
     Every option of the stage stands in it; of the hundred and more of transformers, and of
-    ModelConfig, those whose value differs from the library's default.
+    ModelConfig, those that differ from the library's default here or in TRL's own dataclass.
     """
-    library_defaults = {
-        f.name: f.default
-        for library in (TrainingArguments, ModelConfig)
-        for f in dataclasses.fields(library)
-    }
     values = {**dataclasses.asdict(model_config), **config.to_dict()}
+    # to_dict hides tokens; these two are no secrets.
+    values |= {k: getattr(config, k) for k in ("eos_token", "pad_token") if hasattr(config, k)}
+    library, own = (
+        {f.name: f.default for kind in kinds for f in dataclasses.fields(kind)}
+        for kinds in ((TrainingArguments, ModelConfig), (ModelConfig, type(config)))
+    )
     resolved = {
         name: value
         for name, value in values.items()
-        if value not in (None, [])
-        and not name.endswith("_token")
-        and (name not in library_defaults or value != library_defaults[name])
-        and name not in {"accelerator_config", "overwrite_output_dir", "resume_from_checkpoint"}
+        if name not in NOT_SAVED
+        and value != []
+        and (
+            value != own[name]
+            or (value is not None and own[name] != library.get(name, dataclasses.MISSING))
+        )
     }
     path.write_text(yaml.safe_dump(resolved, sort_keys=True, allow_unicode=True), encoding="utf-8")

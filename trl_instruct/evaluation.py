@@ -15,6 +15,7 @@ from trl_instruct.rollouts import (
     completion_logprobs,
     decode,
     eos_token_ids,
+    evaluating,
     generate,
     pad_prompts,
     tokenize_prompts,
@@ -34,8 +35,8 @@ class Interval(NamedTuple):
 def mean_interval(values: Sequence[float]) -> Interval:
     """Mean of independent measurements with the normal 95 % interval, mean +- 1.96 sd / sqrt(n).
 
-    >>> mean_interval([0.0, 1.0])
-    Interval(mean=0.5, low=-0.48, high=1.48)
+    >>> [round(number, 2) for number in mean_interval([0.0, 1.0])]
+    [0.5, -0.48, 1.48]
     """
     mean = statistics.fmean(values)
     if len(values) < 2:
@@ -56,17 +57,20 @@ def pair_accuracy(reward: RewardFunction, pairs: Dataset) -> Interval:
         pairs: columns `prompt`, `chosen`, `rejected`.
     """
     prompts = pairs["prompt"][:]
-    sides = [_score_once(reward, prompts, pairs[side][:]) for side in ("chosen", "rejected")]
+    scores = _score_once(reward, prompts * 2, pairs["chosen"][:] + pairs["rejected"][:])
     right = [
         0.5 if chosen == rejected else float(chosen > rejected)
-        for chosen, rejected in zip(*sides, strict=True)
+        for chosen, rejected in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)
     ]
     groups: dict[str, list[float]] = {}
     for prompt, value in zip(prompts, right, strict=True):
         groups.setdefault(repr(prompt), []).append(value)
     mean = statistics.fmean(right)
+    if len(groups) < 2:
+        return Interval(mean, math.nan, math.nan)
     deviations = [sum(values) - mean * len(values) for values in groups.values()]
-    half = Z_95 * math.sqrt(sum(d * d for d in deviations)) / len(right)
+    sample = len(groups) / (len(groups) - 1)
+    half = Z_95 * math.sqrt(sample * sum(d * d for d in deviations)) / len(right)
     return Interval(mean, mean - half, mean + half)
 
 
@@ -145,9 +149,9 @@ def _sequence_logprobs(
     model: PreTrainedModel, tokens: tuple[Tensor, ...], temperature: float, batch_size: int
 ) -> Tensor:
     parts = zip(*(field.split(batch_size) for field in tokens), strict=True)
-    return torch.cat(
-        [completion_logprobs(model, *part, temperature=temperature).sum(dim=1) for part in parts]
-    ).cpu()
+    with evaluating(model):
+        logprobs = [completion_logprobs(model, *part, temperature=temperature) for part in parts]
+    return torch.cat(logprobs).sum(dim=1).cpu()
 
 
 def summarize(samples: Samples) -> dict[str, Any]:

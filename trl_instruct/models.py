@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,6 +28,9 @@ from transformers import (
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_instruct.errors import InputError
+from trl_instruct.quiet import silence_model_file_bars
+
+silence_model_file_bars()
 
 ModelSource: TypeAlias = str | os.PathLike | PreTrainedModel
 
@@ -77,6 +81,16 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrained
     return tokenizer
 
 
+def install_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Give the tokenizer the chat template in a Jinja file, as TRL's chat_template_path does."""
+    file = Path(path)
+    if file.suffix not in (".jinja", ".j2"):
+        return  # a model whose template (and tokens) the trainer takes over
+    if not file.is_file():
+        raise InputError(f"chat_template_path {path!r}: there is no such file.")
+    tokenizer.chat_template = file.read_text(encoding="utf-8")
+
+
 def load_policy(
     source: ModelSource, model_config: ModelConfig, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
@@ -86,6 +100,11 @@ def load_policy(
         InputError: nothing there, a checkpoint that is no language model, or an unfinished stage.
     """
     if isinstance(source, PreTrainedModel | PeftModel):
+        if not source.can_generate():
+            raise InputError(
+                f"A {type(source).__name__} was given; a language model (AutoModelForCausalLM) is "
+                "needed."
+            )
         return source
     if is_adapter(source):
         return _merged_adapter(source, AutoModelForCausalLM, model_config, trust_remote_code)
@@ -110,13 +129,16 @@ def load_reward_model(
         InputError: nothing there, no scalar head (and none asked for), or an unfinished stage.
     """
     kind = AutoModelForSequenceClassification
-    if isinstance(source, PreTrainedModel | PeftModel):
-        model = source if hasattr(source, "score") else _classifier_from_policy(source)
+    if fresh_head and is_adapter(source) and _adapter_task(source) != "SEQ_CLS":
+        source = load_policy(source, model_config, trust_remote_code=trust_remote_code)
+    if isinstance(source, PeftModel):
+        source = copy.deepcopy(source).merge_and_unload()
+    if isinstance(source, PreTrainedModel):
+        bare = fresh_head and not hasattr(source, "score")
+        model = _classifier_from_policy(source) if bare else source
+        score_head(model)
     elif is_adapter(source):
-        if PeftConfig.from_pretrained(os.fspath(source)).task_type == "SEQ_CLS":
-            return _merged_adapter(source, kind, model_config, trust_remote_code, num_labels=1)
-        policy = load_policy(source, model_config, trust_remote_code=trust_remote_code)
-        model = _classifier_from_policy(policy)
+        model = _merged_adapter(source, kind, model_config, trust_remote_code, num_labels=1)
     else:
         head = ("score.weight",) if fresh_head else ()
         model = _load(source, kind, model_config, trust_remote_code, may_lack=head, num_labels=1)
@@ -134,17 +156,23 @@ def _classifier_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
     return classifier
 
 
-def merged_base(source: ModelSource, folder: Path, model_config: ModelConfig) -> ModelSource:
+def base_for_adapter(
+    source: ModelSource, folder: Path, tokenizer: PreTrainedTokenizerBase, model_config: ModelConfig
+) -> ModelSource:
     """A model that a new adapter, if one is asked for, can be trained on.
 
-    A new adapter names its base by path. Where the source is itself an adapter, the two are merged
-    and saved as that base, so that plain peft can load the result.
+    A new adapter names its base by path. A source without a path of its own, that is an adapter
+    (merged) or a model in memory, is saved in `folder` as that base, so that plain peft can load
+    the result.
     """
-    if not model_config.use_peft or not is_adapter(source):
+    if not model_config.use_peft or not (is_adapter(source) or is_nameless(source)):
         return source
-    policy = load_policy(source, model_config)
-    policy.save_pretrained(folder)
-    load_tokenizer(source).save_pretrained(folder)
+    load = load_policy
+    if is_adapter(source) and _adapter_task(source) == "SEQ_CLS":
+        load = load_reward_model
+    model = load(source, ModelConfig(dtype=model_config.dtype))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -217,6 +245,9 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in vars(module).items():  # probabilities that forward hands to F.dropout
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -231,9 +262,18 @@ def model_name(source: ModelSource) -> str:
     return os.fspath(source)
 
 
+def is_nameless(source: ModelSource) -> bool:
+    """Whether the source is a model in memory that was not loaded from anywhere."""
+    return isinstance(source, PreTrainedModel | PeftModel) and not source.config._name_or_path
+
+
 def is_adapter(source: ModelSource) -> bool:
     """Whether the source is a folder that holds a PEFT adapter instead of full weights."""
     return not isinstance(source, nn.Module) and (Path(source) / "adapter_config.json").is_file()
+
+
+def _adapter_task(folder: str | os.PathLike) -> str | None:
+    return PeftConfig.from_pretrained(os.fspath(folder)).task_type
 
 
 def _load(
@@ -259,7 +299,7 @@ def _load(
                 output_loading_info=True,
                 **kwargs,
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError, RuntimeError) as error:
             raise InputError(
                 f"No model could be loaded from {path!r}: {_first_line(error)} Give a Hub id, a "
                 "folder saved with save_pretrained, or the result of an earlier stage."
@@ -270,6 +310,11 @@ def _load(
             f"{path!r} lacks weights that a {type(model).__name__} needs: {', '.join(missing[:3])}"
             f"{' ...' if len(missing) > 3 else ''}. Is it a model of another kind (a reward model "
             "where a policy is needed, or the reverse)?"
+        )
+    # With tied embeddings a language model lacks nothing in a reward model's weights.
+    if kind is AutoModelForCausalLM and "score.weight" in info["unexpected_keys"]:
+        raise InputError(
+            f"{path!r} holds a reward model; a language model is needed. Give the policy's folder."
         )
     return model
 
@@ -283,6 +328,12 @@ def _merged_adapter(
 ) -> PreTrainedModel:
     path = os.fspath(source)
     check_finished(Path(path))
+    needed = "SEQ_CLS" if kind is AutoModelForSequenceClassification else "CAUSAL_LM"
+    if _adapter_task(path) not in (needed, None):
+        raise InputError(
+            f"{path!r} holds an adapter for {_adapter_task(path)}; one for {needed} is needed (a "
+            "policy is CAUSAL_LM, a reward model SEQ_CLS)."
+        )
     base = PeftConfig.from_pretrained(path).base_model_name_or_path
     head = ("score.weight",) if kind is AutoModelForSequenceClassification else ()
     model = _load(base, kind, model_config, trust_remote_code, may_lack=head, **kwargs)
@@ -312,12 +363,10 @@ def quiet_loading() -> Iterator[None]:
     logging = transformers.utils.logging
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

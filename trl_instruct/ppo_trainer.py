@@ -5,7 +5,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -25,29 +27,31 @@ from transformers.trainer_utils import TrainOutput
 from trl_instruct.advantages import gae, kl_per_token, token_rewards
 from trl_instruct.configs import PPOConfig
 from trl_instruct.errors import InputError
-from trl_instruct.losses import (
-    entropy,
-    policy_clipped,
-    policy_loss,
-    token_logprobs,
-    value_clipped,
-    value_loss,
+from trl_instruct.losses import entropy, policy_loss, token_logprobs, value_clipped, value_loss
+from trl_instruct.masking import masked_whiten
+from trl_instruct.models import (
+    ValueModel,
+    check_tokenizer,
+    context_length,
+    disable_dropout,
+    reference_of,
 )
-from trl_instruct.masking import masked_mean, masked_whiten
-from trl_instruct.models import ValueModel, context_length, disable_dropout, reference_of
+from trl_instruct.ppo_metrics import check_finite, episode_metrics, mean_over_steps, policy_metrics
 from trl_instruct.rewards import RewardFunction, RewardModel, as_completions, call_reward
 from trl_instruct.rollouts import (
     PolicyAndValue,
     Rollout,
     completion_logprobs,
+    completion_values,
     decode,
     eos_token_ids,
+    evaluating,
     fit_prompts,
     generate,
     join,
     pad_prompts,
+    prompt_batches,
     tokenize_prompts,
-    widen,
 )
 
 
@@ -59,7 +63,7 @@ class PPOTrainer(Trainer):
 
     Args:
         args: `PPOConfig`.
-        processing_class: the policy's tokenizer.
+        processing_class: the policy's tokenizer; without a pad token, EOS serves.
         model: the policy; a LoRA-wrapped one trains its adapter.
         ref_model: frozen reference of the KL penalty; None: a copy of the policy as given, or, for
             a LoRA policy, its base.
@@ -71,8 +75,10 @@ class PPOTrainer(Trainer):
         callbacks: as in `transformers.Trainer`.
 
     Raises:
-        InputError: a prompt that does not fit into the context, messages without a chat template,
-            a reward that returns anything but one finite number per completion.
+        InputError: one model in two roles, a tokenizer without EOS, a prompt that is empty or does
+            not fit into the context, messages without a chat template, a reward that returns
+            anything but one finite number per completion.
+        FloatingPointError: a loss that is no finite number.
     """
 
     args: PPOConfig
@@ -92,6 +98,8 @@ class PPOTrainer(Trainer):
         value_model: PreTrainedModel,
         callbacks: list[TrainerCallback] | None = None,
     ):
+        _check_roles(model, ref_model, reward_model, value_model)
+        check_tokenizer(processing_class, model.config._name_or_path)
         self.ref_model = ref_model or reference_of(model)
         if isinstance(reward_model, nn.Module):
             reward_model = RewardModel(reward_model, processing_class)
@@ -132,30 +140,24 @@ class PPOTrainer(Trainer):
             raise InputError("PPOTrainer does not resume from a checkpoint; start the run afresh.")
         self.begin_training()
         for rows in self.prompt_batches():
-            if self.control.should_training_stop:
-                break
-            started = time.perf_counter()
+            self.begin_iteration()
             rollout = self.sample(rows)
             rollout = self.score(rollout, rows)
             rewards, kl = self.rewards(rollout)
             advantages, returns = self.advantages(rollout, rewards)
             stats = self.update(rollout, advantages, returns)
-            self.end_iteration(rollout, kl, stats, time.perf_counter() - started)
+            self.end_iteration(rollout, kl, stats)
+            if self.control.should_training_stop:
+                break
         return self.end_training()
 
     def prompt_batches(self) -> Iterator[list[int]]:
-        """Rows of the prompt dataset, one rollout batch of this process at a time.
-
-        Every pass is shuffled afresh, alike in all processes, each of which takes its own part.
-        What a pass leaves over opens the next one.
-        """
-        generator = torch.Generator().manual_seed(self.args.data_seed or self.args.seed)
-        queue: list[int] = []
-        for _ in range(self.num_iterations):
-            while len(queue) < self.batch_size:
-                queue += torch.randperm(len(self.prompts), generator=generator).tolist()
-            batch, queue = queue[: self.batch_size], queue[self.batch_size :]
-            yield batch[self.accelerator.process_index :: self.accelerator.num_processes]
+        """Rows of the prompt dataset, this process's part of one rollout batch at a time."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        first, stride = self.accelerator.process_index, self.accelerator.num_processes
+        sizes = (len(self.prompts), self.batch_size, self.num_iterations)
+        for batch in prompt_batches(*sizes, seed=seed):
+            yield batch[first::stride]
 
     @torch.no_grad()
     def sample(self, rows: Sequence[int]) -> Rollout:
@@ -170,29 +172,20 @@ class PPOTrainer(Trainer):
             batch_size=self.args.local_rollout_forward_batch_size,
         )
         prompt_ids, prompt_lengths = pad_prompts(prompts, completions.device)
+        tokens = (prompt_ids, prompt_lengths, completions, lengths, ended)
         blank = torch.zeros(completions.shape, device=completions.device)
-        rollout = Rollout(
-            prompt_ids,
-            prompt_lengths,
-            completions,
-            lengths,
-            ended,
-            blank,
-            blank,
-            blank,
-            blank[:, 0],
-        )
-        parts = [self.judge(rollout.select(part)) for part in self.forward_batches(rollout)]
-        order = torch.cat(list(self.forward_batches(rollout)))
-        logprobs, ref_logprobs, values = (
-            torch.cat(part)[order.argsort()] for part in zip(*parts, strict=True)
-        )
+        rollout = Rollout(*tokens, blank, blank, blank, blank[:, 0])
+        batches = self.forward_batches(rollout)
+        with evaluating(self.model):
+            parts = [self.judge(rollout.select(batch)) for batch in batches]
+        back = torch.cat(batches).argsort()
+        logprobs, ref_logprobs, values = (torch.cat(p)[back] for p in zip(*parts, strict=True))
         return rollout._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
 
-    def forward_batches(self, rollout: Rollout) -> Iterator[Tensor]:
+    def forward_batches(self, rollout: Rollout) -> tuple[Tensor, ...]:
         """Row indices of a rollout in batches of similar length, so that little is padding."""
         order = (rollout.prompt_lengths + rollout.completion_lengths).argsort()
-        yield from order.split(self.args.local_rollout_forward_batch_size)
+        return order.split(self.args.local_rollout_forward_batch_size)
 
     def judge(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities under policy and reference, and values: each `(b, C)`."""
@@ -200,11 +193,11 @@ class PPOTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         with self.accelerator.autocast():
             logprobs = completion_logprobs(model.policy, *tokens, temperature=self.args.temperature)
-            ref_logprobs = self.reference_logprobs(tokens)
-            sequences, width = join(*tokens)
-            values = model.value(*sequences)[:, -width - 1 : -1]
-        lengths = rollout.completion_lengths
-        return logprobs, ref_logprobs, widen(values, lengths, logprobs.shape[1])
+            return (
+                logprobs,
+                self.reference_logprobs(tokens),
+                completion_values(model.value, *tokens),
+            )
 
     def reference_logprobs(self, tokens: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
         """Log-probabilities under the reference model: a LoRA policy's is its own base."""
@@ -249,16 +242,12 @@ class PPOTrainer(Trainer):
     def update(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
         """The PPO epochs: a fresh shuffle each, one optimizer step a minibatch. Mean statistics."""
         self.model.train()
-        stats = defaultdict(list)
+        steps = []
         for _ in range(self.args.num_ppo_epochs):
             shuffled = torch.randperm(self.local_batch_size, device=advantages.device)
             for rows in shuffled.split(self.minibatch_size):
-                step = self.step(rollout.select(rows), advantages[rows], returns[rows])
-                for name, value in step.items():
-                    stats[name].append(value)
-        means = {name: sum(values) / len(values) for name, values in stats.items()}
-        ratios = torch.tensor(stats["val/ratio"])
-        return {**means, "val/ratio_var": ratios.var(unbiased=False).item()}
+                steps.append(self.step(rollout.select(rows), advantages[rows], returns[rows]))
+        return mean_over_steps(steps)
 
     def step(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
         """One optimizer step on one minibatch, accumulated over its micro-batches.
@@ -279,7 +268,7 @@ class PPOTrainer(Trainer):
                 self.accelerator.backward(loss * weight)
             for name, value in sums.items():
                 stats[name] += value.detach()
-        self.check_finite(stats)
+        check_finite(stats, self.state.global_step + 1)
         grad_norm = self.accelerator.clip_grad_norm_(
             self.model.parameters(), self.args.max_grad_norm or math.inf
         )
@@ -302,32 +291,18 @@ class PPOTrainer(Trainer):
         per_token = {
             "loss/policy": policy_loss(*policy, cliprange=clip),
             "loss/value": value_loss(*value, cliprange_value=value_clip),
+            "policy/entropy": entropy(logits.detach(), temperature=self.args.temperature),
+            "val/clipfrac": value_clipped(*value, cliprange_value=value_clip).float(),
+            **policy_metrics(*policy, cliprange=clip),
         }
-        with torch.no_grad():
-            per_token |= {
-                "policy/clipfrac": policy_clipped(*policy, cliprange=clip).float(),
-                "policy/approxkl": 0.5 * (logprobs - cut.logprobs) ** 2,
-                "policy/entropy": entropy(logits, temperature=self.args.temperature),
-                "val/clipfrac": value_clipped(*value, cliprange_value=value_clip).float(),
-                "val/ratio": torch.exp(logprobs - cut.logprobs),
-            }
         return {name: torch.where(mask, t, 0.0).sum() for name, t in per_token.items()}
-
-    def check_finite(self, sums: dict[str, Tensor]) -> None:
-        """Stop at a loss that is no number, before it reaches the weights."""
-        for name in ("loss/policy", "loss/value"):
-            if not torch.isfinite(sums[name]):
-                raise FloatingPointError(
-                    f"{name} is {sums[name].item()} in iteration {self.state.global_step + 1}. "
-                    "Lower learning_rate, set max_grad_norm, or use bf16 instead of fp16."
-                )
 
     def begin_training(self) -> None:
         """Optimizer, scheduler, processes, callbacks: what `Trainer.train` does before its loop."""
         args = self.args
         set_seed(args.seed + 100_003 * self.accelerator.process_index)  # ranks must differ
         if args.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(**args.gradient_checkpointing_kwargs or {})
+            self.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         self.create_optimizer()
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.create_scheduler(num_training_steps=self.num_iterations)
@@ -352,51 +327,40 @@ class PPOTrainer(Trainer):
         """Passes over the prompts that this many iterations make."""
         return iterations * self.batch_size / len(self.prompts)
 
-    def end_iteration(
-        self, rollout: Rollout, kl: Tensor, stats: dict[str, float], seconds: float
-    ) -> None:
+    def begin_iteration(self) -> None:
+        """Start the clock and tell the callbacks."""
+        self.started = time.perf_counter()
+        self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
+
+    def end_iteration(self, rollout: Rollout, kl: Tensor, stats: dict[str, float]) -> None:
         """Count, log and, when it is time, save."""
-        metrics = {
-            **self.episode_metrics(rollout, kl),
-            **stats,
-            "lr": self.lr_scheduler.get_last_lr()[0],
-            "eps": self.batch_size / seconds,
-            "episode": (self.state.global_step + 1) * self.batch_size,
-        }
-        self.lr_scheduler.step()
+        handler, before = self.callback_handler, self.epochs_after(self.state.global_step)
         self.state.global_step += 1
         self.state.epoch = self.epochs_after(self.state.global_step)
-        self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+        episodes = episode_metrics(rollout, kl, kl_coef=self.args.kl_coef)
+        means = {name: self.accelerator.reduce(x, "mean") for name, x in episodes.items()}
+        self.metrics = {
+            **{name: float(mean) for name, mean in means.items()},
+            **stats,
+            "lr": self.lr_scheduler.get_last_lr()[0],
+            "eps": self.batch_size / (time.perf_counter() - self.started),
+            "episode": self.state.global_step * self.batch_size,
+        }
+        self.lr_scheduler.step()
+        self.control = handler.on_step_end(self.args, self.state, self.control)
+        if int(self.state.epoch) > int(before):
+            self.control = handler.on_epoch_end(self.args, self.state, self.control)
         if self.control.should_log:
-            self.log(metrics)
+            self.log(dict(self.metrics))
         if self.control.should_save:
             self._save_checkpoint(self.model_wrapped, trial=None)
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-
-    def episode_metrics(self, rollout: Rollout, kl: Tensor) -> dict[str, float]:
-        """Means over the episodes of all processes; sums within an episode run over real tokens."""
-        mask = rollout.mask
-        kl = torch.where(mask, kl, 0.0).sum(dim=1)
-        penalty = -self.args.kl_coef * kl
-        per_episode = {
-            "objective/kl": kl,
-            "objective/entropy": -rollout.logprobs.sum(dim=1),
-            "objective/non_score_reward": penalty,
-            "objective/scores": rollout.scores,
-            "objective/rlhf_reward": rollout.scores + penalty,
-            "objective/length": rollout.completion_lengths.float(),
-            "objective/ended": rollout.ended.float(),
-            "val/mean": masked_mean(rollout.values, mask),
-        }
-        means = {name: self.accelerator.reduce(t.mean(), "mean") for name, t in per_episode.items()}
-        return {name: float(mean) for name, mean in means.items()}
+            self.control = handler.on_save(self.args, self.state, self.control)
 
     def end_training(self) -> TrainOutput:
-        """Tell the callbacks; the last logged metrics are the result."""
+        """Tell the callbacks; the last iteration's metrics are the result."""
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-        history = self.state.log_history
-        metrics = history[-1] if history else {}
-        return TrainOutput(self.state.global_step, metrics.get("loss/policy", math.nan), metrics)
+        metrics = {**self.metrics, "epoch": self.state.epoch}
+        return TrainOutput(self.state.global_step, metrics["loss/policy"], metrics)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save policy and tokenizer, which is all that is deployed; checkpoints add the value."""
@@ -412,6 +376,22 @@ class PPOTrainer(Trainer):
     def _place_frozen_models(self) -> None:
         if self.ref_model is not None:
             disable_dropout(self.ref_model)
-            self.ref_model.to(self.accelerator.device)
+            self.ref_model.eval().requires_grad_(False).to(self.accelerator.device)
         if isinstance(self.reward, RewardModel):
             self.reward.model.to(self.accelerator.device)
+
+
+def _check_roles(
+    model: nn.Module, ref_model: nn.Module | None, reward_model: Any, value_model: nn.Module
+) -> None:
+    """InputError where one object would be trained in one role and frozen in another."""
+    if isinstance(reward_model, RewardModel):
+        reward_model = reward_model.model
+    roles = {"model": model, "ref_model": ref_model, "value_model": value_model}
+    roles["reward_model"] = reward_model
+    for (name, one), (other, two) in combinations(roles.items(), 2):
+        if one is not None and one is two:
+            raise InputError(
+                f"{name} and {other} are the same object, and training one would change the other. "
+                f"Load it twice, or pass copy.deepcopy({other}) as {other}."
+            )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Trainer,
-    set_seed,
 )
 from trl import ModelConfig
 
@@ -24,7 +24,6 @@ from trl_instruct.configs import PretrainConfig, resolve
 from trl_instruct.data import load_texts
 from trl_instruct.errors import InputError
 from trl_instruct.models import METRICS_FILE
-from trl_instruct.quiet import silence_harmless_warnings
 from trl_instruct.stage import StageResult, stage
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -48,13 +47,15 @@ def pretrain(
     Raises:
         InputError: bad records, an unknown architecture or option, an output_dir that is taken.
     """
-    silence_harmless_warnings()
-    if output_dir is not None:
-        options["output_dir"] = os.fspath(output_dir)
+    if output_dir is not None and config is None:
+        options["output_dir"] = output_dir
     config, _ = resolve(PretrainConfig, config, None, options)
-    config.dataset_name = config.dataset_name or name_of(dataset)
+    if output_dir is not None:
+        config.output_dir = os.fspath(output_dir)
+    if dataset is None:
+        raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
+    config.dataset_name = name_of(dataset) or config.dataset_name
     texts = load_texts(dataset, config.dataset_train_split)
-    set_seed(config.seed)
     with stage("pretrain", config, ModelConfig()) as run:
         tokenizer = train_tokenizer(texts["text"][:], config.vocab_size, config.max_length)
         model = model_from_scratch(config, tokenizer)
@@ -65,8 +66,7 @@ def pretrain(
             processing_class=tokenizer,
             data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         )
-        run.show_progress(trainer, {"loss": "loss"})
-        output = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        output = run.train(trainer, {"loss": "loss"})
         parameters = sum(p.numel() for p in model.parameters())
         return run.finish(trainer, {"train_loss": output.training_loss, "parameters": parameters})
 
@@ -120,9 +120,35 @@ def tokenize_texts(
             )
         return {"input_ids": rows}
 
-    return texts.map(
+    rows = texts.map(
         tokenize, batched=True, remove_columns=texts.column_names, desc="tokenizing texts"
     )
+    if config.packing:
+        return rows
+    lengths = [len(row) for row in rows["input_ids"]]
+    config.train_sampling_strategy = "sequential"  # the order is drawn here
+    return rows.select(length_batches(lengths, config.train_batch_size, seed=config.seed))
+
+
+def length_batches(lengths: list[int], batch_size: int, *, seed: int, pool: int = 50) -> list[int]:
+    """An order of rows in which each batch holds similar lengths and batches come at random.
+
+    transformers' own group_by_length sorts the batches of a pool too, so that long and short texts
+    come in waves; a small model then learns markedly less.
+
+    >>> sorted(length_batches([3, 1, 2], 2, seed=0))
+    [0, 1, 2]
+    """
+    rng = random.Random(seed)
+    rows = list(range(len(lengths)))
+    rng.shuffle(rows)
+    order: list[int] = []
+    for start in range(0, len(rows), batch_size * pool):
+        drawn = sorted(rows[start : start + batch_size * pool], key=lambda row: lengths[row])
+        cuts = list(range(0, len(drawn), batch_size))
+        rng.shuffle(cuts)
+        order += [row for cut in cuts for row in drawn[cut : cut + batch_size]]
+    return order
 
 
 def _blocks(rows: list[list[int]], size: int) -> list[list[int]]:

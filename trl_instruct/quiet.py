@@ -1,42 +1,66 @@
-"""Warnings of the libraries that are known to be harmless here. Anything else still shows."""
+"""Output of the libraries that is known to be harmless here is hidden; anything else still shows.
+
+Installed when the package is imported: one of the messages comes with the import of bitsandbytes.
+"""
 
 import logging
 import os
 import re
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 # Tokenizers warn about forks of data workers, and fall back to one thread by themselves.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-HARMLESS = (
+HARMLESS_WARNINGS = (
     # TRL's own option names, deprecated by newer transformers, renamed alike in every TRL release.
     r".*gradient_checkpointing.* is deprecated",
-    # bitsandbytes, on import: an optional kernel package for CPU.
-    r"Failed to load CPU gemm_4bit_forward",
     # CPU machines: pinned memory is an option for accelerators.
     r".*pin_memory.* argument is set as true but no accelerator is found",
-    # Trainer aligning pad / EOS ids of a model's config with the tokenizer's: what we want.
-    r".*The tokenizer has new PAD/BOS/EOS tokens that differ from the model config",
-    # TRL's packing "wrapped" attends across documents on purpose, as GPT does.
-    r".*[Pp]adding-free.*|.*packing.*flash_attention.*",
-    r".*torchvision \(not installed\)",
-    r".*You are sending unauthenticated requests to the HF Hub",
 )
-_PATTERN = re.compile("|".join(f"(?:{text})" for text in HARMLESS), re.DOTALL)
+# By the logger that gives them: a filter sees only what is logged on its own logger.
+HARMLESS_LOGS = {
+    # On import: an optional kernel package for CPU.
+    "bitsandbytes.backends.cpu.ops": r"Failed to load CPU gemm_4bit_forward",
+    # Every stage counts, or refuses, what is too long for its model.
+    "transformers.tokenization_utils_base": r"Token indices sequence length is longer than",
+    # Trainer aligning pad / EOS ids of a model's config with the tokenizer's: what we want.
+    "transformers.trainer_utils": r"The tokenizer has new PAD/BOS/EOS tokens",
+}
+# Bars over the files of a model; loading and saving a small one would flood the screen with them.
+MODEL_FILE_BARS = ("Writing model shards", "Loading weights")
 
 
-class _Harmless(logging.Filter):
+class _Without(logging.Filter):
+    """Drops the messages that begin with the pattern."""
+
+    def __init__(self, pattern: str):
+        super().__init__()
+        self.pattern = re.compile(pattern, re.DOTALL)
+
     def filter(self, record: logging.LogRecord) -> bool:
-        return not _PATTERN.match(record.getMessage())
+        return not self.pattern.match(record.getMessage())
+
+
+_FILTERS = {name: _Without(pattern) for name, pattern in HARMLESS_LOGS.items()}
 
 
 def silence_harmless_warnings() -> None:
     """Hide the known ones, from the warnings module and from the libraries' loggers."""
-    for text in HARMLESS:
+    for text in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=text)
-    for name in ("transformers", "trl", "bitsandbytes", "accelerate", "peft", "datasets"):
-        logger = logging.getLogger(name)
-        for handler in [*logger.handlers, *logging.getLogger().handlers]:
-            handler.addFilter(_Harmless())
-        if not logger.handlers:
-            logger.addFilter(_Harmless())
+    for name, harmless in _FILTERS.items():
+        logging.getLogger(name).addFilter(harmless)
+
+
+def silence_model_file_bars() -> None:
+    """Hide the progress bars of model files (those of downloads and of training stay)."""
+    from transformers.utils import logging as transformers_logging
+
+    if hasattr(transformers_logging, "set_tqdm_hook"):  # transformers of early 2026 on
+        transformers_logging.set_tqdm_hook(_without_model_files)
+
+
+def _without_model_files(bar: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    return bar(*args, **{**kwargs, "disable": kwargs.get("desc") in MODEL_FILE_BARS})

@@ -6,41 +6,43 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    set_seed,
-)
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import ModelConfig, RewardTrainer, SFTTrainer
 
-from trl_instruct.configs import Config, PPOConfig, RewardConfig, SFTConfig, resolve
+from trl_instruct.configs import (
+    Config,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+    StageConfig,
+    resolve,
+)
 from trl_instruct.data import load_demonstrations, load_prompts
 from trl_instruct.errors import InputError
 from trl_instruct.evaluation import pair_accuracy
 from trl_instruct.models import (
     ModelSource,
+    base_for_adapter,
     check_finished,
     check_tokenizer,
     context_length,
+    install_chat_template,
+    is_nameless,
     load_policy,
     load_reward_model,
     load_tokenizer,
-    merged_base,
     model_name,
     peft_config_of,
     score_head,
     with_lora,
 )
-from trl_instruct.pairs import load_pairs, rankings_to_pairs, split_by_prompt
 from trl_instruct.ppo_trainer import PPOTrainer
+from trl_instruct.preferences import load_preferences
 from trl_instruct.pretraining import name_of, tiny_base
-from trl_instruct.quiet import silence_harmless_warnings
-from trl_instruct.rankings import load_rankings
 from trl_instruct.rewards import RewardFunction, RewardModel
-from trl_instruct.sources import load_records
-from trl_instruct.stage import StageResult, stage
-from trl_instruct.tiny import accuracy_ceiling, gold_score
+from trl_instruct.stage import Stage, StageResult, stage
+from trl_instruct.tiny import gold_score
 
 TINY = "tiny"
 
@@ -81,15 +83,14 @@ def sft(
     """
     config, model_config = _options(SFTConfig, config, model_config, output_dir, dataset, options)
     demonstrations = load_demonstrations(dataset, config.dataset_train_split)
-    held_out = eval_dataset if eval_dataset is not None else config.eval_dataset_name
+    held_out = _held_out(eval_dataset, config)
     if held_out is not None:
         held_out = load_demonstrations(held_out)
-    if isinstance(model, str) and model == TINY and config.output_dir:
+    if isinstance(model, str) and model == TINY:
+        Stage("sft", config, model_config).check_folder()
         model = tiny_base(Path(config.output_dir).parent / "base", seed=config.seed)
-    tokenizer = _tokenizer(model, processing_class, config, model_config)
-    set_seed(config.seed)
-    with stage("sft", config, _named(model_config, model)) as run:
-        base = merged_base(model, run.folder / "base", model_config)
+    with stage("sft", config, model_config) as run:
+        base, tokenizer = _start(run, model, processing_class)
         policy = load_policy(base, model_config, trust_remote_code=config.trust_remote_code)
         config.max_length = _within_context(config.max_length, policy)
         truncated = _check_demonstrations(demonstrations, tokenizer, config)
@@ -102,8 +103,7 @@ def sft(
             peft_config=peft_config_of(model_config),
             callbacks=callbacks,
         )
-        run.show_progress(trainer, {"loss": "loss"})
-        output = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        output = run.train(trainer, {"loss": "loss"})
         metrics = {"train_loss": output.training_loss, "truncated": truncated}
         if held_out is not None:
             metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
@@ -145,11 +145,10 @@ def rm(
     config, model_config = _options(
         RewardConfig, config, model_config, output_dir, dataset, options
     )
-    train, held_out, ceiling = _preferences(dataset, eval_dataset, config)
-    tokenizer = _tokenizer(model, processing_class, config, model_config)
-    set_seed(config.seed)
-    with stage("rm", config, _named(model_config, model)) as run:
-        base = merged_base(model, run.folder / "base", model_config)
+    train, held_out, ceiling = load_preferences(dataset, _held_out(eval_dataset, config), config)
+    with stage("rm", config, model_config) as run:
+        base, tokenizer = _start(run, model, processing_class)
+        _check_chat_template(train, tokenizer, config)
         classifier = load_reward_model(
             base, model_config, fresh_head=True, trust_remote_code=config.trust_remote_code
         )
@@ -162,26 +161,11 @@ def rm(
             peft_config=peft_config_of(model_config, "SEQ_CLS"),
             callbacks=callbacks,
         )
-        overlong = len(train) - len(trainer.train_dataset)
-        if overlong == len(train):
-            raise InputError(
-                f"All {len(train)} pairs are longer than max_length {config.max_length} tokens; "
-                "raise it."
-            )
-        if overlong:
-            run.say(f"{overlong} of {len(train)} pairs exceed max_length and are left out")
-        run.show_progress(trainer, {"loss": "loss", "accuracy": "accuracy"})
-        output = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        overlong = _overlong(trainer, len(train), run)
+        output = run.train(trainer, {"loss": "loss", "accuracy": "accuracy"})
         metrics = {"train_loss": output.training_loss, "pairs": len(train), "overlong": overlong}
         if held_out is not None:
-            accuracy = pair_accuracy(RewardModel(trainer.model, tokenizer), held_out)
-            metrics |= {
-                "accuracy": accuracy.mean,
-                "accuracy_low": accuracy.low,
-                "accuracy_high": accuracy.high,
-                "eval_pairs": len(held_out),
-                **({"ceiling": ceiling} if ceiling is not None else {}),
-            }
+            metrics |= _accuracy(RewardModel(trainer.model, tokenizer), held_out, ceiling)
         return run.finish(trainer, metrics)
 
 
@@ -218,20 +202,21 @@ def ppo(
             completion.
     """
     config, model_config = _options(PPOConfig, config, model_config, output_dir, dataset, options)
+    config.reward_model_path = name_of(reward) or config.reward_model_path
+    if config.resume_from_checkpoint:
+        raise InputError("ppo does not resume from a checkpoint; start the run afresh.")
     prompts = load_prompts(dataset, config.dataset_train_split)
-    tokenizer = _tokenizer(model, processing_class, config, model_config)
-    set_seed(config.seed)
-    with stage("ppo", config, _named(model_config, model)) as run:
-        base = merged_base(model, run.folder / "base", model_config)
+    with stage("ppo", config, model_config) as run:
+        base, tokenizer = _start(run, model, processing_class)
         policy = load_policy(base, model_config, trust_remote_code=config.trust_remote_code)
-        reward_function = load_reward(reward, batch_size=config.local_rollout_forward_batch_size)
-        value = _value_model(value_model, reward_function, policy, tokenizer)
+        judge = load_reward(reward, tokenizer, batch_size=config.local_rollout_forward_batch_size)
+        value = _value_model(value_model, judge, policy, tokenizer)
         trainer = PPOTrainer(
             args=config,
             processing_class=tokenizer,
             model=with_lora(policy, model_config),
             ref_model=None,
-            reward_model=reward_function,
+            reward_model=judge,
             train_dataset=prompts,
             value_model=value,
             callbacks=callbacks,
@@ -239,20 +224,36 @@ def ppo(
         if trainer.cut_prompts:
             run.say(f"{trainer.cut_prompts} of {len(prompts)} prompts were cut from the left")
         labels = {"score": "objective/scores", "kl": "objective/kl", "length": "objective/length"}
-        run.show_progress(trainer, labels)
-        output = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+        output = run.train(trainer, labels)
         return run.finish(trainer, {**output.metrics, "cut_prompts": trainer.cut_prompts})
 
 
-def load_reward(reward: ModelSource | RewardFunction, *, batch_size: int = 64) -> RewardFunction:
-    """A reward function from whatever `ppo` accepts as one."""
+def load_reward(
+    reward: ModelSource | RewardFunction,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    batch_size: int = 64,
+) -> RewardFunction:
+    """A reward function from whatever `ppo` accepts as one.
+
+    Args:
+        reward: a function, `"tiny"` (the gold scorer), or a scalar reward model.
+        tokenizer: for a model in memory that was not loaded from a folder with its own.
+        batch_size: completions per forward pass of a model.
+    """
     if isinstance(reward, str) and reward == TINY:
         return gold_score
-    if callable(reward) and not isinstance(reward, PreTrainedModel):
+    if reward is None:
+        raise InputError(
+            "No reward was given: set reward_model_path to a reward model's folder or Hub id, or "
+            "pass a function f(prompts, completions, **columns) -> list[float]."
+        )
+    if callable(reward) and not isinstance(reward, nn.Module):
         return reward
     model = load_reward_model(reward, ModelConfig())
-    score_head(model)
-    return RewardModel(model, load_tokenizer(reward), batch_size=batch_size)
+    if tokenizer is None or not is_nameless(reward):
+        tokenizer = load_tokenizer(reward)
+    return RewardModel(model, tokenizer, batch_size=batch_size)
 
 
 def _options(
@@ -263,39 +264,54 @@ def _options(
     dataset: Any,
     options: dict[str, Any],
 ) -> tuple[Config, ModelConfig]:
-    silence_harmless_warnings()
+    """The stage's options from either form, checked for what every stage needs."""
     if output_dir is not None and config is None:
-        options = {**options, "output_dir": os.fspath(output_dir)}
+        options = {**options, "output_dir": output_dir}
     config, model_config = resolve(config_class, config, model_config, options)
     if output_dir is not None:
         config.output_dir = os.fspath(output_dir)
+    if dataset is None:
+        raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
     config.dataset_name = name_of(dataset) or config.dataset_name
+    if (model_config.load_in_8bit or model_config.load_in_4bit) and not model_config.use_peft:
+        raise InputError(
+            "load_in_8bit and load_in_4bit freeze the weights, so there would be nothing to train. "
+            "Set use_peft as well to train a LoRA adapter."
+        )
     return config, model_config
 
 
-def _named(model_config: ModelConfig, model: ModelSource) -> ModelConfig:
-    """The model's name stands in config.yaml, however the model was given."""
-    model_config.model_name_or_path = model_name(model)
-    return model_config
+def _held_out(eval_dataset: Any, config: StageConfig) -> Any:
+    """The eval dataset, from the argument or the config, which then names it."""
+    if eval_dataset is None:
+        return config.eval_dataset_name
+    config.eval_dataset_name = name_of(eval_dataset)
+    return eval_dataset
 
 
-def _tokenizer(
-    model: ModelSource,
-    processing_class: PreTrainedTokenizerBase | None,
-    config: Any,
-    model_config: ModelConfig,
-) -> PreTrainedTokenizerBase:
-    if processing_class is not None:
-        return check_tokenizer(processing_class, model_name(model))
+def _start(
+    run: Stage, model: ModelSource | None, processing_class: PreTrainedTokenizerBase | None
+) -> tuple[ModelSource, PreTrainedTokenizerBase]:
+    """What to load the trained model from, and its tokenizer; the run's config names the model."""
     if model is None:
         raise InputError("No model was given: set model_name_or_path to a Hub id or a folder.")
+    model_config = run.model_config
+    model_config.model_name_or_path = model_name(model)
+    run.check_folder()
     if isinstance(model, str | os.PathLike):
         check_finished(Path(model))
-    return load_tokenizer(
-        model,
-        revision=model_config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-    )
+    if processing_class is not None:
+        tokenizer = check_tokenizer(copy.deepcopy(processing_class), model_name(model))
+    else:
+        tokenizer = load_tokenizer(
+            model,
+            revision=model_config.model_revision,
+            trust_remote_code=run.config.trust_remote_code,
+        )
+    template = getattr(run.config, "chat_template_path", None)
+    if template is not None:
+        install_chat_template(tokenizer, template)
+    return base_for_adapter(model, run.base_folder, tokenizer, model_config), tokenizer
 
 
 def _within_context(max_length: int | None, model: PreTrainedModel) -> int | None:
@@ -305,64 +321,64 @@ def _within_context(max_length: int | None, model: PreTrainedModel) -> int | Non
     return min(max_length, context)
 
 
+def _check_chat_template(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: SFTConfig | RewardConfig
+) -> None:
+    """InputError for messages that there is no chat template for."""
+    known = tokenizer.chat_template or config.chat_template_path
+    if not known and not isinstance(dataset[0]["prompt"], str):
+        raise InputError(
+            "The records are messages, but the tokenizer has no chat template. Set "
+            "chat_template_path to a Jinja file or to a model that has one."
+        )
+
+
 def _check_demonstrations(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: SFTConfig
 ) -> int:
     """Demonstrations that max_length will cut; InputError where nothing but prompt is left."""
-    if config.max_length is None:
-        return 0
+    _check_chat_template(dataset, tokenizer, config)
+    is_text = isinstance(dataset[0]["prompt"], str)
+    if config.max_length is None or not (is_text or tokenizer.chat_template):
+        return 0  # the trainer takes the template over later, so lengths are not known yet
     cut = 0
     for row, record in enumerate(dataset):
         prompt, completion = record["prompt"], record["completion"]
-        if isinstance(prompt, str):
-            whole, opening = tokenizer(prompt + completion), tokenizer(prompt)
+        if is_text:
+            opening = tokenizer(prompt)
+            whole = tokenizer(prompt + completion.removesuffix(tokenizer.eos_token))
         else:
-            if tokenizer.chat_template is None and config.chat_template_path is None:
-                raise InputError(
-                    "The demonstrations are messages, but the tokenizer has no chat template. "
-                    "Set chat_template_path to a Jinja file or to a model that has one."
-                )
-            if config.chat_template_path is not None:
-                return 0  # TRL installs the template later, so lengths are not known yet
-            whole = tokenizer.apply_chat_template(prompt + completion, return_dict=True)
             opening = tokenizer.apply_chat_template(prompt, return_dict=True)
+            whole = tokenizer.apply_chat_template(prompt + completion, return_dict=True)
         if len(opening["input_ids"]) >= config.max_length:
             raise InputError(
                 f"Demonstration {row + 1}: the prompt alone is {len(opening['input_ids'])} tokens "
                 f"and max_length is {config.max_length}, so no completion would be learnt from. "
                 "Raise max_length (the model's context is its limit), or shorten the prompt."
             )
-        cut += len(whole["input_ids"]) > config.max_length
+        cut += len(whole["input_ids"]) + is_text > config.max_length  # text gets an EOS
     return cut
 
 
-def _preferences(
-    dataset: Any, eval_dataset: Any, config: RewardConfig
-) -> tuple[Dataset, Dataset | None, float | None]:
-    """Training pairs, held-out pairs, and the noise ceiling of the latter where it is known."""
-    held_out = eval_dataset if eval_dataset is not None else config.eval_dataset_name
-    records = load_records(dataset, config.dataset_train_split)
-    if held_out is not None:
-        train, test = records, load_records(held_out)
-    elif config.eval_size:
-        train, test = split_by_prompt(records, config.eval_size, seed=config.seed)
-    else:
-        return _pairs(records), None, None
-    ceiling = None
-    if "gold_scores" in test.column_names:
-        ceiling = accuracy_ceiling(test["gold_scores"][:], test["scores"][:])
-    return _pairs(train), _pairs(test), ceiling
+def _overlong(trainer: RewardTrainer, pairs: int, run: Stage) -> int:
+    """Pairs that the trainer left out for their length; InputError where that is all of them."""
+    overlong = pairs - len(trainer.train_dataset)
+    if overlong == pairs:
+        raise InputError(
+            f"All {pairs} pairs are longer than max_length {run.config.max_length} tokens; raise "
+            "it (the model's context is its limit)."
+        )
+    if overlong:
+        run.say(f"{overlong} of {pairs} pairs exceed max_length and are left out")
+    return overlong
 
 
-def _pairs(records: Dataset) -> Dataset:
-    if "responses" in records.column_names:
-        return rankings_to_pairs(load_rankings(records))
-    if "chosen" in records.column_names:
-        return load_pairs(records)
-    raise InputError(
-        f"The reward model needs rankings (prompt, responses, and ranks or scores) or pairs "
-        f"(prompt, chosen, rejected); the columns are {', '.join(records.column_names)}."
-    )
+def _accuracy(reward: RewardModel, pairs: Dataset, ceiling: float | None) -> dict[str, Any]:
+    """Pair accuracy as metrics."""
+    accuracy = pair_accuracy(reward, pairs)
+    metrics = {f"accuracy_{bound}": getattr(accuracy, bound) for bound in ("low", "high")}
+    noise = {} if ceiling is None else {"ceiling": ceiling}
+    return {"accuracy": accuracy.mean, **metrics, "eval_pairs": len(pairs), **noise}
 
 
 def _value_model(
@@ -376,6 +392,6 @@ def _value_model(
         return load_reward_model(source, ModelConfig())
     if isinstance(reward, RewardModel) and reward.tokenizer.get_vocab() == tokenizer.get_vocab():
         return copy.deepcopy(reward.model).requires_grad_(True)
-    value = load_reward_model(policy, ModelConfig())
+    value = load_reward_model(policy, ModelConfig(), fresh_head=True)
     score_head(value).weight.data.zero_()
     return value

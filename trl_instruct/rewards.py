@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_instruct.errors import InputError
 from trl_instruct.masking import right_padded_mask
-from trl_instruct.models import accepted, context_length
+from trl_instruct.models import accepted, check_tokenizer, context_length
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -32,7 +32,7 @@ class RewardModel:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 64
     ):
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
+        self.tokenizer = check_tokenizer(tokenizer, model.config._name_or_path)
         self.batch_size = batch_size
         self.truncated = 0
         # The classifier finds the last token of a row by this id.
@@ -131,7 +131,7 @@ def reward_name(reward: RewardFunction) -> str:
 def _finite(score: Any, name: str, row: int) -> float:
     try:
         value = float(score)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         value = math.nan
     if not math.isfinite(value):
         raise InputError(

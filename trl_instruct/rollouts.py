@@ -47,6 +47,27 @@ class Rollout(NamedTuple):
         return Rollout(*(field[rows] for field in self))
 
 
+def prompt_batches(
+    num_prompts: int, batch_size: int, num_batches: int, *, seed: int
+) -> Iterator[list[int]]:
+    """Rows of the prompts, a batch at a time; every pass over them is shuffled afresh.
+
+    What a pass leaves over opens the next one, so no prompt is used more than once more often than
+    another.
+
+    >>> batches = list(prompt_batches(3, 2, 3, seed=0))
+    >>> sorted(sum(batches, []))
+    [0, 0, 1, 1, 2, 2]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    queue: list[int] = []
+    for _ in range(num_batches):
+        while len(queue) < batch_size:
+            queue += torch.randperm(num_prompts, generator=generator).tolist()
+        batch, queue = queue[:batch_size], queue[batch_size:]
+        yield batch
+
+
 class Sequences(NamedTuple):
     """Prompt and completion side by side, as a model reads them: all `(B, P + C)`."""
 
@@ -69,13 +90,17 @@ class PolicyAndValue(nn.Module):
 
     def forward(self, sequences: Sequences, width: int) -> tuple[Tensor, Tensor]:
         """Completion logits `(B, C, V)` and values `(B, C)`; `width` is C."""
-        values = self.value(*sequences)
-        return completion_logits(self.policy, sequences, width), values[:, -width - 1 : -1]
+        logits = completion_logits(self.policy, sequences, width)
+        return logits, state_values(self.value, sequences, width)
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Recompute activations of both models in the backward pass."""
-        self.policy.gradient_checkpointing_enable(**kwargs)
-        self.value.model.gradient_checkpointing_enable(**kwargs)
+    def gradient_checkpointing_enable(self, checkpoint_kwargs: dict[str, Any] | None) -> None:
+        """Recompute activations of both models in the backward pass.
+
+        Args:
+            checkpoint_kwargs: for `torch.utils.checkpoint.checkpoint`.
+        """
+        for model in (self.policy, self.value.model):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpoint_kwargs)
 
 
 def completion_logits(model: PreTrainedModel, sequences: Sequences, width: int) -> Tensor:
@@ -94,6 +119,11 @@ def completion_logits(model: PreTrainedModel, sequences: Sequences, width: int) 
     )
     logits = model(**arguments).logits
     return logits[:, -width - 1 : -1]
+
+
+def state_values(value: ValueModel, sequences: Sequences, width: int) -> Tensor:
+    """Values of the states in which the last `width` tokens were chosen, `(B, width)`."""
+    return value(*sequences)[:, -width - 1 : -1]
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -130,12 +160,26 @@ def join(
 def _plain_sampling(model: PreTrainedModel) -> Iterator[None]:
     """Hide a model's own generation_config: `generate` would fill top_p, repetition_penalty and
     the like from it, and the log-probabilities would no longer be those of the sampler."""
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
+    holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    own = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        for holder, config in zip(holders, own, strict=True):
+            holder.generation_config = config
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and back into the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()
@@ -173,9 +217,7 @@ def generate(
     )
     completions = torch.full((len(prompts), max_new_tokens), eos_token_ids[0], device=device)
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    was_training = policy.training
-    policy.eval()
-    with _plain_sampling(policy):
+    with evaluating(policy), _plain_sampling(policy):
         for start in range(0, len(prompts), batch_size):
             rows = by_length[start : start + batch_size]
             ids, lengths = pad_prompts([prompts[row] for row in rows], device)
@@ -183,7 +225,6 @@ def generate(
             output = policy.generate(input_ids=ids, attention_mask=mask, generation_config=sampling)
             sampled = output[:, ids.shape[1] :]
             completions[rows, : sampled.shape[1]] = sampled
-    policy.train(was_training)
     return completions, *completion_lengths(completions, eos_token_ids)
 
 
@@ -205,6 +246,23 @@ def completion_logprobs(
     logits = completion_logits(model, sequences, width)
     logprobs = token_logprobs(logits, completion_ids[:, :width], temperature=temperature)
     return widen(logprobs, lengths, completion_ids.shape[1])
+
+
+@torch.no_grad()
+def completion_values(
+    value: ValueModel,
+    prompt_ids: Tensor,
+    prompt_lengths: Tensor,
+    completion_ids: Tensor,
+    lengths: Tensor,
+) -> Tensor:
+    """Value of the state in which each completion token was chosen, `(B, C)`, 0 behind the end.
+
+    Arguments as in `Rollout`.
+    """
+    sequences, width = join(prompt_ids, prompt_lengths, completion_ids, lengths)
+    values = state_values(value, sequences, width)
+    return widen(values, lengths, completion_ids.shape[1])
 
 
 def widen(values: Tensor, lengths: Tensor, width: int) -> Tensor:
@@ -251,8 +309,13 @@ def fit_prompts(
         context: tokens the model can attend to, or None.
 
     Raises:
-        InputError: a prompt that does not fit, and no (or too large a) max_prompt_length.
+        InputError: an empty prompt; one that does not fit, and no (or too large a)
+            max_prompt_length.
     """
+    if [] in token_lists:
+        raise InputError(
+            f"Prompt {token_lists.index([]) + 1} has no tokens; a prompt must not be empty."
+        )
     room = None if context is None else context - response_length
     if max_prompt_length is None:
         for row, tokens in enumerate(token_lists):

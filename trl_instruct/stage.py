@@ -10,28 +10,44 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from accelerate import PartialState
 from huggingface_hub import ModelCard, ModelCardData
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from trl import ModelConfig
 
 from trl_instruct.configs import StageConfig, save_config
 from trl_instruct.errors import InputError
 from trl_instruct.models import CONFIG_FILE, METRICS_FILE
 
-# What a stage writes, and so what --overwrite_output_dir may remove.
+# What a stage writes, and so what --overwrite_output_dir removes.
 WRITTEN = (
     "checkpoint-*",
     "*.safetensors",
     "*.safetensors.index.json",
     "adapter_config.json",
     "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.jinja",
+    "additional_chat_templates",
+    "README.md",
     "trainer_state.json",
+    "summary.json",
+    CONFIG_FILE,
     METRICS_FILE,
 )
+
+
+# Folder inside a LoRA stage's, for a base model that has none of its own.
+BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -50,19 +66,21 @@ class StageResult(os.PathLike):
 
 @contextlib.contextmanager
 def stage(name: str, config: StageConfig, model_config: ModelConfig) -> Iterator["Stage"]:
-    """The folder of a stage, from its claim to its end.
+    """The run of a stage in its folder, seeded.
 
-    A folder that holds the resolved config but no metrics is a stage that was cut short; the
-    metrics are written last. Where the stage fails before it has written anything else, the folder
-    goes as it came.
+    Nothing in the folder changes before `begin`, so that a mistake found while data and models are
+    loaded costs no earlier run. From then on a folder that holds the resolved config but no
+    metrics is a stage that was cut short; the metrics are written last. Where the stage fails
+    before it has written anything to go on from, the folder goes as it came.
 
     Raises:
-        InputError: no output_dir, one that holds another run, or one that holds something else.
+        InputError: no output_dir, one that holds another run or something else, or no checkpoint
+            there to resume from.
     """
-    run = Stage(name, config)
-    if run.is_main:
-        run.claim(model_config)
+    run = Stage(name, config, model_config)
+    run.check_folder()
     PartialState().wait_for_everyone()
+    set_seed(config.seed)
     try:
         yield run
     except BaseException:
@@ -74,53 +92,99 @@ def stage(name: str, config: StageConfig, model_config: ModelConfig) -> Iterator
 class Stage:
     """One run of a stage in its folder."""
 
-    def __init__(self, name: str, config: StageConfig):
-        if not config.output_dir:
+    def __init__(self, name: str, config: StageConfig, model_config: ModelConfig):
+        if config.output_dir in (None, "", "trainer_output"):  # TrainingArguments' own choice
             raise InputError(f"{name} needs output_dir, the folder to save its result in.")
         self.name = name
         self.config = config
+        self.model_config = model_config
         self.folder = Path(config.output_dir)
+        self.existed = self.folder.exists()
         self.is_main = PartialState().is_main_process
         self.started = time.perf_counter()
 
-    def claim(self, model_config: ModelConfig) -> None:
-        """Take an empty or new folder, or, when asked to, one with an earlier run."""
+    @property
+    def base_folder(self) -> Path:
+        """Where the base model of an adapter lies that has none elsewhere."""
+        return self.folder / BASE
+
+    def check_folder(self) -> None:
+        """InputError unless the folder is new, empty, or may be replaced or resumed."""
         config, folder = self.config, self.folder
-        content = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-        if content and not config.resume_from_checkpoint:
-            if CONFIG_FILE not in content:
-                raise InputError(
-                    f"output_dir {str(folder)!r} holds {sorted(content)[0]!r} and no run of a "
-                    "stage. Choose a new or empty folder."
-                )
-            if not config.overwrite_output_dir:
-                raise InputError(
-                    f"output_dir {str(folder)!r} holds another run. Choose a new folder, or set "
-                    "--overwrite_output_dir to replace it."
-                )
-            for pattern in WRITTEN:
-                for path in folder.glob(pattern):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(folder / CONFIG_FILE, config, model_config)
+        if self.existed and not folder.is_dir():
+            raise InputError(f"output_dir {str(folder)!r} is a file; choose a folder.")
+        if config.resume_from_checkpoint:
+            self._check_checkpoint(config.resume_from_checkpoint)
+            return
+        content = sorted(p.name for p in folder.iterdir()) if self.existed else []
+        if content and CONFIG_FILE not in content:
+            raise InputError(
+                f"output_dir {str(folder)!r} holds {content[0]!r} and no run of a stage. Choose a "
+                "new or empty folder."
+            )
+        if content and not config.overwrite_output_dir:
+            raise InputError(
+                f"output_dir {str(folder)!r} holds another run. Choose a new folder, or set "
+                "--overwrite_output_dir to replace it."
+            )
+        source = self.model_config.model_name_or_path
+        if content and source and Path(source).resolve() == folder.resolve():
+            raise InputError(
+                f"output_dir {str(folder)!r} is the folder of the model to start from, which "
+                "would be lost. Choose another output_dir."
+            )
+
+    def _check_checkpoint(self, checkpoint: str | bool) -> None:
+        found: Any = checkpoint
+        if isinstance(checkpoint, bool):
+            found = get_last_checkpoint(str(self.folder)) if self.existed else None
+        if found is None or not Path(found).is_dir():
+            raise InputError(
+                f"resume_from_checkpoint is {checkpoint!r}, but there is no checkpoint at "
+                f"{str(found or self.folder)!r}. Give the folder of one (.../checkpoint-<step>), "
+                "or start the run afresh without it."
+            )
+
+    def begin(self) -> None:
+        """Remove an earlier run's files and write the config: from here on the stage runs."""
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            patterns = (METRICS_FILE,) if self.config.resume_from_checkpoint else WRITTEN
+            for path in [path for pattern in patterns for path in self.folder.glob(pattern)]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not self.model_config.use_peft:
+                shutil.rmtree(self.base_folder, ignore_errors=True)
+            save_config(self.folder / CONFIG_FILE, self.config, self.model_config)
+        PartialState().wait_for_everyone()
 
     def release(self) -> None:
-        """Remove the folder again if it holds nothing but the config."""
-        if [p.name for p in self.folder.iterdir()] == [CONFIG_FILE]:
-            shutil.rmtree(self.folder)
+        """Remove what a failed stage leaves, if there is nothing in it to go on from."""
+        content = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else None
+        if content is None or not content <= {CONFIG_FILE, BASE}:
+            return
+        shutil.rmtree(self.folder)
+        if self.existed:
+            self.folder.mkdir()
 
     def say(self, message: str) -> None:
         """A line for the user, once for all processes."""
         if self.is_main:
             print(f"{self.name}: {message}")
 
-    def show_progress(self, trainer: Trainer, labels: dict[str, str]) -> None:
-        """One bar with the named metrics, in place of a printed dict per log."""
-        if self.config.disable_tqdm:
-            return
-        trainer.remove_callback(ProgressCallback)
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(ProgressBar(self.name, labels))
+    def train(self, trainer: Trainer, labels: dict[str, str]) -> TrainOutput:
+        """Begin, and train to the end.
+
+        Args:
+            trainer: anything with the interface of `transformers.Trainer`.
+            labels: what the progress bar shows: label -> key in the trainer's logs.
+        """
+        self.begin()
+        if not self.config.disable_tqdm:
+            # One bar with the named metrics, in place of a printed dict per log.
+            trainer.remove_callback(ProgressCallback)
+            trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(ProgressBar(self.name, labels))
+        return trainer.train(resume_from_checkpoint=self.config.resume_from_checkpoint)
 
     def finish(self, trainer: Trainer, metrics: dict[str, Any]) -> StageResult:
         """Save model, tokenizer, log history, model card and, last, the metrics."""
@@ -194,12 +258,24 @@ class ProgressBar(TrainerCallback):
             self.bar = None
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write at once or not at all: a reader never sees half a file. NaN becomes null."""
+@contextlib.contextmanager
+def written_at_once(path: Path) -> Iterator[TextIO]:
+    """A file to write into that appears under its name when it is whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, the whole file or nothing. NaN becomes null."""
+    with written_at_once(path) as file:
+        json.dump(_finite(content), file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
 
 
 def _finite(content: Any) -> Any:

@@ -9,6 +9,7 @@ import yaml
 from trl import ModelConfig
 
 from trl_instruct.data import load_prompts
+from trl_instruct.errors import InputError
 from trl_instruct.evaluation import Samples, sample_and_score, summarize
 from trl_instruct.models import CONFIG_FILE, METRICS_FILE, load_policy, load_tokenizer
 from trl_instruct.recipes import load_reward
@@ -24,15 +25,21 @@ def compare(policy: str | os.PathLike) -> dict[str, Any]:
     of that, the reward model, the rankings.
 
     Args:
-        policy: a folder that `ppo` left, with eval_dataset_name in its config.
+        policy: a folder that `ppo` left, with eval_dataset_name and a reward model in its config.
 
     Returns:
         The summary, as saved to `summary_file` (default: summary.json in the folder): per model
         each score's mean and 95 % interval, KL, length, share ended; the reward model's accuracy
         and ceiling; seconds per stage; samples.
+
+    Raises:
+        InputError: a folder whose config does not say what to compare.
     """
     folder = Path(policy)
     config = _read_yaml(folder)
+    for name in ("model_name_or_path", "reward_model_path", "eval_dataset_name"):
+        if name not in config:
+            raise InputError(f"{folder / CONFIG_FILE} names no {name}, which compare goes by.")
     started_from = config["model_name_or_path"]
     base = _read_yaml(Path(started_from)).get("model_name_or_path")
     paths = {"base": base, "sft": started_from, "ppo": folder}

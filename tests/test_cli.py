@@ -1,0 +1,259 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from test_recipes import DEMONSTRATIONS, PROMPTS, QUICK, QUICK_PPO, RANKINGS, write
+
+from trl_instruct import cli
+from trl_instruct.configs import PPOConfig, SFTConfig
+from trl_instruct.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+def flags(options):
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def yaml_file(path, **options):
+    path.write_text(yaml.safe_dump(options), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def given(tmp_path, saved_policy):
+    """A YAML file that is right, the options in it and the folder of the output."""
+    demonstrations = write(tmp_path / "demonstrations.jsonl", DEMONSTRATIONS)
+    options = {
+        "model_name_or_path": str(saved_policy),
+        "dataset_name": str(demonstrations),
+        "output_dir": str(tmp_path / "sft"),
+        **QUICK,
+    }
+    return yaml_file(tmp_path / "sft.yaml", **options), options, tmp_path / "sft"
+
+
+def fails(capsys, *arguments):
+    """The one line that a mistake ends in."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(a) for a in arguments])
+    told = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert "Traceback" not in told.err and "usage" not in told.err
+    last = told.err.strip().splitlines()[-1]
+    assert last.startswith(f"{arguments[0]}: error: ")
+    assert len([line for line in told.err.splitlines() if "error" in line]) == 1
+    return last
+
+
+# ---- what works ----------------------------------------------------------------------------------
+
+
+def test_the_stages_from_the_command_line(given, tmp_path, capsys):
+    config, _, policy = given
+    cli.main(["sft", "--config", config, "--learning_rate", "1e-3"])
+    assert f"policy: {policy}" in capsys.readouterr().out
+    assert yaml.safe_load((policy / "config.yaml").read_text())["learning_rate"] == 1e-3
+
+    prompts = str(write(tmp_path / "prompts.jsonl", PROMPTS))
+    rankings = str(write(tmp_path / "rankings.jsonl", RANKINGS))
+    options = {"model_name_or_path": policy, "dataset_name": rankings, "eval_size": 0.25}
+    cli.main(["rm", *flags({**options, "output_dir": tmp_path / "rm", **QUICK})])
+    assert "pair accuracy" in capsys.readouterr().out
+
+    options = {"model_name_or_path": policy, "dataset_name": prompts, **QUICK_PPO}
+    options |= {"reward_model_path": tmp_path / "rm", "eval_dataset_name": prompts}
+    cli.main(["ppo", *flags({**options, "output_dir": tmp_path / "ppo"})])
+    told = capsys.readouterr().out
+    assert "8 test prompts" in told and "KL to SFT" in told
+    assert json.loads((tmp_path / "ppo" / "summary.json").read_text())["prompts"] == 8
+
+
+def test_candidates_from_the_command_line(given, tmp_path, saved_policy):
+    prompts = str(write(tmp_path / "prompts.jsonl", PROMPTS))
+    options = {"model_name_or_path": saved_policy, "dataset_name": prompts, "response_length": 3}
+    cli.main(["candidates", *flags({**options, "output_dir": tmp_path / "c", "use_cpu": True})])
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
+        "config.yaml",
+        "metrics.json",
+        "train.jsonl",
+    ]
+
+
+def test_the_config_of_a_run_is_a_config(given, capsys):
+    config, _, policy = given
+    cli.main(["sft", "--config", config])
+    first = (policy / "model.safetensors").read_bytes()
+    cli.main(["sft", "--config", str(policy / "config.yaml"), "--overwrite_output_dir"])
+    assert (policy / "model.safetensors").read_bytes() == first
+
+
+def test_flags_win_over_the_file_and_both_spellings_count(given):
+    config, _, _ = given
+    for spelling in (["--config", config], [f"--config={config}"]):
+        arguments = [*spelling, "--learning-rate=1e-6", "--lora_r", "3"]
+        parsed, model_config = cli.parse(SFTConfig, arguments)
+        assert (parsed.learning_rate, model_config.lora_r) == (1e-6, 3)
+        assert parsed.max_steps == QUICK["max_steps"]
+
+
+def test_numbers_that_yaml_reads_as_text(tmp_path):
+    (tmp_path / "x.yaml").write_text("output_dir: x\nlearning_rate: 1e-5\nkl_coef: 5e-2\n")
+    config, _ = cli.parse(PPOConfig, ["--config", str(tmp_path / "x.yaml")])
+    assert (config.learning_rate, config.kl_coef) == (1e-5, 0.05)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 0
+    assert "{pretrain,sft,candidates,rm,ppo}" in capsys.readouterr().out
+
+
+def test_help_of_a_stage_gives_the_papers_values(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["ppo", "--help"])
+    assert stopped.value.code == 0
+    assert "beta of the KL penalty (C.4: 0.02" in " ".join(capsys.readouterr().out.split())
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+
+def test_an_unknown_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train"])
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning_rat", "1e-5"], "Unknown option 'learning_rat' for SFTConfig. Did you mean"),
+        (["--learning_rat=1e-5"], "Did you mean 'learning_rate'?"),
+        (["--overwrite"], "Unknown option 'overwrite'"),  # no abbreviation of ..._output_dir
+        (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float"),
+        (["--learning_rate"], "expected one argument"),
+        (["--packing", "perhaps"], "packing"),
+        (["--lr_scheduler_type", "zigzag"], "zigzag"),
+        (["--lr_scheduler_kwargs", "{min"], "'{min' is no JSON object"),
+        (["stray"], "Arguments that belong to no option: stray."),
+        (["--config"], "--config needs a YAML file; given was 'nothing'"),
+        (["--config", "missing.yaml"], "--config needs a YAML file; given was 'missing.yaml'"),
+        (["--config=missing.yaml"], "given was 'missing.yaml'"),
+        (["--output_dir", "x"], "No dataset was given: set dataset_name"),
+        (["--dataset_name", "{prompts}"], "sft needs output_dir"),
+        (["--dataset_name", "{prompts}", "--output_dir", "x"], "No model was given"),
+    ],
+)
+def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "d.jsonl", DEMONSTRATIONS)
+    line = fails(capsys, "sft", *[a.format(prompts=path) if "{p" in a else a for a in arguments])
+    assert message in line
+    assert [p.name for p in tmp_path.iterdir()] == ["d.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rat": 1.0}, "bad.yaml: Unknown option 'learning_rat' for SFTConfig. Did you"),
+        ({"lora": {"r": 8}}, "bad.yaml: Unknown option 'lora' for SFTConfig."),
+        ({"learning_rate": [1, 2]}, "bad.yaml: learning_rate is list [1, 2]; float is needed."),
+        ({"max_steps": 1.5}, "bad.yaml: max_steps is float 1.5; int is needed."),
+        ({"max_steps": "ten"}, "invalid int value: 'ten'"),
+        ({"packing": 3}, "bad.yaml: packing is int 3; bool is needed."),
+        ({"packing": "maybe"}, "maybe"),
+        ({"seed": None}, "bad.yaml: seed is null or absent; int is needed."),
+        ({"model_name_or_path": "no/such/model"}, "'no/such/model'"),
+        ({"model_name_or_path": "./nowhere"}, "'./nowhere'"),
+        ({"model_name_or_path": None}, "No model was given"),
+        ({"dataset_name": "nothere.jsonl"}, "nothere.jsonl: no such file or folder"),
+        ({"dataset_name": None}, "No dataset was given"),
+        ({"load_in_8bit": True}, "Set use_peft as well"),
+        ({"chat_template_path": "no.jinja"}, "chat_template_path 'no.jinja': there is no such"),
+    ],
+)
+def test_bad_yaml(given, tmp_path, capsys, changes, message):
+    _, options, output = given
+    bad = yaml_file(tmp_path / "bad.yaml", **{**options, **changes})
+    assert message in fails(capsys, "sft", "--config", bad)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: b: c", "is no YAML file"),
+        ("- one\n- two", "holds list ['one', 'two']; lines of `option: value` are needed"),
+        ("", "holds null"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path, capsys, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    assert message in fails(capsys, "ppo", "--config", tmp_path / "bad.yaml")
+
+
+def test_ppo_without_a_reward(given, tmp_path, capsys):
+    _, options, _ = given
+    arguments = {k: options[k] for k in ("model_name_or_path", "dataset_name", "output_dir")}
+    assert "needs reward_model_path" in fails(capsys, "ppo", *flags(arguments))
+
+
+def test_candidates_without_prompts_or_policy(tmp_path, saved_policy, capsys):
+    out = {"output_dir": tmp_path / "c"}
+    assert "No model was given" in fails(capsys, "candidates", *flags(out))
+    arguments = {**out, "model_name_or_path": saved_policy}
+    assert "No dataset was given" in fails(capsys, "candidates", *flags(arguments))
+    assert not (tmp_path / "c").exists()
+
+
+def test_an_error_of_many_lines_takes_one(monkeypatch, capsys):
+    def raises(arguments):
+        raise InputError("one\n  two")
+
+    monkeypatch.setitem(cli.COMMANDS, "sft", raises)
+    assert fails(capsys, "sft") == "sft: error: one two"
+
+
+@pytest.mark.parametrize("script", ["pretrain", "sft", "candidates", "rm", "ppo"])
+def test_the_scripts_are_the_commands(script):
+    text = (ROOT / "recipes" / f"{script}.py").read_text()
+    assert f'main(["{script}", *sys.argv[1:]])' in text
+
+
+def test_what_a_user_sees(given, tmp_path):
+    """Our lines and the progress of real work, and nothing of the libraries besides."""
+    config, _, policy = given
+    arguments = [f"--config={config}", "--disable_tqdm=false", "--gradient_checkpointing=true"]
+    ran = subprocess.run(
+        [sys.executable, ROOT / "recipes" / "sft.py", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+        cwd=tmp_path,
+    )
+    assert (ran.returncode, ran.stdout) == (0, f"policy: {policy}\n"), ran.stderr
+    shown = [line for line in ran.stderr.replace("\r", "\n").splitlines() if line.strip()]
+    assert not [line for line in shown if not any(s in line for s in ("it/s", "s/it", "examples"))]
+    assert [line for line in shown if line.startswith("sft: 100%")]
+    assert "Writing model shards" not in ran.stderr and "Loading weights" not in ran.stderr
+
+
+def test_a_mistake_from_a_shell(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, ROOT / "recipes" / "sft.py", "--learning_rat", "1"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert ran.returncode == 2
+    assert ran.stdout == ""
+    assert ran.stderr.splitlines() == [
+        "sft: error: Unknown option 'learning_rat' for SFTConfig. Did you mean 'learning_rate'?"
+    ]

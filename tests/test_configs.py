@@ -1,0 +1,159 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import SchedulerType
+from trl import ModelConfig
+
+from trl_instruct.cli import parse
+from trl_instruct.configs import (
+    CandidatesConfig,
+    PPOConfig,
+    PretrainConfig,
+    RewardConfig,
+    SFTConfig,
+    resolve,
+    save_config,
+)
+from trl_instruct.errors import InputError
+
+CONFIGS = [PretrainConfig, SFTConfig, CandidatesConfig, RewardConfig, PPOConfig]
+# What differs from the defaults of transformers, of TRL, of ours; back to another's default; null.
+CHANGED = {
+    "learning_rate": 5e-5,
+    "logging_steps": 500,
+    "gradient_checkpointing": False,
+    "max_steps": 3,
+    "save_strategy": "epoch",
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.5},
+    "weight_decay": 0.1,
+    "seed": 7,
+    "bf16": False,
+    "dataset_name": "数据.jsonl",
+    "report_to": ["tensorboard"],
+}
+
+
+def round_trip(tmp_path, config_class, **options):
+    config, model_config = resolve(config_class, None, None, {"output_dir": "x", **options})
+    save_config(tmp_path / "config.yaml", config, model_config)
+    return (config, model_config), parse(config_class, ["--config", str(tmp_path / "config.yaml")])
+
+
+def as_dict(config):
+    """Every option but where the logs of this moment go."""
+    return {k: v for k, v in config.to_dict().items() if k != "logging_dir"}
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+@pytest.mark.parametrize("options", [{}, CHANGED], ids=["defaults", "changed"])
+def test_a_saved_config_reads_back_equal(tmp_path, config_class, options):
+    (config, model_config), (again, model_again) = round_trip(tmp_path, config_class, **options)
+    assert as_dict(again) == as_dict(config)
+    assert model_again == model_config
+
+
+def test_null_and_special_tokens_and_lora_read_back(tmp_path):
+    options = {
+        "max_length": None,
+        "eos_token": "<eos>",
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_target_modules": ["q_proj", "v_proj"],
+    }
+    (_, model_config), (again, model_again) = round_trip(tmp_path, SFTConfig, **options)
+    assert again.max_length is None
+    assert again.eos_token == "<eos>"
+    assert model_again == model_config
+
+
+def test_secrets_are_not_saved(tmp_path):
+    round_trip(tmp_path, SFTConfig, hub_token="hf_secret", overwrite_output_dir=True)
+    text = (tmp_path / "config.yaml").read_text(encoding="utf-8")
+    assert "secret" not in text
+    assert "overwrite_output_dir" not in yaml.safe_load(text)
+
+
+def test_the_papers_values_are_the_defaults():
+    sft, rm, ppo = (c(output_dir="x") for c in (SFTConfig, RewardConfig, PPOConfig))
+    assert (sft.learning_rate, sft.num_train_epochs) == (9.65e-6, 16)
+    assert sft.per_device_train_batch_size * sft.gradient_accumulation_steps == 32
+    assert sft.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    assert (rm.learning_rate, rm.num_train_epochs) == (9e-6, 1)
+    assert (ppo.kl_coef, ppo.cliprange, ppo.gamma, ppo.num_ppo_epochs) == (0.02, 0.2, 1.0, 1)
+    minibatch = ppo.per_device_train_batch_size * ppo.gradient_accumulation_steps
+    assert (minibatch, minibatch * ppo.num_mini_batches) == (64, 512)
+
+
+def test_a_scheduler_without_a_floor_gets_none():
+    assert SFTConfig(output_dir="x", lr_scheduler_type="linear").lr_scheduler_kwargs is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rat": 1e-5}, r"Unknown option 'learning_rat' for SFTConfig. Did you mean 'lea"),
+        ({"lora_rank": 8}, r"Unknown option 'lora_rank' for SFTConfig\."),
+        ({"learning_rate": "fast"}, r"learning_rate is str 'fast'; float is needed"),
+        ({"max_length": 1.5}, r"max_length is float 1.5; int \| None is needed"),
+        ({"packing": 1}, r"packing is int 1; bool is needed"),
+        ({"seed": True}, r"seed is bool True; int is needed"),
+        ({"dataset_name": ["a", "b"]}, r"dataset_name is list .* is needed"),
+        ({"lora_r": "8"}, r"lora_r is str '8'; int is needed"),
+        ({"lr_scheduler_type": "zigzag"}, "zigzag is not a valid SchedulerType, please select"),
+        ({"learning_rate": None}, r"learning_rate is null or absent; float is needed"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(InputError, match=message) as caught:
+        resolve(SFTConfig, None, None, options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_mini_batches": 0}, "num_mini_batches is 0; it must be at least 1"),
+        ({"response_length": 0}, "response_length is 0"),
+        ({"temperature": 0.0}, "temperature is 0.0; PPO samples"),
+        ({"missing_eos_penalty": -1.0}, "give it as a positive number"),
+        ({"kl_estimator": "k2"}, "kl_estimator is str 'k2'"),
+    ],
+)
+def test_bad_ppo_options(options, message):
+    with pytest.raises(InputError, match=message):
+        resolve(PPOConfig, None, None, {"output_dir": "x", **options})
+
+
+def test_paths_enums_and_whole_numbers_are_taken():
+    options = {
+        "output_dir": Path("runs") / "x",
+        "learning_rate": 1,
+        "lr_scheduler_type": SchedulerType.LINEAR,
+        "resume_from_checkpoint": True,
+        "lora_target_modules": ["q_proj", "v_proj"],
+    }
+    config, model_config = resolve(SFTConfig, None, None, options)
+    assert (config.output_dir, config.learning_rate) == ("runs/x", 1)
+    assert config.resume_from_checkpoint is True
+    assert model_config.lora_target_modules == ["q_proj", "v_proj"]
+
+
+def test_a_ready_config_is_copied_and_takes_no_options_beside_it():
+    config, model_config = SFTConfig(output_dir="x"), ModelConfig(lora_r=3)
+    taken, model_taken = resolve(SFTConfig, config, model_config, {})
+    assert taken is not config and as_dict(taken) == as_dict(config)
+    assert model_taken is not model_config and model_taken == model_config
+    with pytest.raises(InputError, match=r"config= and the options \['seed'\] were both given"):
+        resolve(SFTConfig, config, None, {"seed": 1})
+    with pytest.raises(InputError, match=r"model_config= and the options \['lora_r'\]"):
+        resolve(SFTConfig, None, model_config, {"output_dir": "x", "lora_r": 1})
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"), [("True", True), ("false", False), ("x/checkpoint-2", "x/checkpoint-2")]
+)
+def test_resume_from_checkpoint_as_a_flag_gives_it(given, taken):
+    config, _ = parse(SFTConfig, ["--output_dir", "x", "--resume_from_checkpoint", given])
+    assert config.resume_from_checkpoint == taken

@@ -1,0 +1,119 @@
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import set_seed
+
+from trl_instruct.evaluation import mean_interval, pair_accuracy, sample_and_score, summarize
+from trl_instruct.rollouts import generate
+
+
+def length(prompts, completions):
+    return [float(len(text)) for text in completions]
+
+
+def pairs(*rows):
+    return Dataset.from_list(
+        [{"prompt": p, "chosen": chosen, "rejected": rejected} for p, chosen, rejected in rows]
+    )
+
+
+def test_the_interval_is_1_96_standard_errors():
+    interval = mean_interval([1.0, 2.0, 3.0, 6.0])  # variance 14 / 3
+    half = 1.96 * math.sqrt(14 / 3 / 4)
+    assert interval == pytest.approx((3.0, 3.0 - half, 3.0 + half))
+    alone = mean_interval([5.0])
+    assert alone.mean == 5.0
+    assert math.isnan(alone.low)
+    assert math.isnan(alone.high)
+
+
+def test_one_pair_a_prompt_gives_the_interval_of_independent_measurements():
+    right, wrong, tie = ("longer", "short"), ("no", "longer"), ("same", "size")
+    interval = pair_accuracy(length, pairs(("a", *right), ("b", *wrong), ("c", *tie)))
+    assert interval == pytest.approx(mean_interval([1.0, 0.0, 0.5]))
+
+
+def test_pairs_of_one_prompt_are_one_measurement():
+    """3 of 4 right, by prompts: (3 right of 3), (0 of 1). Deviations 3 - 2.25 and 0 - 0.75."""
+    rows = [("a", "xxx", "x"), ("a", "xx", "x"), ("a", "xxx", "xx"), ("b", "x", "xx")]
+    interval = pair_accuracy(length, pairs(*rows))
+    half = 1.96 * math.sqrt(2 / 1 * (0.75**2 + 0.75**2)) / 4
+    assert interval == pytest.approx((0.75, 0.75 - half, 0.75 + half))
+    alone = pair_accuracy(length, pairs(*rows[:3]))
+    assert alone.mean == 1.0
+    assert math.isnan(alone.low)
+
+
+def test_a_response_in_several_pairs_is_scored_once():
+    asked = []
+
+    def judge(prompts, completions):
+        asked.extend(zip(prompts, completions, strict=True))
+        return length(prompts, completions)
+
+    rows = [("a", "xxx", "x"), ("a", "xxx", "xx"), ("a", "xx", "x"), ("b", "xxx", "x")]
+    assert pair_accuracy(judge, pairs(*rows)).mean == 1.0
+    assert sorted(asked) == sorted(set(asked))
+
+
+@pytest.fixture
+def samples(policy, make_policy, tokenizer, prompts):
+    policy.generation_config.eos_token_id = [256, *range(64)]
+
+    def sample(**options):
+        rows = Dataset.from_dict({"prompt": prompts, "number": list(range(16))})
+        options = {"ref_policy": make_policy(seed=2), "response_length": 6, **options}
+        rewards = {"length": length, "number": lambda prompts, completions, number: number}
+        return sample_and_score(policy, tokenizer, rows, rewards, **options)
+
+    return sample
+
+
+def test_samples_hold_scores_lengths_and_the_kl_of_each_completion(
+    samples, policy, make_policy, tokenizer, prompts
+):
+    result = samples(batch_size=3)
+    assert result.scores["length"] == [len(text) for text in result.completions]
+    assert result.scores["number"] == list(range(16))
+    assert {True, False} == set(result.ended)
+    asked = tokenizer(prompts)["input_ids"]
+    set_seed(0)
+    stops = [256, *range(64)]
+    tokens, _, _ = generate(policy, asked, max_new_tokens=6, eos_token_ids=stops, batch_size=3)
+    for row, width in enumerate(result.lengths):
+        ids = torch.tensor([asked[row] + tokens[row, :width].tolist()])
+        both = []
+        for model in (policy, make_policy(seed=2)):
+            with torch.no_grad():
+                logprobs = torch.log_softmax(model(ids).logits[0, -width - 1 : -1], dim=-1)
+            both.append(logprobs.gather(1, ids[0, -width:].unsqueeze(1)).sum().item())
+        assert result.kl[row] == pytest.approx(both[0] - both[1], rel=1e-4, abs=1e-5)
+
+
+def test_samples_repeat_with_their_seed(samples):
+    assert samples(seed=1) == samples(seed=1)
+    assert samples(seed=1).completions != samples(seed=2).completions
+
+
+def test_the_kl_to_itself_or_to_nothing_is_0(samples, policy):
+    assert samples(ref_policy=policy).kl == pytest.approx([0.0] * 16, abs=1e-5)
+    assert samples(ref_policy=None).kl == [0.0] * 16
+
+
+def test_dropout_does_not_reach_the_measurements(make_policy, tokenizer, prompts):
+    policy = make_policy("gpt2", resid_pdrop=0.5).train()
+    rows = Dataset.from_dict({"prompt": prompts})
+    result = sample_and_score(policy, tokenizer, rows, {}, ref_policy=policy, response_length=4)
+    assert result.kl == pytest.approx([0.0] * 16, abs=1e-5)
+    assert policy.training
+
+
+def test_the_summary_holds_means_and_intervals(samples):
+    result = samples()
+    summary = summarize(result)
+    assert summary["length"] == sum(result.lengths) / 16  # tokens, though a reward has that name
+    assert summary["number"] == mean_interval(list(range(16)))._asdict()
+    assert summary["kl"] == pytest.approx(sum(result.kl) / 16)
+    assert summary["ended"] == sum(result.ended) / 16

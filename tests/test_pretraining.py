@@ -1,0 +1,136 @@
+import json
+
+import pytest
+from datasets import Dataset
+from test_recipes import QUICK
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_instruct import pretraining
+from trl_instruct.configs import PretrainConfig
+from trl_instruct.errors import InputError
+from trl_instruct.pretraining import (
+    EOS,
+    length_batches,
+    name_of,
+    pretrain,
+    tiny_base,
+    tokenize_texts,
+    train_tokenizer,
+)
+
+TEXTS = [f"The {noun} is here, 猫 {n}." for n in range(4) for noun in ("cat", "dog", "rose")]
+LLAMA = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+SMALL = {**QUICK, "vocab_size": 280, "max_length": 64, "architecture_kwargs": LLAMA}
+
+
+def texts(rows=TEXTS):
+    return Dataset.from_dict({"text": rows})
+
+
+def test_a_base_model_from_text(tmp_path):
+    result = pretrain(texts(), tmp_path / "base", **{**SMALL, "max_steps": 20})
+    assert result.metrics["train_loss"] < 5.5
+    model = AutoModelForCausalLM.from_pretrained(result)
+    tokenizer = AutoTokenizer.from_pretrained(result)
+    assert result.metrics["parameters"] == sum(p.numel() for p in model.parameters())
+    assert len(tokenizer) == model.config.vocab_size
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+    assert tokenizer.decode(tokenizer("The 猫 \n\t~")["input_ids"]) == "The 猫 \n\t~"
+    assert json.loads((result.path / "metrics.json").read_text()) == result.metrics
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox"])
+def test_other_architectures(tmp_path, architecture):
+    options = {**SMALL, "architecture": architecture, "max_steps": 1}
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    options["architecture_kwargs"] = json.dumps(small)  # as a flag gives it
+    result = pretrain(texts(), tmp_path / "base", **options)
+    assert AutoModelForCausalLM.from_pretrained(result).config.model_type == architecture
+
+
+def rows_of(rows, **options):
+    config = PretrainConfig(output_dir="x", **{**SMALL, **options})
+    tokenizer = train_tokenizer(TEXTS, config.vocab_size, config.max_length)
+    return tokenize_texts(texts(rows), tokenizer, config)["input_ids"], tokenizer, config
+
+
+def test_one_text_a_row_ends_with_eos():
+    rows, tokenizer, config = rows_of(TEXTS, packing=False)
+    assert sorted(tokenizer.batch_decode(list(rows))) == sorted(text + EOS for text in TEXTS)
+    assert config.train_sampling_strategy == "sequential"
+
+
+def test_packing_loses_nothing():
+    rows, tokenizer, _ = rows_of(TEXTS, packing=True, max_length=16)
+    assert {len(row) for row in rows[:-1]} == {16}
+    stream = [token for row in rows for token in row]
+    assert tokenizer.decode(stream) == "".join(text + EOS for text in TEXTS)
+
+
+def test_length_batches_are_of_a_length_and_in_no_order():
+    lengths = [n % 20 for n in range(200)]
+    order = length_batches(lengths, 10, seed=0)
+    assert sorted(order) == list(range(200))
+    batches = [[lengths[row] for row in order[i : i + 10]] for i in range(0, 200, 10)]
+    assert all(max(batch) - min(batch) <= 1 for batch in batches)
+    firsts = [batch[0] for batch in batches]
+    assert firsts != sorted(firsts)
+    assert length_batches(lengths, 10, seed=1) != order
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([" ", ""], {}, "all 2 rows have an empty `text`"),
+        (TEXTS, {"architecture": "llamma"}, "'llamma' is no model type of transformers"),
+        (TEXTS, {"architecture_kwargs": '{"hidden_size": '}, "is no JSON object"),
+        (TEXTS, {"packing": False, "max_length": 4}, "Raise max_length, or set packing"),
+        (TEXTS, {"vocab": 300}, "Unknown option 'vocab' for PretrainConfig"),
+    ],
+)
+def test_bad_input(tmp_path, rows, options, message):
+    with pytest.raises(InputError, match=message):
+        pretrain(texts(rows), tmp_path / "base", **{**SMALL, **options})
+    assert not (tmp_path / "base").exists()
+
+
+def test_missing_columns_and_data(tmp_path):
+    with pytest.raises(InputError, match="`text` missing. Columns found: content"):
+        pretrain(Dataset.from_dict({"content": TEXTS}), tmp_path / "base", **SMALL)
+    with pytest.raises(InputError, match="No dataset was given"):
+        pretrain(None, tmp_path / "base", **SMALL)
+
+
+def test_a_ready_config_takes_an_output_dir_beside_it(tmp_path):
+    config = PretrainConfig(output_dir="elsewhere", **{**SMALL, "max_steps": 1})
+    assert pretrain(texts(), tmp_path / "base", config=config).path == tmp_path / "base"
+    assert config.output_dir == "elsewhere"
+
+
+def test_the_tiny_base_is_made_once(tmp_path, monkeypatch):
+    made = []
+
+    def fake(dataset, **options):
+        made.append(options)
+        folder = tmp_path / "base"
+        folder.mkdir()
+        (folder / "metrics.json").write_text("{}")
+
+    monkeypatch.setattr(pretraining, "pretrain", fake)
+    tiny_base(tmp_path / "base", seed=3)
+    assert tiny_base(tmp_path / "base", seed=3).path == tmp_path / "base"
+    assert len(made) == 1
+    assert made[0]["seed"] == 3
+
+
+def test_names_of_datasets(tmp_path):
+    assert name_of("tiny:prompts") == "tiny:prompts"
+    assert name_of(tmp_path) == str(tmp_path)
+    assert name_of(texts()) is None

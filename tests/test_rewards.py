@@ -1,0 +1,132 @@
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from trl_instruct.errors import InputError
+from trl_instruct.rewards import RewardModel, as_completions, call_reward, reward_name
+
+PROMPTS = ["one ", "a longer prompt ", "two "]
+COMPLETIONS = ["yes", "no, and never again", ""]
+
+
+def assert_same(scores, expected):
+    torch.testing.assert_close(torch.tensor(scores), torch.tensor(expected))
+
+
+def length(prompts, completions):
+    return [float(len(text)) for text in completions]
+
+
+class Judge:
+    def __call__(self, prompts, completions, answer, **columns):
+        self.seen = (answer, columns)
+        return [1] * len(completions)
+
+
+def test_a_function_gets_the_columns_that_it_has_parameters_for():
+    seen = {}
+
+    def judge(completions, prompts, answer):
+        seen.update(prompts=prompts, completions=completions, answer=answer)
+        return torch.tensor([1.0, 2.0, 3.0])
+
+    columns = {"answer": [1, 2, 3], "source": ["x", "y", "z"]}
+    assert call_reward(judge, PROMPTS, COMPLETIONS, columns) == [1.0, 2.0, 3.0]
+    assert seen == {"prompts": PROMPTS, "completions": COMPLETIONS, "answer": [1, 2, 3]}
+    taker = Judge()
+    call_reward(taker, PROMPTS, COMPLETIONS, columns)
+    assert taker.seen == ([1, 2, 3], {"source": ["x", "y", "z"]})
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ([1.0, 2.0], "returned 2 scores for 3 completions"),
+        (None, "returned NoneType for 3 completions"),
+        (1.0, "returned float for 3 completions"),
+        ([1.0, None, 2.0], "gave completion 2 the score None"),
+        ([1.0, 2.0, math.nan], "gave completion 3 the score nan"),
+        ([math.inf, 1.0, 2.0], "gave completion 1 the score inf"),
+        ([1.0, "good", 2.0], "gave completion 2 the score 'good'"),
+        (torch.zeros(3, 2), "gave completion 1 the score tensor"),
+    ],
+)
+def test_a_bad_score_names_the_reward_and_the_completion(result, message):
+    def politeness(prompts, completions):
+        return result
+
+    with pytest.raises(InputError, match=f"Reward 'politeness' {message}"):
+        call_reward(politeness, PROMPTS, COMPLETIONS, {})
+
+
+def test_rewards_have_names():
+    assert reward_name(length) == "length"
+    assert reward_name(Judge()) == "Judge"
+    assert reward_name(partial(length)) == "partial"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
+def test_scores_are_those_of_the_plain_classifier_one_text_at_a_time(
+    make_reward_model, tokenizer, tmp_path, kind
+):
+    make_reward_model(kind).save_pretrained(tmp_path)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    expected = []
+    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+        with torch.no_grad():
+            expected.append(plain(**tokenizer(prompt + completion + "<eos>", return_tensors="pt")))
+    reward = RewardModel(make_reward_model(kind), tokenizer, batch_size=2)
+    assert_same(reward(PROMPTS, COMPLETIONS), [output.logits.item() for output in expected])
+
+
+def test_neither_order_nor_company_nor_a_written_eos_changes_a_score(reward_model, tokenizer):
+    reward = RewardModel(reward_model, tokenizer)
+    scores = reward(PROMPTS, COMPLETIONS)
+    assert len({round(score, 3) for score in scores}) == 3
+    assert_same(reward(PROMPTS[::-1], COMPLETIONS[::-1]), scores[::-1])
+    assert_same(reward(PROMPTS[:1], COMPLETIONS[:1]), scores[:1])
+    assert_same(reward(PROMPTS, [text + "<eos>" for text in COMPLETIONS]), scores)
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_eos(make_reward_model, tokenizer):
+    """The classifier reads it at the token before EOS, as in training, in every batch alike."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = None
+    reward = RewardModel(make_reward_model("gpt2"), tokenizer)
+    assert tokenizer.pad_token == "<eos>"
+    alone = [reward([p], [c])[0] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    assert_same(reward(PROMPTS, COMPLETIONS), alone)
+
+
+def test_long_texts_lose_their_beginning_and_are_counted(reward_model, tokenizer):
+    reward = RewardModel(reward_model, tokenizer)
+    long = reward(["x" * 500, "short "], ["yes", "no"])
+    assert reward.truncated == 1
+    assert_same(long[:1], reward(["x" * 124], ["yes"]))  # 124 + 3 + EOS = 128
+
+
+def test_messages_are_scored_through_the_chat_template(reward_model, chat_tokenizer):
+    reward = RewardModel(reward_model, chat_tokenizer)
+    prompts = [[{"role": "user", "content": text}] for text in PROMPTS]
+    scores = reward(prompts, as_completions(prompts, COMPLETIONS))
+    for prompt, completion, score in zip(PROMPTS, COMPLETIONS, scores, strict=True):
+        text = f"u:{prompt}\na:{completion}<eos>\n"
+        with torch.no_grad():
+            expected = reward_model(**chat_tokenizer(text, return_tensors="pt")).logits.item()
+        assert_same(score, expected)
+
+
+def test_completions_take_the_form_of_their_prompts():
+    assert as_completions(["a"], ["b"]) == ["b"]
+    chat = [[{"role": "user", "content": "a"}]]
+    assert as_completions(chat, ["b"]) == [[{"role": "assistant", "content": "b"}]]
+
+
+def test_a_reward_model_is_frozen_and_in_eval_mode(reward_model, tokenizer):
+    RewardModel(reward_model.train(), tokenizer)
+    assert not reward_model.training
+    assert not any(parameter.requires_grad for parameter in reward_model.parameters())

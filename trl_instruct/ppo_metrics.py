@@ -1,0 +1,76 @@
+"""What PPO logs, under the names of lm-human-preferences and TRL: pure functions."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from trl_instruct.losses import policy_clipped
+from trl_instruct.masking import masked_mean
+from trl_instruct.rollouts import Rollout
+
+
+def episode_metrics(rollout: Rollout, kl: Tensor, *, kl_coef: float) -> dict[str, Tensor]:
+    """Means over the episodes of a rollout; sums within an episode run over its real tokens.
+
+    Args:
+        rollout: B episodes.
+        kl: `(B, C)` per-token KL, nats.
+        kl_coef: beta.
+
+    Returns:
+        scalars by name; `objective/rlhf_reward` is what the paper maximises.
+    """
+    mask = rollout.mask
+    kl = torch.where(mask, kl, 0.0).sum(dim=1)
+    penalty = -kl_coef * kl
+    per_episode = {
+        "objective/kl": kl,
+        "objective/entropy": -torch.where(mask, rollout.logprobs, 0.0).sum(dim=1),
+        "objective/non_score_reward": penalty,
+        "objective/scores": rollout.scores,
+        "objective/rlhf_reward": rollout.scores + penalty,
+        "objective/length": rollout.completion_lengths.float(),
+        "objective/ended": rollout.ended.float(),
+        "val/mean": masked_mean(rollout.values, mask),
+    }
+    return {name: values.mean() for name, values in per_episode.items()}
+
+
+@torch.no_grad()
+def policy_metrics(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, cliprange: float
+) -> dict[str, Tensor]:
+    """How far a step has moved the policy: `(B, C)` per token, by name.
+
+    Args:
+        logprobs, old_logprobs, advantages, cliprange: as in `losses.policy_loss`.
+    """
+    log_ratio = logprobs - old_logprobs
+    cut = policy_clipped(logprobs, old_logprobs, advantages, cliprange=cliprange)
+    return {
+        "policy/approxkl": 0.5 * log_ratio**2,
+        "policy/clipfrac": cut.float(),
+        "val/ratio": log_ratio.exp(),
+    }
+
+
+def mean_over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each metric over the optimizer steps of an iteration, and the ratio's variance.
+
+    >>> mean_over_steps([{"val/ratio": 0.5}, {"val/ratio": 1.5}])
+    {'val/ratio': 1.0, 'val/ratio_var': 0.25}
+    """
+    means = {name: statistics.fmean(step[name] for step in steps) for name in steps[0]}
+    return {**means, "val/ratio_var": statistics.pvariance(step["val/ratio"] for step in steps)}
+
+
+def check_finite(sums: Mapping[str, Tensor], iteration: int) -> None:
+    """FloatingPointError at a loss that is no finite number, before it reaches the weights."""
+    for name in ("loss/policy", "loss/value"):
+        if not torch.isfinite(sums[name]):
+            raise FloatingPointError(
+                f"{name} is {sums[name].item()} in iteration {iteration}. "
+                "Lower learning_rate, set max_grad_norm, or use bf16 instead of fp16."
+            )
