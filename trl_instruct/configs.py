@@ -113,8 +113,10 @@ class RewardConfig(StageConfig, trl.RewardConfig):
     learning_rate: float = _option(9e-6, "Peak learning rate (C.2: 9e-6; +-50 % does not matter).")
     num_train_epochs: float = _option(1.0, "Passes over the rankings (C.2: 1; more overfits).")
     lr_scheduler_type: str = _option("cosine_with_min_lr", "Cosine to 10 % of the peak (C.2).")
-    per_device_train_batch_size: int = _option(8, "Pairs per forward pass and device.")
-    gradient_accumulation_steps: int = _option(8, "8 x 8 = 64 pairs a step.")
+    per_device_train_batch_size: int = _option(
+        8, "Prompts per forward pass and device (C.2), or pairs."
+    )
+    gradient_accumulation_steps: int = _option(8, "8 x 8 = 64 prompts a step (C.2: 64).")
     eval_size: float = _option(
         0.1,
         "Share of the prompts held out for pair accuracy where there is no eval dataset; 0: none.",

@@ -1,11 +1,12 @@
-"""The losses of PPO, per token: pure functions of tensors.
+"""The losses of the reward model and of PPO: pure functions of tensors.
 
-They return one number per token and leave the averaging to the caller, because a minibatch is
-averaged over the real tokens of all its micro-batches and processes, not over each one apart.
+Those of PPO return one number per token and leave the averaging to the caller, because a minibatch
+is averaged over the real tokens of all its micro-batches and processes, not over each one apart.
 """
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 
 def policy_loss(
@@ -72,6 +73,30 @@ def value_clipped(
     """Where the clip cuts the value's gradient: `(B, C)` bool, for val/clipfrac."""
     clipped = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
     return (clipped - returns) ** 2 > (values - returns) ** 2
+
+
+def ranking_loss(scores: Tensor, ranks: Tensor) -> Tensor:
+    """Loss of a reward model on K-way rankings (InstructGPT 3.5, equation 1).
+
+    - 1 / (number of pairs) * sum over pairs (w better than l) of log sigmoid(r_w - r_l), averaged
+    per prompt first, then over prompts. Ties are no pairs.
+
+    Args:
+        scores: `(B, K)` scores of each prompt's responses.
+        ranks: `(B, K)` 1 = best, equal = tie, 0 = no response.
+
+    Returns:
+        scalar; a ranking without any pair does not count.
+
+    >>> ranking_loss(torch.tensor([[1.0, 0.0, 9.0]]), torch.tensor([[1, 2, 0]]))
+    tensor(0.3133)
+    """
+    there = ranks > 0
+    better = (ranks.unsqueeze(2) < ranks.unsqueeze(1)) & there.unsqueeze(2) & there.unsqueeze(1)
+    losses = -logsigmoid(scores.unsqueeze(2) - scores.unsqueeze(1))
+    pairs = better.sum(dim=(1, 2))
+    per_prompt = torch.where(better, losses, 0.0).sum(dim=(1, 2)) / pairs.clamp(min=1)
+    return per_prompt.sum() / (pairs > 0).sum().clamp(min=1)
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float) -> Tensor:

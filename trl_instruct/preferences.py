@@ -1,5 +1,6 @@
 """What the reward model learns from: rankings or pairs, in training and held-out pairs."""
 
+from itertools import combinations
 from typing import Any
 
 from datasets import Dataset
@@ -15,7 +16,9 @@ from trl_instruct.tiny import accuracy_ceiling
 def load_preferences(
     dataset: Any, held_out: Any, config: RewardConfig
 ) -> tuple[Dataset, Dataset | None, float | None]:
-    """Training pairs, held-out pairs, and the noise ceiling of the latter where it is known.
+    """What to train on, held-out pairs, and the noise ceiling of the latter where it is known.
+
+    Rankings stay rankings for training, pairs stay pairs.
 
     Args:
         dataset: rankings or pairs, by name or in memory.
@@ -37,8 +40,15 @@ def load_preferences(
                 "eval_dataset, or set eval_size to 0."
             ) from None
     else:
-        return _as_pairs(train), None, None
-    return _as_pairs(train), _as_pairs(test), _ceiling(test)
+        return train, None, None
+    return train, _as_pairs(test), _ceiling(test)
+
+
+def count_pairs(preferences: Dataset) -> int:
+    """Comparisons with a winner: C(K,2) of each ranking, ties left out."""
+    if "ranks" not in preferences.column_names:
+        return len(preferences)
+    return sum(a != b for ranks in preferences["ranks"] for a, b in combinations(ranks, 2))
 
 
 def _load(source: Any, split: str = "train") -> Dataset:

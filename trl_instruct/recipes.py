@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import ModelConfig, RewardTrainer, SFTTrainer
+from trl import ModelConfig, SFTTrainer
 
 from trl_instruct.configs import (
     Config,
@@ -38,8 +38,9 @@ from trl_instruct.models import (
     with_lora,
 )
 from trl_instruct.ppo_trainer import PPOTrainer
-from trl_instruct.preferences import load_preferences
+from trl_instruct.preferences import count_pairs, load_preferences
 from trl_instruct.pretraining import name_of, tiny_base
+from trl_instruct.reward_trainer import RankingRewardTrainer
 from trl_instruct.rewards import RewardFunction, RewardModel
 from trl_instruct.stage import Stage, StageResult, stage
 from trl_instruct.tiny import gold_score
@@ -94,6 +95,8 @@ def sft(
         policy = load_policy(base, model_config, trust_remote_code=config.trust_remote_code)
         config.max_length = _within_context(config.max_length, policy)
         truncated = _check_demonstrations(demonstrations, tokenizer, config)
+        if truncated:
+            run.say(f"{truncated} of {len(demonstrations)} demonstrations are cut at max_length")
         trainer = SFTTrainer(
             model=policy,
             args=config,
@@ -124,7 +127,7 @@ def rm(
 ) -> StageResult:
     """Stage 2: train a reward model from rankings (InstructGPT 3.5, C.2).
 
-    All C(K,2) pairs of each ranking, ties dropped, through TRL's `RewardTrainer`.
+    All C(K,2) comparisons of a ranking, ties dropped, are one batch element.
 
     Args:
         model: usually the SFT result; its unembedding is replaced by a scalar head.
@@ -153,7 +156,7 @@ def rm(
             base, model_config, fresh_head=True, trust_remote_code=config.trust_remote_code
         )
         config.max_length = _within_context(config.max_length, classifier)
-        trainer = RewardTrainer(
+        trainer = RankingRewardTrainer(
             model=classifier,
             args=config,
             train_dataset=train,
@@ -161,9 +164,13 @@ def rm(
             peft_config=peft_config_of(model_config, "SEQ_CLS"),
             callbacks=callbacks,
         )
-        overlong = _overlong(trainer, len(train), run)
+        _check_overlong(trainer, run)
         output = run.train(trainer, {"loss": "loss", "accuracy": "accuracy"})
-        metrics = {"train_loss": output.training_loss, "pairs": len(train), "overlong": overlong}
+        metrics = {
+            "train_loss": output.training_loss,
+            "pairs": count_pairs(train),
+            "overlong": trainer.overlong,
+        }
         if held_out is not None:
             metrics |= _accuracy(RewardModel(trainer.model, tokenizer), held_out, ceiling)
         return run.finish(trainer, metrics)
@@ -360,17 +367,16 @@ def _check_demonstrations(
     return cut
 
 
-def _overlong(trainer: RewardTrainer, pairs: int, run: Stage) -> int:
-    """Pairs that the trainer left out for their length; InputError where that is all of them."""
-    overlong = pairs - len(trainer.train_dataset)
-    if overlong == pairs:
+def _check_overlong(trainer: RankingRewardTrainer, run: Stage) -> None:
+    """Tell what the trainer left out for its length; InputError where nothing else is there."""
+    if not len(trainer.train_dataset):
         raise InputError(
-            f"All {pairs} pairs are longer than max_length {run.config.max_length} tokens; raise "
-            "it (the model's context is its limit)."
+            "All pairs of responses are longer than max_length "
+            f"{run.config.max_length} tokens; raise it (the model's context is its limit)."
         )
-    if overlong:
-        run.say(f"{overlong} of {pairs} pairs exceed max_length and are left out")
-    return overlong
+    if trainer.overlong:
+        what = "responses" if "ranks" in trainer.train_dataset.column_names else "pairs"
+        run.say(f"{trainer.overlong} {what} exceed max_length and are left out")
 
 
 def _accuracy(reward: RewardModel, pairs: Dataset, ceiling: float | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_instruct.errors import InputError
@@ -47,7 +48,7 @@ class RewardModel:
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[float]:
         """Scores of the completions, one float each."""
-        rows = [self._tokenize(p, c) for p, c in zip(prompts, completions, strict=True)]
+        rows = [token_ids(p, c, self.tokenizer) for p, c in zip(prompts, completions, strict=True)]
         context = context_length(self.model)
         if context is not None:
             self.truncated += sum(len(row) > context for row in rows)
@@ -60,25 +61,40 @@ class RewardModel:
                 scores[row] = float(score)
         return scores
 
-    def _tokenize(self, prompt: Any, completion: Any) -> list[int]:
-        if isinstance(prompt, str):
-            text = prompt + completion
-            if not text.endswith(self.tokenizer.eos_token):
-                text += self.tokenizer.eos_token
-            return self.tokenizer(text)["input_ids"]
-        messages = [*prompt, *completion]
-        return self.tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-
     def _score(self, rows: list[list[int]]) -> Tensor:
         lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.full((len(rows), int(lengths.max())), self.tokenizer.pad_token_id)
-        for row, tokens in enumerate(rows):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
+        ids = pad_rows(rows, self.tokenizer.pad_token_id)
         mask = right_padded_mask(lengths, ids.shape[1]).long()
         device = self.model.device
         return self.model(
             **accepted(self.model, input_ids=ids.to(device), attention_mask=mask.to(device))
         ).logits.squeeze(-1)
+
+
+def token_ids(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Prompt + completion as a reward model reads them, in training and in use.
+
+    Args:
+        prompt, completion: two texts (joined and ended with EOS, as TRL's RewardTrainer does), or
+            two lists of messages (in the chat template).
+        tokenizer: the reward model's.
+    """
+    if isinstance(prompt, str):
+        text = prompt + completion
+        if not text.endswith(tokenizer.eos_token):
+            text += tokenizer.eos_token
+        return tokenizer(text)["input_ids"]
+    return tokenizer.apply_chat_template([*prompt, *completion], return_dict=True)["input_ids"]
+
+
+def pad_rows(rows: list[list[int]], filler: int) -> Tensor:
+    """Rows of unequal length as one tensor, padded on the right.
+
+    >>> pad_rows([[1, 2], [3]], 0).tolist()
+    [[1, 2], [3, 0]]
+    """
+    tensors = [torch.tensor(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=filler)
 
 
 def call_reward(
