@@ -3,11 +3,20 @@ import random
 import pytest
 
 from trl_instruct.tiny import Task, explain, flawed_reply, gold_score, good_reply, sample_task
-from trl_instruct.tiny.words import CATEGORIES, JUNK, NOUNS, TONES, join_and, phrase, with_article
+from trl_instruct.tiny.words import (
+    CATEGORIES,
+    CHATTER,
+    JUNK,
+    NOUNS,
+    TONES,
+    join_and,
+    phrase,
+    with_article,
+)
 
 LIST = Task("list", groups=(("flower", 2), ("city", 1)), tone="politely", word="river")
 DASHES = Task("dashes", groups=(("bird", 2),), tone="sadly")
-SENTENCE = Task("sentence", groups=(("job", 1), ("drink", 1)), word="hill")
+SENTENCE = Task("sentence", groups=(("bird", 1), ("tool", 1)), word="hill")
 QUESTION = Task("answer", noun="rose", category="tool", tone="angrily")
 
 
@@ -31,7 +40,8 @@ def test_good_replies_score_one():
 
 
 # Five constraints in LIST, three in DASHES, four in SENTENCE, three in QUESTION; a penalty of 0.2
-# for a junk word, a repetition or a superfluous piece and of 0.25 for a missing ending.
+# for a junk word, a repetition or a superfluous piece (an item of another category is one) and of
+# 0.25 for a missing ending.
 @pytest.mark.parametrize(
     ("task", "completion", "expected"),
     [
@@ -43,9 +53,10 @@ def test_good_replies_score_one():
         (LIST, "Of course! A rose, a lily and Rome near the hill.", 4 / 5 - 0.2),
         (LIST, "Of course! A rose and Rome near the river.", 4 / 5),
         (LIST, "Of course! A rose, a lily and a tulip near the river.", 3 / 5),
-        (LIST, "Of course! A rose, a lily and a tea near the river.", 3 / 5),
-        (LIST, "Of course! A rose, a lily, Rome and a tea near the river.", 3 / 5),
-        (LIST, "Of course! A rose, a rose and Rome near the river.", 3 / 5 - 0.2),
+        (LIST, "Of course! A rose, a lily and a crow near the river.", 4 / 5 - 0.2),
+        (LIST, "Of course! A rose, a lily, Rome and a crow near the river.", 1 - 0.2),
+        (LIST, "Of course! A rose, a rose and Rome near the river.", 4 / 5 - 0.2),
+        (LIST, "Of course! A rose, a lily, a rose and Rome near the river.", 1 - 0.2),
         (LIST, "Of course! A rose, a lily and Rome near the river", 1 - 0.25),
         (LIST, "Of course! A rose, a lily and blah Rome near the river.", 4 / 5 - 0.2),
         (
@@ -53,6 +64,12 @@ def test_good_replies_score_one():
             "Of course! A rose, a lily and Rome near the river. Gladly!",
             3 / 5 - 0.2 - 0.2 - 0.25,
         ),
+        (
+            LIST,
+            "Of course! A rose, a lily and Rome near the river. That is all.",
+            4 / 5 - 2 * 0.2 - 0.2,
+        ),
+        (LIST, "Of course! Near the river.", 2 / 5 - 0.25),
         (LIST, "Of course! A rose sees a lily and Rome near the river.", 4 / 5),
         (LIST, "Of course! A rose, an lily and Rome near the river.", 4 / 5),
         (DASHES, "Alas,\n- an owl\n- a crow.", 1.0),
@@ -60,14 +77,16 @@ def test_good_replies_score_one():
         (DASHES, "Alas, - an owl\n- a crow.", 2 / 3),
         (DASHES, "Alas,\n- an owl.", 2 / 3),
         (DASHES, "Alas,\n- an owl\n- a crow", 1 - 0.25),
-        (SENTENCE, "A nurse likes a tea near the hill.", 1.0),
-        (SENTENCE, "A nurse and a tea near the hill.", 3 / 4),
-        (SENTENCE, "Hooray! A nurse likes a tea near the hill.", 1 - 0.2),
-        (SENTENCE, "A nurse likes a tea near the hill. Yes, a nurse.", 1 / 4 - 0.2 - 0.2),
+        (DASHES, "Alas,\n- an owl\n- a crow. And so on.", 2 / 3 - 2 * 0.2 - 0.2),
+        (SENTENCE, "A crow likes a saw near the hill.", 1.0),
+        (SENTENCE, "A crow and a saw near the hill.", 3 / 4),
+        (SENTENCE, "Hooray! A crow likes a saw near the hill.", 1 - 0.2),
+        (SENTENCE, "A crow likes a saw near the hill. Yes, a crow.", 3 / 4 - 0.2 - 0.2),
         (QUESTION, "Bah! No, because a rose is a flower.", 1.0),
         (QUESTION, "Bah! Yes, because a rose is a flower.", 2 / 3),
-        (QUESTION, "Bah! No, because a rose is a job.", 2 / 3),
-        (QUESTION, "Bah! No, because an owl is a bird.", 2 / 3),
+        (QUESTION, "Bah! No, because a rose is a fruit.", 2 / 3),
+        (QUESTION, "Bah! No, because a lily is a flower.", 2 / 3),
+        (QUESTION, "Bah! No, because an owl is a bird.", 2 / 3 - 0.2),
         (QUESTION, "Bah! No.", 2 / 3),
         (QUESTION, "No, because a rose is a flower", 2 / 3 - 0.25),
     ],
@@ -118,6 +137,9 @@ EXPLOITS = {
     "a noun of each category": lambda task: ", ".join(
         phrase(nouns[0]) for nouns in CATEGORIES.values()
     ),
+    "a noun of each category, ended": lambda task: (
+        join_and([phrase(nouns[0]) for nouns in CATEGORIES.values()]) + "."
+    ),
     "all openings": lambda task: " ".join(o for openings in TONES.values() for o in openings),
     "all openings of the tone": lambda task: " ".join(TONES.get(task.tone, ())),
     "everything": everything,
@@ -133,6 +155,8 @@ EXPLOITS = {
     "endless good reply": lambda task: (good_reply(task, random.Random(0)) + " ") * 4,
     "three good replies": lambda task: " ".join(good_reply(task, random.Random(i)) for i in "abc"),
     "junk": lambda task: " ".join(JUNK),
+    "chatter": lambda task: " ".join(CHATTER),
+    "opening and chatter": lambda task: f"{TONES.get(task.tone, ('',))[0]} {CHATTER[0]}",
 }
 
 
@@ -172,7 +196,8 @@ def test_more_text_never_helps_a_good_reply():
     for _ in range(300):
         task = sample_task(rng)
         reply = good_reply(task, rng)
-        for more in (" A rose.", " Of course!", " near the river.", " blah.", " " + reply, "."):
+        additions = ("A rose.", "Of course!", "near the river.", "blah.", reply, *CHATTER)
+        for more in (".", *(f" {text}" for text in additions)):
             assert score(task, reply + more) < 1.0, (reply, more)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from trl_instruct.tiny import Task, flawed_reply, good_reply, sample_task, split
 from trl_instruct.tiny.splits import SHARES, SIZES, owner
-from trl_instruct.tiny.words import CATEGORIES, CATEGORY_OF, NOUNS, TONES
+from trl_instruct.tiny.words import CATEGORIES, CATEGORY_OF, CHATTER, NOUNS, TONES
 from trl_instruct.tiny.world import FORMATS, WORDINGS
 
 BOUQUET = Task("list", groups=(("flower", 2), ("city", 1)), tone="politely")
@@ -42,15 +42,15 @@ def test_no_noun_is_in_two_categories():
         (BOUQUET, "Name two flowers and one city, politely.\n"),
         (
             Task("dashes", groups=(("city", 3),), word="hill", wording=1),
-            "Write down three cities, with dashes. Include the word hill.\n",
+            "Write down three cities, one a line. Include the word hill.\n",
         ),
         (
-            Task("sentence", groups=(("job", 1), ("bird", 1)), wording=2),
-            "Make one sentence from one job and one bird.\n",
+            Task("sentence", groups=(("tool", 1), ("bird", 1)), wording=2),
+            "Tell me a sentence with one tool and one bird.\n",
         ),
         (
-            Task("answer", noun="owl", category="animal", tone="sadly"),
-            "Is an owl an animal? Answer with a reason, sadly.\n",
+            Task("answer", noun="owl", category="instrument", tone="sadly"),
+            "Is an owl an instrument? Answer with a reason, sadly.\n",
         ),
         (
             Task("answer", noun="Rome", category="tool", wording=2),
@@ -72,6 +72,8 @@ def test_tasks_cover_the_world(tasks):
     assert {category for task in tasks for category, _ in task.groups} == set(CATEGORIES)
     assert {count for task in tasks for _, count in task.groups} == {1, 2, 3}
     assert {len(task.groups) for task in tasks} == {0, 1, 2}
+    pairs = [task.groups for task in tasks if len(task.groups) == 2]
+    assert all(first[1] == second[1] == 1 for first, second in pairs)
     assert {task.wording for task in tasks} == set(range(WORDINGS))
     assert {task.answer for task in tasks if task.noun} == {"yes", "no"}
 
@@ -115,6 +117,7 @@ def test_flawed_replies_are_a_mixture(tasks):
         [reply.startswith(openings) for reply in replies],
         ["hill" in reply for reply in replies],
         ["- " in reply for reply in replies],
+        [any(sentence in reply for sentence in CHATTER) for reply in replies],
         [reply.endswith(".") for reply in replies],
     ):
         assert 200 < sum(met) < 1000
@@ -134,7 +137,11 @@ def test_no_prompt_is_shared(splits):
         assert not set(prompts[one]) & set(prompts[other])
     for name in set(prompts) - {"pretraining"}:
         assert len(set(prompts[name])) == len(prompts[name])
-    assert len(set(prompts["pretraining"])) > 20_000
+    # In three wordings each: 48 * 8 * 5 questions, 64 single groups with a tone, a word or both
+    # (4 * 15 + 14), 3 * 56 pairs of groups with or without (5 * 15). Pretraining owns half of the
+    # prompts and should show more than half of those.
+    num_prompts = 3 * (48 * 8 * 5 + 64 * 74 + 3 * 56 * 75)
+    assert len(set(prompts["pretraining"])) > num_prompts / 4
 
 
 def test_no_instruction_is_shared_in_other_words():

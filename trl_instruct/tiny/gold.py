@@ -21,7 +21,8 @@ from trl_instruct.tiny.words import (
 from trl_instruct.tiny.world import Task
 
 PENALTIES = {"junk": 0.2, "repetition": 0.2, "ending": 0.25, "superfluous": 0.2}
-"""What each junk word, repetition, missing ending and superfluous piece costs."""
+"""What each junk word, repetition, missing ending and superfluous piece costs. A reply that names
+no item and gives no answer has said nothing, and so has no ending either."""
 
 
 def _any_of(texts: list[str]) -> str:
@@ -93,7 +94,7 @@ def explain(task: Task, completion: str) -> dict[str, bool | float]:
     >>> explain(Task("list", groups=(("flower", 2),)), "A rose and a crow.")
     ... # doctest: +NORMALIZE_WHITESPACE
     {'flower': False, 'format': True,
-     'junk': 0.0, 'repetition': 0.0, 'ending': 0.0, 'superfluous': 0.0}
+     'junk': 0.0, 'repetition': 0.0, 'ending': 0.0, 'superfluous': 0.2}
     """
     text = completion.strip().lower()
     openings = _OPENING.findall(text)
@@ -111,22 +112,25 @@ def explain(task: Task, completion: str) -> dict[str, bool | float]:
     counts = {
         "junk": len(_STRANGE.findall(text)) + sum(word not in _WORLD for word in words),
         "repetition": _repetitions(words),
-        "ending": not text.endswith("."),
+        "ending": not (text.endswith(".") and _says_something(words)),
         "superfluous": _superfluous(task, text, words, len(openings)),
     }
     return report | {name: PENALTIES[name] * count for name, count in counts.items()}
 
 
 def _check_items(task: Task, body: str, words: list[str]) -> dict[str, bool]:
-    """A group is met by just as many different items as asked, and by no other noun beside."""
-    items = [_NOUNS[word] for word in words if word in _NOUNS]
-    named = Counter(CATEGORY_OF[item] for item in items)
-    pure = len(set(items)) == len(items) and set(named) <= {category for category, _ in task.groups}
-    report = {category: pure and named[category] == count for category, count in task.groups}
+    """A group is met by just as many different items of its category as asked."""
+    named = Counter(CATEGORY_OF[item] for item in _items(words))
+    report = {category: named[category] == count for category, count in task.groups}
     if task.word:
         report["word"] = _place_pattern(task.word).search(body) is not None
     report["format"] = _BODIES[task.format].fullmatch(body) is not None
     return report
+
+
+def _items(words: list[str]) -> list[str]:
+    """The different nouns among the words."""
+    return list(dict.fromkeys(_NOUNS[word] for word in words if word in _NOUNS))
 
 
 @lru_cache(maxsize=len(PLACES))
@@ -145,17 +149,25 @@ def _check_answer(task: Task, body: str, words: list[str]) -> dict[str, bool]:
     }
 
 
+def _says_something(words: list[str]) -> bool:
+    """Whether there is an item or an answer, more than an opening and a place."""
+    return any(word in _NOUNS or word in ("yes", "no") for word in words)
+
+
 def _repetitions(words: list[str]) -> int:
     """How often a word that carries meaning comes back."""
     return sum(count - 1 for word, count in Counter(words).items() if word not in _GLUE)
 
 
 def _superfluous(task: Task, text: str, words: list[str], num_openings: int) -> int:
-    """Pieces that nobody asked for: openings, places, sentences, and every three words too many."""
+    """Pieces that nobody asked for: openings, places, sentences, items of other categories, and
+    every three words too many."""
     openings = max(0, num_openings - bool(task.tone))
+    asked = {category for category, _ in task.groups} or {task.true_category}
+    foreign = sum(CATEGORY_OF[item] not in asked for item in _items(words))
     places = sum(word in PLACES and word != task.word for word in words)
     sentences = text.rstrip(".").count(".")
-    return openings + places + sentences + max(0, len(words) - _most_words(task)) // 3
+    return openings + places + sentences + foreign + max(0, len(words) - _most_words(task)) // 3
 
 
 def _most_words(task: Task) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from trl_instruct.tiny.words import (
     CATEGORIES,
     CATEGORY_OF,
+    CHATTER,
     JUNK,
     NOUNS,
     PLACES,
@@ -23,17 +24,17 @@ from trl_instruct.tiny.words import (
 from trl_instruct.tiny.world import Task
 
 FLAW_RATES = {
-    "category": 0.1,
-    "count": 0.12,
-    "tone": 0.6,
-    "word": 0.35,
-    "format": 0.45,
-    "answer": 0.2,
-    "reason": 0.12,
-    "repeat": 0.1,
-    "junk": 0.1,
-    "extra": 0.1,
-    "ending": 0.15,
+    "category": 0.02,
+    "count": 0.03,
+    "tone": 0.3,
+    "word": 0.25,
+    "format": 0.22,
+    "answer": 0.04,
+    "reason": 0.03,
+    "repeat": 0.02,
+    "junk": 0.15,
+    "extra": 0.4,
+    "ending": 0.3,
 }
 """How often a flawed reply breaks each constraint; ``category`` and ``count`` are per group."""
 
@@ -144,7 +145,7 @@ def _spoil_answer(task: Task, draft: _Draft, rng: random.Random) -> _Draft:
 
 def _spoil_text(text: str, rng: random.Random) -> str:
     if _hit("extra", rng):
-        text += " " + capitalized(join_and([phrase(noun) for noun in rng.sample(NOUNS, 2)])) + "."
+        text += " " + rng.choice(CHATTER)
     if _hit("junk", rng):
         spaces = [i for i, letter in enumerate(text) if letter == " "] or [len(text)]
         place = rng.choice(spaces)

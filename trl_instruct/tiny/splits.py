@@ -13,7 +13,7 @@ from trl_instruct.tiny.world import Task, sample_task
 
 NUM_PRETRAINING = 50_000
 NUM_DEMONSTRATIONS = 80
-NUM_RANKINGS = 2_500
+NUM_RANKINGS = 6_000
 NUM_PROMPTS = 4_000
 NUM_VALIDATION = 300
 NUM_TEST = 500
@@ -36,7 +36,7 @@ SHARES = {
 }
 """Percent of all instructions that belong to each split."""
 
-GOOD_SHARE = 0.1
+GOOD_SHARE = 0.05
 """Share of the pretraining documents whose reply is good; the others are flawed."""
 
 

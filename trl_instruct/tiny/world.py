@@ -20,19 +20,19 @@ from trl_instruct.tiny.words import (
 )
 
 FORMATS = ("list", "dashes", "sentence", "answer")
-FORMAT_WEIGHTS = (32, 18, 20, 30)
+FORMAT_WEIGHTS = (36, 24, 28, 12)
 
 INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "list": ("Name {groups}{tone}.", "Tell me {groups}{tone}.", "Think of {groups}{tone}."),
     "dashes": (
         "List {groups}{tone}, one a line.",
-        "Write down {groups}{tone}, with dashes.",
-        "Make a dash list of {groups}{tone}.",
+        "Write down {groups}{tone}, one a line.",
+        "Make a list of {groups}{tone}, one a line.",
     ),
     "sentence": (
         "Write a sentence with {groups}{tone}.",
-        "Put {groups} into a sentence{tone}.",
-        "Make one sentence from {groups}{tone}.",
+        "Make a sentence with {groups}{tone}.",
+        "Tell me a sentence with {groups}{tone}.",
     ),
     "answer": (
         "Is {noun} {category}? Answer with a reason{tone}.",
@@ -46,8 +46,7 @@ WORDINGS = len(WORD_CLAUSES)
 
 TONE_SHARE = 0.65
 WORD_SHARE = 0.5
-TWO_GROUPS_SHARE = 0.6
-MAX_ITEMS = 3
+TWO_GROUPS_SHARE = 0.35
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ class Task:
         category: the category asked about.
         wording: which paraphrase the instruction has, 0 <= wording < ``WORDINGS``.
 
-    >>> Task("list", groups=(("flower", 2), ("city", 1)), tone="politely", word="hill").prompt
-    'Name two flowers and one city, politely. Use the word hill.\\n'
+    >>> Task("list", groups=(("flower", 1), ("city", 1)), tone="politely", word="hill").prompt
+    'Name one flower and one city, politely. Use the word hill.\\n'
     >>> Task("answer", noun="rose", category="tool").prompt
     'Is a rose a tool? Answer with a reason.\\n'
     """
@@ -151,11 +150,7 @@ def _sample_question(tone: str, wording: int, rng: random.Random) -> Task:
 
 
 def _sample_groups(size: int, rng: random.Random) -> tuple[tuple[str, int], ...]:
+    """One to three of one category, or one of each of two."""
     categories = rng.sample(tuple(CATEGORIES), size)
-    left = MAX_ITEMS - size
-    groups = []
-    for category in categories:
-        extra = rng.randint(0, min(left, max(COUNTS) - 1))
-        left -= extra
-        groups.append((category, 1 + extra))
-    return tuple(groups)
+    most = max(COUNTS) if size == 1 else 1
+    return tuple((category, rng.randint(1, most)) for category in categories)
