@@ -227,6 +227,7 @@ def test_the_scripts_are_the_commands(script):
     assert f'main(["{script}", *sys.argv[1:]])' in text
 
 
+@pytest.mark.slow
 def test_what_a_user_sees(given, tmp_path):
     """Our lines and the progress of real work, and nothing of the libraries besides."""
     config, _, policy = given
@@ -245,6 +246,7 @@ def test_what_a_user_sees(given, tmp_path):
     assert "Writing model shards" not in ran.stderr and "Loading weights" not in ran.stderr
 
 
+@pytest.mark.slow
 def test_a_mistake_from_a_shell(tmp_path):
     ran = subprocess.run(
         [sys.executable, ROOT / "recipes" / "sft.py", "--learning_rat", "1"],

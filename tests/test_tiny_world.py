@@ -137,10 +137,10 @@ def test_no_prompt_is_shared(splits):
         assert not set(prompts[one]) & set(prompts[other])
     for name in set(prompts) - {"pretraining"}:
         assert len(set(prompts[name])) == len(prompts[name])
-    # In three wordings each: 48 * 8 * 5 questions, 64 single groups with a tone, a word or both
+    # In three wordings each: 24 * 8 * 5 questions, 64 single groups with a tone, a word or both
     # (4 * 15 + 14), 3 * 56 pairs of groups with or without (5 * 15). Pretraining owns half of the
     # prompts and should show more than half of those.
-    num_prompts = 3 * (48 * 8 * 5 + 64 * 74 + 3 * 56 * 75)
+    num_prompts = 3 * (24 * 8 * 5 + 64 * 74 + 3 * 56 * 75)
     assert len(set(prompts["pretraining"])) > num_prompts / 4
 
 

@@ -28,6 +28,7 @@ FLAW_RATES = {
     "count": 0.03,
     "tone": 0.3,
     "word": 0.25,
+    "place": 0.2,
     "format": 0.22,
     "answer": 0.04,
     "reason": 0.03,
@@ -124,8 +125,8 @@ def _spoil_items(task: Task, draft: _Draft, rng: random.Random) -> _Draft:
     if _hit("repeat", rng):
         items.insert(rng.randrange(len(items) + 1), rng.choice(items))
     word, reply_format = draft.word, draft.format
-    if _hit("word", rng):
-        word = rng.choice(PLACES) if rng.random() < 0.3 else ""
+    if _hit("word" if word else "place", rng):
+        word = rng.choice(PLACES) if not word or rng.random() < 0.3 else ""
     if _hit("format", rng):
         reply_format = rng.choice([f for f in ("list", "dashes", "sentence") if f != reply_format])
     return replace(draft, items=tuple(items), word=word, format=reply_format)

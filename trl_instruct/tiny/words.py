@@ -22,7 +22,7 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
 CATEGORY_OF = {noun: category for category, nouns in CATEGORIES.items() for noun in nouns}
 NOUNS = tuple(CATEGORY_OF)
 
-QUESTION_NOUNS = tuple(noun for nouns in CATEGORIES.values() for noun in nouns[:4])
+QUESTION_NOUNS = tuple(noun for nouns in CATEGORIES.values() for noun in nouns[:3])
 """The nouns that are asked about: few enough to be met often in 50,000 documents."""
 
 BARE_CATEGORIES = ("city",)

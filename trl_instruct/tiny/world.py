@@ -20,7 +20,7 @@ from trl_instruct.tiny.words import (
 )
 
 FORMATS = ("list", "dashes", "sentence", "answer")
-FORMAT_WEIGHTS = (36, 24, 28, 12)
+FORMAT_WEIGHTS = (37, 25, 30, 8)
 
 INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "list": ("Name {groups}{tone}.", "Tell me {groups}{tone}.", "Think of {groups}{tone}."),
@@ -46,7 +46,8 @@ WORDINGS = len(WORD_CLAUSES)
 
 TONE_SHARE = 0.65
 WORD_SHARE = 0.5
-TWO_GROUPS_SHARE = 0.35
+TWO_GROUPS_SHARE = 0.3
+SINGLE_COUNTS = (1, 1, 2, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -152,5 +153,5 @@ def _sample_question(tone: str, wording: int, rng: random.Random) -> Task:
 def _sample_groups(size: int, rng: random.Random) -> tuple[tuple[str, int], ...]:
     """One to three of one category, or one of each of two."""
     categories = rng.sample(tuple(CATEGORIES), size)
-    most = max(COUNTS) if size == 1 else 1
-    return tuple((category, rng.randint(1, most)) for category in categories)
+    counts = SINGLE_COUNTS if size == 1 else (1,)
+    return tuple((category, rng.choice(counts)) for category in categories)
