@@ -14,6 +14,10 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONUNBUFFERED = 1
 # Idle OpenMP threads must not spin: on a busy machine that costs more than the work itself.
 export OMP_WAIT_POLICY ?= passive
+# The tiny models are too small for a second thread to pay.
+ifeq ($(CONFIG),tiny)
+export OMP_NUM_THREADS ?= 1
+endif
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
