@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 DEFAULT_NOISE = 0.25
-"""Standard deviation at which two labelers agree on 75 % of the pairs of four candidates, about
-as InstructGPT's did (72.6 %, section 3.4 of arXiv:2203.02155)."""
+"""Standard deviation of the noise. Two labelers then agree on about 75 % of the pairs of four
+candidates; InstructGPT's agreed on 72.6 % (section 3.4 of arXiv:2203.02155)."""
 
 
 class SimulatedLabeler:
