@@ -49,6 +49,14 @@ ARCHITECTURES = {
         "num_attention_heads": 2,
         "max_position_embeddings": CONTEXT,
     },
+    # rescale_every: at its default of 6, two layers would never be rescaled
+    "rwkv": {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "context_length": CONTEXT,
+        "rescale_every": 1,
+    },
+    "mamba": {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
 }
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] }}"

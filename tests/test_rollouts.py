@@ -24,7 +24,7 @@ from trl_instruct.rollouts import (
     tokenize_prompts,
 )
 
-KINDS = ["llama", "gpt2", "gpt_neox", "opt", "qwen3"]
+KINDS = ["llama", "gpt2", "gpt_neox", "opt", "qwen3", "rwkv", "mamba"]
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 COMPLETIONS = [[20, 21, 256], [22, 23, 24], [256]]
 

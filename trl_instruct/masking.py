@@ -57,6 +57,36 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(dim=1) - 1).masked_fill(~mask, 0)
 
 
+def padding_before(mask: Tensor) -> Tensor:
+    """Columns in front of each row's first real token.
+
+    Args:
+        mask: `(B, T)` bool or 0 / 1.
+
+    Returns:
+        `(B,)` int64.
+
+    >>> padding_before(torch.tensor([[0, 0, 1], [1, 1, 0]])).tolist()
+    [2, 0]
+    """
+    return mask.int().argmax(dim=1)
+
+
+def roll_rows(values: Tensor, columns: Tensor) -> Tensor:
+    """Each row moved to the left by its own number of columns; what leaves comes in at the right.
+
+    Args:
+        values: `(B, T, ...)`.
+        columns: `(B,)`; a negative number moves to the right.
+
+    >>> roll_rows(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([1, -1])).tolist()
+    [[2, 3, 1], [6, 4, 5]]
+    """
+    rows = torch.arange(values.shape[0], device=values.device).unsqueeze(1)
+    source = torch.arange(values.shape[1], device=values.device) + columns.unsqueeze(1)
+    return values[rows, source % values.shape[1]]
+
+
 def completion_lengths(completion_ids: Tensor, eos_token_ids: list[int]) -> tuple[Tensor, Tensor]:
     """Length of each sampled completion, its first EOS included, and whether it has one.
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -28,7 +28,8 @@ from transformers import (
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_instruct.errors import InputError
-from trl_instruct.quiet import silence_model_file_bars
+from trl_instruct.quiet import quiet_loading, silence_model_file_bars
+from trl_instruct.scalar_head import keep_weights, register_scalar_head
 
 silence_model_file_bars()
 
@@ -105,6 +106,7 @@ def load_policy(
                 f"A {type(source).__name__} was given; a language model (AutoModelForCausalLM) is "
                 "needed."
             )
+        keep_weights(unwrapped(source))
         return source
     if is_adapter(source):
         return _merged_adapter(source, AutoModelForCausalLM, model_config, trust_remote_code)
@@ -119,6 +121,8 @@ def load_reward_model(
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A scalar `AutoModelForSequenceClassification` (`num_labels=1`).
+
+    Where transformers has no such class for the architecture, it is the one of `scalar_head.py`.
 
     Args:
         source: a reward model; with `fresh_head`, any language model, whose unembedding is
@@ -151,6 +155,8 @@ def load_reward_model(
 def _classifier_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
+    register_scalar_head(type(config))
+    keep_weights(policy)
     classifier = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
     classifier.base_model.load_state_dict(policy.base_model.state_dict())
     return classifier
@@ -250,6 +256,22 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and back into the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model that a PEFT wrapper holds, its adapter in place; any other as it is."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def context_length(model: PreTrainedModel) -> int | None:
     """Most tokens the model can attend to; None where its architecture has no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -287,16 +309,18 @@ def _load(
     path = os.fspath(source)
     check_finished(Path(path))
     quantization = get_quantization_config(model_config)
+    hub = {"revision": model_config.model_revision, "trust_remote_code": trust_remote_code}
     with quiet_loading():
         try:
+            if kind is AutoModelForSequenceClassification:
+                register_scalar_head(type(AutoConfig.from_pretrained(path, **hub)))
             model, info = kind.from_pretrained(
                 path,
                 dtype=_dtype(model_config),
-                revision=model_config.model_revision,
                 attn_implementation=model_config.attn_implementation,
                 quantization_config=quantization,
-                trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **hub,
                 **kwargs,
             )
         except (OSError, ValueError, SafetensorError, RuntimeError) as error:
@@ -316,6 +340,7 @@ def _load(
         raise InputError(
             f"{path!r} holds a reward model; a language model is needed. Give the policy's folder."
         )
+    keep_weights(model)
     return model
 
 
@@ -352,21 +377,6 @@ def check_finished(folder: Path) -> None:
             f"The stage that writes {str(folder)!r} has not finished: there is no {METRICS_FILE}. "
             "Run it to its end first."
         )
-
-
-@contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Silence the report on a head that is missing because it is about to be made.
-
-    Nothing is lost: `_load` reads the same report and turns every other gap into an error.
-    """
-    logging = transformers.utils.logging
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _first_line(error: Exception) -> str:

@@ -33,7 +33,6 @@ from trl_instruct.models import (
     ValueModel,
     check_tokenizer,
     context_length,
-    disable_dropout,
     reference_of,
 )
 from trl_instruct.ppo_metrics import check_finite, episode_metrics, mean_over_steps, policy_metrics
@@ -52,6 +51,7 @@ from trl_instruct.rollouts import (
     pad_prompts,
     prompt_batches,
     tokenize_prompts,
+    unify_modes,
 )
 
 
@@ -105,8 +105,8 @@ class PPOTrainer(Trainer):
             reward_model = RewardModel(reward_model, processing_class)
         self.reward = reward_model
         self.eos_token_ids = eos_token_ids(model, processing_class)
-        disable_dropout(model)
-        disable_dropout(value_model)
+        unify_modes(model)
+        unify_modes(value_model)
         super().__init__(
             model=PolicyAndValue(model, ValueModel(value_model)),
             args=args,
@@ -375,7 +375,7 @@ class PPOTrainer(Trainer):
 
     def _place_frozen_models(self) -> None:
         if self.ref_model is not None:
-            disable_dropout(self.ref_model)
+            unify_modes(self.ref_model)
             self.ref_model.eval().requires_grad_(False).to(self.accelerator.device)
         if isinstance(self.reward, RewardModel):
             self.reward.model.to(self.accelerator.device)

@@ -3,11 +3,12 @@
 Installed when the package is imported: one of the messages comes with the import of bitsandbytes.
 """
 
+import contextlib
 import logging
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Tokenizers warn about forks of data workers, and fall back to one thread by themselves.
@@ -27,6 +28,8 @@ HARMLESS_LOGS = {
     "transformers.tokenization_utils_base": r"Token indices sequence length is longer than",
     # Trainer aligning pad / EOS ids of a model's config with the tokenizer's: what we want.
     "transformers.trainer_utils": r"The tokenizer has new PAD/BOS/EOS tokens",
+    # RWKV: it is given no row with padding in front (`recurrent.py`, `scalar_head.py`).
+    "transformers.models.rwkv.modeling_rwkv": r"`attention_mask` was passed, but it is unused",
 }
 # Bars over the files of a model; loading and saving a small one would flood the screen with them.
 MODEL_FILE_BARS = ("Writing model shards", "Loading weights")
@@ -64,3 +67,20 @@ def silence_model_file_bars() -> None:
 
 def _without_model_files(bar: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     return bar(*args, **{**kwargs, "disable": kwargs.get("desc") in MODEL_FILE_BARS})
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence the report on a head that is missing because it is about to be made.
+
+    Nothing is lost: who loads a model under it reads the same report and turns every other gap into
+    an error.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)

@@ -13,10 +13,14 @@ from trl_instruct.losses import token_logprobs
 from trl_instruct.masking import (
     completion_lengths,
     left_padded_mask,
+    padding_before,
     position_ids,
     right_padded_mask,
+    roll_rows,
 )
-from trl_instruct.models import ValueModel, accepted
+from trl_instruct.models import ValueModel, accepted, disable_dropout, evaluating, unwrapped
+from trl_instruct.recurrent import reads_padding
+from trl_instruct.scalar_head import keep_weights
 
 
 class Rollout(NamedTuple):
@@ -103,27 +107,46 @@ class PolicyAndValue(nn.Module):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpoint_kwargs)
 
 
+def unify_modes(model: PreTrainedModel) -> None:
+    """Make the model the same function in training as in eval mode: no dropout, no rescaling.
+
+    The policy that is updated would otherwise differ from the one that sampled.
+    """
+    disable_dropout(model)
+    keep_weights(unwrapped(model))
+
+
 def completion_logits(model: PreTrainedModel, sequences: Sequences, width: int) -> Tensor:
     """Logits that predict the last `width` tokens, `(B, width, V)`.
 
     The unembedding runs on those positions only, where the architecture allows: over a prompt of
     256 tokens it would be most of the memory of the pass.
     """
+    if not reads_padding(model):
+        return _last_logits(model, sequences, width + 1)[:, :-1]
+    before = padding_before(sequences.attention_mask)
+    logits = _last_logits(model, _moved(sequences, before), width + 1 + int(before.max()))
+    return roll_rows(logits, -before)[:, -width - 1 : -1]
+
+
+def _last_logits(model: PreTrainedModel, sequences: Sequences, count: int) -> Tensor:
     arguments = accepted(
-        model.get_base_model() if hasattr(model, "get_base_model") else model,
-        input_ids=sequences.input_ids,
-        attention_mask=sequences.attention_mask,
-        position_ids=sequences.position_ids,
-        use_cache=False,
-        logits_to_keep=width + 1,
+        unwrapped(model), **sequences._asdict(), use_cache=False, logits_to_keep=count
     )
-    logits = model(**arguments).logits
-    return logits[:, -width - 1 : -1]
+    return model(**arguments).logits[:, -count:]
 
 
 def state_values(value: ValueModel, sequences: Sequences, width: int) -> Tensor:
     """Values of the states in which the last `width` tokens were chosen, `(B, width)`."""
-    return value(*sequences)[:, -width - 1 : -1]
+    if not reads_padding(value.model):
+        return value(*sequences)[:, -width - 1 : -1]
+    before = padding_before(sequences.attention_mask)
+    return roll_rows(value(*_moved(sequences, before)), -before)[:, -width - 1 : -1]
+
+
+def _moved(sequences: Sequences, columns: Tensor) -> Sequences:
+    """Rows moved to the left by these numbers of columns `(B,)`: no padding in front of them."""
+    return Sequences(*(roll_rows(field, columns) for field in sequences))
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -171,17 +194,6 @@ def _plain_sampling(model: PreTrainedModel) -> Iterator[None]:
             holder.generation_config = config
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, and back into the mode it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 @torch.no_grad()
 def generate(
     policy: PreTrainedModel,
@@ -200,7 +212,8 @@ def generate(
         max_new_tokens: C, the longest completion.
         eos_token_ids: tokens that end a completion.
         temperature: above 0.
-        batch_size: prompts per call; batches are made of prompts of similar length.
+        batch_size: prompts per call; batches are made of prompts of similar length. A model to
+            which padding is text gets one prompt per call.
 
     Returns:
         completion_ids `(B, C)` (filler behind the end), completion_lengths `(B,)`, ended `(B,)`.
@@ -217,6 +230,10 @@ def generate(
     )
     completions = torch.full((len(prompts), max_new_tokens), eos_token_ids[0], device=device)
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    if reads_padding(policy):
+        # Not even prompts of equal length: RWKV's cached states mix the rows of a batch
+        # (transformers 5.23), and without its cache it is slower than one by one.
+        batch_size = 1
     with evaluating(policy), _plain_sampling(policy):
         for start in range(0, len(prompts), batch_size):
             rows = by_length[start : start + batch_size]

@@ -1,0 +1,73 @@
+"""Which models padding in front of a text disturbs is found out, not listed."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from trl_instruct.models import ValueModel
+from trl_instruct.recurrent import reads_padding
+from trl_instruct.rollouts import PolicyAndValue, generate, join, pad_prompts
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox", "gpt2", "opt", "mamba"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_with_a_mask_do_not_read_padding(make_policy, make_reward_model, kind, dtype):
+    for model in (make_policy(kind), make_reward_model(kind)):
+        assert not reads_padding(model.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rwkv_does(make_policy, make_reward_model, dtype):
+    policy = make_policy("rwkv").to(dtype)
+    adapted = get_peft_model(make_policy("rwkv"), LoraConfig(target_modules="all-linear"))
+    for model in (policy, adapted, make_reward_model("rwkv").to(dtype)):
+        assert reads_padding(model)
+
+
+def test_a_model_is_asked_once_with_dropout_off_and_left_as_it_was(make_policy):
+    policy = make_policy("gpt2", resid_pdrop=0.9, embd_pdrop=0.9).train()
+    calls = []
+    policy.base_model.register_forward_hook(lambda *_: calls.append(1))
+    assert not reads_padding(policy)
+    assert policy.training
+    asked = len(calls)
+    assert not reads_padding(policy)
+    assert len(calls) == asked
+
+
+@pytest.mark.parametrize("kind", ["llama", "rwkv"])
+def test_completions_are_those_of_each_prompt_alone(make_policy, kind):
+    """At temperature 0 (nearly) the sampler is a function of its prompt."""
+    policy = make_policy(kind).eval()
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12], [13], [14, 15, 16]]
+    tokens, _, _ = generate(
+        policy, prompts, max_new_tokens=5, eos_token_ids=[257], temperature=1e-4, batch_size=2
+    )
+    for prompt, completion in zip(prompts, tokens.tolist(), strict=True):
+        text = list(prompt)
+        for token in completion:
+            assert policy(torch.tensor([text])).logits[0, -1].argmax() == token
+            text.append(token)
+
+
+def test_rwkvs_cache_mixes_the_rows_of_a_batch(make_policy):
+    """Why `generate` gives it one prompt at a time; should this fail, it can have batches again."""
+    policy = make_policy("rwkv").eval()
+    ids, token = torch.tensor([[5, 6], [7, 8]]), torch.tensor([[9], [10]])
+    with torch.no_grad():
+        state = policy(ids, use_cache=True).state
+        step = policy(token, state=state, use_cache=True).logits[:, -1]
+        whole = policy(torch.cat([ids, token], dim=1), use_cache=False).logits[:, -1]
+    assert (step - whole).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["llama", "rwkv"])
+def test_nothing_flows_through_padding(make_policy, make_reward_model, kind):
+    model = PolicyAndValue(make_policy(kind), ValueModel(make_reward_model(kind)))
+    prompts, lengths = pad_prompts([[5, 6, 7], [8]], torch.device("cpu"))
+    completions = torch.tensor([[20, 21, 22], [23, 9, 9]])
+    logits, values = model(*join(prompts, lengths, completions, torch.tensor([3, 1])))
+    assert (logits.shape, values.shape) == ((2, 3, 258), (2, 3))
+    (logits[1, 0].sum() + values[1, 0]).backward()
+    embedding = model.policy.get_input_embeddings().weight.grad
+    assert embedding[8].any() and not embedding[[0, 5, 20]].any()

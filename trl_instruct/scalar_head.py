@@ -1,0 +1,145 @@
+"""A scalar head on language models that transformers has no sequence classifier for: RWKV, Mamba.
+
+The class made here is to its backbone what `LlamaForSequenceClassification` is to Llama, with the
+same names for the weights (`<backbone>.*`, `score.weight`), and registered with
+`AutoModelForSequenceClassification`, which from then on loads and saves it like any other. On disk
+it is a checkpoint of the backbone's own `model_type`, in safetensors, without code.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.utils import logging
+
+from trl_instruct.errors import InputError
+from trl_instruct.masking import padding_before, roll_rows
+
+logger = logging.get_logger(__name__)
+
+
+def register_scalar_head(config_class: type[PreTrainedConfig]) -> None:
+    """Give `AutoModelForSequenceClassification` a classifier for this kind of model.
+
+    Does nothing where it has one, and for models that are no language models.
+
+    >>> register_scalar_head(type(AutoConfig.for_model("rwkv")))
+    >>> MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(AutoConfig.for_model("rwkv"))].__name__
+    'RwkvForSequenceClassification'
+    """
+    known = config_class in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if known or not all(config_class in m for m in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING)):
+        return
+    backbone = MODEL_MAPPING[config_class]
+    name = backbone.__name__.removesuffix("Model") + "ForSequenceClassification"
+    # The backbone's own base class brings the prefix of its weights, their initialisation, ...
+    family = next(c for c in backbone.__mro__[1:] if issubclass(c, PreTrainedModel))
+    # transformers reads a model's module to learn which attention and expert kernels it can take.
+    classifier = type(name, (ScalarHead, family), {"__module__": backbone.__module__})
+    # Without exist_ok, transformers ignores classes for its own configs.
+    AutoModelForSequenceClassification.register(config_class, classifier, exist_ok=True)
+
+
+class ScalarHead(PreTrainedModel):
+    """Last token's hidden state -> linear head, over any backbone.
+
+    Which token is the last is read from the attention mask, never from token ids. Rows are moved
+    to the left edge before the backbone reads them, since recurrent backbones know no mask: padding
+    before a sequence would be text to them, and padding behind it comes too late to matter.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        setattr(self, self.base_model_prefix, AutoModel.from_config(config))
+        hidden = config.get_text_config().hidden_size
+        self.score = nn.Linear(hidden, config.num_labels, bias=False)
+        self.post_init()
+        keep_weights(self)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Scores of B sequences: `logits` is `(B, num_labels)`.
+
+        Args:
+            input_ids: `(B, T)`.
+            attention_mask: `(B, T)`, 1 on the tokens of a row, which stand side by side; None: all.
+            use_cache, return_dict: have no effect.
+
+        Raises:
+            InputError: a mask of another shape, or an argument that would have to change the score.
+        """
+        given = [name for name, value in others.items() if not (value is None or value is False)]
+        if given:
+            raise InputError(
+                f"{type(self).__name__} was given {', '.join(given)}; it reads input_ids and "
+                "attention_mask only. Leave the rest out."
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if attention_mask.shape != input_ids.shape:
+            raise InputError(
+                f"{type(self).__name__} was given an attention_mask of shape "
+                f"{tuple(attention_mask.shape)} for input_ids of shape {tuple(input_ids.shape)}; "
+                "it reads one sequence a row, so the shapes must be equal."
+            )
+        before = padding_before(attention_mask)
+        output = self.base_model(
+            input_ids=roll_rows(input_ids, before),
+            attention_mask=roll_rows(attention_mask, before),
+            use_cache=False,
+        )
+        logits = self.score(roll_rows(output.last_hidden_state, -before))
+        last = input_ids.shape[1] - 1 - padding_before(attention_mask.flip(1))
+        rows = torch.arange(len(last), device=last.device)
+        return SequenceClassifierOutputWithPast(logits=logits[rows, last])
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recompute activations in the backward pass; TRL's default, so no reason to fail."""
+        if self.supports_gradient_checkpointing:
+            super().gradient_checkpointing_enable(*args, **kwargs)
+        else:
+            logger.warning_once(
+                f"{type(self).__name__} does not support gradient checkpointing; training goes on "
+                "without. Set gradient_checkpointing=False to be rid of this message."
+            )
+
+
+def keep_weights(model: PreTrainedModel) -> None:
+    """Switch off that RWKV halves weights in place on every change to eval mode, and undo it.
+
+    It keeps float16 from overflowing. But weights saved in eval mode are wrong once loaded (they
+    are halved again), and so is a LoRA adapter, which is not halved. Does nothing to other models.
+    """
+    backbone = model.base_model
+    if not hasattr(backbone.config, "rescale_every"):
+        return
+    if backbone.layers_are_rescaled:
+        was_training = backbone.training
+        backbone.train()
+        with torch.no_grad():  # a forward pass in training mode scales them back
+            backbone(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+        backbone.train(was_training)
+    for part in (model, backbone):
+        part.config.rescale_every = 0
+
+
+# At import, so that AutoModelForSequenceClassification.from_pretrained finds them from then on.
+for _model_type in ("rwkv", "mamba", "mamba2", "falcon_mamba"):
+    register_scalar_head(type(AutoConfig.for_model(_model_type)))
