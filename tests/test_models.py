@@ -152,6 +152,18 @@ def test_a_classifier_of_several_labels_is_no_reward_model(policy, tokenizer, tm
         load_reward_model(save(model, tokenizer, tmp_path), PLAIN)
 
 
+def test_options_that_cannot_be_had(saved_policy, monkeypatch):
+    with pytest.raises(InputError, match="dtype is 'float12'; auto, float32"):
+        load_policy(saved_policy, ModelConfig(dtype="float12"))
+
+    def lacks_a_package(*args, **kwargs):
+        raise ImportError("FlashAttention2 is not installed.")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lacks_a_package)
+    with pytest.raises(InputError, match="No model could be loaded.* FlashAttention2 is not inst"):
+        load_policy(saved_policy, ModelConfig(attn_implementation="flash_attention_2"))
+
+
 def test_nothing_there(tmp_path):
     for load in (load_policy, load_reward_model):
         with pytest.raises(InputError, match="No model could be loaded from .*Give a Hub id"):

@@ -323,7 +323,7 @@ def _load(
                 **hub,
                 **kwargs,
             )
-        except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
             raise InputError(
                 f"No model could be loaded from {path!r}: {_first_line(error)} Give a Hub id, a "
                 "folder saved with save_pretrained, or the result of an earlier stage."
@@ -367,7 +367,10 @@ def _merged_adapter(
 
 def _dtype(model_config: ModelConfig) -> Any:
     name = model_config.dtype or "float32"
-    return name if name == "auto" else getattr(torch, name)
+    dtype = name if name == "auto" else getattr(torch, name, None)
+    if not isinstance(dtype, str | torch.dtype):
+        raise InputError(f"dtype is {name!r}; auto, float32, bfloat16 or float16 is needed.")
+    return dtype
 
 
 def check_finished(folder: Path) -> None:
