@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -33,6 +34,7 @@ def test_a_file_that_a_person_can_rank(policy, tokenizer, tmp_path):
     assert counts == {
         "prompts": 6,
         "responses": responses,
+        "empty": 0,
         "duplicates": 18 - responses,
         "prompts_left_out": 0,
     }
@@ -75,7 +77,13 @@ def test_what_cannot_be_ranked_is_counted(policy, tokenizer, tmp_path, monkeypat
     options = {"num_candidates": 3, "rows": PROMPTS[:2]}
     counts, rows = sample(policy, tokenizer, tmp_path / "c.jsonl", **options)
     assert [row["responses"] for row in rows] == [["a", "b"]]
-    assert counts == {"prompts": 2, "responses": 2, "duplicates": 3, "prompts_left_out": 1}
+    assert counts == {
+        "prompts": 2,
+        "responses": 2,
+        "empty": 1,
+        "duplicates": 2,
+        "prompts_left_out": 1,
+    }
 
 
 def test_bad_input_leaves_no_file(policy, tokenizer, tmp_path):
@@ -91,6 +99,10 @@ def test_bad_input_leaves_no_file(policy, tokenizer, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             sample(policy, tokenizer, tmp_path / "c.jsonl", **options)
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(InputError, match="has no EOS token"):
+        sample(policy, endless, tmp_path / "c.jsonl")
     with pytest.raises(InputError, match="No model could be loaded"):
         sample(tmp_path / "nowhere", tokenizer, tmp_path / "c.jsonl")
     assert not list(tmp_path.iterdir())

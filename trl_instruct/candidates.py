@@ -13,7 +13,14 @@ from trl import ModelConfig
 
 from trl_instruct.data import load_prompts
 from trl_instruct.errors import InputError
-from trl_instruct.models import ModelSource, context_length, load_policy, load_tokenizer
+from trl_instruct.models import (
+    ModelSource,
+    check_tokenizer,
+    context_length,
+    load_policy,
+    load_tokenizer,
+    model_name,
+)
 from trl_instruct.rewards import RewardFunction, as_completions, call_reward
 from trl_instruct.rollouts import decode, eos_token_ids, fit_prompts, generate, tokenize_prompts
 from trl_instruct.stage import written_at_once
@@ -59,11 +66,13 @@ def sample_candidates(
         processing_class: the policy's tokenizer, where it does not lie beside it.
 
     Returns:
-        Counts: prompts, responses, duplicates (equal completions of a prompt are given once) and
-        prompts_left_out (all completions equal: nothing to rank).
+        Counts: prompts, responses, empty (completions without text, not given), duplicates (equal
+        completions of a prompt are given once) and prompts_left_out (fewer than two are left:
+        nothing to rank).
 
     Raises:
-        InputError: num_candidates below 2, bad prompts, or no policy there.
+        InputError: num_candidates below 2, bad prompts, no policy there, or a tokenizer without
+            EOS.
     """
     if num_candidates < 2:
         raise InputError(f"num_candidates is {num_candidates}; a ranking needs at least 2.")
@@ -77,7 +86,7 @@ def sample_candidates(
         raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
     records = load_prompts(prompts, split)
     model = load_policy(policy, ModelConfig()).to(PartialState().device)
-    tokenizer = processing_class or load_tokenizer(policy)
+    tokenizer = check_tokenizer(processing_class or load_tokenizer(policy), model_name(policy))
     token_lists, _ = fit_prompts(
         tokenize_prompts(records["prompt"][:], tokenizer),
         max_prompt_length=None,
@@ -87,7 +96,8 @@ def sample_candidates(
     if gold is not None and labeler is None:
         labeler = SimulatedLabeler(seed=seed).label
     set_seed(seed)
-    counts = {"prompts": len(records), "responses": 0, "duplicates": 0, "prompts_left_out": 0}
+    counts = dict.fromkeys(("prompts", "responses", "empty", "duplicates", "prompts_left_out"), 0)
+    counts["prompts"] = len(records)
     rows_at_once = max(1, batch_size * 4 // num_candidates)
     with written_at_once(Path(output_file)) as file:
         for start in tqdm(range(0, len(records), rows_at_once), desc="candidates", unit="batch"):
@@ -117,8 +127,10 @@ def _ranking(
     counts: dict[str, int],
 ) -> dict[str, Any] | None:
     """One ranking-ready record, or None (counted) where there is nothing to rank."""
-    distinct = [text for text in dict.fromkeys(drawn) if text.strip()]
-    counts["duplicates"] += len(drawn) - len(distinct)
+    written = [text for text in drawn if text.strip()]
+    distinct = list(dict.fromkeys(written))
+    counts["empty"] += len(drawn) - len(written)
+    counts["duplicates"] += len(written) - len(distinct)
     if len(distinct) < 2:
         counts["prompts_left_out"] += 1
         return None
