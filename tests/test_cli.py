@@ -259,3 +259,16 @@ def test_a_mistake_from_a_shell(tmp_path):
     assert ran.stderr.splitlines() == [
         "sft: error: Unknown option 'learning_rat' for SFTConfig. Did you mean 'learning_rate'?"
     ]
+
+
+@pytest.mark.slow
+def test_candidates_with_two_processes(tmp_path, saved_policy):
+    prompts = write(tmp_path / "prompts.jsonl", PROMPTS)
+    options = {"model_name_or_path": saved_policy, "dataset_name": prompts, "response_length": 3}
+    options |= {"output_dir": tmp_path / "c", "use_cpu": True}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, str(ROOT / "recipes" / "candidates.py"), *flags(options)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    rows = (tmp_path / "c" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(row)["prompt"] for row in rows] == [row["prompt"] for row in PROMPTS]

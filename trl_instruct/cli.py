@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from accelerate import PartialState
 from trl import ModelConfig, TrlParser
 
 from trl_instruct.candidates import sample_candidates
@@ -109,13 +110,18 @@ def sft_command(arguments: list[str]) -> None:
 
 
 def candidates_command(arguments: list[str]) -> None:
-    """Between stages 1 and 2: train.jsonl, and test.jsonl where there is an eval dataset."""
+    """Between stages 1 and 2: train.jsonl, and test.jsonl where there is an eval dataset.
+
+    Of several processes one samples: they would all write the same file.
+    """
     config, model_config = parse(CandidatesConfig, arguments)
     sources = {"train": config.dataset_name}
     if config.eval_dataset_name:
         sources["test"] = config.eval_dataset_name
     with stage("candidates", config, model_config) as run:
         run.begin()
+        if not run.is_main:
+            return
         metrics = {
             name: sample_candidates(
                 model_config.model_name_or_path,
@@ -154,7 +160,7 @@ def ppo_command(arguments: list[str]) -> None:
         raise InputError("ppo needs reward_model_path: a reward model's folder or Hub id.")
     result = ppo(model, reward, config.dataset_name, config=config, model_config=model_config)
     print(f"policy: {result}")
-    if config.eval_dataset_name:
+    if config.eval_dataset_name and PartialState().is_main_process:
         compare(result)
 
 
