@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import PartialState
+from transformers import PreTrainedModel
 from trl import ModelConfig
 
 from trl_instruct.data import load_prompts
@@ -13,6 +15,7 @@ from trl_instruct.errors import InputError
 from trl_instruct.evaluation import Samples, sample_and_score, summarize
 from trl_instruct.models import CONFIG_FILE, METRICS_FILE, load_policy, load_tokenizer
 from trl_instruct.recipes import load_reward
+from trl_instruct.rewards import RewardFunction, RewardModel
 from trl_instruct.stage import write_json
 
 SHOWN_SAMPLES = 5
@@ -44,14 +47,14 @@ def compare(policy: str | os.PathLike) -> dict[str, Any]:
     base = _read_yaml(Path(started_from)).get("model_name_or_path")
     paths = {"base": base, "sft": started_from, "ppo": folder}
     prompts = load_prompts(config["eval_dataset_name"])
-    rewards = {"rm": load_reward(config["reward_model_path"])}
+    rewards = {"rm": _judge(config["reward_model_path"])}
     if "gold" in config:
-        rewards["gold"] = load_reward(config["gold"])
+        rewards["gold"] = _judge(config["gold"])
     tokenizer = load_tokenizer(folder)
-    reference = load_policy(started_from, ModelConfig())
+    reference = _policy(started_from)
     samples = {
         name: sample_and_score(
-            reference if name == "sft" else load_policy(path, ModelConfig()),
+            reference if name == "sft" else _policy(path),
             tokenizer,
             prompts,
             rewards,
@@ -70,6 +73,17 @@ def compare(policy: str | os.PathLike) -> dict[str, Any]:
     print(render(summary))
     print(f"\nSummary: {path}   policy: {folder}   reward model: {config['reward_model_path']}")
     return summary
+
+
+def _policy(source: str | os.PathLike) -> PreTrainedModel:
+    return load_policy(source, ModelConfig()).to(PartialState().device)
+
+
+def _judge(source: str) -> RewardFunction:
+    reward = load_reward(source)
+    if isinstance(reward, RewardModel):
+        reward.model.to(PartialState().device)
+    return reward
 
 
 def _summary(folder: Path, config: dict, samples: dict[str, Samples]) -> dict[str, Any]:
