@@ -33,6 +33,7 @@ from trl_instruct.models import (
     ValueModel,
     check_tokenizer,
     context_length,
+    evaluating,
     reference_of,
 )
 from trl_instruct.ppo_metrics import check_finite, episode_metrics, mean_over_steps, policy_metrics
@@ -44,7 +45,6 @@ from trl_instruct.rollouts import (
     completion_values,
     decode,
     eos_token_ids,
-    evaluating,
     fit_prompts,
     generate,
     join,
