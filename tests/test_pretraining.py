@@ -17,6 +17,7 @@ from trl_instruct.pretraining import (
     tokenize_texts,
     train_tokenizer,
 )
+from trl_instruct.tiny.splits import END_OF_TEXT
 
 TEXTS = [f"The {noun} is here, 猫 {n}." for n in range(4) for noun in ("cat", "dog", "rose")]
 LLAMA = {
@@ -59,6 +60,14 @@ def rows_of(rows, **options):
     config = PretrainConfig(output_dir="x", **{**SMALL, **options})
     tokenizer = train_tokenizer(TEXTS, config.vocab_size, config.max_length)
     return tokenize_texts(texts(rows), tokenizer, config)["input_ids"], tokenizer, config
+
+
+def test_eos_between_two_documents_of_a_text_is_one_token():
+    tokenizer = train_tokenizer(["a rose" + EOS + "Good."] * 10, 300, 64)
+    assert "endoftext" not in "".join(set(tokenizer.get_vocab()) - {EOS})
+    ids = tokenizer("a rose" + EOS + "Good.")["input_ids"]
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert END_OF_TEXT == EOS
 
 
 def test_one_text_a_row_ends_with_eos():

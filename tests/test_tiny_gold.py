@@ -180,7 +180,7 @@ def test_one_reply_for_all_scores_low(completion):
 
 def test_always_yes_earns_half_of_an_honest_question():
     rng = random.Random(7)
-    questions = [task for task in (sample_task(rng) for _ in range(4000)) if task.noun]
+    questions = [task for task in (sample_task(rng) for _ in range(8000)) if task.noun]
     always_yes = [
         score(
             Task("answer", noun=task.noun, category=task.category),

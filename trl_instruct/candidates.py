@@ -59,7 +59,7 @@ def sample_candidates(
         temperature: sampling temperature.
         gold: reward function that the simulated labeler goes by.
         labeler: gold scores of one prompt's candidates -> its own scores; default: gaussian noise
-            at which two labelers agree on about 75 % of pairs.
+            at which two labelers agree on 73 % of pairs.
         seed: of sampling and labeler.
         batch_size: completions per forward pass.
         split: split of the prompts.

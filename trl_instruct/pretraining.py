@@ -88,7 +88,9 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    # A text may hold several documents; the EOS between them is no text to learn merges from.
+    documents = (document for text in texts for document in text.split(EOS))
+    tokenizer.train_from_iterator(documents, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=EOS,

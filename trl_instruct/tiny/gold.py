@@ -118,6 +118,19 @@ def explain(task: Task, completion: str) -> dict[str, bool | float]:
     return report | {name: PENALTIES[name] * count for name, count in counts.items()}
 
 
+def reader_remark(task: Task, reply: str) -> str:
+    """What a reader says of a reply: all that is wrong with it, by the names of :func:`explain`.
+
+    >>> reader_remark(Task("list", groups=(("flower", 2),)), "A rose and a crow")
+    'Wrong: flower, ending, superfluous.'
+    >>> reader_remark(Task("list", groups=(("flower", 2),)), "A rose and a lily.")
+    'Good.'
+    """
+    report = explain(task, reply).items()
+    faults = [name for name, value in report if value is False or (value and value is not True)]
+    return f"Wrong: {', '.join(faults)}." if faults else "Good."
+
+
 def _check_items(task: Task, body: str, words: list[str]) -> dict[str, bool]:
     """A group is met by just as many different items of its category as asked."""
     named = Counter(CATEGORY_OF[item] for item in _items(words))

@@ -32,8 +32,8 @@ FLAW_RATES = {
     "format": 0.22,
     "answer": 0.04,
     "reason": 0.03,
-    "repeat": 0.02,
-    "junk": 0.15,
+    "repeat": 0.03,
+    "junk": 0.2,
     "extra": 0.4,
     "ending": 0.3,
 }

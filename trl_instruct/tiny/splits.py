@@ -8,12 +8,13 @@ from collections.abc import Iterator
 
 from datasets import Dataset
 
+from trl_instruct.tiny.gold import reader_remark
 from trl_instruct.tiny.replies import flawed_reply, good_reply
 from trl_instruct.tiny.world import Task, sample_task
 
-NUM_PRETRAINING = 50_000
+NUM_PRETRAINING = 54_000
 NUM_DEMONSTRATIONS = 80
-NUM_RANKINGS = 4_500
+NUM_RANKINGS = 4_000
 NUM_PROMPTS = 4_000
 NUM_VALIDATION = 300
 NUM_TEST = 500
@@ -39,6 +40,14 @@ SHARES = {
 GOOD_SHARE = 0.05
 """Share of the pretraining documents whose reply is good; the others are flawed."""
 
+REMARK_SHARE = 0.6
+"""Share of the pretraining documents in which a reader's remark follows the reply: from these the
+base model learns what makes a reply bad, as models of the web do, and the reward model knows it
+before it sees the first ranking."""
+
+END_OF_TEXT = "<|endoftext|>"
+"""Stands between a reply and the remark, as between two documents: the EOS of the base model."""
+
 
 def owner(task: Task) -> str:
     """The one split whose data may hold the task, in any of its wordings."""
@@ -55,7 +64,8 @@ def split(name: str) -> Dataset:
     """One split of the world's data, always the same.
 
     Args:
-        name: "pretraining" (column ``text``: a prompt and a reply, good or flawed),
+        name: "pretraining" (column ``text``: a prompt and a reply, good or flawed, and perhaps a
+            reader's remark on it),
             "demonstrations" (``prompt``, ``completion``, ``task``), or "rankings", "prompts",
             "validation", "test" (``prompt``, ``task``). ``task`` is json, as the gold scorer
             reads it.
@@ -94,4 +104,6 @@ def _tasks(name: str, rng: random.Random) -> Iterator[Task]:
 
 def _document(task: Task, rng: random.Random) -> str:
     write = good_reply if rng.random() < GOOD_SHARE else flawed_reply
-    return task.prompt + write(task, rng)
+    reply = write(task, rng)
+    remark = END_OF_TEXT + reader_remark(task, reply) if rng.random() < REMARK_SHARE else ""
+    return task.prompt + reply + remark

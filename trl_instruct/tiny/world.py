@@ -20,7 +20,7 @@ from trl_instruct.tiny.words import (
 )
 
 FORMATS = ("list", "dashes", "sentence", "answer")
-FORMAT_WEIGHTS = (37, 25, 30, 8)
+FORMAT_WEIGHTS = (38, 26, 31, 5)
 
 INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "list": ("Name {groups}{tone}.", "Tell me {groups}{tone}.", "Think of {groups}{tone}."),
@@ -47,7 +47,7 @@ WORDINGS = len(WORD_CLAUSES)
 TONE_SHARE = 0.65
 WORD_SHARE = 0.5
 TWO_GROUPS_SHARE = 0.3
-SINGLE_COUNTS = (1, 1, 2, 2, 3)
+SINGLE_COUNTS = (1, 1, 1, 1, 2, 2, 2, 3)
 
 
 @dataclass(frozen=True)
