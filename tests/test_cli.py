@@ -122,6 +122,17 @@ def test_help_of_a_stage_gives_the_papers_values(capsys):
     assert "beta of the KL penalty (C.4: 0.02" in " ".join(capsys.readouterr().out.split())
 
 
+def test_ctrl_c_ends_in_one_line(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "sft", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["sft"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "\nsft: interrupted\n"
+
+
 # ---- mistakes ------------------------------------------------------------------------------------
 
 

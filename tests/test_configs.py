@@ -102,6 +102,10 @@ def test_a_scheduler_without_a_floor_gets_none():
         ({"dataset_name": ["a", "b"]}, r"dataset_name is list .* is needed"),
         ({"lora_r": "8"}, r"lora_r is str '8'; int is needed"),
         ({"lr_scheduler_type": "zigzag"}, "zigzag is not a valid SchedulerType, please select"),
+        ({"learning_rate": -1}, r"learning_rate is -1; it must not be negative"),
+        ({"per_device_train_batch_size": 0}, r"train_batch_size is 0; it must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, r"accumulation_steps is 0; it must be at least 1"),
+        ({"num_train_epochs": -1.0}, r"num_train_epochs is -1.0; make it more than 0"),
         ({"learning_rate": None}, r"learning_rate is null or absent; float is needed"),
     ],
 )
@@ -116,6 +120,7 @@ def test_bad_options_are_named(options, message):
     [
         ({"num_mini_batches": 0}, "num_mini_batches is 0; it must be at least 1"),
         ({"response_length": 0}, "response_length is 0"),
+        ({"total_episodes": 0}, "total_episodes is 0"),
         ({"temperature": 0.0}, "temperature is 0.0; PPO samples"),
         ({"missing_eos_penalty": -1.0}, "give it as a positive number"),
         ({"kl_estimator": "k2"}, "kl_estimator is str 'k2'"),

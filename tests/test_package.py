@@ -14,8 +14,6 @@ def test_every_file_that_is_not_python_is_packaged():
     patterns = project["tool"]["setuptools"]["package-data"]["trl_instruct"]
     packaged = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
     others = {
-        path
-        for path in PACKAGE.rglob("*")
-        if path.is_file() and path.suffix not in (".py", ".pyc")
+        path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")
     }
     assert others and packaged == others

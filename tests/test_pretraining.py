@@ -99,7 +99,17 @@ def test_length_batches_are_of_a_length_and_in_no_order():
     [
         ([" ", ""], {}, "all 2 rows have an empty `text`"),
         (TEXTS, {"architecture": "llamma"}, "'llamma' is no model type of transformers"),
+        (
+            TEXTS,
+            {"architecture": "llamma", "architecture_kwargs": None},
+            "'llamma' is no model type of transformers",
+        ),
         (TEXTS, {"architecture_kwargs": '{"hidden_size": '}, "is no JSON object"),
+        (TEXTS, {"architecture_kwargs": "[1]"}, r"is list \[1\]; {field: value} is needed"),
+        (TEXTS, {"architecture_kwargs": {"hiden_size": 8}}, "config of llama has no 'hiden_size'"),
+        (TEXTS, {"architecture_kwargs": {"num_attention_heads": 3}}, "kwargs: .*heads"),
+        (TEXTS, {"max_length": 256}, "max_length is 256, but the architecture's context is 64"),
+        (TEXTS, {"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs is 0; make it more"),
         (TEXTS, {"packing": False, "max_length": 4}, "Raise max_length, or set packing"),
         (TEXTS, {"vocab": 300}, "Unknown option 'vocab' for PretrainConfig"),
     ],
@@ -137,6 +147,7 @@ def test_the_tiny_base_is_made_once(tmp_path, monkeypatch):
     assert tiny_base(tmp_path / "base", seed=3).path == tmp_path / "base"
     assert len(made) == 1
     assert made[0]["seed"] == 3
+    assert made[0]["overwrite_output_dir"]  # what was cut short is made afresh
 
 
 def test_names_of_datasets(tmp_path):

@@ -73,6 +73,22 @@ def test_a_file_is_refused(tmp_path):
         sft("nowhere", DATA, tmp_path / "x")
 
 
+def test_a_folder_that_could_not_be_made_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "x").write_text("")
+    with pytest.raises(InputError, match=r"output_dir .*x' is no folder\. Choose another"):
+        sft("nowhere", DATA, tmp_path / "x" / "new")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may do all
+    with pytest.raises(InputError, match="cannot be written into"):
+        sft("nowhere", DATA, tmp_path / "new" / "deep")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_run_that_was_cut_short_is_called_so(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(InputError, match="holds a run that was cut short.*--overwrite_output_dir"):
+        sft("nowhere", DATA, tmp_path)
+
+
 def test_another_run_is_replaced_only_on_demand(saved_policy, tmp_path):
     folder = tmp_path / "run"
     sft(saved_policy, DATA, folder, **QUICK, **LORA)

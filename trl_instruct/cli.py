@@ -34,7 +34,10 @@ from trl_instruct.summary import compare
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stage that the first argument names; a user's mistake ends in one line, exit 2."""
+    """Run the stage that the first argument names; a user's mistake ends in one line, exit 2.
+
+    Ctrl-C ends in one line too, with the shell's exit status for it, 130.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments.pop(0) if arguments else "--help"
     if name not in COMMANDS:
@@ -46,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except InputError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 class _Parser(TrlParser):

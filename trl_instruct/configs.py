@@ -72,6 +72,23 @@ class StageConfig(_Mixin):
             {"min_lr_rate": 0.1} if floored else None
         )
         super().__post_init__()
+        batch = ("train_batch_size", "eval_batch_size")
+        check_counts(self, *(f"per_device_{b}" for b in batch), "gradient_accumulation_steps")
+        if self.learning_rate < 0:
+            raise InputError(f"learning_rate is {self.learning_rate}; it must not be negative.")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            epochs = self.num_train_epochs
+            raise InputError(
+                f"num_train_epochs is {epochs}; make it more than 0, or set max_steps."
+            )
+
+
+def check_counts(config: StageConfig, *names: str) -> None:
+    """InputError for an option that counts something and is below 1 (None: it is left open)."""
+    for name in names:
+        count = getattr(config, name)
+        if count is not None and count < 1:
+            raise InputError(f"{name} is {count}; it must be at least 1.")
 
 
 @dataclass
@@ -176,9 +193,8 @@ class PPOConfig(StageConfig, TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_mini_batches", "num_ppo_epochs", "response_length"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        check_counts(self, "num_mini_batches", "num_ppo_epochs", "response_length")
+        check_counts(self, "total_episodes", "local_rollout_forward_batch_size")
         if self.temperature <= 0:
             raise InputError(f"temperature is {self.temperature}; PPO samples, it must be above 0.")
         if self.missing_eos_penalty is not None and self.missing_eos_penalty < 0:

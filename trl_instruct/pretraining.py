@@ -8,11 +8,13 @@ from typing import Any
 
 import yaml
 from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     DataCollatorForLanguageModeling,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -23,7 +25,8 @@ from trl import ModelConfig
 from trl_instruct.configs import PretrainConfig, resolve
 from trl_instruct.data import load_texts
 from trl_instruct.errors import InputError
-from trl_instruct.models import METRICS_FILE
+from trl_instruct.models import METRICS_FILE, context_length
+from trl_instruct.sources import kind_of
 from trl_instruct.stage import StageResult, stage
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -162,24 +165,45 @@ def _blocks(rows: list[list[int]], size: int) -> list[list[int]]:
 def model_from_scratch(
     config: PretrainConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """A randomly initialised causal language model of the configured architecture."""
+    """A randomly initialised causal language model of the configured architecture.
+
+    Raises:
+        InputError: an unknown architecture; a field that its config does not have, or refuses; a
+            context shorter than max_length.
+    """
     kwargs = config.architecture_kwargs or {}
-    kwargs = json.loads(kwargs) if isinstance(kwargs, str) else dict(kwargs)
-    try:
-        architecture = AutoConfig.for_model(
-            config.architecture,
-            vocab_size=len(tokenizer),
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **kwargs,
-        )
-    except ValueError as error:
+    kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
+    if not isinstance(kwargs, dict):
+        raise InputError(f"architecture_kwargs is {kind_of(kwargs)}; {{field: value}} is needed.")
+    defaults = _architecture(config)
+    unknown = [name for name in kwargs if not hasattr(defaults, name)]
+    if unknown:
         raise InputError(
-            f"architecture {config.architecture!r} is no model type of transformers; use llama, "
-            "gpt2, gpt_neox, qwen3, opt, ..."
-        ) from error
-    return AutoModelForCausalLM.from_config(architecture)
+            f"architecture_kwargs: the config of {config.architecture} has no {unknown[0]!r}."
+        )
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    sizes = {"vocab_size": len(tokenizer), "bos_token_id": None}
+    model = AutoModelForCausalLM.from_config(_architecture(config, **sizes, **special, **kwargs))
+    context = context_length(model)
+    if context is not None and context < config.max_length:
+        raise InputError(
+            f"max_length is {config.max_length}, but the architecture's context is {context} "
+            "tokens; lower max_length, or raise max_position_embeddings in architecture_kwargs."
+        )
+    return model
+
+
+def _architecture(config: PretrainConfig, **fields: Any) -> PretrainedConfig:
+    """The architecture's config with these fields and its defaults."""
+    try:
+        return AutoConfig.for_model(config.architecture, **fields)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        if not fields:
+            raise InputError(
+                f"architecture {config.architecture!r} is no model type of transformers; use "
+                "llama, gpt2, gpt_neox, qwen3, opt, ..."
+            ) from error
+        raise InputError(f"architecture_kwargs: {' '.join(str(error).split())}") from error
 
 
 def tiny_base(folder: Path, **options: Any) -> StageResult:
@@ -188,7 +212,8 @@ def tiny_base(folder: Path, **options: Any) -> StageResult:
         return StageResult(folder)
     defaults = yaml.safe_load(TINY_OPTIONS.read_text(encoding="utf-8"))
     dataset = defaults.pop("dataset_name")
-    return pretrain(dataset, **{**defaults, **options, "output_dir": str(folder)})
+    replaced = {"output_dir": str(folder), "overwrite_output_dir": True}  # where it was cut short
+    return pretrain(dataset, **{**defaults, **options, **replaced})
 
 
 def name_of(dataset: Any) -> str | None:

@@ -113,6 +113,7 @@ class Stage:
         config, folder = self.config, self.folder
         if self.existed and not folder.is_dir():
             raise InputError(f"output_dir {str(folder)!r} is a file; choose a folder.")
+        self._check_writable()
         if config.resume_from_checkpoint:
             self._check_checkpoint(config.resume_from_checkpoint)
             return
@@ -123,8 +124,9 @@ class Stage:
                 "new or empty folder."
             )
         if content and not config.overwrite_output_dir:
+            held = "another run" if METRICS_FILE in content else "a run that was cut short"
             raise InputError(
-                f"output_dir {str(folder)!r} holds another run. Choose a new folder, or set "
+                f"output_dir {str(folder)!r} holds {held}. Choose a new folder, or set "
                 "--overwrite_output_dir to replace it."
             )
         source = self.model_config.model_name_or_path
@@ -132,6 +134,17 @@ class Stage:
             raise InputError(
                 f"output_dir {str(folder)!r} is the folder of the model to start from, which "
                 "would be lost. Choose another output_dir."
+            )
+
+    def _check_writable(self) -> None:
+        """InputError where the folder could not be made or written into."""
+        ancestors = [self.folder, *self.folder.absolute().parents]
+        nearest = next(path for path in ancestors if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            fault = "is no folder" if not nearest.is_dir() else "cannot be written into"
+            raise InputError(
+                f"output_dir {str(self.folder)!r}: {str(nearest)!r} {fault}. Choose another "
+                "output_dir."
             )
 
     def _check_checkpoint(self, checkpoint: str | bool) -> None:
