@@ -6,6 +6,8 @@ ARGS ?=
 # How to start a stage: make ppo LAUNCH="accelerate launch --num_processes 4"
 LAUNCH ?= python
 PYTHON ?= python3
+# Where the real data lie, for make bench-data
+DATA ?= ../shared/data
 
 STAGES = base sft candidates rm ppo
 CONFIGS = recipes/configs/$(CONFIG)
@@ -21,7 +23,7 @@ endif
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help install bench-tiny check test test-unit clean FORCE $(STAGES)
+.PHONY: help install bench-tiny bench-data check test test-unit clean FORCE $(STAGES)
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -66,12 +68,18 @@ $(call metrics,$(1)): $(call config,$(1)) $(call inputs,$(1)) $(call forced,$(1)
 endef
 $(foreach stage,$(STAGES),$(eval $(call stage_rules,$(stage))))
 
+$(CONFIGS)/%.yaml:
+	@test -f $@ || { echo "CONFIG=$(CONFIG) has no $*: there is no $@"; exit 1; }
+
 FORCE:
 
 # ---- the project itself --------------------------------------------------------------------------
 
 bench-tiny: install  ## the tiny default for seeds 0, 1, 2 (about twelve minutes)
 	python benchmarks/tiny_seeds.py
+
+bench-data: install  ## all stages on the real data in DATA=../shared/data, English and Chinese
+	python benchmarks/real_data.py $(DATA) $(ARGS)
 
 check: install  ## format, lint, types, import contracts
 	ruff format --check .

@@ -6,6 +6,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from trl_instruct import sources
+from trl_instruct.data import load_prompts
 from trl_instruct.errors import InputError
 from trl_instruct.sources import Source, load_records
 
@@ -122,10 +123,27 @@ def test_a_late_fault_of_a_stream_names_its_line(tmp_path):
 def test_a_file_that_is_not_gzip_or_not_utf8(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(b'{"a": 1}\n')
     (tmp_path / "b.jsonl").write_bytes(b'{"a": "\xff\xfe"}\n')
-    with pytest.raises(InputError, match=r"a.jsonl.gz .*(UTF-8|json records)"):
+    with pytest.raises(InputError, match=r"a.jsonl.gz cannot be read: Not a gzipped file"):
         load_records(tmp_path / "a.jsonl.gz")
-    with pytest.raises(InputError, match="not UTF-8 text"):
+    with pytest.raises(InputError, match="b.jsonl: the records are not UTF-8 text"):
         load_records(tmp_path / "b.jsonl")
+    rows = b'{"prompt": "a"}\n' * 1000 + b'{"prompt": "\xff"}\n'  # behind the first batch
+    (tmp_path / "c.jsonl").write_bytes(rows)
+    with pytest.raises(InputError, match="c.jsonl: the records are not UTF-8 text"):
+        load_prompts(tmp_path / "c.jsonl")
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_a_csv_without_commas(tmp_path, mark):
+    path = write(tmp_path / "a.csv", f"\ufeffprompt{mark}completion\na{mark}b\n")
+    with pytest.raises(InputError, match="a.csv: the columns are separated by .*; commas are"):
+        load_records(path)
+
+
+def test_the_reader_of_datasets_says_nothing_beside_our_error(tmp_path, caplog):
+    with pytest.raises(InputError, match="line 2: malformed JSON"):
+        load_records(write(tmp_path / "a.jsonl", '{"prompt": "a"}\nnot json\n'))
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "./a", "nowhere/a.csv", "a.parquet"])

@@ -294,7 +294,7 @@ def check_records(
 
     if isinstance(dataset, IterableDataset):
         return dataset.map(checked, with_indices=True, features=dataset.features)
-    for row, record in enumerate(iterate(dataset)):
+    for row, record in enumerate(iterate(dataset, source=source)):
         checked(record, row)
     return dataset
 

@@ -22,6 +22,8 @@ HARMLESS_WARNINGS = (
 )
 # By the logger that gives them: a filter sees only what is logged on its own logger.
 HARMLESS_LOGS = {
+    # A file of faulty JSON: our loader says in which line.
+    "datasets.packaged_modules.json.json": r"Failed to load JSON from file",
     # On import: an optional kernel package for CPU.
     "bitsandbytes.backends.cpu.ops": r"Failed to load CPU gemm_4bit_forward",
     # Every stage counts, or refuses, what is too long for its model.

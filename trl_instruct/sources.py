@@ -123,13 +123,18 @@ def first_record(dataset: AnyDataset, source: Source) -> dict[str, Any]:
     Raises:
         InputError: there is none.
     """
-    for record in iterate(dataset):
+    for record in iterate(dataset, source=source):
         return record
     raise InputError(f"{source.name} holds no records; at least one is needed.")
 
 
-def iterate(dataset: AnyDataset, column: str | None = None) -> Iterator[Any]:
-    """Rows, or the values of one column, as Python objects; a batch at a time in memory."""
+def iterate(
+    dataset: AnyDataset, column: str | None = None, *, source: Source | None = None
+) -> Iterator[Any]:
+    """Rows, or the values of one column, as Python objects; a batch at a time in memory.
+
+    `source` is named in the error where their text is not UTF-8.
+    """
     if isinstance(dataset, IterableDataset):
         yield from dataset
         return
@@ -139,7 +144,10 @@ def iterate(dataset: AnyDataset, column: str | None = None) -> Iterator[Any]:
             values = zip(*batch.values(), strict=True)
             yield from (row[0] if column else dict(zip(batch, row, strict=True)) for row in values)
     except UnicodeDecodeError as error:
-        raise InputError(f"The records are not UTF-8 text ({error}); write them as such.") from None
+        place = f"{source.name}: the" if source else "The"
+        raise InputError(
+            f"{place} records are not UTF-8 text ({error}); write them as such."
+        ) from None
 
 
 def map_records(dataset: AnyDataset, function: Any, **options: Any) -> AnyDataset:
@@ -211,6 +219,8 @@ def _take_split(splits: Mapping[str, AnyDataset], split: str, where: Source) -> 
 def _load_file(path: Path, builder: str, split: str, streaming: bool, where: Source) -> AnyDataset:
     if split.partition("[")[0] != "train":
         raise InputError(f"{where.name}: no split {split!r}; a single file has only 'train'.")
+    if builder == "csv":
+        _check_separator(path, where)
     options = CSV_OPTIONS if builder == "csv" else {}
     files = {"train": str(path)}
     try:
@@ -225,6 +235,18 @@ def _load_file(path: Path, builder: str, split: str, streaming: bool, where: Sou
         return dataset
     inputs = {"dataset": dataset, "path": path, "builder": builder, "where": where}
     return IterableDataset.from_generator(_guarded, gen_kwargs=inputs, features=dataset.features)
+
+
+def _check_separator(path: Path, where: Source) -> None:
+    """InputError for a csv whose columns are separated by something else than commas."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        header = file.readline()
+    other = next((mark for mark in ";\t|" if mark in header), None)
+    if other and "," not in header:
+        raise InputError(
+            f"{where.name}: the columns are separated by {other!r}; commas are needed. Save it as "
+            "comma-separated csv, or as jsonl."
+        )
 
 
 def _guarded(
@@ -248,8 +270,10 @@ def _file_fault(error: Exception, path: Path, builder: str, where: Source) -> In
             _parse_json(where, path)
     except InputError as fault:
         return fault
-    except (OSError, EOFError, UnicodeDecodeError) as fault:
+    except UnicodeDecodeError as fault:
         return InputError(f"{where.name} cannot be read ({fault}); UTF-8 text is needed.")
+    except (OSError, EOFError) as fault:
+        return InputError(f"{where.name} cannot be read: {fault}.")
     cause = error.__cause__ or error
     return InputError(f"{where.name} cannot be read as a table of {builder} records: {cause}")
 
