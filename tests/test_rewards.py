@@ -63,6 +63,14 @@ def test_a_bad_score_names_the_reward_and_the_completion(result, message):
         call_reward(politeness, PROMPTS, COMPLETIONS, {})
 
 
+def test_parameters_of_other_names_are_refused_before_the_call():
+    def length(texts):
+        raise AssertionError("called")
+
+    with pytest.raises(InputError, match=r"'length' takes \(texts\); .*\(prompts, completions\)"):
+        call_reward(length, ["a"], ["b"], {})
+
+
 def test_rewards_have_names():
     assert reward_name(length) == "length"
     assert reward_name(Judge()) == "Judge"

@@ -115,13 +115,19 @@ def call_reward(
         B finite floats.
 
     Raises:
-        InputError: another number of scores than completions, or a score that is no finite number.
+        InputError: parameters of other names, another number of scores than completions, or a
+            score that is no finite number.
     """
     parameters = inspect.signature(reward).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    name = reward_name(reward)
+    if not takes_all and not {"prompts", "completions"} <= set(parameters):
+        raise InputError(
+            f"Reward {name!r} takes ({', '.join(parameters)}); it is called by name, so it needs "
+            "the parameters (prompts, completions), and (..., **columns) for further columns."
+        )
     wanted = {k: v for k, v in columns.items() if takes_all or k in parameters}
     scores = reward(prompts=prompts, completions=completions, **wanted)
-    name = reward_name(reward)
     count = len(scores) if hasattr(scores, "__len__") else None
     if count != len(completions):
         given = f"{type(scores).__name__}" if count is None else f"{count} scores"
