@@ -115,6 +115,15 @@ def test_usage(arguments, capsys):
     assert "{pretrain,sft,candidates,rm,ppo}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stage", cli.COMMANDS)
+def test_every_stage_has_help(stage, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([stage, "--help"])
+    assert stopped.value.code == 0
+    told = capsys.readouterr().out
+    assert "--learning_rate" in told and "%%" not in told
+
+
 def test_help_of_a_stage_gives_the_papers_values(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["ppo", "--help"])

@@ -103,6 +103,7 @@ def test_where_counts_lines_with_blank_ones(tmp_path):
         ("a.jsonl.gz", '{"a": 1}\nnot json\n', r"gz, line 2: malformed JSON .*'not json'"),
         ("a.json", '[{"prompt": "a"},\n{"prompt": }]', r"a.json, line 2: malformed JSON"),
         ("a.jsonl", '{"a": 1}\n"text"\n', r"line 2: str 'text'; each line needs a JSON object"),
+        ("a.jsonl", '{"a": "b"}\n{"a": "\\ud83d c"}\n', r"line 2: \\ud83d is half of a surrogate"),
         ("a.jsonl", "", r"a.jsonl holds no records"),
         ("a.json", "[]", r"a.json holds no records"),
         ("a.csv", "prompt,n\n", r"a.csv holds no records"),

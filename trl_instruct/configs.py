@@ -36,7 +36,7 @@ from trl_instruct.sources import kind_of
 
 
 def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help.replace("%", "%%")})  # argparse formats it
 
 
 # A mixin: were StageConfig a TrainingArguments itself, its defaults would hide those of TRL's.
@@ -195,6 +195,13 @@ class PPOConfig(StageConfig, TrainingArguments):
         super().__post_init__()
         check_counts(self, "num_mini_batches", "num_ppo_epochs", "response_length")
         check_counts(self, "total_episodes", "local_rollout_forward_batch_size")
+        check_counts(self, "max_prompt_length")
+        for name in ("kl_coef", "cliprange", "cliprange_value", "vf_coef"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative.")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be between 0 and 1.")
         if self.temperature <= 0:
             raise InputError(f"temperature is {self.temperature}; PPO samples, it must be above 0.")
         if self.missing_eos_penalty is not None and self.missing_eos_penalty < 0:

@@ -294,10 +294,22 @@ def _parse_json(where: Source, path: Path) -> None:
                     f"{where.name}, line {line}: malformed JSON ({error.msg}, column "
                     f"{error.colno}): {text.splitlines()[error.lineno - 1].strip()[:60]!r}"
                 ) from None
+            _check_surrogates(value, f"{where.name}, line {number}" if number else where.name)
             if where.lines and not isinstance(value, dict):
                 raise InputError(
                     f"{where.name}, line {number}: {kind_of(value)}; each line needs a JSON object."
                 )
+
+
+def _check_surrogates(value: Any, place: str) -> None:
+    """InputError for half a character: a "\\ud83d" whose second half was cut off."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("unicode_escape").decode()
+        raise InputError(
+            f"{place}: {half} is half of a surrogate pair, which is no text; remove it."
+        ) from None
 
 
 def _holds_json_lines(path: Path) -> bool:
