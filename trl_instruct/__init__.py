@@ -23,6 +23,7 @@ _EXPORTS = {
     "rankings_to_pairs": "pairs",
     "split_by_prompt": "pairs",
     "RewardModel": "rewards",
+    "load_reward": "rewards",
     "RankingRewardTrainer": "reward_trainer",
     "PPOTrainer": "ppo_trainer",
     "StageResult": "stage",

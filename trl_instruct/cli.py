@@ -26,7 +26,8 @@ from trl_instruct.configs import (
 )
 from trl_instruct.errors import InputError
 from trl_instruct.pretraining import pretrain
-from trl_instruct.recipes import load_reward, ppo, rm, sft
+from trl_instruct.recipes import ppo, rm, sft
+from trl_instruct.rewards import load_reward
 from trl_instruct.sources import kind_of
 from trl_instruct.stage import stage
 from trl_instruct.summary import compare

@@ -24,6 +24,7 @@ from trl_instruct.configs import PretrainConfig, resolve
 from trl_instruct.data import load_texts
 from trl_instruct.errors import InputError
 from trl_instruct.models import METRICS_FILE
+from trl_instruct.sources import name_of
 from trl_instruct.stage import StageResult, stage
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -187,8 +188,3 @@ def tiny_base(folder: Path, **options: Any) -> StageResult:
     defaults = yaml.safe_load(TINY_OPTIONS.read_text(encoding="utf-8"))
     dataset = defaults.pop("dataset_name")
     return pretrain(dataset, **{**defaults, **options, "output_dir": str(folder)})
-
-
-def name_of(dataset: Any) -> str | None:
-    """How the config names a dataset: a path or id; None for one that lives in memory only."""
-    return os.fspath(dataset) if isinstance(dataset, str | os.PathLike) else None

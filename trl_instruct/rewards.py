@@ -10,15 +10,27 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig
 
 from trl_instruct.errors import InputError
 from trl_instruct.masking import right_padded_mask
-from trl_instruct.models import accepted, check_tokenizer, context_length
+from trl_instruct.models import (
+    ModelSource,
+    accepted,
+    check_tokenizer,
+    context_length,
+    is_nameless,
+    load_reward_model,
+    load_tokenizer,
+)
+from trl_instruct.tiny import gold_score
 
 RewardFunction = Callable[..., Sequence[float]]
+
+TINY = "tiny"
 
 
 class RewardModel:
@@ -69,6 +81,34 @@ class RewardModel:
         return self.model(
             **accepted(self.model, input_ids=ids.to(device), attention_mask=mask.to(device))
         ).logits.squeeze(-1)
+
+
+def load_reward(
+    reward: ModelSource | RewardFunction,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    batch_size: int = 64,
+) -> RewardFunction:
+    """A reward function from whatever `ppo` accepts as one.
+
+    Args:
+        reward: a function, `"tiny"` (the gold scorer), or a scalar reward model.
+        tokenizer: for a model in memory that was not loaded from a folder with its own.
+        batch_size: completions per forward pass of a model.
+    """
+    if isinstance(reward, str) and reward == TINY:
+        return gold_score
+    if reward is None:
+        raise InputError(
+            "No reward was given: set reward_model_path to a reward model's folder or Hub id, or "
+            "pass a function f(prompts, completions, **columns) -> list[float]."
+        )
+    if callable(reward) and not isinstance(reward, nn.Module):
+        return reward
+    model = load_reward_model(reward, ModelConfig())
+    if tokenizer is None or not is_nameless(reward):
+        tokenizer = load_tokenizer(reward)
+    return RewardModel(model, tokenizer, batch_size=batch_size)
 
 
 def token_ids(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
