@@ -119,7 +119,12 @@ class RewardConfig(StageConfig, trl.RewardConfig):
     gradient_accumulation_steps: int = _option(8, "8 x 8 = 64 prompts a step (C.2: 64).")
     eval_size: float = _option(
         0.1,
-        "Share of the prompts held out for pair accuracy where there is no eval dataset; 0: none.",
+        "Share of the prompts held out for evaluation where there is no eval dataset; 0: none.",
+    )
+    demonstrations_name: str | None = _option(
+        None,
+        "Demonstrations, named like dataset_name: the score is shifted so that they have 0 on "
+        "average (3.5). Default: no shift.",
     )
 
 

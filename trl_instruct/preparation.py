@@ -50,12 +50,12 @@ def stage_options(
     return config, model_config
 
 
-def held_out_source(eval_dataset: Any, config: StageConfig) -> Any:
-    """The eval dataset, from the argument or the config; the config then names it."""
-    if eval_dataset is None:
-        return config.eval_dataset_name
-    config.eval_dataset_name = name_of(eval_dataset)
-    return eval_dataset
+def named_source(given: Any, config: StageConfig, option: str = "eval_dataset_name") -> Any:
+    """A dataset from the argument or, by name, from the config; the config then names it."""
+    if given is None:
+        return getattr(config, option)
+    setattr(config, option, name_of(given))
+    return given
 
 
 def starting_point(

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import ModelConfig, SFTTrainer
 
 from trl_instruct.configs import PPOConfig, RewardConfig, SFTConfig
-from trl_instruct.data import load_demonstrations, load_prompts
+from trl_instruct.data import form_of, load_demonstrations, load_prompts
 from trl_instruct.errors import InputError
 from trl_instruct.evaluation import pair_accuracy
 from trl_instruct.models import (
@@ -26,7 +27,7 @@ from trl_instruct.preferences import count_pairs, load_preferences
 from trl_instruct.preparation import (
     check_chat_template,
     check_demonstrations,
-    held_out_source,
+    named_source,
     stage_options,
     starting_point,
     within_context,
@@ -34,6 +35,7 @@ from trl_instruct.preparation import (
 from trl_instruct.pretraining import tiny_base
 from trl_instruct.reward_trainer import RankingRewardTrainer
 from trl_instruct.rewards import TINY, RewardFunction, RewardModel, load_reward
+from trl_instruct.shift import save_beside_adapter
 from trl_instruct.sources import name_of
 from trl_instruct.stage import Stage, StageResult, stage
 
@@ -76,7 +78,7 @@ def sft(
         SFTConfig, config, model_config, output_dir, dataset, options
     )
     demonstrations = load_demonstrations(dataset, config.dataset_train_split)
-    held_out = held_out_source(eval_dataset, config)
+    held_out = named_source(eval_dataset, config)
     if held_out is not None:
         held_out = load_demonstrations(held_out)
     if isinstance(model, str) and model == TINY:
@@ -111,6 +113,7 @@ def rm(
     output_dir: str | os.PathLike | None = None,
     *,
     eval_dataset: Any = None,
+    demonstrations: Any = None,
     processing_class: PreTrainedTokenizerBase | None = None,
     config: RewardConfig | None = None,
     model_config: ModelConfig | None = None,
@@ -128,11 +131,14 @@ def rm(
         output_dir: folder for the reward model.
         eval_dataset: rankings or pairs to measure the accuracy on; default: `eval_size` of the
             prompts, held out.
+        demonstrations: what scores 0 on average (`prompt`, `completion`, as in `sft`): their mean
+            score is kept in the model's config as its shift. None: no shift.
         processing_class, config, model_config, callbacks, options: as in `sft`.
 
     Returns:
         The folder, with metrics train_loss, pairs, accuracy with its 95 % interval (accuracy_low,
-        accuracy_high), ceiling (where the held-out rankings hold gold_scores), overlong, seconds.
+        accuracy_high), ceiling (where the held-out rankings hold gold_scores), shift and std of the
+        demonstrations' scores, overlong, seconds.
 
     Raises:
         InputError: as `sft`; also a ranking with fewer than two responses, no pair at all.
@@ -140,8 +146,9 @@ def rm(
     config, model_config = stage_options(
         RewardConfig, config, model_config, output_dir, dataset, options
     )
-    train, held_out, ceiling = load_preferences(
-        dataset, held_out_source(eval_dataset, config), config
+    train, held_out, ceiling = load_preferences(dataset, named_source(eval_dataset, config), config)
+    shown = _shift_demonstrations(
+        named_source(demonstrations, config, "demonstrations_name"), train
     )
     with stage("rm", config, model_config) as run:
         base, tokenizer = starting_point(run, model, processing_class)
@@ -165,8 +172,11 @@ def rm(
             "pairs": count_pairs(train),
             "overlong": trainer.overlong,
         }
+        reward = RewardModel(trainer.model, tokenizer)
+        if shown is not None:
+            metrics |= _shift(reward, shown, run)
         if held_out is not None:
-            metrics |= _accuracy(RewardModel(trainer.model, tokenizer), held_out, ceiling)
+            metrics |= _accuracy(reward, held_out, ceiling)
         return run.finish(trainer, metrics)
 
 
@@ -241,6 +251,30 @@ def _check_overlong(trainer: RankingRewardTrainer, run: Stage) -> None:
     if trainer.overlong:
         what = "responses" if "ranks" in trainer.train_dataset.column_names else "pairs"
         run.say(f"{trainer.overlong} {what} exceed max_length and are left out")
+
+
+def _shift_demonstrations(source: Any, preferences: Dataset) -> Dataset | None:
+    """The demonstrations that are to score 0; InputError where they are of another form."""
+    if source is None:
+        return None
+    demonstrations = load_demonstrations(source)
+    forms = form_of(demonstrations[0]), form_of(preferences[0])
+    if forms[0] != forms[1]:
+        raise InputError(
+            f"The demonstrations are {forms[0]} and the preferences {forms[1]}, so their scores "
+            "could not be compared. Write both in one format."
+        )
+    return demonstrations
+
+
+def _shift(reward: RewardModel, demonstrations: Dataset, run: Stage) -> dict[str, float]:
+    """Measure the shift and keep it with the model."""
+    mean, std = reward.measure_shift(demonstrations["prompt"][:], demonstrations["completion"][:])
+    if reward.truncated:
+        run.say(f"{reward.truncated} of {len(demonstrations)} demonstrations exceed the context")
+    if isinstance(reward.model, PeftModel) and run.is_main:
+        save_beside_adapter(reward.model, run.folder)
+    return {"shift": mean, "std": std}
 
 
 def _accuracy(reward: RewardModel, pairs: Dataset, ceiling: float | None) -> dict[str, Any]:

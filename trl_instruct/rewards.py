@@ -6,6 +6,7 @@ prompt dataset's further columns. Prompts and completions are both texts or both
 
 import inspect
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from trl_instruct.models import (
     load_reward_model,
     load_tokenizer,
 )
+from trl_instruct.shift import keep_shift, shift_of
 from trl_instruct.tiny import gold_score
 
 RewardFunction = Callable[..., Sequence[float]]
@@ -38,7 +40,8 @@ class RewardModel:
 
     Prompt + completion is tokenised as TRL's RewardTrainer tokenised it in training: joined, EOS
     at the end for text, the chat template for messages. What exceeds the model's context is cut
-    from the left, and counted in `truncated`.
+    from the left, and counted in `truncated`. The shift in the model's config is taken off, so that
+    demonstrations score 0 on average.
     """
 
     def __init__(
@@ -55,6 +58,24 @@ class RewardModel:
     def __name__(self) -> str:
         return self.model.config._name_or_path or type(self.model).__name__
 
+    @property
+    def shift(self) -> float:
+        """What is taken off the output of the model's head; 0 where none was measured."""
+        return shift_of(self.model)
+
+    def measure_shift(
+        self, prompts: Sequence[Any], completions: Sequence[Any]
+    ) -> tuple[float, float]:
+        """Set the shift at which these demonstrations score 0 on average (InstructGPT 3.5).
+
+        Returns:
+            The mean and standard deviation of the model's own scores, without any shift.
+        """
+        scores = [score + self.shift for score in self(prompts, completions)]
+        mean, std = statistics.fmean(scores), statistics.pstdev(scores)
+        keep_shift(self.model, mean, std)
+        return mean, std
+
     @torch.no_grad()
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
@@ -70,7 +91,7 @@ class RewardModel:
         for start in range(0, len(rows), self.batch_size):
             batch = by_length[start : start + self.batch_size]
             for row, score in zip(batch, self._score([rows[r] for r in batch]), strict=True):
-                scores[row] = float(score)
+                scores[row] = float(score) - self.shift
         return scores
 
     def _score(self, rows: list[list[int]]) -> Tensor:
