@@ -63,7 +63,7 @@ def test_the_stages_from_the_command_line(given, tmp_path, capsys):
     rankings = str(write(tmp_path / "rankings.jsonl", RANKINGS))
     options = {"model_name_or_path": policy, "dataset_name": rankings, "eval_size": 0.25}
     cli.main(["rm", *flags({**options, "output_dir": tmp_path / "rm", **QUICK})])
-    assert "pair accuracy" in capsys.readouterr().out
+    assert "longer answer wins" in capsys.readouterr().out
 
     options = {"model_name_or_path": policy, "dataset_name": prompts, **QUICK_PPO}
     options |= {"reward_model_path": tmp_path / "rm", "eval_dataset_name": prompts}

@@ -11,6 +11,7 @@ _EXPORTS = {
     "sft": "recipes",
     "sample_candidates": "candidates",
     "rm": "recipes",
+    "evaluate_reward": "reward_evaluation",
     "ppo": "recipes",
     "compare": "summary",
     "SFTConfig": "configs",

@@ -142,9 +142,7 @@ def rm_command(arguments: list[str]) -> None:
     config, model_config = parse(RewardConfig, arguments)
     model = model_config.model_name_or_path
     result = rm(model, config.dataset_name, config=config, model_config=model_config)
-    accuracy = result.metrics.get("accuracy")
-    measured = "" if accuracy is None else f" (pair accuracy {accuracy:.3f} on held-out prompts)"
-    print(f"reward model: {result}{measured}")
+    print(f"reward model: {result}")
 
 
 def ppo_command(arguments: list[str]) -> None:

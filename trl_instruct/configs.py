@@ -126,6 +126,9 @@ class RewardConfig(StageConfig, trl.RewardConfig):
         "Demonstrations, named like dataset_name: the score is shifted so that they have 0 on "
         "average (3.5). Default: no shift.",
     )
+    rating_order: list[str] | None = _option(
+        None, "Where `ratings` are labels: their order, best first: good ok fair poor."
+    )
 
 
 @dataclass

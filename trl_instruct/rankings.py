@@ -299,7 +299,7 @@ def _level(field: str, label: Any, rating_order: Sequence[Any] | None) -> float:
     if rating_order is None:
         raise InputError(
             f"`{field}` is the label {label!r}, and the order of labels is not known. Give it, "
-            'best first, to load_rankings: rating_order=["good", "ok", "fair", "poor"].'
+            'best first: rating_order=["good", "ok", "fair", "poor"].'
         )
     if label not in rating_order:
         raise InputError(f"`{field}` is {kind_of(label)}; rating_order has {list(rating_order)}.")

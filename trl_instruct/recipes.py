@@ -2,18 +2,17 @@
 
 import copy
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import ModelConfig, SFTTrainer
 
 from trl_instruct.configs import PPOConfig, RewardConfig, SFTConfig
-from trl_instruct.data import form_of, load_demonstrations, load_prompts
+from trl_instruct.data import load_demonstrations, load_prompts
 from trl_instruct.errors import InputError
-from trl_instruct.evaluation import pair_accuracy
 from trl_instruct.models import (
     ModelSource,
     load_policy,
@@ -23,7 +22,7 @@ from trl_instruct.models import (
     with_lora,
 )
 from trl_instruct.ppo_trainer import PPOTrainer
-from trl_instruct.preferences import count_pairs, load_preferences
+from trl_instruct.preferences import Preferences, count_pairs, load_preferences
 from trl_instruct.preparation import (
     check_chat_template,
     check_demonstrations,
@@ -33,6 +32,8 @@ from trl_instruct.preparation import (
     within_context,
 )
 from trl_instruct.pretraining import tiny_base
+from trl_instruct.reward_evaluation import evaluate_reward
+from trl_instruct.reward_report import FIGURE, draw, render
 from trl_instruct.reward_trainer import RankingRewardTrainer
 from trl_instruct.rewards import TINY, RewardFunction, RewardModel, load_reward
 from trl_instruct.shift import save_beside_adapter
@@ -136,9 +137,9 @@ def rm(
         processing_class, config, model_config, callbacks, options: as in `sft`.
 
     Returns:
-        The folder, with metrics train_loss, pairs, accuracy with its 95 % interval (accuracy_low,
-        accuracy_high), ceiling (where the held-out rankings hold gold_scores), shift and std of the
-        demonstrations' scores, overlong, seconds.
+        The folder, with metrics train_loss, pairs (trained on), overlong, data (what the rankings
+        hold: ties, repeated responses, ...), shift and std of the demonstrations' scores, those of
+        `evaluate_reward` (accuracy, calibration, ...), and seconds; and a figure of these, rm.png.
 
     Raises:
         InputError: as `sft`; also a ranking with fewer than two responses, no pair at all.
@@ -146,13 +147,16 @@ def rm(
     config, model_config = stage_options(
         RewardConfig, config, model_config, output_dir, dataset, options
     )
-    train, held_out, ceiling = load_preferences(dataset, named_source(eval_dataset, config), config)
-    shown = _shift_demonstrations(
-        named_source(demonstrations, config, "demonstrations_name"), train
+    data = load_preferences(
+        dataset,
+        named_source(eval_dataset, config),
+        named_source(demonstrations, config, "demonstrations_name"),
+        config,
     )
     with stage("rm", config, model_config) as run:
+        run.say(str(data.report))
         base, tokenizer = starting_point(run, model, processing_class)
-        check_chat_template(train, tokenizer, config)
+        check_chat_template(data.train, tokenizer, config)
         classifier = load_reward_model(
             base, model_config, fresh_head=True, trust_remote_code=config.trust_remote_code
         )
@@ -160,7 +164,7 @@ def rm(
         trainer = RankingRewardTrainer(
             model=classifier,
             args=config,
-            train_dataset=train,
+            train_dataset=data.train,
             processing_class=tokenizer,
             peft_config=peft_config_of(model_config, "SEQ_CLS"),
             callbacks=callbacks,
@@ -169,15 +173,15 @@ def rm(
         output = run.train(trainer, {"loss": "loss", "accuracy": "accuracy"})
         metrics = {
             "train_loss": output.training_loss,
-            "pairs": count_pairs(train),
+            "pairs": count_pairs(data.train),
             "overlong": trainer.overlong,
+            "data": asdict(data.report),
+            **_measure(run, RewardModel(trainer.model, tokenizer), data),
         }
-        reward = RewardModel(trainer.model, tokenizer)
-        if shown is not None:
-            metrics |= _shift(reward, shown, run)
-        if held_out is not None:
-            metrics |= _accuracy(reward, held_out, ceiling)
-        return run.finish(trainer, metrics)
+        result = run.finish(trainer, metrics)
+        if data.held_out is not None or data.demonstrations is not None:
+            run.say(render(metrics, run.folder / FIGURE))
+        return result
 
 
 def ppo(
@@ -253,36 +257,25 @@ def _check_overlong(trainer: RankingRewardTrainer, run: Stage) -> None:
         run.say(f"{trainer.overlong} {what} exceed max_length and are left out")
 
 
-def _shift_demonstrations(source: Any, preferences: Dataset) -> Dataset | None:
-    """The demonstrations that are to score 0; InputError where they are of another form."""
-    if source is None:
-        return None
-    demonstrations = load_demonstrations(source)
-    forms = form_of(demonstrations[0]), form_of(preferences[0])
-    if forms[0] != forms[1]:
-        raise InputError(
-            f"The demonstrations are {forms[0]} and the preferences {forms[1]}, so their scores "
-            "could not be compared. Write both in one format."
-        )
-    return demonstrations
-
-
-def _shift(reward: RewardModel, demonstrations: Dataset, run: Stage) -> dict[str, float]:
-    """Measure the shift and keep it with the model."""
-    mean, std = reward.measure_shift(demonstrations["prompt"][:], demonstrations["completion"][:])
+def _measure(run: Stage, reward: RewardModel, data: Preferences) -> dict[str, Any]:
+    """Shift and held-out evaluation of the trained model; the figure goes into the folder."""
+    metrics: dict[str, Any] = {}
+    if data.demonstrations is not None:
+        shown = data.demonstrations[:]
+        shift, std = reward.measure_shift(shown["prompt"], shown["completion"])
+        metrics |= {"shift": shift, "std": std, "demonstrations": len(data.demonstrations)}
+        if isinstance(reward.model, PeftModel) and run.is_main:
+            save_beside_adapter(reward.model, run.folder)
+    if data.held_out is not None:
+        evaluation = evaluate_reward(reward, data.held_out, reward.tokenizer)
+        metrics |= evaluation.metrics
+        if run.is_main:
+            draw(evaluation, run.folder / FIGURE)
     if reward.truncated:
-        run.say(f"{reward.truncated} of {len(demonstrations)} demonstrations exceed the context")
-    if isinstance(reward.model, PeftModel) and run.is_main:
-        save_beside_adapter(reward.model, run.folder)
-    return {"shift": mean, "std": std}
-
-
-def _accuracy(reward: RewardModel, pairs: Dataset, ceiling: float | None) -> dict[str, Any]:
-    """Pair accuracy as metrics."""
-    accuracy = pair_accuracy(reward, pairs)
-    metrics = {f"accuracy_{bound}": getattr(accuracy, bound) for bound in ("low", "high")}
-    noise = {} if ceiling is None else {"ceiling": ceiling}
-    return {"accuracy": accuracy.mean, **metrics, "eval_pairs": len(pairs), **noise}
+        run.say(
+            f"{reward.truncated} texts to measure on exceed the context; their beginning is cut"
+        )
+    return metrics
 
 
 def _value_model(

@@ -43,6 +43,7 @@ WRITTEN = (
     "README.md",
     "trainer_state.json",
     "summary.json",
+    "rm.png",
     CONFIG_FILE,
     METRICS_FILE,
 )
