@@ -63,6 +63,13 @@ def test_ratings_in_words(tmp_path):
         load(path, rows)
 
 
+def test_pairs_whose_prompts_may_be_cut_become_rankings():
+    data = load(PAIRS, truncate_prompt=True, eval_size=0)
+    assert data.train["ranks"][:] == [[1, 2]] * 8
+    with pytest.raises(InputError, match="truncate_prompt and pairs with a `margin`"):
+        load([{**row, "margin": 1.0} for row in PAIRS], truncate_prompt=True)
+
+
 def test_what_cannot_be_learnt_from_or_measured():
     ties = [{**row, "ranks": [1, 1, 1]} for row in RANKINGS]
     with pytest.raises(

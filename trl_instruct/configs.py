@@ -129,6 +129,11 @@ class RewardConfig(StageConfig, trl.RewardConfig):
     rating_order: list[str] | None = _option(
         None, "Where `ratings` are labels: their order, best first: good ok fair poor."
     )
+    truncate_prompt: bool = _option(
+        False,
+        "Cut prompts from the left where a response would exceed max_length; else such a response "
+        "is left out. Responses are never cut.",
+    )
 
 
 @dataclass

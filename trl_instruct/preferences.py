@@ -30,14 +30,14 @@ def load_preferences(
 ) -> Preferences:
     """Load what to train on and what to measure on.
 
-    For training rankings stay rankings and pairs stay pairs; held-out pairs become rankings of
-    K = 2. Several labelers' rankings of one prompt stay on one side.
+    For training rankings stay rankings and pairs stay pairs; held-out pairs, and all whose prompts
+    may be cut, become rankings of K = 2. Several labelers' rankings of one prompt stay on one side.
 
     Args:
         dataset: rankings or pairs, by name or in memory.
         held_out: the same to measure on; None: `config.eval_size` of the prompts.
         demonstrations: by name or in memory; None: no shift.
-        config: split, seed, rating_order.
+        config: split, seed, rating_order, truncate_prompt.
 
     Raises:
         InputError: bad records, neither rankings nor pairs, none with a winner, too few prompts to
@@ -62,6 +62,13 @@ def load_preferences(
                 f"Of the {len(rows)} rankings {purpose} no ranking has a pair with a winner: all "
                 "are ties. Give more rankings."
             )
+    if config.truncate_prompt:
+        if "margin" in train.column_names:
+            raise InputError(
+                "truncate_prompt and pairs with a `margin` do not go together: TRL, which trains "
+                "with margins, cuts no prompts. Remove the column or the option."
+            )
+        train = as_rankings(train)
     shown = None if demonstrations is None else _demonstrations(demonstrations, train)
     return Preferences(train, None if test is None else as_rankings(test), shown, report)
 

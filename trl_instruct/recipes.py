@@ -137,9 +137,9 @@ def rm(
         processing_class, config, model_config, callbacks, options: as in `sft`.
 
     Returns:
-        The folder, with metrics train_loss, pairs (trained on), overlong, data (what the rankings
-        hold: ties, repeated responses, ...), shift and std of the demonstrations' scores, those of
-        `evaluate_reward` (accuracy, calibration, ...), and seconds; and a figure of these, rm.png.
+        The folder, with metrics train_loss, pairs (trained on), overlong, truncated, data (what the
+        rankings hold: ties, repeated responses, ...), shift and std of the demonstrations' scores,
+        those of `evaluate_reward` (accuracy, calibration, ...), seconds; and their figure, rm.png.
 
     Raises:
         InputError: as `sft`; also a ranking with fewer than two responses, no pair at all.
@@ -175,6 +175,7 @@ def rm(
             "train_loss": output.training_loss,
             "pairs": count_pairs(data.train),
             "overlong": trainer.overlong,
+            "truncated": trainer.truncated,
             "data": asdict(data.report),
             **_measure(run, RewardModel(trainer.model, tokenizer), data),
         }
@@ -250,11 +251,14 @@ def _check_overlong(trainer: RankingRewardTrainer, run: Stage) -> None:
     if not len(trainer.train_dataset):
         raise InputError(
             "All pairs of responses are longer than max_length "
-            f"{run.config.max_length} tokens; raise it (the model's context is its limit)."
+            f"{run.config.max_length} tokens; raise it (the model's context is its limit), or set "
+            "truncate_prompt."
         )
     if trainer.overlong:
         what = "responses" if "ranks" in trainer.train_dataset.column_names else "pairs"
         run.say(f"{trainer.overlong} {what} exceed max_length and are left out")
+    if trainer.truncated:
+        run.say(f"{trainer.truncated} prompts lose their beginning to fit into max_length")
 
 
 def _measure(run: Stage, reward: RewardModel, data: Preferences) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import inspect
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -146,6 +147,37 @@ def token_ids(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) 
             text += tokenizer.eos_token
         return tokenizer(text)["input_ids"]
     return tokenizer.apply_chat_template([*prompt, *completion], return_dict=True)["input_ids"]
+
+
+def cut_prompt(
+    rows: list[list[int]],
+    prompt: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+) -> list[list[int]]:
+    """The rows of one prompt's responses without so much of the prompt's beginning that they fit.
+
+    All lose the same tokens, as many as the longest needs, so that the responses are still judged
+    behind one and the same prompt. A response is never cut and one token of the prompt stays: a
+    row that is too long even so comes back too long, and the others are not cut on its account.
+
+    Args:
+        rows: prompt + response, as `token_ids` gives them.
+        prompt: text or messages.
+        tokenizer: what made the rows.
+        max_length: tokens that a row may have.
+    """
+    if isinstance(prompt, str):
+        opening = tokenizer(prompt)["input_ids"]
+    else:
+        opening = tokenizer.apply_chat_template(prompt, return_dict=True)["input_ids"]
+    # A token may join the prompt's last letters and the response's first: what all rows share.
+    shared = takewhile(lambda tokens: len({*tokens}) == 1, zip(opening, *rows, strict=False))
+    most = max(0, len(list(shared)) - 1)
+    longest = max((len(row) for row in rows if len(row) - most <= max_length), default=0)
+    cut = max(0, longest - max_length)
+    return [row[cut:] for row in rows]
 
 
 def pad_rows(rows: list[list[int]], filler: int) -> Tensor:
