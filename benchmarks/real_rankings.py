@@ -51,6 +51,10 @@ REWARD: dict[str, Any] = {
     "learning_rate": 1e-3,
     "num_train_epochs": 1,
 }
+HEADER = (
+    *("rankings", "held-out prompts / pairs", "accuracy (95 %)", "longer answer wins (95 %)"),
+    *("above that (95 %)", "log-loss", "calibration error", "score and length", "seconds"),
+)
 COMMON: dict[str, Any] = {
     "use_cpu": True,
     "save_strategy": "no",
@@ -92,7 +96,7 @@ def measure(folder: Path, name: str) -> dict[str, Any]:
 def row(metrics: dict[str, Any]) -> str:
     """One line of the table."""
     cells = [metrics["set"], f"{metrics['eval_prompts']} / {metrics['eval_pairs']:,}"]
-    for what in ("accuracy", "length_accuracy"):
+    for what in ("accuracy", "length_accuracy", "above_length"):
         mean, low, high = (metrics[f"{what}{end}"] for end in ("", "_low", "_high"))
         cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
     cells += [f"{metrics['log_loss']:.3f}", f"{metrics['calibration_error']:.3f}"]
@@ -111,7 +115,7 @@ def main() -> None:
     rows = [measure(folder, name) for name in SETS]
     path = RUNS.with_suffix(".json")
     path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    print("\n| rankings | held-out prompts / pairs | accuracy (95 %) | longer answer wins (95 %) |")
+    print(f"\n| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
     print("\n".join(map(row, rows)))
 
 

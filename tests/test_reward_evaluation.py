@@ -65,6 +65,13 @@ def test_the_longer_answer_on_the_same_pairs(measured):
     assert measured["length_accuracy_low"] < 4 / 6 < measured["length_accuracy_high"]
 
 
+def test_what_the_scores_add_to_the_length(measured):
+    """p: 1 - 3, q: 1 - 0, r: 0 - 1 right; a mean of -2/6, so deviations -1, 4/3, -1/3 by prompt."""
+    half = 1.96 * math.sqrt(3 / 2 * (1 + 16 / 9 + 1 / 9)) / 6
+    added = [measured[f"above_length{end}"] for end in ("", "_low", "_high")]
+    assert added == pytest.approx([-1 / 3, -1 / 3 - half, -1 / 3 + half])
+
+
 def test_ties_of_score_and_length_count_one_half(tokenizer):
     rows = [{"prompt": "p", "responses": ["dddd", "bb"], "ranks": [1, 2]}]
     assert measure(rows, tokenizer)["accuracy"] == 0.5

@@ -74,8 +74,12 @@ class Comparisons(NamedTuple):
 
     def accuracy(self, differences: Tensor) -> Interval:
         """How often a difference `(N,)` is positive; 0 counts one half."""
-        right = torch.heaviside(differences, torch.tensor(0.5, dtype=torch.float64))
-        return grouped_interval(right, self.prompts, self.weights)
+        return grouped_interval(_positive(differences), self.prompts, self.weights)
+
+    def above_length(self) -> Interval:
+        """Accuracy of the scores less that of the lengths, pair by pair."""
+        gained = _positive(self.margins) - _positive(self.longer)
+        return grouped_interval(gained, self.prompts, self.weights)
 
     def ceiling(self) -> float | None:
         """Accuracy of the labeler's noiseless scores on their own ranking: what noise leaves."""
@@ -103,9 +107,9 @@ def evaluate_reward(
 
     Returns:
         Metrics: accuracy, accuracy_low, accuracy_high (95 %); the same of length_accuracy, where
-        the response with more tokens wins; log_loss, the mean of -log sigmoid(margin), nats;
-        calibration and calibration_error (see `calibration`); length_correlation (see
-        `within_prompt_correlation`); by_k and by_distance, accuracies by size of the ranking and
+        the response with more tokens wins, and of their difference, above_length; log_loss, the
+        mean of -log sigmoid(margin), nats; calibration and calibration_error (see `calibration`);
+        length_correlation (see `within_prompt_correlation`); by_k and by_distance, accuracies by size of the ranking and
         difference of ranks; ceiling (accuracy of `gold_scores`) and agreement (see `agreement`),
         where known; eval_prompts, eval_rankings, eval_pairs.
     """
@@ -117,6 +121,7 @@ def evaluate_reward(
     metrics: dict[str, Any] = {
         **_named("accuracy", pairs.accuracy(pairs.margins)),
         **_named("length_accuracy", pairs.accuracy(pairs.longer)),
+        **_named("above_length", pairs.above_length()),
         "log_loss": _mean(softplus(-pairs.margins), pairs.weights),
         "calibration_error": calibration_error(bins),
         "length_correlation": within_prompt_correlation(scores, lengths, held_out.prompt_numbers),
@@ -313,6 +318,11 @@ def _broken_down(pairs: Comparisons, key: Tensor) -> dict[str, dict[str, float]]
 
 def _named(name: str, interval: Interval) -> dict[str, float]:
     return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def _positive(differences: Tensor) -> Tensor:
+    """1 where a difference is positive, 0 where it is negative, one half where there is none."""
+    return torch.heaviside(differences, differences.new_tensor(0.5))
 
 
 def _mean(values: Tensor, weights: Tensor) -> float:

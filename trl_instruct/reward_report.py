@@ -25,6 +25,7 @@ def render(metrics: dict[str, Any], figure: Path) -> str:
         rows += [
             ("accuracy (95 %)", _interval(metrics, "accuracy"), ""),
             ("  longer answer wins", _interval(metrics, "length_accuracy"), "the same pairs"),
+            ("  above that", _interval(metrics, "above_length"), ""),
         ]
     if "ceiling" in metrics:
         rows.append(("  noise ceiling", f"{metrics['ceiling']:.3f}", "of the labeler"))
