@@ -109,9 +109,9 @@ def evaluate_reward(
         Metrics: accuracy, accuracy_low, accuracy_high (95 %); the same of length_accuracy, where
         the response with more tokens wins, and of their difference, above_length; log_loss, the
         mean of -log sigmoid(margin), nats; calibration and calibration_error (see `calibration`);
-        length_correlation (see `within_prompt_correlation`); by_k and by_distance, accuracies by size of the ranking and
-        difference of ranks; ceiling (accuracy of `gold_scores`) and agreement (see `agreement`),
-        where known; eval_prompts, eval_rankings, eval_pairs.
+        length_correlation (see `within_prompt_correlation`); by_k and by_distance, accuracies by
+        size of the ranking and difference of ranks; ceiling (accuracy of `gold_scores`) and
+        agreement (see `agreement`), where known; eval_prompts, eval_rankings, eval_pairs.
     """
     held_out = numbered(rankings)
     scores = call_reward(reward, held_out.prompts, held_out.responses, {})
