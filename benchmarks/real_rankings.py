@@ -43,7 +43,7 @@ BASE: dict[str, Any] = {
     "max_steps": 100,
 }
 REWARD: dict[str, Any] = {
-    "max_length": 512,
+    "max_length": 1024,
     "truncate_prompt": True,
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,

@@ -25,7 +25,7 @@ def render(metrics: dict[str, Any], figure: Path) -> str:
         rows += [
             ("accuracy (95 %)", _interval(metrics, "accuracy"), ""),
             ("  longer answer wins", _interval(metrics, "length_accuracy"), "the same pairs"),
-            ("  above that", _interval(metrics, "above_length"), ""),
+            ("  above that", _interval(metrics, "above_length", sign="+"), ""),
         ]
     if "ceiling" in metrics:
         rows.append(("  noise ceiling", f"{metrics['ceiling']:.3f}", "of the labeler"))
@@ -120,8 +120,9 @@ def _draw_lengths(axes: Any, evaluation: RewardEvaluation) -> None:
     axes.set(title=title, xlabel="tokens of the response", ylabel="score")
 
 
-def _interval(metrics: dict[str, Any], name: str) -> str:
-    return f"{metrics[name]:.3f} [{metrics[f'{name}_low']:.3f}, {metrics[f'{name}_high']:.3f}]"
+def _interval(metrics: dict[str, Any], name: str, sign: str = "") -> str:
+    mean, low, high = (f"{metrics[name + end]:{sign}.3f}" for end in ("", "_low", "_high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def _pairs(metrics: dict[str, Any]) -> str:
