@@ -3,6 +3,8 @@
 CONFIG ?= tiny
 # More options for the stages named on the command line: make ppo ARGS="--learning_rate 1e-5"
 ARGS ?=
+# Where real data lie, for the benchmarks that read them.
+DATA ?= ../shared/data
 # How to start a stage: make ppo LAUNCH="accelerate launch --num_processes 4"
 LAUNCH ?= python
 PYTHON ?= python3
@@ -23,12 +25,12 @@ endif
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help install bench-tiny bench-data check test test-unit clean FORCE $(STAGES)
+.PHONY: help install bench-tiny bench-data bench-rankings check test test-unit clean FORCE $(STAGES)
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
 	@echo 'make sft rm ppo [CONFIG=tiny] [ARGS="--option value"] [LAUNCH="accelerate launch"]'
-	@sed -nE 's/^([a-z-]+):.*## *(.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## *(.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 # ---- environment ---------------------------------------------------------------------------------
 
@@ -80,6 +82,9 @@ bench-tiny: install  ## the tiny default for seeds 0, 1, 2 (about twelve minutes
 
 bench-data: install  ## all stages on the real data in DATA=../shared/data, English and Chinese
 	python benchmarks/real_data.py $(DATA) $(ARGS)
+
+bench-rankings: install  ## the reward model on real rankings in DATA, beside the length baseline
+	python benchmarks/real_rankings.py $(DATA)
 
 check: install  ## format, lint, types, import contracts
 	ruff format --check .

@@ -63,7 +63,7 @@ def test_the_stages_from_the_command_line(given, tmp_path, capsys):
     rankings = str(write(tmp_path / "rankings.jsonl", RANKINGS))
     options = {"model_name_or_path": policy, "dataset_name": rankings, "eval_size": 0.25}
     cli.main(["rm", *flags({**options, "output_dir": tmp_path / "rm", **QUICK})])
-    assert "pair accuracy" in capsys.readouterr().out
+    assert "longer answer wins" in capsys.readouterr().out
 
     options = {"model_name_or_path": policy, "dataset_name": prompts, **QUICK_PPO}
     options |= {"reward_model_path": tmp_path / "rm", "eval_dataset_name": prompts}
@@ -71,6 +71,32 @@ def test_the_stages_from_the_command_line(given, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "8 test prompts" in told and "KL to SFT" in told
     assert json.loads((tmp_path / "ppo" / "summary.json").read_text())["prompts"] == 8
+
+
+def test_a_reward_model_from_yaml(given, tmp_path, saved_policy, capsys):
+    demonstrations = given[1]["dataset_name"]
+    rated = [{**row, "ratings": ["fair", "good", "ok"]} for row in RANKINGS]
+    rankings = write(tmp_path / "rated.jsonl", [{**row, "ranks": None} for row in rated])
+    options = {
+        "model_name_or_path": str(saved_policy),
+        "dataset_name": str(rankings),
+        "demonstrations_name": demonstrations,
+        "rating_order": ["good", "ok", "fair", "poor"],
+        "eval_size": 0.25,
+        "output_dir": str(tmp_path / "rm"),
+        **QUICK,
+    }
+    cli.main(["rm", "--config", yaml_file(tmp_path / "rm.yaml", **options)])
+    assert "shift" in capsys.readouterr().out
+    written = yaml.safe_load((tmp_path / "rm" / "config.yaml").read_text())
+    for name in ("demonstrations_name", "rating_order"):
+        assert written[name] == options[name]
+    arguments = flags({**options, "rating_order": "good", "truncate_prompt": True})
+    arguments += ["--rating_order", "good", "ok", "fair", "--overwrite_output_dir"]
+    cli.main(["rm", *arguments])
+    written = yaml.safe_load((tmp_path / "rm" / "config.yaml").read_text())
+    assert written["rating_order"] == ["good", "ok", "fair"]
+    assert written["truncate_prompt"]
 
 
 def test_candidates_from_the_command_line(given, tmp_path, saved_policy):

@@ -5,18 +5,17 @@ import torch
 from datasets import Dataset
 from transformers import set_seed
 
-from trl_instruct.evaluation import mean_interval, pair_accuracy, sample_and_score, summarize
+from trl_instruct.evaluation import (
+    grouped_interval,
+    mean_interval,
+    sample_and_score,
+    summarize,
+)
 from trl_instruct.rollouts import generate
 
 
 def length(prompts, completions):
     return [float(len(text)) for text in completions]
-
-
-def pairs(*rows):
-    return Dataset.from_list(
-        [{"prompt": p, "chosen": chosen, "rejected": rejected} for p, chosen, rejected in rows]
-    )
 
 
 def test_the_interval_is_1_96_standard_errors():
@@ -29,33 +28,30 @@ def test_the_interval_is_1_96_standard_errors():
     assert math.isnan(alone.high)
 
 
-def test_one_pair_a_prompt_gives_the_interval_of_independent_measurements():
-    right, wrong, tie = ("longer", "short"), ("no", "longer"), ("same", "size")
-    interval = pair_accuracy(length, pairs(("a", *right), ("b", *wrong), ("c", *tie)))
+def test_one_value_a_group_gives_the_interval_of_independent_measurements():
+    values = torch.tensor([1.0, 0.0, 0.5])
+    interval = grouped_interval(values, torch.tensor([5, 0, 2]), None)
     assert interval == pytest.approx(mean_interval([1.0, 0.0, 0.5]))
 
 
-def test_pairs_of_one_prompt_are_one_measurement():
-    """3 of 4 right, by prompts: (3 right of 3), (0 of 1). Deviations 3 - 2.25 and 0 - 0.75."""
-    rows = [("a", "xxx", "x"), ("a", "xx", "x"), ("a", "xxx", "xx"), ("b", "x", "xx")]
-    interval = pair_accuracy(length, pairs(*rows))
+def test_the_values_of_a_group_are_one_measurement():
+    """3 of 4 right, by groups: (3 of 3), (0 of 1). Deviations 3 - 2.25 and 0 - 0.75."""
+    values, groups = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([0, 0, 0, 1])
     half = 1.96 * math.sqrt(2 / 1 * (0.75**2 + 0.75**2)) / 4
+    interval = grouped_interval(values, groups, None)
     assert interval == pytest.approx((0.75, 0.75 - half, 0.75 + half))
-    alone = pair_accuracy(length, pairs(*rows[:3]))
+    alone = grouped_interval(values[:3], groups[:3], None)
     assert alone.mean == 1.0
     assert math.isnan(alone.low)
 
 
-def test_a_response_in_several_pairs_is_scored_once():
-    asked = []
-
-    def judge(prompts, completions):
-        asked.extend(zip(prompts, completions, strict=True))
-        return length(prompts, completions)
-
-    rows = [("a", "xxx", "x"), ("a", "xxx", "xx"), ("a", "xx", "x"), ("b", "xxx", "x")]
-    assert pair_accuracy(judge, pairs(*rows)).mean == 1.0
-    assert sorted(asked) == sorted(set(asked))
+def test_a_weight_of_2_counts_as_two_values():
+    values, groups = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 1, 1])
+    weighted = grouped_interval(values, groups, torch.tensor([2.0, 1.0, 1.0]))
+    repeated = grouped_interval(
+        torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([0, 0, 1, 1]), None
+    )
+    assert weighted == pytest.approx(repeated)
 
 
 @pytest.fixture

@@ -142,6 +142,10 @@ def test_the_measures_of_the_stages(chain):
     assert reward["pairs"] == 18  # 6 of 8 prompts, C(3,2) pairs each
     assert reward["eval_pairs"] == 6
     assert reward["accuracy_low"] <= reward["accuracy"] <= reward["accuracy_high"]
+    assert {"log_loss", "calibration_error", "length_accuracy", "length_correlation"} <= set(reward)
+    assert reward["by_k"]["3"]["pairs"] == 6
+    assert reward["data"]["responses"] == 24
+    assert (chain["rm"].path / "rm.png").read_bytes().startswith(b"\x89PNG")
     assert {"objective/scores", "objective/kl", "loss/policy"} <= chain["ppo"].metrics.keys()
 
 
@@ -365,6 +369,49 @@ def test_the_ceiling_is_what_the_labelers_own_gold_scores_reach(saved_policy, tm
     data = Dataset.from_list(rows)
     result = rm(saved_policy, data, tmp_path / "rm", eval_dataset=data, **QUICK)
     assert result.metrics["ceiling"] == 0.75
+
+
+def test_rm_tells_what_it_measured(saved_policy, tmp_path, capsys):
+    rankings = [
+        {**row, "labeler": name, "weight": 2.0, "ranks": ranks}
+        for row in RANKINGS
+        for name, ranks in (("x", [3, 1, 2]), ("y", [2, 1, 3]))
+    ]
+    shown = Dataset.from_list(DEMONSTRATIONS)
+    options = {**QUICK, **LORA, "eval_size": 0.25, "demonstrations": shown}
+    result = rm(saved_policy, Dataset.from_list(rankings), tmp_path / "rm", **options)
+    assert result.metrics["agreement"]["mean"] == pytest.approx(2 / 3)
+    assert (result.metrics["eval_prompts"], result.metrics["eval_rankings"]) == (2, 4)
+    told = capsys.readouterr().out
+    for part in (
+        "rm: 16 rankings of 48 responses: 48 strict pairs, 0 ties",
+        f"2 held-out prompts, 12 comparisons; figure: {tmp_path / 'rm' / 'rm.png'}",
+        "longer answer wins",
+        "labelers agree      0.667",
+        f"shift                 {result.metrics['shift']:+.3f}",
+    ):
+        assert part in told
+    again = rm(
+        saved_policy,
+        Dataset.from_list(rankings),
+        tmp_path / "rm",
+        **QUICK,
+        eval_size=0,
+        overwrite_output_dir=True,
+    )
+    assert not {"shift", "accuracy"} & set(again.metrics)
+    left = {path.name for path in again.path.iterdir()}
+    assert not {"rm.png", "reward_config.json", "adapter_config.json"} & left
+
+
+def test_prompts_are_cut_only_where_asked_for(saved_policy, tmp_path, capsys):
+    data = Dataset.from_list([*PAIRS, {"prompt": "long " * 40, "chosen": "a", "rejected": "b"}])
+    options = {**QUICK, "eval_size": 0}
+    whole = rm(saved_policy, data, tmp_path / "whole", **options)
+    assert (whole.metrics["overlong"], whole.metrics["truncated"]) == (1, 0)
+    cut = rm(saved_policy, data, tmp_path / "cut", truncate_prompt=True, **options)
+    assert (cut.metrics["overlong"], cut.metrics["truncated"]) == (0, 1)
+    assert "1 prompts lose their beginning" in capsys.readouterr().out
 
 
 def test_overlong_pairs_are_counted(saved_policy, tmp_path, capsys):

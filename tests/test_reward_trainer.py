@@ -99,6 +99,17 @@ def test_overlong_response_is_left_out_and_counted(reward_model, tokenizer, tmp_
     assert len(trainer.train_dataset) == 4
 
 
+def test_a_prompt_that_is_too_long_loses_its_beginning(reward_model, tokenizer, tmp_path):
+    long = {"prompt": "long " * 20, "responses": ["x", "y " * 10, "z" * 99], "ranks": [1, 2, 3]}
+    trainer = trainer_for(
+        reward_model, tokenizer, tmp_path, [*RANKINGS, long], truncate_prompt=True
+    )
+    assert (trainer.truncated, trainer.overlong) == (1, 1)
+    kept = [tokenizer.decode(row) for row in trainer.train_dataset["response_ids"][3]]
+    prompt = ("long " * 20)[-43:]  # 43 + 20 + EOS = 64
+    assert kept == [prompt + "x<eos>", prompt + "y " * 10 + "<eos>"]
+
+
 def test_it_learns_the_order(reward_model, tokenizer, tmp_path):
     trainer = trainer_for(
         reward_model, tokenizer, tmp_path, learning_rate=3e-3, max_steps=30, logging_steps=1

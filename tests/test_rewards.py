@@ -7,7 +7,14 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from trl_instruct.errors import InputError
-from trl_instruct.rewards import RewardModel, as_completions, call_reward, reward_name
+from trl_instruct.rewards import (
+    RewardModel,
+    as_completions,
+    call_reward,
+    cut_prompt,
+    reward_name,
+    token_ids,
+)
 
 PROMPTS = ["one ", "a longer prompt ", "two "]
 COMPLETIONS = ["yes", "no, and never again", ""]
@@ -132,6 +139,42 @@ def test_completions_take_the_form_of_their_prompts():
     assert as_completions(["a"], ["b"]) == ["b"]
     chat = [[{"role": "user", "content": "a"}]]
     assert as_completions(chat, ["b"]) == [[{"role": "assistant", "content": "b"}]]
+
+
+@pytest.mark.parametrize(
+    ("max_length", "lengths"),
+    [
+        (14, [10, 12, 14]),  # all fit
+        (12, [8, 10, 12]),  # all lose 2 bytes of "question: ", though two would fit
+        (5, [1, 3, 5]),  # one byte of the prompt stays
+        (4, [2, 4, 6]),  # the longest response cannot fit; the others lose 8 bytes, as they need
+    ],
+)
+def test_a_cut_prompt_is_the_same_for_all_responses(tokenizer, max_length, lengths):
+    prompt, responses = "question: ", ["", "ab", "abcd"]
+    rows = [tokenizer(prompt + response)["input_ids"] for response in responses]
+    cut = cut_prompt(rows, prompt, tokenizer, max_length=max_length)
+    assert [len(row) for row in cut] == lengths
+    for row, response in zip(cut, responses, strict=True):
+        assert (prompt + response).endswith(tokenizer.decode(row))
+        assert tokenizer.decode(row).endswith(response)
+
+
+def test_a_token_that_joins_prompt_and_response_is_not_cut():
+    rows = [[1, 2, 3, 90, 5], [1, 2, 3, 91, 5]]
+
+    def joining(prompt):
+        return {"input_ids": [1, 2, 3, 4]}  # alone, the prompt ends in another token
+
+    assert cut_prompt(rows, "?", joining, max_length=3) == [[3, 90, 5], [3, 91, 5]]
+    assert cut_prompt(rows, "?", joining, max_length=2) == rows
+
+
+def test_a_cut_prompt_of_messages(chat_tokenizer):
+    prompt, reply = [{"role": "user", "content": "hello"}], [{"role": "assistant", "content": "hi"}]
+    row = token_ids(prompt, reply, chat_tokenizer)
+    (cut,) = cut_prompt([row], prompt, chat_tokenizer, max_length=10)
+    assert chat_tokenizer.decode(cut) == "llo\na:hi<eos>\n"
 
 
 def test_a_reward_model_is_frozen_and_in_eval_mode(reward_model, tokenizer):

@@ -1,8 +1,6 @@
-import random
-
 import pytest
 
-from trl_instruct.tiny import SimulatedLabeler, accuracy_ceiling, agreement
+from trl_instruct.tiny import SimulatedLabeler, agreement
 
 
 def test_label_is_gold_plus_noise_of_the_given_size():
@@ -42,38 +40,3 @@ def test_agreement_by_the_normal_distribution():
 def test_ties_only_is_an_error():
     with pytest.raises(ValueError, match="no pair"):
         agreement([[0.5, 0.5]], noise=0.0)
-
-
-@pytest.mark.parametrize(
-    ("gold", "noisy", "ceiling"),
-    [
-        ([0.1, 0.9], [1, 2], 1.0),
-        ([0.9, 0.1], [1, 2], 0.0),
-        ([0.5, 0.5], [1, 2], 0.5),
-        ([0.1, 0.9, 0.5], [1, 2, 2], 1.0),
-        ([0.1, 0.9, 0.5], [1, 2, 3], 2 / 3),
-    ],
-)
-def test_accuracy_ceiling_by_hand(gold, noisy, ceiling):
-    assert accuracy_ceiling([gold], [noisy]) == pytest.approx(ceiling)
-
-
-def test_accuracy_ceiling_weighs_pairs_not_prompts():
-    # Three right pairs of one prompt, one wrong pair of another.
-    assert accuracy_ceiling([[0, 0.5, 1], [1, 0]], [[1, 2, 3], [1, 2]]) == 0.75
-
-
-def test_accuracy_ceiling_wants_matching_records():
-    with pytest.raises(ValueError):
-        accuracy_ceiling([[0.1, 0.2]], [[1.0, 2.0, 3.0]])
-    with pytest.raises(ValueError):
-        accuracy_ceiling([[0.1, 0.2]], [])
-
-
-def test_no_scorer_beats_the_gold_order_in_the_long_run():
-    rng = random.Random(0)
-    gold = [[rng.random() for _ in range(4)] for _ in range(500)]
-    labeler = SimulatedLabeler(noise=0.3)
-    noisy = [labeler.label(scores) for scores in gold]
-    guess = [[rng.random() for _ in range(4)] for _ in range(500)]
-    assert accuracy_ceiling(gold, noisy) > accuracy_ceiling(guess, noisy) + 0.15

@@ -27,7 +27,8 @@ from trl_instruct.configs import (
 )
 from trl_instruct.errors import InputError
 from trl_instruct.pretraining import pretrain
-from trl_instruct.recipes import load_reward, ppo, rm, sft
+from trl_instruct.recipes import ppo, rm, sft
+from trl_instruct.rewards import load_reward
 from trl_instruct.sources import kind_of
 from trl_instruct.stage import stage
 from trl_instruct.summary import compare
@@ -153,9 +154,7 @@ def rm_command(arguments: list[str]) -> None:
     config, model_config = parse(RewardConfig, arguments)
     model = model_config.model_name_or_path
     result = rm(model, config.dataset_name, config=config, model_config=model_config)
-    accuracy = result.metrics.get("accuracy")
-    measured = "" if accuracy is None else f" (pair accuracy {accuracy:.3f} on held-out prompts)"
-    print(f"reward model: {result}{measured}")
+    print(f"reward model: {result}")
 
 
 def ppo_command(arguments: list[str]) -> None:

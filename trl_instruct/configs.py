@@ -136,7 +136,20 @@ class RewardConfig(StageConfig, trl.RewardConfig):
     gradient_accumulation_steps: int = _option(8, "8 x 8 = 64 prompts a step (C.2: 64).")
     eval_size: float = _option(
         0.1,
-        "Share of the prompts held out for pair accuracy where there is no eval dataset; 0: none.",
+        "Share of the prompts held out for evaluation where there is no eval dataset; 0: none.",
+    )
+    demonstrations_name: str | None = _option(
+        None,
+        "Demonstrations, named like dataset_name: the score is shifted so that they have 0 on "
+        "average (3.5). Default: no shift.",
+    )
+    rating_order: list[str] | None = _option(
+        None, "Where `ratings` are labels: their order, best first: good ok fair poor."
+    )
+    truncate_prompt: bool = _option(
+        False,
+        "Cut prompts from the left where a response would exceed max_length; else such a response "
+        "is left out. Responses are never cut.",
     )
 
 

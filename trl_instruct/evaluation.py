@@ -1,4 +1,4 @@
-"""Measure what the stages made: pair accuracy of a reward model, policies side by side."""
+"""Measure policies side by side: sampled and scored completions, means with intervals."""
 
 import math
 import statistics
@@ -45,45 +45,29 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def pair_accuracy(reward: RewardFunction, pairs: Dataset) -> Interval:
-    """Share of pairs whose chosen response scores higher than the rejected one.
+def grouped_interval(values: Tensor, groups: Tensor, weights: Tensor | None) -> Interval:
+    """Weighted mean with its 95 % interval, of measurements that hang together in groups.
 
-    A score tie counts one half. The interval is over prompts, since the pairs of one prompt share
-    their responses: each prompt is one measurement, weighted by its number of pairs (the
-    linearised variance of a ratio estimator).
+    The pairs of one prompt share their responses, so a prompt is one measurement, weighted by its
+    pairs: the linearised variance of a ratio estimator. With one value a group this is
+    `mean_interval`.
 
     Args:
-        reward: any reward function.
-        pairs: columns `prompt`, `chosen`, `rejected`.
+        values: `(N,)`.
+        groups: `(N,)` the number of each value's group, from 0.
+        weights: `(N,)`; None: all 1.
     """
-    prompts = pairs["prompt"][:]
-    scores = _score_once(reward, prompts * 2, pairs["chosen"][:] + pairs["rejected"][:])
-    right = [
-        0.5 if chosen == rejected else float(chosen > rejected)
-        for chosen, rejected in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)
-    ]
-    groups: dict[str, list[float]] = {}
-    for prompt, value in zip(prompts, right, strict=True):
-        groups.setdefault(repr(prompt), []).append(value)
-    mean = statistics.fmean(right)
-    if len(groups) < 2:
-        return Interval(mean, math.nan, math.nan)
-    deviations = [sum(values) - mean * len(values) for values in groups.values()]
-    sample = len(groups) / (len(groups) - 1)
-    half = Z_95 * math.sqrt(sample * sum(d * d for d in deviations)) / len(right)
-    return Interval(mean, mean - half, mean + half)
-
-
-def _score_once(
-    reward: RewardFunction, prompts: Sequence[Any], completions: Sequence[Any]
-) -> list[float]:
-    """Scores of prompt-completion pairs; one that recurs is scored once."""
-    keys = [repr(pair) for pair in zip(prompts, completions, strict=True)]
-    first = {key: row for row, key in reversed(list(enumerate(keys)))}
-    rows = list(first.values())
-    scores = call_reward(reward, [prompts[r] for r in rows], [completions[r] for r in rows], {})
-    by_key = dict(zip(first, scores, strict=True))
-    return [by_key[key] for key in keys]
+    values = values.double()
+    weights = torch.ones_like(values) if weights is None else weights.double()
+    total = weights.sum()
+    mean = (values * weights).sum() / total
+    there = groups.unique()
+    if len(there) < 2:
+        return Interval(mean.item(), math.nan, math.nan)
+    deviations = torch.bincount(groups, weights=weights * (values - mean))
+    sample = len(there) / (len(there) - 1)
+    half = Z_95 * (sample * deviations.square().sum()).sqrt().item() / total.item()
+    return Interval(mean.item(), mean.item() - half, mean.item() + half)
 
 
 class Samples(NamedTuple):

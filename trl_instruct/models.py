@@ -30,6 +30,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl_instruct.errors import InputError
 from trl_instruct.quiet import quiet_loading, silence_model_file_bars
 from trl_instruct.scalar_head import keep_weights, register_scalar_head
+from trl_instruct.shift import forget_shift, read_beside_adapter, shift_of
 
 silence_model_file_bars()
 
@@ -149,6 +150,7 @@ def load_reward_model(
     if fresh_head:
         hidden = score_head(model).in_features
         nn.init.normal_(score_head(model).weight, std=1.0 / math.sqrt(hidden + 1))
+        forget_shift(model)
     return model
 
 
@@ -208,7 +210,10 @@ def reference_of(policy: PreTrainedModel) -> PreTrainedModel | None:
 
 
 class ValueModel(nn.Module):
-    """A scalar reward model read at every token: V(s_t) instead of one score at the end."""
+    """A scalar reward model read at every token: V(s_t) instead of one score at the end.
+
+    The reward model's shift is taken off, as it is off the scores that V predicts.
+    """
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -226,7 +231,7 @@ class ValueModel(nn.Module):
                 use_cache=False,
             )
         ).last_hidden_state
-        return score_head(self.model)(hidden).squeeze(-1).float()
+        return score_head(self.model)(hidden).squeeze(-1).float() - shift_of(self.model)
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:
@@ -362,7 +367,9 @@ def _merged_adapter(
     base = PeftConfig.from_pretrained(path).base_model_name_or_path
     head = ("score.weight",) if kind is AutoModelForSequenceClassification else ()
     model = _load(base, kind, model_config, trust_remote_code, may_lack=head, **kwargs)
-    return PeftModel.from_pretrained(model, path).merge_and_unload()
+    merged = PeftModel.from_pretrained(model, path).merge_and_unload()
+    read_beside_adapter(merged, Path(path))
+    return merged
 
 
 def _dtype(model_config: ModelConfig) -> Any:

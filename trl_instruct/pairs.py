@@ -214,7 +214,7 @@ def pairs_to_rankings(dataset: Dataset) -> Dataset:
     reply, ranks = List(kinds["chosen"]), List(Value("int64"))
     rows_of: defaultdict[bytes, list[int]] = defaultdict(list)
     for row, prompt in enumerate(iterate(dataset, "prompt")):
-        rows_of[_digest(0, _text(prompt))].append(row)
+        rows_of[_digest(0, as_text(prompt))].append(row)
     groups = list(rows_of.values())
     return map_records(
         dataset.select([rows[0] for rows in groups]),
@@ -237,19 +237,19 @@ def group_pairs(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[list[Any], list[
     """
     group_of: dict[str, set[str]] = {}
     for chosen, rejected in pairs:
-        keys = _text(chosen), _text(rejected)
+        keys = as_text(chosen), as_text(rejected)
         joined = set(keys).union(*(group_of.get(key, ()) for key in keys))
         group_of.update(dict.fromkeys(joined, joined))
     groups: defaultdict[int, list[tuple[Any, Any]]] = defaultdict(list)
     for pair in pairs:
-        groups[id(group_of[_text(pair[0])])].append(pair)
+        groups[id(group_of[as_text(pair[0])])].append(pair)
     return [ranking for group in groups.values() for ranking in _rank_group(group)]
 
 
 def _rank_group(pairs: list[tuple[Any, Any]]) -> list[tuple[list[Any], list[int]]]:
     """One ranking where the pairs are exactly its strict pairs, each once; else one for each."""
-    responses = {_text(response): response for pair in pairs for response in pair}
-    keys = [(_text(chosen), _text(rejected)) for chosen, rejected in pairs]
+    responses = {as_text(response): response for pair in pairs for response in pair}
+    keys = [(as_text(chosen), as_text(rejected)) for chosen, rejected in pairs]
     losses = Counter(rejected for _, rejected in keys)
     ranks = dict(zip(responses, dense_ranks([losses[r] for r in responses]), strict=True))
     expected = {(a, b) for a in ranks for b in ranks if ranks[a] < ranks[b]}
@@ -282,7 +282,7 @@ def split_by_prompt(
     """
     _refuse_stream(dataset, "split_by_prompt")
     require_columns(dataset.column_names, Source.of(dataset), ("prompt",), "A split by prompt")
-    keys = [_digest(seed, _text(prompt).strip()) for prompt in iterate(dataset, "prompt")]
+    keys = [_digest(seed, as_text(prompt).strip()) for prompt in iterate(dataset, "prompt")]
     prompts = sorted(set(keys))
     wanted = test_size if isinstance(test_size, int) else round(test_size * len(prompts))
     if not 0 < wanted < len(prompts):
@@ -372,7 +372,7 @@ def _refuse_stream(dataset: AnyDataset, name: str) -> None:
         raise InputError(f"{name} needs all rows at once: load the data with streaming=False.")
 
 
-def _text(content: Any) -> str:
+def as_text(content: Any) -> str:
     """Text, or messages as text: what counts when two contents are compared."""
     if isinstance(content, str):
         return content
@@ -385,7 +385,7 @@ def _digest(seed: int, *texts: str) -> bytes:
 
 def _draw(ranking: Ranking, pair: tuple[int, int], seed: int) -> bytes:
     """The lot of a pair; a tie draws the same whichever of the two comes first."""
-    texts = [_text(ranking.responses[index]) for index in pair]
+    texts = [as_text(ranking.responses[index]) for index in pair]
     if ranking.ranks[pair[0]] == ranking.ranks[pair[1]]:
         texts.sort()
-    return _digest(seed, _text(ranking.prompt), *texts)
+    return _digest(seed, as_text(ranking.prompt), *texts)

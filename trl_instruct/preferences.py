@@ -1,36 +1,53 @@
-"""What the reward model learns from: rankings or pairs, in training and held-out pairs."""
+"""What the reward model learns from and is measured on: rankings or pairs, split by prompt."""
 
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 
 from trl_instruct.configs import RewardConfig
+from trl_instruct.data import form_of, load_demonstrations
 from trl_instruct.errors import InputError
-from trl_instruct.pairs import load_pairs, rankings_to_pairs, split_by_prompt
-from trl_instruct.rankings import load_rankings
-from trl_instruct.sources import Source, first_record, load_records
-from trl_instruct.tiny import accuracy_ceiling
+from trl_instruct.pairs import load_pairs, split_by_prompt
+from trl_instruct.rankings import RankingReport, load_rankings
+from trl_instruct.sources import Source, first_record, iterate, load_records, map_records
+
+
+class Preferences(NamedTuple):
+    """Rankings or pairs to train on, rankings to measure on, demonstrations that are to score 0.
+
+    report: what the source of the first holds.
+    """
+
+    train: Dataset
+    held_out: Dataset | None
+    demonstrations: Dataset | None
+    report: RankingReport
 
 
 def load_preferences(
-    dataset: Any, held_out: Any, config: RewardConfig
-) -> tuple[Dataset, Dataset | None, float | None]:
-    """What to train on, held-out pairs, and the noise ceiling of the latter where it is known.
+    dataset: Any, held_out: Any, demonstrations: Any, config: RewardConfig
+) -> Preferences:
+    """Load what to train on and what to measure on.
 
-    Rankings stay rankings for training, pairs stay pairs.
+    For training rankings stay rankings and pairs stay pairs; held-out pairs, and all whose prompts
+    may be cut, become rankings of K = 2. Several labelers' rankings of one prompt stay on one side.
 
     Args:
         dataset: rankings or pairs, by name or in memory.
         held_out: the same to measure on; None: `config.eval_size` of the prompts.
-        config: split and seed.
+        demonstrations: by name or in memory; None: no shift.
+        config: split, seed, rating_order, truncate_prompt.
 
     Raises:
-        InputError: bad records, neither rankings nor pairs, too few prompts to hold any out.
+        InputError: bad records, neither rankings nor pairs, none with a winner, too few prompts to
+            hold any out; demonstrations of another format than the rest.
     """
-    train = _load(dataset, config.dataset_train_split)
+    report = RankingReport()
+    train = _load(dataset, config, config.dataset_train_split, report)
+    test = None
     if held_out is not None:
-        test = _load(held_out)
+        test = _load(held_out, config)
     elif config.eval_size:
         try:
             train, test = split_by_prompt(train, config.eval_size, seed=config.seed)
@@ -39,45 +56,69 @@ def load_preferences(
                 f"eval_size holds out prompts to measure the accuracy on: {error} Or give an "
                 "eval_dataset, or set eval_size to 0."
             ) from None
-    else:
-        return train, None, None
-    return train, _as_pairs(test), _ceiling(test)
+    for purpose, rows in (("to train on", train), ("held out", test)):
+        if rows is not None and not count_pairs(rows):
+            raise InputError(
+                f"Of the {len(rows)} rankings {purpose} no ranking has a pair with a winner: all "
+                "are ties. Give more rankings."
+            )
+    if config.truncate_prompt:
+        if "margin" in train.column_names:
+            raise InputError(
+                "truncate_prompt and pairs with a `margin` do not go together: TRL, which trains "
+                "with margins, cuts no prompts. Remove the column or the option."
+            )
+        train = as_rankings(train)
+    shown = None if demonstrations is None else _demonstrations(demonstrations, train)
+    return Preferences(train, None if test is None else as_rankings(test), shown, report)
 
 
 def count_pairs(preferences: Dataset) -> int:
     """Comparisons with a winner: C(K,2) of each ranking, ties left out."""
     if "ranks" not in preferences.column_names:
         return len(preferences)
-    return sum(a != b for ranks in preferences["ranks"] for a, b in combinations(ranks, 2))
+    every = iterate(preferences, "ranks")
+    return sum(a != b for ranks in every for a, b in combinations(ranks, 2))
 
 
-def _load(source: Any, split: str = "train") -> Dataset:
+def as_rankings(preferences: Dataset) -> Dataset:
+    """Pairs as rankings of K = 2, the chosen response first; rankings as they are."""
+    if "responses" in preferences.column_names:
+        return preferences
+    kinds = preferences.features
+    kept = {name: kind for name, kind in kinds.items() if name not in ("chosen", "rejected")}
+    return map_records(
+        preferences,
+        lambda pair: {"responses": [pair["chosen"], pair["rejected"]], "ranks": [1, 2]},
+        remove_columns=["chosen", "rejected"],
+        features=Features(
+            {**kept, "responses": List(kinds["chosen"]), "ranks": List(Value("int64"))}
+        ),
+    )
+
+
+def _demonstrations(source: Any, train: Dataset) -> Dataset:
+    demonstrations = load_demonstrations(source)
+    forms = form_of(demonstrations[0]), form_of(train[0])
+    if forms[0] != forms[1]:
+        raise InputError(
+            f"The demonstrations are {forms[0]} and the preferences {forms[1]}, so their scores "
+            "could not be compared. Write both in one format."
+        )
+    return demonstrations
+
+
+def _load(
+    source: Any, config: RewardConfig, split: str = "train", report: RankingReport | None = None
+) -> Dataset:
     """Rankings or pairs, whichever the columns say."""
     columns = list(first_record(load_records(source, split), Source.of(source, split)))
     if "responses" in columns:
-        return load_rankings(source, split)
+        return load_rankings(source, split, rating_order=config.rating_order, report=report)
     if "chosen" in columns:
-        return load_pairs(source, split)
+        return load_pairs(source, split, report=report)
     raise InputError(
         f"{Source.of(source, split).name}: the reward model needs rankings (`prompt`, `responses` "
         "and `ranks` or `scores`) or pairs (`prompt`, `chosen`, `rejected`). Columns found: "
         f"{', '.join(columns)}. Rename them."
     )
-
-
-def _as_pairs(preferences: Dataset) -> Dataset:
-    return (
-        rankings_to_pairs(preferences) if "responses" in preferences.column_names else preferences
-    )
-
-
-def _ceiling(rankings: Dataset) -> float | None:
-    """The accuracy of the labeler's noiseless scores, where the rankings hold them."""
-    if not {"scores", "gold_scores"} <= set(rankings.column_names):
-        return None
-    known = [
-        (row["gold_scores"], row["scores"])
-        for row in rankings
-        if len(row["gold_scores"]) == len(row["scores"])  # else repeated responses were taken out
-    ]
-    return accuracy_ceiling(*zip(*known, strict=True)) if known else None

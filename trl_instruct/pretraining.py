@@ -26,7 +26,7 @@ from trl_instruct.configs import PretrainConfig, resolve
 from trl_instruct.data import load_texts
 from trl_instruct.errors import InputError
 from trl_instruct.models import METRICS_FILE, context_length
-from trl_instruct.sources import kind_of
+from trl_instruct.sources import kind_of, name_of
 from trl_instruct.stage import StageResult, stage
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -214,8 +214,3 @@ def tiny_base(folder: Path, **options: Any) -> StageResult:
     dataset = defaults.pop("dataset_name")
     replaced = {"output_dir": str(folder), "overwrite_output_dir": True}  # where it was cut short
     return pretrain(dataset, **{**defaults, **options, **replaced})
-
-
-def name_of(dataset: Any) -> str | None:
-    """How the config names a dataset: a path or id; None for one that lives in memory only."""
-    return os.fspath(dataset) if isinstance(dataset, str | os.PathLike) else None

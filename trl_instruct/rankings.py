@@ -126,11 +126,10 @@ def load_rankings(
         A dataset with `prompt`, `responses` (in a conversational dataset each a list of messages),
         `ranks` (dense, 1 = best), `scores` where the record had numbers or labels (labels count
         from 0 = worst), and the further columns. A response that repeats another of its ranking
-        keeps the better of the two ranks; a ranking left with one response is taken out. The
-        report, which counts both, is logged.
+        keeps the better of the two ranks. The report, which counts them, is logged.
 
     Raises:
-        InputError: a faulty record, with file, line and field; no ranking left.
+        InputError: a faulty record, with file, line and field.
 
     >>> load_rankings(Dataset.from_list([
     ...     {"prompt": "2+2=", "responses": ["5", "4", "four"], "scores": [0.0, 2.5, 1.5]}
@@ -156,7 +155,7 @@ def load_rankings(
         features=dataset.features and _canonical_features(dataset.features, form, scored),
     )
     if isinstance(dataset, Dataset):
-        _log(before, where, len(dataset))
+        _log(before, where)
         report.update(before)
     return dataset
 
@@ -168,7 +167,7 @@ def canonical_ranking(record: Record, rating_order: Sequence[Any] | None = None)
     Text responses to a prompt of messages become assistant messages.
 
     Raises:
-        InputError: any fault of the record, named by field.
+        InputError: any fault of the record, named by field; all responses are identical.
 
     >>> canonical_ranking({"prompt": "2+2=", "responses": ["4", "5", "4"], "ranks": [3, 2, 1]})
     Ranking(prompt='2+2=', responses=['5', '4'], ranks=[2, 1], scores=None, duplicates=1)
@@ -184,6 +183,11 @@ def canonical_ranking(record: Record, rating_order: Sequence[Any] | None = None)
         if key not in best or ranks[index] < ranks[best[key]]:
             best[key] = index
     kept = sorted(best.values())
+    if len(kept) < 2:
+        raise InputError(
+            f"`responses` are {len(keys)} times the same, {kind_of(responses[0])}; a ranking needs "
+            "at least 2 that differ. Delete the record."
+        )
     scores = _scores(record, rating_order)
     return Ranking(
         prompt=record["prompt"],
@@ -299,7 +303,7 @@ def _level(field: str, label: Any, rating_order: Sequence[Any] | None) -> float:
     if rating_order is None:
         raise InputError(
             f"`{field}` is the label {label!r}, and the order of labels is not known. Give it, "
-            'best first, to load_rankings: rating_order=["good", "ok", "fair", "poor"].'
+            'best first: rating_order=["good", "ok", "fair", "poor"].'
         )
     if label not in rating_order:
         raise InputError(f"`{field}` is {kind_of(label)}; rating_order has {list(rating_order)}.")
@@ -343,10 +347,6 @@ def _check_all(dataset: Dataset, report: RankingReport, options: dict[str, Any])
         ranking = _canonical(record, row, **options)
         report.add(ranking)
         scored = scored or ranking.scores is not None
-    if report.pairs == 0 and report.ties == 0:
-        raise InputError(
-            f"{options['where'].name}: no ranking has two different responses ({report})."
-        )
     return scored
 
 
@@ -358,7 +358,7 @@ def _convert(
     report: RankingReport | None,
     **options: Any,
 ) -> dict[str, list[Any]]:
-    """A batch of records in canonical form; rankings of a single response are taken out."""
+    """A batch of records in canonical form."""
     kept = [name for name in batch if name not in ORDERS]
     table: dict[str, list[Any]] = {name: [] for name in (*kept, "ranks", *["scores"] * scored)}
     for row, values in zip(rows, zip(*batch.values(), strict=True), strict=True):
@@ -367,8 +367,6 @@ def _convert(
         if report is not None:
             _warn_first(report, ranking, options["where"], row)
             report.add(ranking)
-        if len(ranking.responses) < 2:
-            continue
         for name in table:
             table[name].append(getattr(ranking, name) if name in ranking._fields else record[name])
     return table
@@ -382,11 +380,9 @@ def _warn_first(report: RankingReport, ranking: Ranking, where: Source, row: int
         logger.warning("%s: no strict pair; such rankings are counted", where.where(row))
 
 
-def _log(report: RankingReport, where: Source, left: int) -> None:
+def _log(report: RankingReport, where: Source) -> None:
     noteworthy = report.duplicates or report.records_without_pair
-    gone = plural(report.records - left, "ranking") + " of a single response left out"
-    level = logging.WARNING if noteworthy else logging.INFO
-    logger.log(level, "%s: %s%s", where.name, report, f"; {gone}" * (left < report.records))
+    logger.log(logging.WARNING if noteworthy else logging.INFO, "%s: %s", where.name, report)
 
 
 def _canonical_features(features: Features, form: str, scored: bool) -> Features:

@@ -2,50 +2,43 @@
 
 import copy
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from torch import nn
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import ModelConfig, SFTTrainer
 
-from trl_instruct.configs import (
-    Config,
-    PPOConfig,
-    RewardConfig,
-    SFTConfig,
-    StageConfig,
-    resolve,
-)
+from trl_instruct.configs import PPOConfig, RewardConfig, SFTConfig
 from trl_instruct.data import load_demonstrations, load_prompts
 from trl_instruct.errors import InputError
-from trl_instruct.evaluation import pair_accuracy
 from trl_instruct.models import (
     ModelSource,
-    base_for_adapter,
-    check_finished,
-    check_tokenizer,
-    context_length,
-    install_chat_template,
-    is_nameless,
     load_policy,
     load_reward_model,
-    load_tokenizer,
-    model_name,
     peft_config_of,
     score_head,
     with_lora,
 )
 from trl_instruct.ppo_trainer import PPOTrainer
-from trl_instruct.preferences import count_pairs, load_preferences
-from trl_instruct.pretraining import name_of, tiny_base
+from trl_instruct.preferences import Preferences, count_pairs, load_preferences
+from trl_instruct.preparation import (
+    check_chat_template,
+    check_demonstrations,
+    named_source,
+    stage_options,
+    starting_point,
+    within_context,
+)
+from trl_instruct.pretraining import tiny_base
+from trl_instruct.reward_evaluation import evaluate_reward
+from trl_instruct.reward_report import FIGURE, draw, render
 from trl_instruct.reward_trainer import RankingRewardTrainer
-from trl_instruct.rewards import RewardFunction, RewardModel
+from trl_instruct.rewards import TINY, RewardFunction, RewardModel, load_reward
+from trl_instruct.shift import save_beside_adapter
+from trl_instruct.sources import name_of
 from trl_instruct.stage import Stage, StageResult, stage
-from trl_instruct.tiny import gold_score
-
-TINY = "tiny"
 
 
 def sft(
@@ -82,19 +75,21 @@ def sft(
         InputError: bad records, a prompt longer than the context, no model there, a tokenizer
             without EOS, an unknown option, an output_dir that is taken.
     """
-    config, model_config = _options(SFTConfig, config, model_config, output_dir, dataset, options)
+    config, model_config = stage_options(
+        SFTConfig, config, model_config, output_dir, dataset, options
+    )
     demonstrations = load_demonstrations(dataset, config.dataset_train_split)
-    held_out = _held_out(eval_dataset, config)
+    held_out = named_source(eval_dataset, config)
     if held_out is not None:
         held_out = load_demonstrations(held_out)
     if isinstance(model, str) and model == TINY:
         Stage("sft", config, model_config).check_folder()
         model = tiny_base(Path(config.output_dir).parent / "base", seed=config.seed)
     with stage("sft", config, model_config) as run:
-        base, tokenizer = _start(run, model, processing_class)
+        base, tokenizer = starting_point(run, model, processing_class)
         policy = load_policy(base, model_config, trust_remote_code=config.trust_remote_code)
-        config.max_length = _within_context(config.max_length, policy)
-        truncated = _check_demonstrations(demonstrations, tokenizer, config)
+        config.max_length = within_context(config.max_length, policy)
+        truncated = check_demonstrations(demonstrations, tokenizer, config)
         if truncated:
             run.say(f"{truncated} of {len(demonstrations)} demonstrations are cut at max_length")
         trainer = SFTTrainer(
@@ -119,6 +114,7 @@ def rm(
     output_dir: str | os.PathLike | None = None,
     *,
     eval_dataset: Any = None,
+    demonstrations: Any = None,
     processing_class: PreTrainedTokenizerBase | None = None,
     config: RewardConfig | None = None,
     model_config: ModelConfig | None = None,
@@ -136,30 +132,39 @@ def rm(
         output_dir: folder for the reward model.
         eval_dataset: rankings or pairs to measure the accuracy on; default: `eval_size` of the
             prompts, held out.
+        demonstrations: what scores 0 on average (`prompt`, `completion`, as in `sft`): their mean
+            score is kept in the model's config as its shift. None: no shift.
         processing_class, config, model_config, callbacks, options: as in `sft`.
 
     Returns:
-        The folder, with metrics train_loss, pairs, accuracy with its 95 % interval (accuracy_low,
-        accuracy_high), ceiling (where the held-out rankings hold gold_scores), overlong, seconds.
+        The folder, with metrics train_loss, pairs (trained on), overlong, truncated, data (what the
+        rankings hold: ties, repeated responses, ...), shift and std of the demonstrations' scores,
+        those of `evaluate_reward` (accuracy, calibration, ...), seconds; and their figure, rm.png.
 
     Raises:
         InputError: as `sft`; also a ranking with fewer than two responses, no pair at all.
     """
-    config, model_config = _options(
+    config, model_config = stage_options(
         RewardConfig, config, model_config, output_dir, dataset, options
     )
-    train, held_out, ceiling = load_preferences(dataset, _held_out(eval_dataset, config), config)
+    data = load_preferences(
+        dataset,
+        named_source(eval_dataset, config),
+        named_source(demonstrations, config, "demonstrations_name"),
+        config,
+    )
     with stage("rm", config, model_config) as run:
-        base, tokenizer = _start(run, model, processing_class)
-        _check_chat_template(train, tokenizer, config)
+        run.say(str(data.report))
+        base, tokenizer = starting_point(run, model, processing_class)
+        check_chat_template(data.train, tokenizer, config)
         classifier = load_reward_model(
             base, model_config, fresh_head=True, trust_remote_code=config.trust_remote_code
         )
-        config.max_length = _within_context(config.max_length, classifier)
+        config.max_length = within_context(config.max_length, classifier)
         trainer = RankingRewardTrainer(
             model=classifier,
             args=config,
-            train_dataset=train,
+            train_dataset=data.train,
             processing_class=tokenizer,
             peft_config=peft_config_of(model_config, "SEQ_CLS"),
             callbacks=callbacks,
@@ -168,12 +173,16 @@ def rm(
         output = run.train(trainer, {"loss": "loss", "accuracy": "accuracy"})
         metrics = {
             "train_loss": output.training_loss,
-            "pairs": count_pairs(train),
+            "pairs": count_pairs(data.train),
             "overlong": trainer.overlong,
+            "truncated": trainer.truncated,
+            "data": asdict(data.report),
+            **_measure(run, RewardModel(trainer.model, tokenizer), data),
         }
-        if held_out is not None:
-            metrics |= _accuracy(RewardModel(trainer.model, tokenizer), held_out, ceiling)
-        return run.finish(trainer, metrics)
+        result = run.finish(trainer, metrics)
+        if data.held_out is not None or data.demonstrations is not None:
+            run.say(render(metrics, run.folder / FIGURE))
+        return result
 
 
 def ppo(
@@ -208,13 +217,15 @@ def ppo(
         InputError: as `sft`; also a reward that returns anything but one finite number per
             completion.
     """
-    config, model_config = _options(PPOConfig, config, model_config, output_dir, dataset, options)
+    config, model_config = stage_options(
+        PPOConfig, config, model_config, output_dir, dataset, options
+    )
     config.reward_model_path = name_of(reward) or config.reward_model_path
     if config.resume_from_checkpoint:
         raise InputError("ppo does not resume from a checkpoint; start the run afresh.")
     prompts = load_prompts(dataset, config.dataset_train_split)
     with stage("ppo", config, model_config) as run:
-        base, tokenizer = _start(run, model, processing_class)
+        base, tokenizer = starting_point(run, model, processing_class)
         policy = load_policy(base, model_config, trust_remote_code=config.trust_remote_code)
         judge = load_reward(reward, tokenizer, batch_size=config.local_rollout_forward_batch_size)
         value = _value_model(value_model, judge, policy, tokenizer)
@@ -235,156 +246,40 @@ def ppo(
         return run.finish(trainer, {**output.metrics, "cut_prompts": trainer.cut_prompts})
 
 
-def load_reward(
-    reward: ModelSource | RewardFunction,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    batch_size: int = 64,
-) -> RewardFunction:
-    """A reward function from whatever `ppo` accepts as one.
-
-    Args:
-        reward: a function, `"tiny"` (the gold scorer), or a scalar reward model.
-        tokenizer: for a model in memory that was not loaded from a folder with its own.
-        batch_size: completions per forward pass of a model.
-    """
-    if isinstance(reward, str) and reward == TINY:
-        return gold_score
-    if reward is None:
-        raise InputError(
-            "No reward was given: set reward_model_path to a reward model's folder or Hub id, or "
-            "pass a function f(prompts, completions, **columns) -> list[float]."
-        )
-    if callable(reward) and not isinstance(reward, nn.Module):
-        return reward
-    model = load_reward_model(reward, ModelConfig())
-    if tokenizer is None or not is_nameless(reward):
-        tokenizer = load_tokenizer(reward)
-    return RewardModel(model, tokenizer, batch_size=batch_size)
-
-
-def _options(
-    config_class: type[Config],
-    config: Config | None,
-    model_config: ModelConfig | None,
-    output_dir: str | os.PathLike | None,
-    dataset: Any,
-    options: dict[str, Any],
-) -> tuple[Config, ModelConfig]:
-    """The stage's options from either form, checked for what every stage needs."""
-    if output_dir is not None and config is None:
-        options = {**options, "output_dir": output_dir}
-    config, model_config = resolve(config_class, config, model_config, options)
-    if output_dir is not None:
-        config.output_dir = os.fspath(output_dir)
-    if dataset is None:
-        raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
-    config.dataset_name = name_of(dataset) or config.dataset_name
-    if (model_config.load_in_8bit or model_config.load_in_4bit) and not model_config.use_peft:
-        raise InputError(
-            "load_in_8bit and load_in_4bit freeze the weights, so there would be nothing to train. "
-            "Set use_peft as well to train a LoRA adapter."
-        )
-    return config, model_config
-
-
-def _held_out(eval_dataset: Any, config: StageConfig) -> Any:
-    """The eval dataset, from the argument or the config, which then names it."""
-    if eval_dataset is None:
-        return config.eval_dataset_name
-    config.eval_dataset_name = name_of(eval_dataset)
-    return eval_dataset
-
-
-def _start(
-    run: Stage, model: ModelSource | None, processing_class: PreTrainedTokenizerBase | None
-) -> tuple[ModelSource, PreTrainedTokenizerBase]:
-    """What to load the trained model from, and its tokenizer; the run's config names the model."""
-    if model is None:
-        raise InputError("No model was given: set model_name_or_path to a Hub id or a folder.")
-    model_config = run.model_config
-    model_config.model_name_or_path = model_name(model)
-    run.check_folder()
-    if isinstance(model, str | os.PathLike):
-        check_finished(Path(model))
-    if processing_class is not None:
-        tokenizer = check_tokenizer(copy.deepcopy(processing_class), model_name(model))
-    else:
-        tokenizer = load_tokenizer(
-            model,
-            revision=model_config.model_revision,
-            trust_remote_code=run.config.trust_remote_code,
-        )
-    template = getattr(run.config, "chat_template_path", None)
-    if template is not None:
-        install_chat_template(tokenizer, template)
-    return base_for_adapter(model, run.base_folder, tokenizer, model_config), tokenizer
-
-
-def _within_context(max_length: int | None, model: PreTrainedModel) -> int | None:
-    context = context_length(model)
-    if context is None or max_length is None:
-        return max_length
-    return min(max_length, context)
-
-
-def _check_chat_template(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: SFTConfig | RewardConfig
-) -> None:
-    """InputError for messages that there is no chat template for."""
-    known = tokenizer.chat_template or config.chat_template_path
-    if not known and not isinstance(dataset[0]["prompt"], str):
-        raise InputError(
-            "The records are messages, but the tokenizer has no chat template. Set "
-            "chat_template_path to a Jinja file or to a model that has one."
-        )
-
-
-def _check_demonstrations(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: SFTConfig
-) -> int:
-    """Demonstrations that max_length will cut; InputError where nothing but prompt is left."""
-    _check_chat_template(dataset, tokenizer, config)
-    is_text = isinstance(dataset[0]["prompt"], str)
-    if config.max_length is None or not (is_text or tokenizer.chat_template):
-        return 0  # the trainer takes the template over later, so lengths are not known yet
-    cut = 0
-    for row, record in enumerate(dataset):
-        prompt, completion = record["prompt"], record["completion"]
-        if is_text:
-            opening = tokenizer(prompt)
-            whole = tokenizer(prompt + completion.removesuffix(tokenizer.eos_token))
-        else:
-            opening = tokenizer.apply_chat_template(prompt, return_dict=True)
-            whole = tokenizer.apply_chat_template(prompt + completion, return_dict=True)
-        if len(opening["input_ids"]) >= config.max_length:
-            raise InputError(
-                f"Demonstration {row + 1}: the prompt alone is {len(opening['input_ids'])} tokens "
-                f"and max_length is {config.max_length}, so no completion would be learnt from. "
-                "Raise max_length (the model's context is its limit), or shorten the prompt."
-            )
-        cut += len(whole["input_ids"]) + is_text > config.max_length  # text gets an EOS
-    return cut
-
-
 def _check_overlong(trainer: RankingRewardTrainer, run: Stage) -> None:
     """Tell what the trainer left out for its length; InputError where nothing else is there."""
     if not len(trainer.train_dataset):
         raise InputError(
             "All pairs of responses are longer than max_length "
-            f"{run.config.max_length} tokens; raise it (the model's context is its limit)."
+            f"{run.config.max_length} tokens; raise it (the model's context is its limit), or set "
+            "truncate_prompt."
         )
     if trainer.overlong:
         what = "responses" if "ranks" in trainer.train_dataset.column_names else "pairs"
         run.say(f"{trainer.overlong} {what} exceed max_length and are left out")
+    if trainer.truncated:
+        run.say(f"{trainer.truncated} prompts lose their beginning to fit into max_length")
 
 
-def _accuracy(reward: RewardModel, pairs: Dataset, ceiling: float | None) -> dict[str, Any]:
-    """Pair accuracy as metrics."""
-    accuracy = pair_accuracy(reward, pairs)
-    metrics = {f"accuracy_{bound}": getattr(accuracy, bound) for bound in ("low", "high")}
-    noise = {} if ceiling is None else {"ceiling": ceiling}
-    return {"accuracy": accuracy.mean, **metrics, "eval_pairs": len(pairs), **noise}
+def _measure(run: Stage, reward: RewardModel, data: Preferences) -> dict[str, Any]:
+    """Shift and held-out evaluation of the trained model; the figure goes into the folder."""
+    metrics: dict[str, Any] = {}
+    if data.demonstrations is not None:
+        shown = data.demonstrations[:]
+        shift, std = reward.measure_shift(shown["prompt"], shown["completion"])
+        metrics |= {"shift": shift, "std": std, "demonstrations": len(data.demonstrations)}
+        if isinstance(reward.model, PeftModel) and run.is_main:
+            save_beside_adapter(reward.model, run.folder)
+    if data.held_out is not None:
+        evaluation = evaluate_reward(reward, data.held_out, reward.tokenizer)
+        metrics |= evaluation.metrics
+        if run.is_main:
+            draw(evaluation, run.folder / FIGURE)
+    if reward.truncated:
+        run.say(
+            f"{reward.truncated} texts to measure on exceed the context; their beginning is cut"
+        )
+    return metrics
 
 
 def _value_model(

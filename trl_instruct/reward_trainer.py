@@ -12,7 +12,7 @@ from trl import RewardTrainer
 from trl_instruct.losses import ranking_loss
 from trl_instruct.masking import right_padded_mask
 from trl_instruct.models import check_tokenizer
-from trl_instruct.rewards import pad_rows, token_ids
+from trl_instruct.rewards import cut_prompt, pad_rows, token_ids
 
 
 class RankingRewardTrainer(RewardTrainer):
@@ -23,7 +23,8 @@ class RankingRewardTrainer(RewardTrainer):
     arguments are TRL's.
 
     A response longer than `max_length` is left out of its ranking and counted in `overlong`; a
-    ranking with less than two responses left is left out.
+    ranking with less than two responses left is left out. With `truncate_prompt` in the arguments
+    the prompt loses its beginning first, in `truncated` rankings.
     """
 
     _signature_columns: list[str]
@@ -35,7 +36,7 @@ class RankingRewardTrainer(RewardTrainer):
         processing_class: PreTrainedTokenizerBase,
         **kwargs: Any,
     ):
-        self.overlong = 0
+        self.overlong = self.truncated = 0
         if "responses" in train_dataset.column_names:
             tokenizer = check_tokenizer(processing_class, "processing_class")
             kwargs.setdefault("data_collator", RankingCollator(tokenizer.pad_token_id))
@@ -57,15 +58,23 @@ class RankingRewardTrainer(RewardTrainer):
                 token_ids(record["prompt"], response, processing_class)
                 for response in record["responses"]
             ]
+            whole = len(rows[0])
+            if args.max_length is not None and getattr(args, "truncate_prompt", False):
+                rows = cut_prompt(
+                    rows, record["prompt"], processing_class, max_length=args.max_length
+                )
             fits = [args.max_length is None or len(row) <= args.max_length for row in rows]
             return {
                 "response_ids": [row for row, fit in zip(rows, fits, strict=True) if fit],
                 "ranks": [r for r, fit in zip(record["ranks"], fits, strict=True) if fit],
+                "truncated": len(rows[0]) < whole,
             }
 
         total = sum(map(len, dataset["responses"]))
         dataset = dataset.map(tokenize, remove_columns=dataset.column_names, desc="tokenizing")
         self.overlong += total - sum(map(len, dataset["ranks"]))
+        self.truncated += sum(dataset["truncated"])
+        dataset = dataset.remove_columns("truncated")
         return dataset.filter(lambda record: len(set(record["ranks"])) > 1)
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -6,19 +6,34 @@ prompt dataset's further columns. Prompts and completions are both texts or both
 
 import inspect
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig
 
 from trl_instruct.errors import InputError
 from trl_instruct.masking import right_padded_mask
-from trl_instruct.models import accepted, check_tokenizer, context_length
+from trl_instruct.models import (
+    ModelSource,
+    accepted,
+    check_tokenizer,
+    context_length,
+    is_nameless,
+    load_reward_model,
+    load_tokenizer,
+)
+from trl_instruct.shift import keep_shift, shift_of
+from trl_instruct.tiny import gold_score
 
 RewardFunction = Callable[..., Sequence[float]]
+
+TINY = "tiny"
 
 
 class RewardModel:
@@ -26,7 +41,8 @@ class RewardModel:
 
     Prompt + completion is tokenised as TRL's RewardTrainer tokenised it in training: joined, EOS
     at the end for text, the chat template for messages. What exceeds the model's context is cut
-    from the left, and counted in `truncated`.
+    from the left, and counted in `truncated`. The shift in the model's config is taken off, so that
+    demonstrations score 0 on average.
     """
 
     def __init__(
@@ -43,6 +59,24 @@ class RewardModel:
     def __name__(self) -> str:
         return self.model.config._name_or_path or type(self.model).__name__
 
+    @property
+    def shift(self) -> float:
+        """What is taken off the output of the model's head; 0 where none was measured."""
+        return shift_of(self.model)
+
+    def measure_shift(
+        self, prompts: Sequence[Any], completions: Sequence[Any]
+    ) -> tuple[float, float]:
+        """Set the shift at which these demonstrations score 0 on average (InstructGPT 3.5).
+
+        Returns:
+            The mean and standard deviation of the model's own scores, without any shift.
+        """
+        scores = [score + self.shift for score in self(prompts, completions)]
+        mean, std = statistics.fmean(scores), statistics.pstdev(scores)
+        keep_shift(self.model, mean, std)
+        return mean, std
+
     @torch.no_grad()
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
@@ -58,7 +92,7 @@ class RewardModel:
         for start in range(0, len(rows), self.batch_size):
             batch = by_length[start : start + self.batch_size]
             for row, score in zip(batch, self._score([rows[r] for r in batch]), strict=True):
-                scores[row] = float(score)
+                scores[row] = float(score) - self.shift
         return scores
 
     def _score(self, rows: list[list[int]]) -> Tensor:
@@ -69,6 +103,34 @@ class RewardModel:
         return self.model(
             **accepted(self.model, input_ids=ids.to(device), attention_mask=mask.to(device))
         ).logits.squeeze(-1)
+
+
+def load_reward(
+    reward: ModelSource | RewardFunction,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    batch_size: int = 64,
+) -> RewardFunction:
+    """A reward function from whatever `ppo` accepts as one.
+
+    Args:
+        reward: a function, `"tiny"` (the gold scorer), or a scalar reward model.
+        tokenizer: for a model in memory that was not loaded from a folder with its own.
+        batch_size: completions per forward pass of a model.
+    """
+    if isinstance(reward, str) and reward == TINY:
+        return gold_score
+    if reward is None:
+        raise InputError(
+            "No reward was given: set reward_model_path to a reward model's folder or Hub id, or "
+            "pass a function f(prompts, completions, **columns) -> list[float]."
+        )
+    if callable(reward) and not isinstance(reward, nn.Module):
+        return reward
+    model = load_reward_model(reward, ModelConfig())
+    if tokenizer is None or not is_nameless(reward):
+        tokenizer = load_tokenizer(reward)
+    return RewardModel(model, tokenizer, batch_size=batch_size)
 
 
 def token_ids(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -85,6 +147,37 @@ def token_ids(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) 
             text += tokenizer.eos_token
         return tokenizer(text)["input_ids"]
     return tokenizer.apply_chat_template([*prompt, *completion], return_dict=True)["input_ids"]
+
+
+def cut_prompt(
+    rows: list[list[int]],
+    prompt: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+) -> list[list[int]]:
+    """The rows of one prompt's responses without so much of the prompt's beginning that they fit.
+
+    All lose the same tokens, as many as the longest needs, so that the responses are still judged
+    behind one and the same prompt. A response is never cut and one token of the prompt stays: a
+    row that is too long even so comes back too long, and the others are not cut on its account.
+
+    Args:
+        rows: prompt + response, as `token_ids` gives them.
+        prompt: text or messages.
+        tokenizer: what made the rows.
+        max_length: tokens that a row may have.
+    """
+    if isinstance(prompt, str):
+        opening = tokenizer(prompt)["input_ids"]
+    else:
+        opening = tokenizer.apply_chat_template(prompt, return_dict=True)["input_ids"]
+    # A token may join the prompt's last letters and the response's first: what all rows share.
+    shared = takewhile(lambda tokens: len({*tokens}) == 1, zip(opening, *rows, strict=False))
+    most = max(0, len(list(shared)) - 1)
+    longest = max((len(row) for row in rows if len(row) - most <= max_length), default=0)
+    cut = max(0, longest - max_length)
+    return [row[cut:] for row in rows]
 
 
 def pad_rows(rows: list[list[int]], filler: int) -> Tensor:

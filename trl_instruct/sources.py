@@ -157,6 +157,11 @@ def map_records(dataset: AnyDataset, function: Any, **options: Any) -> AnyDatase
     return dataset.map(function, **options)
 
 
+def name_of(dataset: Any) -> str | None:
+    """How the config names a dataset: a path or id; None for one that lives in memory only."""
+    return fspath(dataset) if isinstance(dataset, (str, PathLike)) else None
+
+
 def kind_of(value: Any) -> str:
     """A value as an error shows it: its type and its beginning."""
     if value is None:

@@ -22,6 +22,7 @@ from trl import ModelConfig
 from trl_instruct.configs import StageConfig, save_config
 from trl_instruct.errors import InputError
 from trl_instruct.models import CONFIG_FILE, METRICS_FILE
+from trl_instruct.shift import SHIFT_FILE
 
 # What a stage writes, and so what --overwrite_output_dir removes.
 WRITTEN = (
@@ -29,6 +30,7 @@ WRITTEN = (
     "*.safetensors",
     "*.safetensors.index.json",
     "adapter_config.json",
+    SHIFT_FILE,
     "config.json",
     "generation_config.json",
     "tokenizer*",
@@ -41,6 +43,7 @@ WRITTEN = (
     "README.md",
     "trainer_state.json",
     "summary.json",
+    "rm.png",
     CONFIG_FILE,
     METRICS_FILE,
 )

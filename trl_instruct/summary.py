@@ -14,8 +14,7 @@ from trl_instruct.data import load_prompts
 from trl_instruct.errors import InputError
 from trl_instruct.evaluation import Samples, sample_and_score, summarize
 from trl_instruct.models import CONFIG_FILE, METRICS_FILE, load_policy, load_tokenizer
-from trl_instruct.recipes import load_reward
-from trl_instruct.rewards import RewardFunction, RewardModel
+from trl_instruct.rewards import RewardFunction, RewardModel, load_reward
 from trl_instruct.stage import write_json
 
 SHOWN_SAMPLES = 5

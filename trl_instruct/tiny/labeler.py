@@ -64,34 +64,6 @@ def agreement(gold_scores: Sequence[Sequence[float]], noise: float, seed: int = 
     return _mean(alike)
 
 
-def accuracy_ceiling(
-    gold_scores: Sequence[Sequence[float]], labels: Sequence[Sequence[float]]
-) -> float:
-    """The accuracy that the gold order itself has on noisy labels: no model can do better.
-
-    Args:
-        gold_scores: for each prompt the gold scores of its candidates.
-        labels: for each prompt the labeler's scores of the same candidates.
-
-    Returns:
-        The share of the pairs with different labels that the gold scores order alike; a pair
-        whose gold scores are equal counts one half.
-
-    Raises:
-        ValueError: the two do not match, or there is no pair with different labels.
-
-    >>> accuracy_ceiling([[0.2, 0.8, 0.8]], [[1, 2, 3]])
-    0.8333333333333334
-    """
-    right = [
-        0.5 if a == 0 else float(a * b > 0)
-        for gold, noisy in zip(gold_scores, labels, strict=True)
-        for a, b in _differences(gold, noisy)
-        if b
-    ]
-    return _mean(right)
-
-
 def _differences(first: Sequence[float], second: Sequence[float]) -> Iterator[tuple[float, float]]:
     """The difference of each pair of candidates by two scores."""
     for (a, b), (a_next, b_next) in combinations(list(zip(first, second, strict=True)), 2):
