@@ -91,15 +91,11 @@ def byte_tokenizer(pad_token="<pad>", chat_template=None):
 def tiny_model(kind="llama", *, classifier=False, seed=0, **options):
     """A random model of that architecture over the byte tokenizer's 258 tokens, on CPU."""
     torch.manual_seed(seed)
+    tokens = {"vocab_size": 258, "bos_token_id": None, "eos_token_id": 256, "pad_token_id": 257}
     config = AutoConfig.for_model(
         kind,
-        vocab_size=258,
-        bos_token_id=None,
-        eos_token_id=256,
-        pad_token_id=257,
         **{"init_std" if kind == "opt" else "initializer_range": 0.3},
-        **ARCHITECTURES[kind],
-        **options,
+        **{**tokens, **ARCHITECTURES[kind], **options},
     )
     if not classifier:
         return AutoModelForCausalLM.from_config(config)

@@ -10,7 +10,6 @@ from trl_instruct.configs import PretrainConfig
 from trl_instruct.errors import InputError
 from trl_instruct.pretraining import (
     EOS,
-    length_batches,
     name_of,
     pretrain,
     tiny_base,
@@ -81,17 +80,6 @@ def test_packing_loses_nothing():
     assert {len(row) for row in rows[:-1]} == {16}
     stream = [token for row in rows for token in row]
     assert tokenizer.decode(stream) == "".join(text + EOS for text in TEXTS)
-
-
-def test_length_batches_are_of_a_length_and_in_no_order():
-    lengths = [n % 20 for n in range(200)]
-    order = length_batches(lengths, 10, seed=0)
-    assert sorted(order) == list(range(200))
-    batches = [[lengths[row] for row in order[i : i + 10]] for i in range(0, 200, 10)]
-    assert all(max(batch) - min(batch) <= 1 for batch in batches)
-    firsts = [batch[0] for batch in batches]
-    assert firsts != sorted(firsts)
-    assert length_batches(lengths, 10, seed=1) != order
 
 
 @pytest.mark.parametrize(

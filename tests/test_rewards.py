@@ -108,13 +108,32 @@ def test_neither_order_nor_company_nor_a_written_eos_changes_a_score(reward_mode
 
 
 def test_a_tokenizer_without_a_pad_token_pads_with_eos(make_reward_model, tokenizer):
-    """The classifier reads it at the token before EOS, as in training, in every batch alike."""
+    """The score stands at the EOS, in every batch alike; the model's config is left as it is."""
+    expected = RewardModel(make_reward_model("gpt2"), tokenizer)(PROMPTS, COMPLETIONS)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = None
-    reward = RewardModel(make_reward_model("gpt2"), tokenizer)
-    assert tokenizer.pad_token == "<eos>"
-    alone = [reward([p], [c])[0] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
-    assert_same(reward(PROMPTS, COMPLETIONS), alone)
+    for pad_token_id in (257, None):
+        reward = RewardModel(make_reward_model("gpt2", pad_token_id=pad_token_id), tokenizer)
+        assert tokenizer.pad_token == "<eos>"
+        assert_same(reward(PROMPTS, COMPLETIONS), expected)
+        assert reward.model.config.pad_token_id == pad_token_id
+
+
+def test_a_model_that_calls_eos_padding_is_read_where_it_was_trained(
+    make_reward_model, eos_padded_tokenizer
+):
+    """As TRL and plain transformers read it: at the token before the EOS."""
+    model = make_reward_model("gpt2")
+    scores = RewardModel(model, eos_padded_tokenizer)(PROMPTS, COMPLETIONS)
+    assert_same(RewardModel(model, eos_padded_tokenizer)(PROMPTS[:1], COMPLETIONS[:1]), scores[:1])
+    model.config.pad_token_id = 256
+    texts = [p + c + "<eos>" for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    batch = eos_padded_tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    with torch.no_grad():
+        plain = model(**batch).logits.squeeze(-1).tolist()
+    early = RewardModel(model, eos_padded_tokenizer)(PROMPTS, COMPLETIONS)
+    assert_same(early, plain)
+    assert max(abs(a - b) for a, b in zip(early, scores, strict=True)) > 0.1
 
 
 def test_long_texts_lose_their_beginning_and_are_counted(reward_model, tokenizer):

@@ -134,6 +134,20 @@ class RewardConfig(StageConfig, trl.RewardConfig):
         8, "Prompts per forward pass and device (C.2), or pairs."
     )
     gradient_accumulation_steps: int = _option(8, "8 x 8 = 64 prompts a step (C.2: 64).")
+    forward: Literal["shared_prefix", "grouped", "pairs"] = _option(
+        "shared_prefix",
+        "How rankings are computed: shared_prefix, a prompt once for all its responses (where the "
+        "model cannot: grouped); grouped, once for each; pairs, both responses of each pair.",
+    )
+    average_over: Literal["prompts", "pairs"] = _option(
+        "prompts", "The loss of rankings is averaged per prompt, then over prompts (3.5); or pairs."
+    )
+    ties: Literal["drop", "half"] = _option(
+        "drop", "Ties in rankings are no comparisons (3.5), or ones that each of the two half wins."
+    )
+    batch_by_length: bool = _option(
+        True, "Batches of rankings of similar length at random order: less padding."
+    )
     eval_size: float = _option(
         0.1,
         "Share of the prompts held out for evaluation where there is no eval dataset; 0: none.",

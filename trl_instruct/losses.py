@@ -75,14 +75,57 @@ def value_clipped(
     return (clipped - returns) ** 2 > (values - returns) ** 2
 
 
-def ranking_loss(scores: Tensor, ranks: Tensor) -> Tensor:
-    """Loss of a reward model on K-way rankings (InstructGPT 3.5, equation 1).
+def pair_weights(ranks: Tensor, weights: Tensor | None = None, *, ties: str = "drop") -> Tensor:
+    """Weight of every comparison in the loss: averaged per prompt first, then over prompts.
 
-    - 1 / (number of pairs) * sum over pairs (w better than l) of log sigmoid(r_w - r_l), averaged
-    per prompt first, then over prompts. Ties are no pairs.
+    1 / (comparisons of the prompt) / (prompts), times the prompt's own weight. The mean is over the
+    number of prompts, not over their weights, so that it does not matter how a batch is cut; give
+    weights of mean 1. A prompt without any comparison does not count.
 
     Args:
-        scores: `(B, K)` scores of each prompt's responses.
+        ranks: `(B, K)` 1 = best, equal = tie, 0 = no response.
+        weights: `(B,)` of the prompts; None: all 1.
+        ties: "drop", or "half": a tie is a comparison that each of the two wins by half.
+
+    Returns:
+        `(B, K, K)`: of response i over response j, 0 where that is no comparison.
+
+    >>> pair_weights(torch.tensor([[1, 2, 0]]))[0].tolist()
+    [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    """
+    there = (ranks > 0).unsqueeze(2) & (ranks > 0).unsqueeze(1)
+    table = (there & (ranks.unsqueeze(2) < ranks.unsqueeze(1))).float()
+    if ties == "half":
+        other = ~torch.eye(ranks.shape[1], dtype=torch.bool, device=ranks.device)
+        table = table + 0.5 * (there & other & (ranks.unsqueeze(2) == ranks.unsqueeze(1)))
+    pairs = table.sum(dim=(1, 2), keepdim=True)
+    share = table / pairs.clamp(min=1) / (pairs > 0).sum().clamp(min=1)
+    return share if weights is None else share * weights.view(-1, 1, 1)
+
+
+def pair_loss(chosen: Tensor, rejected: Tensor, weights: Tensor, *, center: float = 0.0) -> Tensor:
+    """Loss of a reward model on comparisons (InstructGPT 3.5, equation 1).
+
+    - sum of weight * (log sigmoid(r_w - r_l) - center * (r_w + r_l)^2); the second term keeps the
+    scores around 0 (Eisenstein et al. 2023, equation 2).
+
+    Args:
+        chosen, rejected: r_w and r_l, scores of the better and of the worse response.
+        weights: of the comparisons; the three have shapes that broadcast.
+        center: TRL's `center_rewards_coefficient`.
+
+    Returns:
+        scalar.
+    """
+    losses = center * (chosen + rejected) ** 2 - logsigmoid(chosen - rejected)
+    return (weights * losses).sum()
+
+
+def ranking_loss(scores: Tensor, ranks: Tensor) -> Tensor:
+    """Loss of a reward model on K-way rankings: `pair_loss` with the weights of `pair_weights`.
+
+    Args:
+        scores: `(B, K)` scores of each prompt's responses; finite where there is none.
         ranks: `(B, K)` 1 = best, equal = tie, 0 = no response.
 
     Returns:
@@ -91,12 +134,7 @@ def ranking_loss(scores: Tensor, ranks: Tensor) -> Tensor:
     >>> ranking_loss(torch.tensor([[1.0, 0.0, 9.0]]), torch.tensor([[1, 2, 0]]))
     tensor(0.3133)
     """
-    there = ranks > 0
-    better = (ranks.unsqueeze(2) < ranks.unsqueeze(1)) & there.unsqueeze(2) & there.unsqueeze(1)
-    losses = -logsigmoid(scores.unsqueeze(2) - scores.unsqueeze(1))
-    pairs = better.sum(dim=(1, 2))
-    per_prompt = torch.where(better, losses, 0.0).sum(dim=(1, 2)) / pairs.clamp(min=1)
-    return per_prompt.sum() / (pairs > 0).sum().clamp(min=1)
+    return pair_loss(scores.unsqueeze(2), scores.unsqueeze(1), pair_weights(ranks))
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float) -> Tensor:

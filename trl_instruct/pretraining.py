@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers import (
 )
 from trl import ModelConfig
 
+from trl_instruct.batching import length_batches
 from trl_instruct.configs import PretrainConfig, resolve
 from trl_instruct.data import load_texts
 from trl_instruct.errors import InputError
@@ -133,27 +133,6 @@ def tokenize_texts(
     lengths = [len(row) for row in rows["input_ids"]]
     config.train_sampling_strategy = "sequential"  # the order is drawn here
     return rows.select(length_batches(lengths, config.train_batch_size, seed=config.seed))
-
-
-def length_batches(lengths: list[int], batch_size: int, *, seed: int, pool: int = 50) -> list[int]:
-    """An order of rows in which each batch holds similar lengths and batches come at random.
-
-    transformers' own group_by_length sorts the batches of a pool too, so that long and short texts
-    come in waves; a small model then learns markedly less.
-
-    >>> sorted(length_batches([3, 1, 2], 2, seed=0))
-    [0, 1, 2]
-    """
-    rng = random.Random(seed)
-    rows = list(range(len(lengths)))
-    rng.shuffle(rows)
-    order: list[int] = []
-    for start in range(0, len(rows), batch_size * pool):
-        drawn = sorted(rows[start : start + batch_size * pool], key=lambda row: lengths[row])
-        cuts = list(range(0, len(drawn), batch_size))
-        rng.shuffle(cuts)
-        order += [row for cut in cuts for row in drawn[cut : cut + batch_size]]
-    return order
 
 
 def _blocks(rows: list[list[int]], size: int) -> list[list[int]]:

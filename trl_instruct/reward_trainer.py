@@ -1,134 +1,395 @@
 """TRL's RewardTrainer with the paper's batch element: all comparisons of one prompt together."""
 
+import logging
 from dataclasses import dataclass
+from functools import partial
+from itertools import combinations, takewhile
 from typing import Any
 
 import torch
-from datasets import Dataset
+from accelerate import PartialState
+from datasets import IterableDataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import RewardTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from trl_instruct.losses import ranking_loss
+from trl_instruct.batching import LengthBatchSampler
+from trl_instruct.errors import InputError
+from trl_instruct.losses import pair_loss, pair_weights
 from trl_instruct.masking import right_padded_mask
-from trl_instruct.models import check_tokenizer
+from trl_instruct.models import check_tokenizer, disable_dropout, evaluating
+from trl_instruct.prefix import share_prefix, sharing_pays
 from trl_instruct.rewards import cut_prompt, pad_rows, token_ids
+from trl_instruct.scoring import (
+    pad_token_of,
+    score_positions,
+    scores_at,
+    separate_scores,
+    shared_scores,
+    sharing_fault,
+)
+
+logger = logging.getLogger(__name__)
+
+FORWARDS = ("shared_prefix", "grouped", "pairs")
+# In predictions, as transformers pads them.
+NO_RESPONSE = -100
+# Of a stream, so many rankings are read ahead to find a long one for the check at the start.
+READ_AHEAD = 64
 
 
 class RankingRewardTrainer(RewardTrainer):
-    """Reward model from K-way rankings (InstructGPT 3.5): K forward passes for C(K,2) comparisons.
+    """Reward model from K-way rankings (InstructGPT 3.5): K completions for C(K,2) comparisons.
 
-    The batch is counted in prompts. Rankings are records with `prompt`, `responses` and `ranks`, as
-    `load_rankings` gives them; pairs (`prompt`, `chosen`, `rejected`) train as in TRL. All
-    arguments are TRL's.
+    The batch is counted in prompts. Rankings are records with `prompt`, `responses`, `ranks` and
+    optionally `weight`, as `load_rankings` gives them; pairs (`prompt`, `chosen`, `rejected`) train
+    as in TRL. All arguments are TRL's. What concerns rankings stands in our `RewardConfig`, with
+    the same defaults where `args` is TRL's:
+
+    - `forward`, also an argument: "shared_prefix" computes a prompt once for all its responses,
+      "grouped" once for each of them, "pairs" is TRL's way, both responses of every comparison.
+      The three give the same loss. A model that cannot share a prefix is found out before the first
+      step, by comparing it with separate rows, and gets "grouped", as does a batch for which that
+      is less work.
+    - `average_over`, `ties`, `batch_by_length`.
+
+    Predictions, what `compute_metrics` gets too, are one row of K scores a ranking, in the order of
+    its responses, and -100 where it has fewer.
 
     A response longer than `max_length` is left out of its ranking and counted in `overlong`; a
-    ranking with less than two responses left is left out. With `truncate_prompt` in the arguments
-    the prompt loses its beginning first, in `truncated` rankings.
+    ranking without any comparison left is left out. With `truncate_prompt` in the arguments the
+    prompt loses its beginning first, in `truncated` rankings. Weights are scaled to mean 1 over the
+    dataset. (In a stream nothing is counted beforehand, and weights stay as they are.)
     """
 
     _signature_columns: list[str]
 
     def __init__(
         self,
-        *args: Any,
-        train_dataset: Dataset,
-        processing_class: PreTrainedTokenizerBase,
+        model: Any,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        forward: str | None = None,
         **kwargs: Any,
     ):
+        self.forward = str(forward or getattr(args, "forward", FORWARDS[0]))
+        if self.forward not in FORWARDS:
+            raise InputError(f"forward={self.forward!r}; one of {', '.join(FORWARDS)} is needed.")
+        self.average_over: str = getattr(args, "average_over", "prompts")
+        self.ties: str = getattr(args, "ties", "drop")
         self.overlong = self.truncated = 0
-        if "responses" in train_dataset.column_names:
-            tokenizer = check_tokenizer(processing_class, "processing_class")
-            kwargs.setdefault("data_collator", RankingCollator(tokenizer.pad_token_id))
+        self._probe: list[list[int]] = []
+        self._checked = False
         super().__init__(
-            *args, train_dataset=train_dataset, processing_class=processing_class, **kwargs
+            model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
+        if self.args.disable_dropout:
+            disable_dropout(self.model)  # TRL leaves on what is no module: OPT's
+        if data_collator is None:
+            self.data_collator = RankingCollator(
+                self.processing_class.pad_token_id, self.args.pad_to_multiple_of
+            )
+        callback = _NoPadTokenWhereItIsEos(self.processing_class)
+        callback.settle(self.model)
+        self.add_callback(callback)
+
+    # ---- data ------------------------------------------------------------------------------------
 
     def _prepare_dataset(
-        self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: Any, name: str
-    ) -> Dataset:
-        if "responses" not in dataset.column_names:
-            before = len(dataset)
-            dataset = super()._prepare_dataset(dataset, processing_class, args, name)
-            self.overlong += before - len(dataset)
+        self, dataset: Any, processing_class: PreTrainedTokenizerBase, args: Any, name: str
+    ) -> Any:
+        columns = dataset.column_names or list(next(iter(dataset)))
+        if "longest" in columns:  # prepared before
             return dataset
-
-        def tokenize(record: dict[str, Any]) -> dict[str, Any]:
-            rows = [
-                token_ids(record["prompt"], response, processing_class)
-                for response in record["responses"]
-            ]
-            whole = len(rows[0])
-            if args.max_length is not None and getattr(args, "truncate_prompt", False):
-                rows = cut_prompt(
-                    rows, record["prompt"], processing_class, max_length=args.max_length
-                )
-            fits = [args.max_length is None or len(row) <= args.max_length for row in rows]
-            return {
-                "response_ids": [row for row, fit in zip(rows, fits, strict=True) if fit],
-                "ranks": [r for r, fit in zip(record["ranks"], fits, strict=True) if fit],
-                "truncated": len(rows[0]) < whole,
-            }
-
-        total = sum(map(len, dataset["responses"]))
-        dataset = dataset.map(tokenize, remove_columns=dataset.column_names, desc="tokenizing")
-        self.overlong += total - sum(map(len, dataset["ranks"]))
+        sized = not isinstance(dataset, IterableDataset)
+        if "responses" not in columns:
+            before = len(dataset) if sized else 0
+            dataset = super()._prepare_dataset(dataset, processing_class, args, name)
+            self.overlong += before - len(dataset) if sized else 0
+            return dataset
+        if not sized and self.average_over == "pairs":
+            raise InputError(
+                "average_over='pairs' needs the number of all pairs, which a stream does not tell. "
+                "Load the rankings with streaming=False, or average over prompts."
+            )
+        tokenize = partial(
+            tokenize_rankings,
+            tokenizer=check_tokenizer(processing_class, "processing_class"),
+            max_length=args.max_length,
+            truncate_prompt=getattr(args, "truncate_prompt", False),
+            ties=self.ties,
+        )
+        if not sized:
+            dataset = dataset.map(tokenize, batched=True, remove_columns=columns)
+            dataset = dataset.filter(lambda record: record["comparisons"] > 0)
+            self._probe_with(list(dataset.take(READ_AHEAD)))
+            return dataset
+        with PartialState().main_process_first():
+            dataset = dataset.map(
+                tokenize,
+                batched=True,
+                remove_columns=columns,
+                num_proc=args.dataset_num_proc,
+                desc=f"Tokenizing {name} dataset",
+            )
+        self.overlong += sum(dataset["overlong"])
         self.truncated += sum(dataset["truncated"])
-        dataset = dataset.remove_columns("truncated")
-        return dataset.filter(lambda record: len(set(record["ranks"])) > 1)
+        kept = [row for row, count in enumerate(dataset["comparisons"]) if count]
+        dataset = dataset if len(kept) == len(dataset) else dataset.select(kept)
+        if len(dataset):
+            longest = dataset["longest"][:]
+            self._probe_with([dataset[longest.index(max(longest))]])
+        return self._with_mean_weight_1(dataset)
+
+    def _probe_with(self, records: list[dict[str, Any]]) -> None:
+        """Have the model checked with the longest ranking, if it is the longest so far."""
+        for record in records:
+            if record["longest"] > max(map(len, self._probe), default=0):
+                self._probe = record["response_ids"]
+                self._checked = False
+
+    def _with_mean_weight_1(self, dataset: Any) -> Any:
+        """Weights that average over prompts or pairs as asked; no column where all are equal."""
+        weights = torch.tensor(dataset["weight"][:], dtype=torch.float64)
+        if self.average_over == "pairs":
+            weights = weights * torch.tensor(dataset["comparisons"][:])
+        dataset = dataset.remove_columns("weight")
+        if len(weights.unique()) < 2:
+            return dataset
+        return dataset.add_column("weight", (weights / weights.mean()).tolist())
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*{*self._signature_columns, "response_ids", "ranks"}]
+        ours = [c for c in ("response_ids", "ranks", "weight") if c not in self._signature_columns]
+        self._signature_columns = [*self._signature_columns, *ours]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        args, dataset = self.args, self.train_dataset
+        if (
+            "longest" not in (dataset.column_names or ())
+            or args.train_sampling_strategy != "random"
+            or not getattr(args, "batch_by_length", True)
+        ):
+            return super()._get_train_sampler(train_dataset)
+        return LengthBatchSampler(
+            dataset["length" if self.forward == "shared_prefix" else "longest"][:],
+            args.train_batch_size * args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+
+    # ---- loss ------------------------------------------------------------------------------------
 
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        if "ranks" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs = dict(inputs)
-        ranks = inputs.pop("ranks")
-        outputs = model(**inputs, use_cache=False)
-        scores = torch.zeros(ranks.shape, device=ranks.device, dtype=torch.float32)
-        scores[ranks > 0] = outputs.logits.squeeze(-1).float()
-        loss = ranking_loss(scores, ranks)
-        self._log_scores(scores.detach(), ranks)
+        ranked = self._rankings_loss if "ranks" in inputs else self._trl_loss
+        loss, outputs = ranked(model, inputs)
         return (loss, outputs) if return_outputs else loss
 
-    def _log_scores(self, scores: Tensor, ranks: Tensor) -> None:
+    def _trl_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """TRL's loss of pairs, the scores read where they are read in use."""
+        bare = self.accelerator.unwrap_model(model)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        with scores_at(bare, score_positions(ids, mask, pad_token_of(bare)), ids.shape[1]):
+            return super().compute_loss(model, dict(inputs), return_outputs=True)
+
+    def _rankings_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        ranks, ids, mask = inputs["ranks"], inputs["input_ids"], inputs["attention_mask"]
+        weights = pair_weights(ranks, inputs.get("weight"), ties=self.ties)
+        center = self.args.center_rewards_coefficient or 0.0
+        bare = self.accelerator.unwrap_model(model)
+        table = torch.zeros(ranks.shape, device=ids.device)
+        if self.forward == "pairs":
+            rows, pairs = _pair_rows(ranks, weights), weights > 0
+            scores, outputs = separate_scores(model, bare, ids[rows], mask[rows])
+            chosen, rejected = scores.float().chunk(2)
+            loss = pair_loss(chosen, rejected, weights[pairs], center=center)
+            responses = scores.new_zeros(len(ids)).index_put((rows,), scores.detach())
+            table[ranks > 0] = responses.float()
+        else:
+            scores, outputs = self._response_scores(model, bare, inputs)
+            table[ranks > 0] = scores.float()
+            loss = pair_loss(table.unsqueeze(2), table.unsqueeze(1), weights, center=center)
+        self._log_scores(table.detach(), ranks, mask.sum())
+        # One row a ranking: evaluation counts the rows.
+        outputs["logits"] = torch.where(ranks > 0, table, float(NO_RESPONSE))
+        return loss, outputs
+
+    def _response_scores(self, model: Any, bare: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Scores `(R,)` of all responses of the batch, and the model's output."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if self.forward == "shared_prefix":
+            self._check_sharing(model, bare)
+        if self.forward == "shared_prefix":
+            shared = share_prefix(ids, mask.sum(dim=1), (inputs["ranks"] > 0).sum(dim=1))
+            hidden_size = bare.config.get_text_config().hidden_size
+            if sharing_pays(shared.input_ids.shape, ids.shape, hidden_size):
+                columns = score_positions(ids, mask, pad_token_of(bare))
+                return shared_scores(model, bare, shared, columns, self._dtype(bare))
+        return separate_scores(model, bare, ids, mask)
+
+    def _check_sharing(self, model: Any, bare: Any) -> None:
+        """Once, with the longest ranking of the data: "grouped" where the model cannot share."""
+        if self._checked:
+            return
+        self._checked = True
+        device = self.accelerator.device
+        ids = pad_rows(self._probe, self.processing_class.pad_token_id).to(device)
+        lengths = torch.tensor([len(row) for row in self._probe], device=device)
+        with evaluating(model):
+            fault = sharing_fault(model, bare, ids, lengths, self._dtype(bare))
+        found = self.accelerator.gather(torch.tensor([int(fault is not None)], device=device))
+        if found.any():  # all processes do the same
+            self.forward = "grouped"
+            if self.accelerator.is_main_process:
+                logger.warning(
+                    "forward='shared_prefix' is not possible with this %s: %s. Each response gets "
+                    "its prompt to itself (forward='grouped').",
+                    type(bare).__name__,
+                    fault or "another process found it to differ",
+                )
+
+    def _dtype(self, bare: Any) -> torch.dtype:
+        """What the model computes its attention in."""
+        if self.args.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.args.fp16 else bare.dtype
+
+    def _log_scores(self, scores: Tensor, ranks: Tensor, tokens: Tensor) -> None:
         """The metrics of TRL's RewardTrainer, over all comparisons of the batch."""
+        mode = "train" if self.model.training else "eval"
         better = (ranks.unsqueeze(2) < ranks.unsqueeze(1)) & (ranks > 0).unsqueeze(2)
         margins = (scores.unsqueeze(2) - scores.unsqueeze(1))[better]
         given = scores[ranks > 0]
+        sums = [(margins > 0).sum(), margins.sum(), better.sum(), given.sum(), (ranks > 0).sum()]
+        right, margin, pairs, total, responses = self.accelerator.reduce(
+            torch.stack([number.float() for number in sums])
+        ).tolist()
+        ends = self.accelerator.gather(torch.stack([given.min(), given.max()]).unsqueeze(0))
         measured = {
-            "accuracy": (margins > 0).float().mean(),
-            "margin": margins.mean(),
-            "min_reward": given.min(),
-            "mean_reward": given.mean(),
-            "max_reward": given.max(),
+            "min_reward": ends[:, 0].min().item(),
+            "mean_reward": total / responses,
+            "max_reward": ends[:, 1].max().item(),
         }
-        mode = "train" if self.model.training else "eval"
+        if pairs:
+            measured |= {"accuracy": right / pairs, "margin": margin / pairs}
         for name, value in measured.items():
-            self._metrics[mode][name].append(self.accelerator.reduce(value, "mean").item())
+            self._metrics[mode][name].append(value)
+        if mode == "train":
+            self._total_train_tokens += int(self.accelerator.reduce(tokens))
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+
+def _pair_rows(ranks: Tensor, weights: Tensor) -> Tensor:
+    """The responses of N comparisons as rows of the batch, `(2 N,)`: the better ones, the worse."""
+    row = torch.zeros_like(ranks)
+    row[ranks > 0] = torch.arange(int((ranks > 0).sum()), device=ranks.device)
+    both = row.unsqueeze(2).expand_as(weights), row.unsqueeze(1).expand_as(weights)
+    return torch.cat([rows[weights > 0] for rows in both])
+
+
+class _NoPadTokenWhereItIsEos(TrainerCallback):
+    """With pad == eos the model's config names no pad token, so that its score stands at the EOS.
+
+    TRL and transformers put the tokenizer's there, when the trainer is made and when it starts.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.is_eos = tokenizer.pad_token_id == tokenizer.eos_token_id
+
+    def settle(self, model: Any) -> None:
+        if self.is_eos:
+            model.config.get_text_config().pad_token_id = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.settle(kwargs["model"])
+
+
+def tokenize_rankings(
+    batch: dict[str, list[Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    truncate_prompt: bool = False,
+    ties: str = "drop",
+) -> dict[str, list[Any]]:
+    """A batch of rankings as token rows, one a response, as a reward model reads them.
+
+    Args:
+        batch: columns `prompt`, `responses`, `ranks` and perhaps `weight`.
+        tokenizer: the reward model's.
+        max_length: longer responses, with their prompt, are left out; None: none is.
+        truncate_prompt: whether the prompt loses its beginning first.
+        ties: whether ties are comparisons: "half" or "drop".
+
+    Returns:
+        Columns response_ids; ranks; weight; comparisons, their number; overlong, responses left
+        out; truncated, whether the prompt was; longest, tokens of the longest row; length, tokens
+        of the row they would share.
+    """
+    weights = batch.get("weight") or [None] * len(batch["prompt"])
+    table: dict[str, list[Any]] = {
+        name: []
+        for name in (
+            *("response_ids", "ranks", "weight"),
+            *("comparisons", "overlong", "truncated", "longest", "length"),
+        )
+    }
+    records = zip(batch["prompt"], batch["responses"], batch["ranks"], weights, strict=True)
+    for prompt, responses, ranks, weight in records:
+        rows = [token_ids(prompt, response, tokenizer) for response in responses]
+        whole = len(rows[0])
+        if max_length is not None and truncate_prompt:
+            rows = cut_prompt(rows, prompt, tokenizer, max_length=max_length)
+        fits = [max_length is None or len(row) <= max_length for row in rows]
+        kept = [row for row, fit in zip(rows, fits, strict=True) if fit]
+        order = [rank for rank, fit in zip(ranks, fits, strict=True) if fit]
+        alike = takewhile(lambda column: len(set(column)) == 1, zip(*kept, strict=False))
+        shared = sum(1 for _ in alike)
+        values = (
+            *(kept, order, 1.0 if weight is None else float(weight)),
+            sum(a != b or ties == "half" for a, b in combinations(order, 2)),
+            len(rows) - len(kept),
+            len(rows[0]) < whole,
+            max(map(len, kept), default=0),
+            sum(map(len, kept)) - max(len(kept) - 1, 0) * shared,
+        )
+        for column, value in zip(table.values(), values, strict=True):
+            column.append(value)
+    return table
 
 
 @dataclass
 class RankingCollator:
-    """A batch of B rankings with R responses in all.
+    """A batch of B rankings with R responses in all; pairs become a batch of TRL's.
 
     input_ids, attention_mask `(R, T)`, padded on the right; ranks `(B, K)`, 0 where a ranking has
-    fewer than K responses.
+    fewer than K responses; weight `(B,)` where the rankings have one.
     """
 
     pad_token_id: int
+    pad_to_multiple_of: int | None = None
 
-    def __call__(self, records: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+        if "response_ids" not in records[0]:
+            return DataCollatorForPreference(self.pad_token_id, self.pad_to_multiple_of)(records)
         rows = [row for record in records for row in record["response_ids"]]
         ids = pad_rows(rows, self.pad_token_id)
+        short = -ids.shape[1] % (self.pad_to_multiple_of or 1)
+        ids = torch.nn.functional.pad(ids, (0, short), value=self.pad_token_id)
         mask = right_padded_mask(torch.tensor([len(row) for row in rows]), ids.shape[1])
         ranks = pad_rows([record["ranks"] for record in records], 0)
-        return {"input_ids": ids, "attention_mask": mask.long(), "ranks": ranks}
+        batch = {"input_ids": ids, "attention_mask": mask.long(), "ranks": ranks}
+        if "weight" in records[0]:
+            batch["weight"] = torch.tensor([record["weight"] for record in records])
+        return batch

@@ -28,6 +28,7 @@ from trl_instruct.models import (
     load_reward_model,
     load_tokenizer,
 )
+from trl_instruct.scoring import pad_token_of, score_positions, scores_at
 from trl_instruct.shift import keep_shift, shift_of
 from trl_instruct.tiny import gold_score
 
@@ -42,7 +43,7 @@ class RewardModel:
     Prompt + completion is tokenised as TRL's RewardTrainer tokenised it in training: joined, EOS
     at the end for text, the chat template for messages. What exceeds the model's context is cut
     from the left, and counted in `truncated`. The shift in the model's config is taken off, so that
-    demonstrations score 0 on average.
+    demonstrations score 0 on average. Where the score is read: `scoring.py`.
     """
 
     def __init__(
@@ -52,8 +53,6 @@ class RewardModel:
         self.tokenizer = check_tokenizer(tokenizer, model.config._name_or_path)
         self.batch_size = batch_size
         self.truncated = 0
-        # The classifier finds the last token of a row by this id.
-        self.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
     @property
     def __name__(self) -> str:
@@ -97,12 +96,12 @@ class RewardModel:
 
     def _score(self, rows: list[list[int]]) -> Tensor:
         lengths = torch.tensor([len(row) for row in rows])
-        ids = pad_rows(rows, self.tokenizer.pad_token_id)
-        mask = right_padded_mask(lengths, ids.shape[1]).long()
-        device = self.model.device
-        return self.model(
-            **accepted(self.model, input_ids=ids.to(device), attention_mask=mask.to(device))
-        ).logits.squeeze(-1)
+        ids = pad_rows(rows, self.tokenizer.pad_token_id).to(self.model.device)
+        mask = right_padded_mask(lengths, ids.shape[1]).long().to(ids.device)
+        columns = score_positions(ids, mask, pad_token_of(self.model))
+        with scores_at(self.model, columns, ids.shape[1]):
+            outputs = self.model(**accepted(self.model, input_ids=ids, attention_mask=mask))
+        return outputs.logits.squeeze(-1)
 
 
 def load_reward(

@@ -1,0 +1,23 @@
+from trl_instruct.batching import LengthBatchSampler, length_batches
+
+
+def test_length_batches_are_of_a_length_and_in_no_order():
+    lengths = [n % 20 for n in range(200)]
+    order = length_batches(lengths, 10, seed=0)
+    assert sorted(order) == list(range(200))
+    batches = [[lengths[row] for row in order[i : i + 10]] for i in range(0, 200, 10)]
+    assert all(max(batch) - min(batch) <= 1 for batch in batches)
+    firsts = [batch[0] for batch in batches]
+    assert firsts != sorted(firsts)
+    assert length_batches(lengths, 10, seed=1) != order
+
+
+def test_every_epoch_has_an_order_of_its_own_that_comes_back():
+    sampler = LengthBatchSampler([n % 20 for n in range(200)], 10, seed=3)
+    first = list(sampler)
+    assert len(sampler) == len(first) == 200
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    sampler.set_epoch(0)
+    assert list(sampler) == first

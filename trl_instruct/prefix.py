@@ -1,0 +1,136 @@
+"""K responses behind ONE copy of their prompt: ids, positions, attention mask, where to read.
+
+A ranking's rows [prompt, response 1], ..., [prompt, response K] begin alike. In a shared row
+
+    prompt | response 1 | response 2 | ... | response K
+
+what they have in common is computed once. A response sees the prompt and itself, and its positions
+go on from the prompt's, so that every token has the hidden state it has in a row of its own.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SharedRows(NamedTuple):
+    """B shared rows of S tokens for R responses in all, padded on the right.
+
+    Fields: input_ids, position_ids `(B, S)`; segments `(B, S)`: 0 = shared prefix, k = tokens of
+    the ranking's k-th response alone, -1 = padding; rows `(R,)` and columns `(R, T)`: where the
+    tokens of each separate row stand.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+def share_prefix(input_ids: Tensor, lengths: Tensor, counts: Tensor) -> SharedRows:
+    """The shared rows of rankings that are given one row a response.
+
+    What is shared is what the token rows have in common, not the prompt's text: a tokenizer may
+    join its last letters with a response's first, and a chat template may begin the response.
+
+    Args:
+        input_ids: `(R, T)` prompt + response, padded on the right; a ranking's rows stand together.
+        lengths: `(R,)` tokens in each row.
+        counts: `(B,)` rows of each ranking; their sum is R.
+
+    >>> rows = torch.tensor([[7, 8, 1, 0], [7, 8, 2, 3]])
+    >>> shared = share_prefix(rows, torch.tensor([3, 4]), torch.tensor([2]))
+    >>> shared.input_ids.tolist(), shared.position_ids.tolist(), shared.segments.tolist()
+    ([[7, 8, 1, 2, 3]], [[0, 1, 2, 2, 3]], [[0, 0, 1, 2, 2]])
+    >>> shared.columns.tolist()[1]
+    [0, 1, 3, 4]
+    """
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    prefix = common_prefix(input_ids, lengths, counts).repeat_interleave(counts)
+    own = lengths - prefix
+    before = own.cumsum(0) - own
+    before = before - before[first]
+    position = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    is_own = position >= prefix.unsqueeze(1)
+    columns = position + torch.where(is_own, before.unsqueeze(1), 0)
+    segment = torch.arange(1, len(rows) + 1, device=rows.device) - first
+    real = position < lengths.unsqueeze(1)
+    place = rows.unsqueeze(1).expand_as(input_ids)[real], columns[real]
+    shape = len(counts), int(columns[real].max()) + 1
+
+    def placed(values: Tensor, filler: int) -> Tensor:
+        # The prefix is written by each of its responses, every time with the same values.
+        return values.new_full(shape, filler).index_put(place, values[real])
+
+    return SharedRows(
+        placed(input_ids, 0),
+        placed(position, 0),
+        placed(torch.where(is_own, segment.unsqueeze(1), 0), -1),
+        rows,
+        columns,
+    )
+
+
+def common_prefix(input_ids: Tensor, lengths: Tensor, counts: Tensor) -> Tensor:
+    """Tokens that all rows of a ranking begin with, `(B,)`. Arguments as `share_prefix`.
+
+    A row's last token, where its score is read, is never shared.
+
+    >>> rows = torch.tensor([[7, 8, 1], [7, 8, 0], [7, 9, 1]])
+    >>> common_prefix(rows, torch.tensor([3, 2, 3]), torch.tensor([2, 1])).tolist()
+    [1, 2]
+    """
+    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    inside = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths.unsqueeze(1) - 1
+    agrees = (input_ids == input_ids[first]) & inside
+    agreed = agrees.long().cumprod(dim=1).sum(dim=1)
+    return counts.new_zeros(counts.shape).scatter_reduce(
+        0, rows, agreed, "amin", include_self=False
+    )
+
+
+def prefix_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """Attention mask of shared rows: the prefix is causal, a response sees the prefix and itself.
+
+    Args:
+        segments: `(B, S)` as in `SharedRows`. Padding sees something too, for softmax is 0/0 else.
+        dtype: the model's: the mask is added to its attention scores.
+
+    Returns:
+        `(B, 1, S, S)`: 0 where the query (row) sees the key (column), else the smallest number.
+
+    >>> (prefix_mask(torch.tensor([[0, 1, 1, 2]]), torch.float32) == 0).int().tolist()
+    [[[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]]]
+    """
+    width = segments.shape[1]
+    query, key = segments.unsqueeze(2), segments.unsqueeze(1)
+    causal = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
+    visible = ((key == 0) | (key == query)) & causal
+    mask = torch.zeros(visible.shape, dtype=dtype, device=segments.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def sharing_pays(shared: Sequence[int], separate: Sequence[int], hidden_size: int) -> bool:
+    """Whether shared rows are less work than one row a response.
+
+    Prompts are computed once, but every response is compared with the tokens of the others before
+    the mask hides them. A layer's work on a row of T tokens is about T (24 h^2 + 4 T h): where
+    responses are long and the prompt is short, K short rows are less than one long one.
+
+    Args:
+        shared: `(B, S)`, the shape of the shared rows.
+        separate: `(R, T)`, that of the separate ones.
+        hidden_size: h.
+
+    >>> sharing_pays((1, 832), (9, 320), hidden_size=768)
+    True
+    >>> sharing_pays((1, 3630), (9, 430), hidden_size=768)
+    False
+    """
+    works = [rows * width * (6 * hidden_size + width) for rows, width in (shared, separate)]
+    return works[0] < works[1]
