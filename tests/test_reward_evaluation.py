@@ -238,7 +238,8 @@ def test_three_labelers_are_three_couples_and_share_some_responses_only():
 
 def test_one_labeler_twice_and_labelers_without_a_name_tell_nothing():
     assert agreement(labeled(("p", "ab", [1, 2], "x"), ("p", "ab", [1, 2], "x"))) is None
-    assert agreement(labeled(("p", "ab", [1, 2], None), ("p", "ab", [1, 2], None))) is None
+    for second in (None, "x"):
+        assert agreement(labeled(("p", "ab", [1, 2], None), ("p", "ab", [1, 2], second))) is None
     assert agreement(labeled(("p", "ab", [1, 2], "x"), ("q", "ab", [1, 2], "y"))) is None
 
 

@@ -55,6 +55,16 @@ def test_the_shift_stays_with_the_saved_model(reward_model, tokenizer, tmp_path)
         assert mean(reward(*GIVEN)) == pytest.approx(0.0, abs=1e-5)
 
 
+def test_a_model_with_our_scalar_head_keeps_it_too(make_policy, tokenizer, tmp_path):
+    model = load_reward_model(make_policy("rwkv"), ModelConfig(), fresh_head=True)
+    shift, _ = RewardModel(model, tokenizer).measure_shift(*GIVEN)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reward = load_reward(tmp_path)
+    assert reward.shift == shift != 0
+    assert mean(reward(*GIVEN)) == pytest.approx(0.0, abs=1e-5)
+
+
 def test_a_model_without_a_shift_has_0(reward_model):
     assert shift_of(reward_model) == 0.0
     keep_shift(reward_model, 2.5, 1.0)
