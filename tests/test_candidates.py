@@ -33,6 +33,7 @@ def test_a_file_that_a_person_can_rank(policy, tokenizer, tmp_path):
     responses = sum(len(row["responses"]) for row in rows)
     assert counts == {
         "prompts": 6,
+        "prompts_cut": 0,
         "responses": responses,
         "empty": 0,
         "duplicates": 18 - responses,
@@ -62,6 +63,13 @@ def test_the_seed_decides(policy, tokenizer, tmp_path):
     assert first == again != other
 
 
+def test_long_prompts_are_cut_on_demand(policy, tokenizer, tmp_path):
+    rows = [{"prompt": "p" * 126}, {"prompt": "p"}]
+    counts, drawn = sample(policy, tokenizer, tmp_path / "c.jsonl", rows, max_prompt_length=9)
+    assert (counts["prompts"], counts["prompts_cut"]) == (2, 1)
+    assert drawn[0]["prompt"] == "p" * 126  # the labeler reads all of it
+
+
 def test_messages(policy, chat_tokenizer, tmp_path):
     rows = [chat({"prompt": row["prompt"]}) for row in PROMPTS]
     _, drawn = sample(policy, chat_tokenizer, tmp_path / "c.jsonl", rows)
@@ -79,6 +87,7 @@ def test_what_cannot_be_ranked_is_counted(policy, tokenizer, tmp_path, monkeypat
     assert [row["responses"] for row in rows] == [["a", "b"]]
     assert counts == {
         "prompts": 2,
+        "prompts_cut": 0,
         "responses": 2,
         "empty": 1,
         "duplicates": 2,

@@ -76,8 +76,12 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
 
 
 def test_no_tokenizer_there(tmp_path):
-    with pytest.raises(InputError, match=f"No tokenizer could be loaded from '{tmp_path}'"):
+    with pytest.raises(InputError, match=f"No tokenizer could be loaded from '{tmp_path}'") as told:
         load_tokenizer(tmp_path)
+    assert "no such folder" not in str(told.value)
+    absent = r"'runs/nowhere': there is no such folder \(looked in .*\), and as a Hub id: .*Give a"
+    with pytest.raises(InputError, match=absent):
+        load_tokenizer("runs/nowhere")
 
 
 def test_chat_templates(tmp_path, tokenizer):
@@ -167,6 +171,8 @@ def test_options_that_cannot_be_had(saved_policy, monkeypatch):
 def test_nothing_there(tmp_path):
     for load in (load_policy, load_reward_model):
         with pytest.raises(InputError, match="No model could be loaded from .*Give a Hub id"):
+            load(tmp_path / "nowhere", PLAIN)
+        with pytest.raises(InputError, match="nowhere': there is no such folder"):
             load(tmp_path / "nowhere", PLAIN)
         with pytest.raises(InputError, match="No model could be loaded from 'no/such-model'"):
             load("no/such-model", PLAIN)

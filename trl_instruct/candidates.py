@@ -36,6 +36,7 @@ def sample_candidates(
     *,
     num_candidates: int = 4,
     response_length: int = 53,
+    max_prompt_length: int | None = None,
     temperature: float = 1.0,
     gold: RewardFunction | None = None,
     labeler: Labeler | None = None,
@@ -56,6 +57,7 @@ def sample_candidates(
         output_file: a .jsonl path.
         num_candidates: K; the paper's labelers saw 4 to 9.
         response_length: longest completion, tokens.
+        max_prompt_length: longer prompts lose their beginning; None: they are an error.
         temperature: sampling temperature.
         gold: reward function that the simulated labeler goes by.
         labeler: gold scores of one prompt's candidates -> its own scores; default: gaussian noise
@@ -66,9 +68,9 @@ def sample_candidates(
         processing_class: the policy's tokenizer, where it does not lie beside it.
 
     Returns:
-        Counts: prompts, responses, empty (completions without text, not given), duplicates (equal
-        completions of a prompt are given once) and prompts_left_out (fewer than two are left:
-        nothing to rank).
+        Counts: prompts, prompts_cut (at max_prompt_length), responses, empty (completions without
+        text, not given), duplicates (equal completions of a prompt are given once) and
+        prompts_left_out (fewer than two are left: nothing to rank).
 
     Raises:
         InputError: num_candidates below 2, bad prompts, no policy there, or a tokenizer without
@@ -87,17 +89,17 @@ def sample_candidates(
     records = load_prompts(prompts, split)
     model = load_policy(policy, ModelConfig()).to(PartialState().device)
     tokenizer = check_tokenizer(processing_class or load_tokenizer(policy), model_name(policy))
-    token_lists, _ = fit_prompts(
+    token_lists, cut = fit_prompts(
         tokenize_prompts(records["prompt"][:], tokenizer),
-        max_prompt_length=None,
+        max_prompt_length=max_prompt_length,
         response_length=response_length,
         context=context_length(model),
     )
     if gold is not None and labeler is None:
         labeler = SimulatedLabeler(seed=seed).label
     set_seed(seed)
-    counts = dict.fromkeys(("prompts", "responses", "empty", "duplicates", "prompts_left_out"), 0)
-    counts["prompts"] = len(records)
+    counts = {"prompts": len(records), "prompts_cut": cut}
+    counts |= dict.fromkeys(("responses", "empty", "duplicates", "prompts_left_out"), 0)
     rows_at_once = max(1, batch_size * 4 // num_candidates)
     with written_at_once(Path(output_file)) as file:
         for start in tqdm(range(0, len(records), rows_at_once), desc="candidates", unit="batch"):

@@ -136,6 +136,7 @@ def candidates_command(arguments: list[str]) -> None:
                 run.folder / f"{name}.jsonl",
                 num_candidates=config.num_candidates,
                 response_length=config.response_length,
+                max_prompt_length=config.max_prompt_length,
                 temperature=config.temperature,
                 gold=load_reward(config.gold) if config.gold else None,
                 seed=config.seed,

@@ -244,11 +244,18 @@ class CandidatesConfig(StageConfig, TrainingArguments):
 
     num_candidates: int = _option(4, "K, completions per prompt (the paper's labelers saw 4 to 9).")
     response_length: int = _option(53, "Longest completion, tokens.")
+    max_prompt_length: int | None = _option(
+        None, "Longer prompts lose their beginning, and are counted; default: they are an error."
+    )
     temperature: float = _option(1.0, "Sampling temperature.")
     gold: str | None = _option(
         None, "A simulated labeler ranks by this reward, with noise (`tiny`); none: a person will."
     )
     per_device_eval_batch_size: int = _option(64, "Completions per forward pass.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "response_length", "max_prompt_length")
 
 
 Config = TypeVar("Config", bound=StageConfig)

@@ -64,7 +64,7 @@ def load_tokenizer(
         )
     except (OSError, ValueError) as error:
         raise InputError(
-            f"No tokenizer could be loaded from {path!r}: {_first_line(error)} Give a Hub id or a "
+            f"No tokenizer could be loaded from {path!r}: {_why(path, error)} Give a Hub id or a "
             "folder that holds one, or pass processing_class=."
         ) from error
     return check_tokenizer(tokenizer, path)
@@ -330,7 +330,7 @@ def _load(
             )
         except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
             raise InputError(
-                f"No model could be loaded from {path!r}: {_first_line(error)} Give a Hub id, a "
+                f"No model could be loaded from {path!r}: {_why(path, error)} Give a Hub id, a "
                 "folder saved with save_pretrained, or the result of an earlier stage."
             ) from error
     missing = sorted(set(info["missing_keys"]) - set(may_lack))
@@ -389,6 +389,10 @@ def check_finished(folder: Path) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _why(path: str, error: Exception) -> str:
+    """What the libraries say in one line; where nothing is there of that name, that first."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    told = " ".join(line.strip() for line in lines) if lines[0].endswith(":") else lines[0]
+    if Path(path).exists():
+        return told
+    return f"there is no such folder (looked in {Path.cwd()}), and as a Hub id: {told}"
