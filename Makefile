@@ -8,8 +8,6 @@ DATA ?= ../shared/data
 # How to start a stage: make ppo LAUNCH="accelerate launch --num_processes 4"
 LAUNCH ?= python
 PYTHON ?= python3
-# Where the real data lie, for make bench-data
-DATA ?= ../shared/data
 
 STAGES = base sft candidates rm ppo
 CONFIGS = recipes/configs/$(CONFIG)
