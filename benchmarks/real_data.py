@@ -150,6 +150,7 @@ def stages_of(data: Data, folder: Path) -> Iterator[tuple[str, StageResult]]:
     yield "sft", policy
     judged = {
         "eval_dataset": data.held_out,
+        "demonstrations": data.demonstrations,
         "max_length": 256,
         "learning_rate": 3e-4,
         **ONE_PASS,
@@ -240,19 +241,18 @@ def measure(code: str, folder: Path) -> dict[str, Any]:
 
 SHOWN: dict[str, Callable[[dict[str, Any]], str]] = {
     "base": lambda m: f"{m['parameters']:,} parameters",
-    "sft": lambda m: f"{m['truncated']} cut at max_length",
+    "sft": lambda m: f"{m['truncated']} demonstrations cut at max_length",
     "rm": lambda m: f"{m['pairs']:,} pairs, {m['overlong']:,} responses overlong; {accuracy(m)}",
-    "rm_pairs": lambda m: (
-        f"{m['pairs']:,} pairs, {m['overlong']:,} of them overlong; {accuracy(m)}"
-    ),
-    "ppo": lambda m: f"{m['cut_prompts']} prompts cut; length {m['objective/length']:.1f}",
+    "rm_pairs": lambda m: f"{m['pairs']:,} pairs, {m['overlong']:,} overlong; {accuracy(m)}",
+    "ppo": lambda m: f"{m['cut_prompts']} prompts cut; {m['objective/length']:.1f} tokens",
 }
 
 
 def accuracy(metrics: dict[str, Any]) -> str:
-    """Held-out pair accuracy with its interval."""
+    """Held-out pair accuracy with its interval, beside that of "the longer answer wins"."""
     low, high = metrics["accuracy_low"], metrics["accuracy_high"]
-    return f"accuracy {metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+    longer = f"longer wins {metrics['length_accuracy']:.3f}"
+    return f"accuracy {metrics['accuracy']:.3f} [{low:.3f}, {high:.3f}], {longer}"
 
 
 def table(measured: dict[str, Any]) -> str:
