@@ -50,7 +50,9 @@ named = $(shell sed -nE 's/^[a-z_]+: *//p' $(call config,$(1)) 2>/dev/null)
 data = $(wildcard $(filter-out $(RUN)/%,$(filter %.json %.jsonl %.gz %.csv %.parquet,$(named))))
 earlier = $(foreach stage,$(filter-out $(1),$(STAGES)),\
   $(if $(filter $(RUN)/$(stage) $(RUN)/$(stage)/%,$(named)),$(stage)))
-inputs = $(call metrics,$(earlier) $(if $(filter tiny,$(named)),$(if $(filter sft,$(1)),base))) $(data)
+# The model "tiny" is the base model: `sft` makes it where it is missing.
+tiny_base = $(if $(filter tiny,$(named)),$(if $(filter sft,$(1)),$(wildcard $(call metrics,base))))
+inputs = $(call metrics,$(earlier)) $(tiny_base) $(data)
 forced = $(if $(ARGS),$(if $(filter $(1),$(MAKECMDGOALS)),FORCE))
 
 base: ## stage 0: pre-train the tiny default's base model

@@ -1,6 +1,6 @@
 """All stages on real data, English and Chinese: they run through, learn, and what they save loads.
 
-python benchmarks/real_data.py ../shared/data                  # about a quarter of an hour each
+python benchmarks/real_data.py ../shared/data                  # about ten minutes each
 python benchmarks/real_data.py ../shared/data --languages zh
 
 A base of a million parameters, made on the spot, one pass over everything. It shows that the stages
@@ -130,7 +130,7 @@ def stages_of(data: Data, folder: Path) -> Iterator[tuple[str, StageResult]]:
     base = pretrain(
         data.texts,
         folder / "base",
-        vocab_size=8192,
+        vocab_size=4096,
         max_length=CONTEXT,
         architecture_kwargs=LLAMA,
         learning_rate=3e-3,

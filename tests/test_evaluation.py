@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 from transformers import set_seed
 
+from trl_instruct.errors import InputError
 from trl_instruct.evaluation import (
     grouped_interval,
     mean_interval,
@@ -104,6 +105,17 @@ def test_dropout_does_not_reach_the_measurements(make_policy, tokenizer, prompts
     result = sample_and_score(policy, tokenizer, rows, {}, ref_policy=policy, response_length=4)
     assert result.kl == pytest.approx([0.0] * 16, abs=1e-5)
     assert policy.training
+
+
+def test_a_long_prompt_is_cut_from_the_left_as_in_ppo(policy, tokenizer):
+    """The end of the prompt is what the policy then sees: the same completions."""
+    given = {"rewards": {"length": length}, "ref_policy": None, "response_length": 6}
+    long = Dataset.from_dict({"prompt": ["x" * 5000 + "What?"]})
+    short = Dataset.from_dict({"prompt": ["xxxWhat?"]})
+    cut = sample_and_score(policy, tokenizer, long, max_prompt_length=8, **given)
+    assert cut.completions == sample_and_score(policy, tokenizer, short, **given).completions
+    with pytest.raises(InputError, match="max_prompt_length"):
+        sample_and_score(policy, tokenizer, long, **given)
 
 
 def test_the_summary_holds_means_and_intervals(samples):

@@ -10,12 +10,14 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from trl_instruct.models import context_length
 from trl_instruct.rewards import RewardFunction, as_completions, call_reward
 from trl_instruct.rollouts import (
     completion_logprobs,
     decode,
     eos_token_ids,
     evaluating,
+    fit_prompts,
     generate,
     pad_prompts,
     tokenize_prompts,
@@ -89,6 +91,7 @@ def sample_and_score(
     *,
     ref_policy: PreTrainedModel | None,
     response_length: int,
+    max_prompt_length: int | None = None,
     temperature: float = 1.0,
     batch_size: int = 64,
     seed: int = 0,
@@ -101,11 +104,20 @@ def sample_and_score(
         prompts: column `prompt`; further columns reach the rewards.
         rewards: named reward functions.
         ref_policy: what the KL is measured to; None: KL 0.
+        max_prompt_length: longer prompts lose their beginning, as in `ppo`.
         response_length, temperature, batch_size: of sampling.
         seed: of sampling.
+
+    Raises:
+        InputError: a prompt that is empty or does not fit into the context.
     """
     set_seed(seed)
-    token_lists = tokenize_prompts(prompts["prompt"][:], tokenizer)
+    token_lists, _ = fit_prompts(
+        tokenize_prompts(prompts["prompt"][:], tokenizer),
+        max_prompt_length=max_prompt_length,
+        response_length=response_length,
+        context=context_length(policy),
+    )
     completions, lengths, ended = generate(
         policy,
         token_lists,

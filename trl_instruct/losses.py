@@ -30,18 +30,23 @@ def policy_loss(
     ...             cliprange=0.2)
     tensor([[-1.2000]])
     """
-    ratio = torch.exp(logprobs - old_logprobs)
-    clipped_ratio = ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
-    return torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
+    return torch.maximum(*_surrogates(logprobs, old_logprobs, advantages, cliprange))
 
 
 def policy_clipped(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, cliprange: float
 ) -> Tensor:
     """Where the clip cuts the policy's gradient: `(B, C)` bool, for policy/clipfrac."""
+    plain, clipped = _surrogates(logprobs, old_logprobs, advantages, cliprange)
+    return clipped > plain
+
+
+def _surrogates(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float
+) -> tuple[Tensor, Tensor]:
+    """-A * ratio with the ratio as it is, and clipped."""
     ratio = torch.exp(logprobs - old_logprobs)
-    clipped_ratio = ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
-    return -advantages * clipped_ratio > -advantages * ratio
+    return -advantages * ratio, -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
 
 
 def value_loss(
@@ -63,16 +68,23 @@ def value_loss(
     ...            cliprange_value=0.2)
     tensor([[0.3200]])
     """
-    clipped = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
-    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+    return 0.5 * torch.maximum(*_squared_errors(values, old_values, returns, cliprange_value))
 
 
 def value_clipped(
     values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange_value: float
 ) -> Tensor:
     """Where the clip cuts the value's gradient: `(B, C)` bool, for val/clipfrac."""
+    plain, clipped = _squared_errors(values, old_values, returns, cliprange_value)
+    return clipped > plain
+
+
+def _squared_errors(
+    values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float
+) -> tuple[Tensor, Tensor]:
+    """(V - R)^2 with the value as it is, and clipped around the old one."""
     clipped = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
-    return (clipped - returns) ** 2 > (values - returns) ** 2
+    return (values - returns) ** 2, (clipped - returns) ** 2
 
 
 def pair_weights(ranks: Tensor, weights: Tensor | None = None, *, ties: str = "drop") -> Tensor:

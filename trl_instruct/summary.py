@@ -59,7 +59,9 @@ def compare(policy: str | os.PathLike) -> dict[str, Any]:
             rewards,
             ref_policy=reference if name == "ppo" else None,
             response_length=config["response_length"],
+            max_prompt_length=config.get("max_prompt_length"),
             temperature=config["temperature"],
+            batch_size=config["local_rollout_forward_batch_size"],
             seed=config.get("seed", 42),
         )
         for name, path in paths.items()
