@@ -391,5 +391,3 @@ def test_a_bad_reward_or_prompt_is_an_error(make_trainer, make_policy):
         make_trainer(train_dataset=Dataset.from_dict({"prompt": [""]}))
     with pytest.raises(InputError, match="leaves 28"):
         make_trainer(response_length=100, train_dataset=Dataset.from_dict({"prompt": ["x" * 29]}))
-    with pytest.raises(InputError, match="does not resume"):
-        make_trainer().train(resume_from_checkpoint="somewhere")

@@ -207,18 +207,6 @@ def test_nothing_to_resume_from(saved_policy, tmp_path, checkpoint):
     assert not (tmp_path / "x").exists()
 
 
-def test_ppo_says_that_it_does_not_resume(saved_policy, tmp_path):
-    with pytest.raises(InputError, match="ppo does not resume"):
-        ppo(
-            saved_policy,
-            vowels,
-            Dataset.from_list(PROMPTS),
-            tmp_path / "x",
-            resume_from_checkpoint=True,
-            **QUICK_PPO,
-        )
-
-
 def test_the_progress_bar_and_the_lines_for_the_user(saved_policy, tmp_path, capsys):
     sft(saved_policy, DATA, tmp_path / "x", **{**QUICK, "disable_tqdm": False})
     told = capsys.readouterr()

@@ -217,6 +217,9 @@ class PPOConfig(StageConfig, TrainingArguments):
     lam: float = _option(0.95, "lambda of GAE (C.4: 0.95).")
     gradient_checkpointing: bool = _option(True, "Recompute activations to save memory.")
     logging_steps: float = _option(1, "Iterations between two logs.")
+    metric_for_best_model: str | None = _option(
+        "objective/rlhf_reward", "What save_strategy: best and save_total_limit go by."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,13 +1,13 @@
 """PPO as in InstructGPT: the loop reads as the paper."""
 
+import json
 import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from itertools import combinations
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -18,13 +18,19 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerControl,
-    TrainerState,
     set_seed,
 )
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from trl_instruct.advantages import gae, kl_per_token, token_rewards
+from trl_instruct.checkpoints import (
+    find_checkpoint,
+    fresh_state,
+    is_best,
+    load_progress,
+    load_weights,
+    save_checkpoint,
+)
 from trl_instruct.configs import PPOConfig
 from trl_instruct.errors import InputError
 from trl_instruct.losses import entropy, policy_loss, token_logprobs, value_clipped, value_loss
@@ -37,7 +43,13 @@ from trl_instruct.models import (
     reference_of,
 )
 from trl_instruct.ppo_metrics import check_finite, episode_metrics, mean_over_steps, policy_metrics
-from trl_instruct.rewards import RewardFunction, RewardModel, as_completions, call_reward
+from trl_instruct.rewards import (
+    RewardFunction,
+    RewardModel,
+    as_completions,
+    call_reward,
+    check_roles,
+)
 from trl_instruct.rollouts import (
     PolicyAndValue,
     Rollout,
@@ -53,6 +65,11 @@ from trl_instruct.rollouts import (
     tokenize_prompts,
     unify_modes,
 )
+from trl_instruct.stage import write_json
+
+VALUE = "value_model"
+PROGRESS = "ppo_state.json"
+"""In a checkpoint: the value model's folder, and what PPO adds to trainer_state.json."""
 
 
 class PPOTrainer(Trainer):
@@ -98,7 +115,7 @@ class PPOTrainer(Trainer):
         value_model: PreTrainedModel,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        _check_roles(model, ref_model, reward_model, value_model)
+        check_roles(model, ref_model, reward_model, value_model)
         check_tokenizer(processing_class, model.config._name_or_path)
         self.ref_model = ref_model or reference_of(model)
         if isinstance(reward_model, nn.Module):
@@ -134,12 +151,27 @@ class PPOTrainer(Trainer):
         """The policy, outside of whatever the processes wrap it in."""
         return self.accelerator.unwrap_model(self.model).policy
 
-    def train(self, resume_from_checkpoint: None = None) -> TrainOutput:
-        """Run all iterations; returns the number of iterations and the last metrics."""
-        if resume_from_checkpoint:
-            raise InputError("PPOTrainer does not resume from a checkpoint; start the run afresh.")
-        self.begin_training()
-        for rows in self.prompt_batches():
+    @property
+    def value_model(self) -> PreTrainedModel:
+        """The value model, outside of whatever the processes wrap it in."""
+        return self.accelerator.unwrap_model(self.model).value.model
+
+    @property
+    def sampler(self) -> dict[str, int]:
+        """What decides which prompts an iteration takes: a resumed run must have the same."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return {"prompts": len(self.prompts), "batch_size": self.batch_size, "seed": seed}
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
+        """Run all iterations; returns the number of iterations and the last metrics.
+
+        Args:
+            resume_from_checkpoint: folder of a checkpoint to go on from, or True for the last
+                whole one in `output_dir`. A run resumed so ends with the weights of a run that was
+                never cut.
+        """
+        self.begin_training(resume_from_checkpoint)
+        for rows in islice(self.prompt_batches(), self.state.global_step, None):
             self.begin_iteration()
             rollout = self.sample(rows)
             rollout = self.score(rollout, rows)
@@ -153,10 +185,9 @@ class PPOTrainer(Trainer):
 
     def prompt_batches(self) -> Iterator[list[int]]:
         """Rows of the prompt dataset, this process's part of one rollout batch at a time."""
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         first, stride = self.accelerator.process_index, self.accelerator.num_processes
         sizes = (len(self.prompts), self.batch_size, self.num_iterations)
-        for batch in prompt_batches(*sizes, seed=seed):
+        for batch in prompt_batches(*sizes, seed=self.sampler["seed"]):
             yield batch[first::stride]
 
     @torch.no_grad()
@@ -297,24 +328,25 @@ class PPOTrainer(Trainer):
         }
         return {name: torch.where(mask, t, 0.0).sum() for name, t in per_token.items()}
 
-    def begin_training(self) -> None:
+    def begin_training(self, resume_from_checkpoint: str | bool | None = None) -> None:
         """Optimizer, scheduler, processes, callbacks: what `Trainer.train` does before its loop."""
         args = self.args
+        checkpoint = None
+        if resume_from_checkpoint:
+            checkpoint = find_checkpoint(Path(str(args.output_dir)), resume_from_checkpoint)
+            load_weights(self.policy, checkpoint)
+            load_weights(self.value_model, checkpoint / VALUE)
         set_seed(args.seed + 100_003 * self.accelerator.process_index)  # ranks must differ
         if args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         self.create_optimizer()
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.create_scheduler(num_training_steps=self.num_iterations)
-        self.state = TrainerState(
-            is_local_process_zero=self.is_local_process_zero(),
-            is_world_process_zero=self.is_world_process_zero(),
-            stateful_callbacks=[
-                callback
-                for callback in [*self.callback_handler.callbacks, self.control]
-                if isinstance(callback, ExportableState)
-            ],
-        )
+        self.state = fresh_state(self)
+        if checkpoint:
+            self.go_on_from(checkpoint)
+        self.state.is_local_process_zero = self.is_local_process_zero()
+        self.state.is_world_process_zero = self.is_world_process_zero()
         self.state.max_steps = self.num_iterations
         self.state.num_train_epochs = math.ceil(self.epochs_after(self.num_iterations))
         self.state.compute_steps(args, self.num_iterations)
@@ -322,6 +354,20 @@ class PPOTrainer(Trainer):
         handler.model, handler.optimizer = self.model, self.optimizer
         handler.lr_scheduler = self.lr_scheduler
         self.control = handler.on_train_begin(args, self.state, self.control)
+
+    def go_on_from(self, checkpoint: Path) -> None:
+        """Take over all of a checkpoint but its weights."""
+        progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        changed = {name: (progress["sampler"][name], now) for name, now in self.sampler.items()}
+        for name, (before, now) in changed.items():
+            if before != now:
+                raise InputError(
+                    f"The checkpoint {str(checkpoint)!r} was made with {name} {before}, this run "
+                    f"has {now}: it would see other prompts than the run it goes on with. Resume "
+                    "with the same data and batch sizes, or start the run afresh."
+                )
+        self.metrics = progress["metrics"]
+        load_progress(self, checkpoint)
 
     def epochs_after(self, iterations: int) -> float:
         """Passes over the prompts that this many iterations make."""
@@ -352,8 +398,10 @@ class PPOTrainer(Trainer):
             self.control = handler.on_epoch_end(self.args, self.state, self.control)
         if self.control.should_log:
             self.log(dict(self.metrics))
+        if is_best(self, self.metrics) and self.args.save_strategy == SaveStrategy.BEST:
+            self.control.should_save = True
         if self.control.should_save:
-            self._save_checkpoint(self.model_wrapped, trial=None)
+            save_checkpoint(self)
             self.control = handler.on_save(self.args, self.state, self.control)
 
     def end_training(self) -> TrainOutput:
@@ -370,8 +418,8 @@ class PPOTrainer(Trainer):
         self.policy.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
         if _internal_call:
-            value = self.accelerator.unwrap_model(self.model).value
-            value.model.save_pretrained(folder / "value_model")
+            self.value_model.save_pretrained(folder / VALUE)
+            write_json(folder / PROGRESS, {"sampler": self.sampler, "metrics": self.metrics})
 
     def _place_frozen_models(self) -> None:
         if self.ref_model is not None:
@@ -379,19 +427,3 @@ class PPOTrainer(Trainer):
             self.ref_model.eval().requires_grad_(False).to(self.accelerator.device)
         if isinstance(self.reward, RewardModel):
             self.reward.model.to(self.accelerator.device)
-
-
-def _check_roles(
-    model: nn.Module, ref_model: nn.Module | None, reward_model: Any, value_model: nn.Module
-) -> None:
-    """InputError where one object would be trained in one role and frozen in another."""
-    if isinstance(reward_model, RewardModel):
-        reward_model = reward_model.model
-    roles = {"model": model, "ref_model": ref_model, "value_model": value_model}
-    roles["reward_model"] = reward_model
-    for (name, one), (other, two) in combinations(roles.items(), 2):
-        if one is not None and one is two:
-            raise InputError(
-                f"{name} and {other} are the same object, and training one would change the other. "
-                f"Load it twice, or pass copy.deepcopy({other}) as {other}."
-            )

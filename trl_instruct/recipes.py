@@ -221,8 +221,6 @@ def ppo(
         PPOConfig, config, model_config, output_dir, dataset, options
     )
     config.reward_model_path = name_of(reward) or config.reward_model_path
-    if config.resume_from_checkpoint:
-        raise InputError("ppo does not resume from a checkpoint; start the run afresh.")
     prompts = load_prompts(dataset, config.dataset_train_split)
     with stage("ppo", config, model_config) as run:
         base, tokenizer = starting_point(run, model, processing_class)

@@ -8,7 +8,7 @@ import inspect
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from itertools import takewhile
+from itertools import combinations, takewhile
 from typing import Any
 
 import torch
@@ -130,6 +130,22 @@ def load_reward(
     if tokenizer is None or not is_nameless(reward):
         tokenizer = load_tokenizer(reward)
     return RewardModel(model, tokenizer, batch_size=batch_size)
+
+
+def check_roles(
+    model: nn.Module, ref_model: nn.Module | None, reward_model: Any, value_model: nn.Module
+) -> None:
+    """InputError where one object would be trained in one role and frozen in another."""
+    if isinstance(reward_model, RewardModel):
+        reward_model = reward_model.model
+    roles = {"model": model, "ref_model": ref_model, "value_model": value_model}
+    roles["reward_model"] = reward_model
+    for (name, one), (other, two) in combinations(roles.items(), 2):
+        if one is not None and one is two:
+            raise InputError(
+                f"{name} and {other} are the same object, and training one would change the other. "
+                f"Load it twice, or pass copy.deepcopy({other}) as {other}."
+            )
 
 
 def token_ids(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

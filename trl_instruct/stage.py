@@ -5,7 +5,9 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,9 +18,10 @@ from accelerate import PartialState
 from huggingface_hub import ModelCard, ModelCardData
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 from trl import ModelConfig
 
+from trl_instruct.checkpoints import Interruption, all_checkpoints, find_checkpoint, is_whole
 from trl_instruct.configs import StageConfig, save_config
 from trl_instruct.errors import InputError
 from trl_instruct.models import CONFIG_FILE, METRICS_FILE
@@ -103,6 +106,7 @@ class Stage:
         self.model_config = model_config
         self.folder = Path(config.output_dir)
         self.existed = self.folder.exists()
+        self.checkpoint: Path | None = None
         self.is_main = PartialState().is_main_process
         self.started = time.perf_counter()
 
@@ -118,7 +122,7 @@ class Stage:
             raise InputError(f"output_dir {str(folder)!r} is a file; choose a folder.")
         self._check_writable()
         if config.resume_from_checkpoint:
-            self._check_checkpoint(config.resume_from_checkpoint)
+            self.checkpoint = find_checkpoint(folder, config.resume_from_checkpoint)
             return
         content = sorted(p.name for p in folder.iterdir()) if self.existed else []
         if content and CONFIG_FILE not in content:
@@ -150,23 +154,13 @@ class Stage:
                 "output_dir."
             )
 
-    def _check_checkpoint(self, checkpoint: str | bool) -> None:
-        found: Any = checkpoint
-        if isinstance(checkpoint, bool):
-            found = get_last_checkpoint(str(self.folder)) if self.existed else None
-        if found is None or not Path(found).is_dir():
-            raise InputError(
-                f"resume_from_checkpoint is {checkpoint!r}, but there is no checkpoint at "
-                f"{str(found or self.folder)!r}. Give the folder of one (.../checkpoint-<step>), "
-                "or start the run afresh without it."
-            )
-
     def begin(self) -> None:
         """Remove an earlier run's files and write the config: from here on the stage runs."""
         if self.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            patterns = (METRICS_FILE,) if self.config.resume_from_checkpoint else WRITTEN
-            for path in [path for pattern in patterns for path in self.folder.glob(pattern)]:
+            patterns = (METRICS_FILE,) if self.checkpoint else WRITTEN
+            cut_short = [path for path in all_checkpoints(self.folder) if not is_whole(path)]
+            for path in {*cut_short, *(p for g in patterns for p in self.folder.glob(g))}:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             if not self.model_config.use_peft:
                 shutil.rmtree(self.base_folder, ignore_errors=True)
@@ -188,7 +182,9 @@ class Stage:
             print(f"{self.name}: {message}")
 
     def train(self, trainer: Trainer, labels: dict[str, str]) -> TrainOutput:
-        """Begin, and train to the end.
+        """Begin, or go on from a checkpoint, and train to the end.
+
+        On SIGTERM a checkpoint is saved and the process exits with 143.
 
         Args:
             trainer: anything with the interface of `transformers.Trainer`.
@@ -200,7 +196,17 @@ class Stage:
             trainer.remove_callback(ProgressCallback)
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(ProgressBar(self.name, labels))
-        return trainer.train(resume_from_checkpoint=self.config.resume_from_checkpoint)
+        interruption = Interruption()
+        if threading.current_thread() is threading.main_thread():  # the only one that gets signals
+            trainer.add_callback(interruption)
+        output = trainer.train(resume_from_checkpoint=self.checkpoint and str(self.checkpoint))
+        if interruption.requested:
+            self.say(
+                f"stopped by SIGTERM after step {output.global_step} of {trainer.state.max_steps}; "
+                "resume_from_checkpoint=True goes on from there"
+            )
+            raise SystemExit(128 + signal.SIGTERM)
+        return output
 
     def finish(self, trainer: Trainer, metrics: dict[str, Any]) -> StageResult:
         """Save model, tokenizer, log history, model card and, last, the metrics."""

@@ -1,0 +1,166 @@
+"""Checkpoints that survive whatever ends a run: which are whole, what they hold, SIGTERM."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from trl_instruct.errors import InputError
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint was written to its end: every Trainer writes its state as json last.
+
+    Args:
+        folder: a `checkpoint-<step>`.
+    """
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a stage's folder, whole or not, in the order of their steps."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    numbered = [(path.name.rpartition("-")[2], path) for path in found]
+    return [path for step, path in sorted((int(s), p) for s, p in numbered if s.isdigit())]
+
+
+def find_checkpoint(folder: Path, checkpoint: str | bool) -> Path:
+    """The checkpoint that `resume_from_checkpoint` names.
+
+    Args:
+        folder: the stage's.
+        checkpoint: a checkpoint's folder, or True for the last that is whole.
+
+    Raises:
+        InputError: there is none, or it was cut short while it was written.
+    """
+    if isinstance(checkpoint, bool):
+        whole = [path for path in all_checkpoints(folder) if is_whole(path)]
+        if whole:
+            return whole[-1]
+    elif Path(checkpoint).is_dir():
+        if is_whole(Path(checkpoint)):
+            return Path(checkpoint)
+        raise InputError(
+            f"The checkpoint {str(checkpoint)!r} is not whole: the run ended while it was written. "
+            "Resume from an earlier one, or set resume_from_checkpoint to true for the last that "
+            "is whole."
+        )
+    raise InputError(
+        f"resume_from_checkpoint is {checkpoint!r}, but there is no checkpoint at "
+        f"{str(folder if isinstance(checkpoint, bool) else checkpoint)!r}. Give the folder of one "
+        "(.../checkpoint-<step>), or start the run afresh without it."
+    )
+
+
+def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """Set a model's weights, or its adapter's, to those that its `save_pretrained` wrote.
+
+    Args:
+        model: of the architecture that was saved.
+        folder: where.
+    """
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, load_peft_weights(str(folder)))
+    else:
+        saved = type(model).from_pretrained(folder, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
+
+
+# ---- a loop of our own in a Trainer: its private seams, all in this place ------------------------
+
+
+def fresh_state(trainer: Trainer) -> TrainerState:
+    """The state of a run at its start."""
+    callbacks = [*trainer.callback_handler.callbacks, trainer.control]
+    return TrainerState(stateful_callbacks=[c for c in callbacks if isinstance(c, ExportableState)])
+
+
+def save_checkpoint(trainer: Trainer) -> None:
+    """All that the run needs to go on, into `checkpoint-<step>` of its output_dir."""
+    folder = (
+        Path(str(trainer.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+    )
+    if trainer.args.should_save:
+        # Left by a run that went on from before it: were it overwritten file by file, a kill would
+        # leave a mixture of the two.
+        shutil.rmtree(folder, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer._save_checkpoint(trainer.model_wrapped, trial=None)
+
+
+def load_progress(trainer: Trainer, checkpoint: Path) -> None:
+    """Counters, logs, callbacks, optimizer, schedule and random numbers of a checkpoint."""
+    trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    trainer._load_callback_state()
+    trainer._load_optimizer_and_scheduler(str(checkpoint))
+    trainer._load_scaler(str(checkpoint))
+    trainer._load_rng_state(str(checkpoint))
+
+
+def is_best(trainer: Trainer, metrics: dict[str, float]) -> bool:
+    """Whether `metric_for_best_model` was never better; then the Trainer keeps that checkpoint.
+
+    Raises:
+        InputError: there is no such metric.
+    """
+    name = trainer.args.metric_for_best_model
+    if name is not None and name not in metrics:
+        raise InputError(
+            f"metric_for_best_model is {name!r}; what is logged: {', '.join(sorted(metrics))}."
+        )
+    return trainer._determine_best_metric({f"eval_{k}": v for k, v in metrics.items()}, trial=None)
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+
+class Interruption(TrainerCallback):
+    """On SIGTERM a run finishes the step it is in, saves a checkpoint and stops.
+
+    With several processes it is enough that one of them gets the signal.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.previous: Any = None
+
+    def request(self, *_: Any) -> None:
+        """What the signal does."""
+        self.requested = True
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.previous = signal.signal(signal.SIGTERM, self.request)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.requested = any(gather_object([self.requested]))
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        signal.signal(signal.SIGTERM, self.previous)
