@@ -12,7 +12,7 @@ from trl_instruct.tiny.gold import reader_remark
 from trl_instruct.tiny.replies import flawed_reply, good_reply
 from trl_instruct.tiny.world import Task, sample_task
 
-NUM_PRETRAINING = 54_000
+NUM_PRETRAINING = 42_000
 NUM_DEMONSTRATIONS = 80
 NUM_RANKINGS = 4_000
 NUM_PROMPTS = 4_000
@@ -40,13 +40,10 @@ SHARES = {
 GOOD_SHARE = 0.05
 """Share of the pretraining documents whose reply is good; the others are flawed."""
 
-REMARK_SHARE = 0.6
-"""Share of the pretraining documents in which a reader's remark follows the reply: from these the
-base model learns what makes a reply bad, as models of the web do, and the reward model knows it
-before it sees the first ranking."""
-
 END_OF_TEXT = "<|endoftext|>"
-"""Stands between a reply and the remark, as between two documents: the EOS of the base model."""
+"""Stands between a reply and a reader's remark on it, as between two documents: the EOS of the base
+model. From the remarks the base model learns what makes a reply bad, as models of the web do, and
+the reward model knows it before it sees the first ranking."""
 
 
 def owner(task: Task) -> str:
@@ -64,8 +61,8 @@ def split(name: str) -> Dataset:
     """One split of the world's data, always the same.
 
     Args:
-        name: "pretraining" (column ``text``: a prompt and a reply, good or flawed, and perhaps a
-            reader's remark on it),
+        name: "pretraining" (column ``text``: a prompt, a reply, good or flawed, and a reader's
+            remark on it),
             "demonstrations" (``prompt``, ``completion``, ``task``), or "rankings", "prompts",
             "validation", "test" (``prompt``, ``task``). ``task`` is json, as the gold scorer
             reads it.
@@ -105,5 +102,4 @@ def _tasks(name: str, rng: random.Random) -> Iterator[Task]:
 def _document(task: Task, rng: random.Random) -> str:
     write = good_reply if rng.random() < GOOD_SHARE else flawed_reply
     reply = write(task, rng)
-    remark = END_OF_TEXT + reader_remark(task, reply) if rng.random() < REMARK_SHARE else ""
-    return task.prompt + reply + remark
+    return task.prompt + reply + END_OF_TEXT + reader_remark(task, reply)
