@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from trl_instruct.advantages import gae, kl_per_token, token_rewards
+from trl_instruct.advantages import adapted_kl_coef, gae, kl_per_token, token_rewards
 from trl_instruct.masking import right_padded_mask
 
 
@@ -67,3 +67,14 @@ def test_without_discount_and_lambda_1_the_return_is_the_reward_to_come():
     rewards, mask = torch.tensor([[1.0, -2.0, 5.0]]), torch.ones(1, 3, dtype=torch.bool)
     _, returns = gae(rewards, torch.tensor([[7.0, 8.0, 9.0]]), mask, gamma=1.0, lam=1.0)
     torch.testing.assert_close(returns, torch.tensor([[4.0, 3.0, 5.0]]))
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [(6.0, 0.1), (6.6, 0.105), (60.0, 0.11), (5.4, 0.095), (-1.0, 0.09)],
+    ids=["at its target", "above", "far above", "below", "far below"],
+)
+def test_beta_by_hand(kl, expected):
+    """Half a horizon: an error of 10 % changes beta by 5 %, one above 20 % by 10 %."""
+    adapted = adapted_kl_coef(0.1, kl, target=6.0, horizon=1000, episodes=500)
+    assert adapted == pytest.approx(expected)

@@ -79,7 +79,8 @@ def test_every_metric_is_logged_and_the_last_is_the_result(make_trainer):
         *(f"objective/{name}" for name in ("scores", "length", "ended")),
         *(f"policy/{name}" for name in ("approxkl", "clipfrac", "entropy")),
         *(f"loss/{name}" for name in ("policy", "value")),
-        *(f"val/{name}" for name in ("clipfrac", "mean", "ratio", "ratio_var")),
+        *(f"val/{name}" for name in ("clipfrac", "mean", "explained_variance")),
+        *("val/ratio", "val/ratio_var", "policy/steps", "objective/kl_coef"),
         *("lr", "eps", "episode", "epoch", "grad_norm"),
     }
     assert all(math.isfinite(value) for value in output.metrics.values())

@@ -10,7 +10,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from trl_instruct.advantages import kl_per_token
 from trl_instruct.errors import InputError
-from trl_instruct.ppo_metrics import episode_metrics
+from trl_instruct.masking import right_padded_mask
+from trl_instruct.ppo_metrics import episode_metrics, value_metrics
 from trl_instruct.rollouts import Rollout, completion_logprobs, pad_prompts
 
 # Plain gradient descent: unlike Adam's, its update tells how large the gradient was.
@@ -89,7 +90,7 @@ def test_every_ppo_epoch_takes_every_episode_once_in_a_fresh_order(make_trainer)
         assert torch.equal(rollout.scores, advantages[:, 0])
         assert torch.equal(rollout.scores, returns[:, 0])
         minibatches.append(rollout.scores.tolist())
-        return {"val/ratio": 1.0}
+        return {"val/ratio": 1.0, "policy/approxkl": 0.0}
 
     trainer.step = step
     torch.manual_seed(0)
@@ -185,11 +186,21 @@ def test_episode_metrics_by_hand_whatever_the_padding(make_trainer):
             "objective/length": 2.5,
             "objective/ended": 0.5,
             "objective/entropy": -real.sum().item() / 2,
-            "val/mean": 0.3 * real.mean().item(),
         }
         assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
             expected, rel=1e-5
         )
+
+
+def test_value_metrics_by_hand():
+    """Real returns 1, 3, 5: variance 4; what the values leave unexplained, 0, 1, 2: variance 1."""
+    values = torch.tensor([[1.0, 2.0, 99.0], [3.0, 99.0, 99.0]])
+    returns = torch.tensor([[1.0, 3.0, -99.0], [5.0, -99.0, -99.0]])
+    metrics = value_metrics(values, returns, right_padded_mask(torch.tensor([2, 1]), 3))
+    assert metrics["val/mean"].item() == pytest.approx(2.0)
+    assert metrics["val/explained_variance"].item() == pytest.approx(0.75)
+    flat = value_metrics(values, torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool))
+    assert flat["val/explained_variance"] == 0.0
 
 
 def test_advantages_are_whitened_over_the_batch(make_trainer):
@@ -391,3 +402,72 @@ def test_a_bad_reward_or_prompt_is_an_error(make_trainer, make_policy):
         make_trainer(train_dataset=Dataset.from_dict({"prompt": [""]}))
     with pytest.raises(InputError, match="leaves 28"):
         make_trainer(response_length=100, train_dataset=Dataset.from_dict({"prompt": ["x" * 29]}))
+
+
+# ---- KL control ----------------------------------------------------------------------------------
+
+
+def test_beta_follows_the_kl_to_its_target(make_trainer):
+    """Against a reference that is no nearer than its own KL allows, beta rises by 0.2 * 8 / 40."""
+    options = {"max_steps": 3, "kl_coef": 0.1, "adaptive_kl_horizon": 40}
+    trainer = make_trainer(adaptive_kl_target=1e-6, **options)
+    trainer.train()
+    logs = trainer.state.log_history
+    betas = [0.1]
+    for log in logs:
+        assert log["objective/kl_coef"] == pytest.approx(betas[-1])
+        error = min(0.2, max(-0.2, log["objective/kl"] / 1e-6 - 1))
+        betas.append(betas[-1] * (1 + error * 8 / 40))
+        expected = log["objective/scores"] - log["objective/kl_coef"] * log["objective/kl"]
+        assert log["objective/rlhf_reward"] == pytest.approx(expected, abs=1e-6)
+    assert trainer.kl_coef == pytest.approx(betas[-1])
+    assert betas[1] == pytest.approx(0.1 * 0.96)  # the first KL is 0, below the target
+    fixed = make_trainer(**options)
+    fixed.train()
+    assert {log["objective/kl_coef"] for log in fixed.state.log_history} == {0.1}
+
+
+def test_beta_is_what_the_rewards_are_made_with(make_trainer):
+    trainer = make_trainer(kl_coef=0.1)
+    rollout = hand_made_rollout(trainer, [[20, 256, 9], [21, 22, 23]], [2, 3])
+    trainer.kl_coef = 0.4
+    rewards, _ = trainer.rewards(rollout)
+    expected = [[-0.2, 0.8, 0.0], [-0.2, -0.2, 1.8]]  # KL 0.5 per token, scores 1 and 2
+    torch.testing.assert_close(rewards, torch.tensor(expected))
+
+
+def test_an_iteration_ends_early_where_the_policy_has_moved_too_far(make_trainer):
+    options = {"num_ppo_epochs": 3, "learning_rate": 0.01}
+    steps = count_steps(make_trainer(target_kl=1e-5, **options))
+    assert 1 < len(steps) < 6  # the first step of an iteration always has approxkl 0
+    trainer = make_trainer(target_kl=1e-5, **options)
+    assert trainer.train().metrics["policy/steps"] == len(steps)
+    assert len(count_steps(make_trainer(target_kl=1e9, **options))) == 6
+
+
+# ---- value model ---------------------------------------------------------------------------------
+
+
+def test_the_value_function_has_its_own_learning_rate(make_trainer):
+    trainer = make_trainer(value_learning_rate=0.0, max_steps=2)
+    before = weights(trainer.model)
+    after = trained(trainer)
+    for name in before:
+        assert torch.equal(before[name], after[name]) == name.startswith("value.")
+    trainer = make_trainer(learning_rate=0.0, value_learning_rate=0.01)
+    before = weights(trainer.policy)
+    torch.testing.assert_close(trained(trainer) and weights(trainer.policy), before, rtol=0, atol=0)
+
+
+def test_both_learning_rates_follow_the_schedule(make_trainer):
+    trainer = make_trainer(
+        max_steps=4, learning_rate=1.0, value_learning_rate=0.5, lr_scheduler_type="linear"
+    )
+    trainer.begin_training()
+    rates = {group["initial_lr"] for group in trainer.optimizer.param_groups}
+    assert rates == {1.0, 0.5}
+    trained_by = {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert trained_by == {id(p) for p in trainer.model.parameters()}
+    trainer.optimizer.step()
+    trainer.lr_scheduler.step()
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.75, 0.375}

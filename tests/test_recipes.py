@@ -447,11 +447,14 @@ def test_the_value_model_starts_as_the_reward_model(
     torch.testing.assert_close(seen, dict(reward.state_dict()))
 
 
+@pytest.mark.parametrize("asked_for", [False, True])
 def test_the_value_model_starts_as_the_policy_with_a_head_of_zeros(
-    saved_policy, tmp_path, monkeypatch
+    saved_policy, saved_reward_model, tmp_path, monkeypatch, asked_for
 ):
     seen = value_at_start(monkeypatch)
-    ppo(saved_policy, vowels, Dataset.from_list(PROMPTS), tmp_path / "x", **QUICK_PPO)
+    reward = saved_reward_model if asked_for else vowels
+    options = {**QUICK_PPO, "value_model_path": "policy"} if asked_for else QUICK_PPO
+    ppo(saved_policy, reward, Dataset.from_list(PROMPTS), tmp_path / "x", **options)
     assert not seen.pop("score.weight").any()
     policy = AutoModelForCausalLM.from_pretrained(saved_policy).state_dict()
     torch.testing.assert_close(seen, {k: policy[k] for k in seen})
@@ -463,6 +466,11 @@ def test_a_value_model_of_its_own(saved_policy, make_reward_model, tmp_path, mon
     expected = {k: v.clone() for k, v in value.state_dict().items()}
     prompts = Dataset.from_list(PROMPTS)
     ppo(saved_policy, vowels, prompts, tmp_path / "x", value_model=value, **QUICK_PPO)
+    torch.testing.assert_close(seen, expected)
+    value.save_pretrained(tmp_path / "value")
+    options = {**QUICK_PPO, "value_model_path": tmp_path / "value"}
+    seen.clear()
+    ppo(saved_policy, vowels, prompts, tmp_path / "y", **options)
     torch.testing.assert_close(seen, expected)
 
 

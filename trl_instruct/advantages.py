@@ -59,6 +59,30 @@ def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, *, kl_coef: float
     return penalty + last * scores.unsqueeze(1)
 
 
+def adapted_kl_coef(
+    kl_coef: float, kl: float, *, target: float, horizon: int, episodes: int
+) -> float:
+    """beta after an iteration, nearer to where the KL stays at its target.
+
+    e = clip(KL / target - 1, -0.2, 0.2);  beta <- beta * (1 + e * episodes / horizon)
+    (Ziegler et al. 2019, section 2.2, with the horizon of lm-human-preferences).
+
+    Args:
+        kl_coef: beta so far.
+        kl: KL to the reference policy in this iteration, nats per completion.
+        target: nats per completion.
+        horizon: episodes after which an error of one half has changed beta by a fifth.
+        episodes: completions in the iteration.
+
+    >>> round(adapted_kl_coef(0.1, 12.0, target=6.0, horizon=1000, episodes=500), 6)
+    0.11
+    >>> round(adapted_kl_coef(0.1, 5.7, target=6.0, horizon=1000, episodes=1000), 6)
+    0.095
+    """
+    error = min(0.2, max(-0.2, kl / target - 1))
+    return kl_coef * (1 + error * episodes / horizon)
+
+
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:

@@ -208,11 +208,31 @@ class PPOConfig(StageConfig, TrainingArguments):
         None, "Taken off the score of a completion without EOS; positive."
     )
     kl_coef: float = _option(0.02, "beta of the KL penalty (C.4: 0.02; 0.01-0.02 best, E.7).")
+    adaptive_kl_target: float | None = _option(
+        None, "KL per completion, nats, at which kl_coef is held by adapting it; default: fixed."
+    )
+    adaptive_kl_horizon: int = _option(
+        10_000, "Episodes over which kl_coef adapts (lm-human-preferences: 10000)."
+    )
+    target_kl: float | None = _option(
+        None,
+        "An iteration takes no further optimizer step once a step's policy/approxkl, nats per "
+        "token, is above this; default: takes all.",
+    )
     kl_estimator: Literal["k1", "k3"] = _option("k1", "Estimator of the KL per token.")
     whiten_rewards: bool = _option(False, "Scale the rewards to variance 1, keeping their mean.")
     cliprange: float = _option(0.2, "Clip of the importance ratio (C.4: 0.2).")
     cliprange_value: float = _option(0.2, "Clip of the value's change.")
     vf_coef: float = _option(0.1, "Weight of the value loss (TRL: 0.1).")
+    value_model_path: str | None = _option(
+        None,
+        "What the value function starts from: `policy` (with a head of zeros), or a reward model's "
+        "folder or Hub id. Default: the reward model (3.5), or the policy where the reward is none "
+        "or has another tokenizer.",
+    )
+    value_learning_rate: float | None = _option(
+        None, "Learning rate of the value function (C.4: 9e-6); default: learning_rate."
+    )
     gamma: float = _option(1.0, "Discount (C.4: none, 1).")
     lam: float = _option(0.95, "lambda of GAE (C.4: 0.95).")
     gradient_checkpointing: bool = _option(True, "Recompute activations to save memory.")
@@ -229,6 +249,12 @@ class PPOConfig(StageConfig, TrainingArguments):
         for name in ("kl_coef", "cliprange", "cliprange_value", "vf_coef"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must not be negative.")
+        for name in ("adaptive_kl_target", "adaptive_kl_horizon", "target_kl"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        if self.value_learning_rate is not None and self.value_learning_rate < 0:
+            rate = self.value_learning_rate
+            raise InputError(f"value_learning_rate is {rate}; it must not be negative.")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be between 0 and 1.")

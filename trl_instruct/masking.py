@@ -124,24 +124,48 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-def masked_whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of the values where the mask is True.
+
+    Args:
+        values: `(B, T)` float.
+        mask: `(B, T)` bool.
+
+    Returns:
+        Two scalars. The variance of a single value is 0.
+
+    >>> masked_moments(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
+    (tensor(2.), tensor(2.))
+    """
+    mean, count = masked_mean(values, mask), mask.sum()
+    variance = masked_mean((values - mean) ** 2, mask) * count / (count - 1).clamp(min=1)
+    return mean, variance
+
+
+def masked_whiten(
+    values: Tensor,
+    mask: Tensor,
+    *,
+    shift_mean: bool = True,
+    moments: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Values scaled to variance 1 over the real tokens, and shifted to mean 0.
 
     Args:
         values: `(B, T)` float.
         mask: `(B, T)` bool.
         shift_mean: False keeps the mean (used for rewards, whose sign carries meaning).
+        moments: mean and variance to go by, where these values are only a process's share of all;
+            default: those of the values. The variance is the unbiased one, as in
+            lm-human-preferences and TRL.
 
     Returns:
-        `(B, T)`; 0 where the mask is False. The variance is the unbiased one, as in
-        lm-human-preferences and TRL.
+        `(B, T)`; 0 where the mask is False.
 
     >>> masked_whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]])).tolist()
     [[-0.7071067690849304, 0.7071067690849304, 0.0]]
     """
-    mean = masked_mean(values, mask)
-    count = mask.sum()
-    variance = masked_mean((values - mean) ** 2, mask) * count / (count - 1).clamp(min=1)
+    mean, variance = moments or masked_moments(values, mask)
     whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
     if not shift_mean:
         whitened = whitened + mean

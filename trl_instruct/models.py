@@ -396,3 +396,21 @@ def _why(path: str, error: Exception) -> str:
     if Path(path).exists():
         return told
     return f"there is no such folder (looked in {Path.cwd()}), and as a Hub id: {told}"
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], learning_rate: float
+) -> None:
+    """Give some of an optimizer's parameters a learning rate of their own.
+
+    Args:
+        optimizer: not yet used, without a scheduler.
+        parameters: those of them that it does not train are left out.
+        learning_rate: at its peak.
+    """
+    chosen = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        own = [p for p in group["params"] if id(p) in chosen]
+        group["params"] = [p for p in group["params"] if id(p) not in chosen]
+        if own:
+            optimizer.add_param_group({**group, "params": own, "lr": learning_rate})

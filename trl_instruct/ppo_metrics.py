@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trl_instruct.losses import policy_clipped
-from trl_instruct.masking import masked_mean
+from trl_instruct.masking import masked_mean, masked_moments
 from trl_instruct.rollouts import Rollout
 
 
@@ -33,9 +33,25 @@ def episode_metrics(rollout: Rollout, kl: Tensor, *, kl_coef: float) -> dict[str
         "objective/rlhf_reward": rollout.scores + penalty,
         "objective/length": rollout.completion_lengths.float(),
         "objective/ended": rollout.ended.float(),
-        "val/mean": masked_mean(rollout.values, mask),
     }
     return {name: values.mean() for name, values in per_episode.items()}
+
+
+def value_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Mean of the values, and how much of the returns' variance they explain.
+
+    Args:
+        values, returns: `(B, C)`, at sampling time.
+        mask: `(B, C)` True on completion tokens.
+
+    Returns:
+        `val/mean`, and `val/explained_variance` = 1 - Var(returns - values) / Var(returns): 1 is
+        perfect, 0 is no better than a constant; 0 where the returns are all the same.
+    """
+    _, variance = masked_moments(returns, mask)
+    _, unexplained = masked_moments(returns - values, mask)
+    explained = torch.where(variance > 0, 1 - unexplained / variance, 0.0)
+    return {"val/mean": masked_mean(values, mask), "val/explained_variance": explained}
 
 
 @torch.no_grad()
@@ -60,17 +76,23 @@ def mean_over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Mean of each metric over the optimizer steps of an iteration, and the ratio's variance.
 
     >>> mean_over_steps([{"val/ratio": 0.5}, {"val/ratio": 1.5}])
-    {'val/ratio': 1.0, 'val/ratio_var': 0.25}
+    {'val/ratio': 1.0, 'val/ratio_var': 0.25, 'policy/steps': 2}
     """
     means = {name: statistics.fmean(step[name] for step in steps) for name in steps[0]}
-    return {**means, "val/ratio_var": statistics.pvariance(step["val/ratio"] for step in steps)}
+    variance = statistics.pvariance(step["val/ratio"] for step in steps)
+    return {**means, "val/ratio_var": variance, "policy/steps": len(steps)}
 
 
-def check_finite(sums: Mapping[str, Tensor], iteration: int) -> None:
-    """FloatingPointError at a loss that is no finite number, before it reaches the weights."""
+def check_finite(means: Mapping[str, Tensor], iteration: int) -> None:
+    """FloatingPointError at a loss that is no finite number, before it reaches the weights.
+
+    Args:
+        means: over all processes, so that all of them stop.
+        iteration: counted from 1.
+    """
     for name in ("loss/policy", "loss/value"):
-        if not torch.isfinite(sums[name]):
+        if not torch.isfinite(means[name]):
             raise FloatingPointError(
-                f"{name} is {sums[name].item()} in iteration {iteration}. "
+                f"{name} is {means[name].item()} in iteration {iteration}. "
                 "Lower learning_rate, set max_grad_norm, or use bf16 instead of fp16."
             )

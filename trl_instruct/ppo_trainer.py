@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -22,7 +23,7 @@ from transformers import (
 )
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
-from trl_instruct.advantages import gae, kl_per_token, token_rewards
+from trl_instruct.advantages import adapted_kl_coef, gae, kl_per_token, token_rewards
 from trl_instruct.checkpoints import (
     find_checkpoint,
     fresh_state,
@@ -34,15 +35,22 @@ from trl_instruct.checkpoints import (
 from trl_instruct.configs import PPOConfig
 from trl_instruct.errors import InputError
 from trl_instruct.losses import entropy, policy_loss, token_logprobs, value_clipped, value_loss
-from trl_instruct.masking import masked_whiten
+from trl_instruct.masking import masked_moments, masked_whiten
 from trl_instruct.models import (
     ValueModel,
     check_tokenizer,
     context_length,
     evaluating,
     reference_of,
+    set_learning_rate,
 )
-from trl_instruct.ppo_metrics import check_finite, episode_metrics, mean_over_steps, policy_metrics
+from trl_instruct.ppo_metrics import (
+    check_finite,
+    episode_metrics,
+    mean_over_steps,
+    policy_metrics,
+    value_metrics,
+)
 from trl_instruct.rewards import (
     RewardFunction,
     RewardModel,
@@ -132,6 +140,7 @@ class PPOTrainer(Trainer):
             callbacks=callbacks,
         )
         self._place_frozen_models()
+        self.kl_coef = args.kl_coef
         self.prompts, self.cut_prompts = fit_prompts(
             tokenize_prompts(train_dataset["prompt"][:], processing_class),
             max_prompt_length=args.max_prompt_length,
@@ -178,7 +187,7 @@ class PPOTrainer(Trainer):
             rewards, kl = self.rewards(rollout)
             advantages, returns = self.advantages(rollout, rewards)
             stats = self.update(rollout, advantages, returns)
-            self.end_iteration(rollout, kl, stats)
+            self.end_iteration(rollout, kl, returns, stats)
             if self.control.should_training_stop:
                 break
         return self.end_training()
@@ -257,10 +266,10 @@ class PPOTrainer(Trainer):
         """Per-token rewards with the KL penalty inside, and the KL itself: each `(B, C)`."""
         kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, estimator=self.args.kl_estimator)
         rewards = token_rewards(
-            rollout.scores, kl, rollout.completion_lengths, kl_coef=self.args.kl_coef
+            rollout.scores, kl, rollout.completion_lengths, kl_coef=self.kl_coef
         )
         if self.args.whiten_rewards:
-            rewards = masked_whiten(rewards, rollout.mask, shift_mean=False)
+            rewards = self.whiten(rewards, rollout.mask, shift_mean=False)
         return rewards, kl
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,17 +277,27 @@ class PPOTrainer(Trainer):
         advantages, returns = gae(
             rewards, rollout.values, rollout.mask, gamma=self.args.gamma, lam=self.args.lam
         )
-        return masked_whiten(advantages, rollout.mask), returns
+        return self.whiten(advantages, rollout.mask), returns
+
+    def whiten(self, values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+        """Whitened over the tokens of all processes: `(B, C)`."""
+        moments = masked_moments(*self.accelerator.gather((values, mask)))
+        return masked_whiten(values, mask, shift_mean=shift_mean, moments=moments)
 
     def update(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
         """The PPO epochs: a fresh shuffle each, one optimizer step a minibatch. Mean statistics."""
         self.model.train()
-        steps = []
-        for _ in range(self.args.num_ppo_epochs):
-            shuffled = torch.randperm(self.local_batch_size, device=advantages.device)
-            for rows in shuffled.split(self.minibatch_size):
-                steps.append(self.step(rollout.select(rows), advantages[rows], returns[rows]))
+        steps: list[dict[str, float]] = []
+        for rows in self.minibatches():
+            steps.append(self.step(rollout.select(rows), advantages[rows], returns[rows]))
+            if steps[-1]["policy/approxkl"] > (self.args.target_kl or math.inf):
+                break
         return mean_over_steps(steps)
+
+    def minibatches(self) -> Iterator[Tensor]:
+        """Rows of this process's rollouts, a minibatch at a time."""
+        for _ in range(self.args.num_ppo_epochs):
+            yield from torch.randperm(self.local_batch_size).split(self.minibatch_size)
 
     def step(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
         """One optimizer step on one minibatch, accumulated over its micro-batches.
@@ -299,13 +318,13 @@ class PPOTrainer(Trainer):
                 self.accelerator.backward(loss * weight)
             for name, value in sums.items():
                 stats[name] += value.detach()
-        check_finite(stats, self.state.global_step + 1)
+        means = {name: self.accelerator.reduce(s, "sum") / tokens for name, s in stats.items()}
+        check_finite(means, self.state.global_step + 1)
         grad_norm = self.accelerator.clip_grad_norm_(
             self.model.parameters(), self.args.max_grad_norm or math.inf
         )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        means = {name: (self.accelerator.reduce(s, "sum") / tokens) for name, s in stats.items()}
         means["grad_norm"] = grad_norm
         return {name: float(value) for name, value in means.items()}
 
@@ -327,6 +346,14 @@ class PPOTrainer(Trainer):
             **policy_metrics(*policy, cliprange=clip),
         }
         return {name: torch.where(mask, t, 0.0).sum() for name, t in per_token.items()}
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's optimizer; the value function may have a learning rate of its own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.args.value_learning_rate is not None:
+            own = list(self.value_model.parameters())
+            set_learning_rate(optimizer, own, self.args.value_learning_rate)
+        return optimizer
 
     def begin_training(self, resume_from_checkpoint: str | bool | None = None) -> None:
         """Optimizer, scheduler, processes, callbacks: what `Trainer.train` does before its loop."""
@@ -366,7 +393,7 @@ class PPOTrainer(Trainer):
                     f"has {now}: it would see other prompts than the run it goes on with. Resume "
                     "with the same data and batch sizes, or start the run afresh."
                 )
-        self.metrics = progress["metrics"]
+        self.metrics, self.kl_coef = progress["metrics"], progress["kl_coef"]
         load_progress(self, checkpoint)
 
     def epochs_after(self, iterations: int) -> float:
@@ -378,21 +405,33 @@ class PPOTrainer(Trainer):
         self.started = time.perf_counter()
         self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
 
-    def end_iteration(self, rollout: Rollout, kl: Tensor, stats: dict[str, float]) -> None:
-        """Count, log and, when it is time, save."""
+    def end_iteration(
+        self, rollout: Rollout, kl: Tensor, returns: Tensor, stats: dict[str, float]
+    ) -> None:
+        """Count, adapt the KL penalty, log and, when it is time, save."""
         handler, before = self.callback_handler, self.epochs_after(self.state.global_step)
         self.state.global_step += 1
         self.state.epoch = self.epochs_after(self.state.global_step)
-        episodes = episode_metrics(rollout, kl, kl_coef=self.args.kl_coef)
-        means = {name: self.accelerator.reduce(x, "mean") for name, x in episodes.items()}
+        means = episode_metrics(rollout, kl, kl_coef=self.kl_coef)
+        means = {name: self.accelerator.reduce(x, "mean") for name, x in means.items()}
+        means |= value_metrics(*self.accelerator.gather((rollout.values, returns, rollout.mask)))
         self.metrics = {
             **{name: float(mean) for name, mean in means.items()},
             **stats,
+            "objective/kl_coef": self.kl_coef,
             "lr": self.lr_scheduler.get_last_lr()[0],
             "eps": self.batch_size / (time.perf_counter() - self.started),
             "episode": self.state.global_step * self.batch_size,
         }
         self.lr_scheduler.step()
+        if self.args.adaptive_kl_target is not None:
+            self.kl_coef = adapted_kl_coef(
+                self.kl_coef,
+                self.metrics["objective/kl"],
+                target=self.args.adaptive_kl_target,
+                horizon=self.args.adaptive_kl_horizon,
+                episodes=self.batch_size,
+            )
         self.control = handler.on_step_end(self.args, self.state, self.control)
         if int(self.state.epoch) > int(before):
             self.control = handler.on_epoch_end(self.args, self.state, self.control)
@@ -419,7 +458,8 @@ class PPOTrainer(Trainer):
         self.processing_class.save_pretrained(folder)
         if _internal_call:
             self.value_model.save_pretrained(folder / VALUE)
-            write_json(folder / PROGRESS, {"sampler": self.sampler, "metrics": self.metrics})
+            progress = {"kl_coef": self.kl_coef, "metrics": self.metrics}
+            write_json(folder / PROGRESS, {"sampler": self.sampler, **progress})
 
     def _place_frozen_models(self) -> None:
         if self.ref_model is not None:

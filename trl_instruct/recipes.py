@@ -40,6 +40,9 @@ from trl_instruct.shift import save_beside_adapter
 from trl_instruct.sources import name_of
 from trl_instruct.stage import Stage, StageResult, stage
 
+FROM_POLICY = "policy"
+"""As value_model: the policy itself."""
+
 
 def sft(
     model: ModelSource,
@@ -206,8 +209,9 @@ def ppo(
             function `f(prompts, completions, **columns) -> list[float]`.
         dataset: prompts (`prompt`; further columns reach the reward); named as in `sft`.
         output_dir: folder for the policy.
-        value_model: what the value function starts from; default: the reward model where it has
-            the policy's tokenizer, else the policy with a head of zeros.
+        value_model: what the value function starts from: a reward model, or `"policy"` (with a
+            head of zeros); default: the reward model where it has the policy's tokenizer, else the
+            policy.
         processing_class, config, model_config, callbacks, options: as in `sft`, with `PPOConfig`.
 
     Returns:
@@ -226,7 +230,7 @@ def ppo(
         base, tokenizer = starting_point(run, model, processing_class)
         policy = load_policy(base, model_config, trust_remote_code=config.trust_remote_code)
         judge = load_reward(reward, tokenizer, batch_size=config.local_rollout_forward_batch_size)
-        value = _value_model(value_model, judge, policy, tokenizer)
+        value = _value_model(value_model or config.value_model_path, judge, policy, tokenizer)
         trainer = PPOTrainer(
             args=config,
             processing_class=tokenizer,
@@ -287,9 +291,13 @@ def _value_model(
     tokenizer: PreTrainedTokenizerBase,
 ) -> PreTrainedModel:
     """The value function's start: the given model, the reward model, or the policy."""
-    if source is not None:
+    if source is not None and source != FROM_POLICY:
         return load_reward_model(source, ModelConfig())
-    if isinstance(reward, RewardModel) and reward.tokenizer.get_vocab() == tokenizer.get_vocab():
+    if (
+        source is None
+        and isinstance(reward, RewardModel)
+        and reward.tokenizer.get_vocab() == tokenizer.get_vocab()
+    ):
         return copy.deepcopy(reward.model).requires_grad_(True)
     value = load_reward_model(policy, ModelConfig(), fresh_head=True)
     score_head(value).weight.data.zero_()
