@@ -12,10 +12,9 @@ from trl_instruct.configs import (
     PretrainConfig,
     RewardConfig,
     SFTConfig,
-    resolve,
-    save_config,
 )
 from trl_instruct.errors import InputError
+from trl_instruct.options import resolve, save_config
 
 CONFIGS = [PretrainConfig, SFTConfig, CandidatesConfig, RewardConfig, PPOConfig]
 # What differs from the defaults of transformers, of TRL, of ours; back to another's default; null.
@@ -169,3 +168,13 @@ def test_a_ready_config_is_copied_and_takes_no_options_beside_it():
 def test_resume_from_checkpoint_as_a_flag_gives_it(given, taken):
     config, _ = parse(SFTConfig, ["--output_dir", "x", "--resume_from_checkpoint", given])
     assert config.resume_from_checkpoint == taken
+
+
+@pytest.mark.parametrize("name", ["top_p", "top_k", "repetition_penalty"])
+def test_sampling_settings_that_would_break_the_importance_ratio(name):
+    with pytest.raises(
+        InputError, match=f"{name} is no option here: PPO weighs each sampled token"
+    ):
+        resolve(PPOConfig, None, None, {"output_dir": "x", name: 0.9})
+    with pytest.raises(InputError, match="Unknown option"):
+        resolve(SFTConfig, None, None, {"output_dir": "x", name: 0.9})

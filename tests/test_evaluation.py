@@ -12,7 +12,7 @@ from trl_instruct.evaluation import (
     sample_and_score,
     summarize,
 )
-from trl_instruct.rollouts import generate
+from trl_instruct.sampling import generate
 
 
 def length(prompts, completions):

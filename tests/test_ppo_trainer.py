@@ -12,7 +12,8 @@ from trl_instruct.advantages import kl_per_token
 from trl_instruct.errors import InputError
 from trl_instruct.masking import right_padded_mask
 from trl_instruct.ppo_metrics import episode_metrics, value_metrics
-from trl_instruct.rollouts import Rollout, completion_logprobs, pad_prompts
+from trl_instruct.rollouts import Rollout, completion_logprobs
+from trl_instruct.sampling import pad_prompts
 
 # Plain gradient descent: unlike Adam's, its update tells how large the gradient was.
 SGD = {"optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0.0}
@@ -471,3 +472,35 @@ def test_both_learning_rates_follow_the_schedule(make_trainer):
     trainer.optimizer.step()
     trainer.lr_scheduler.step()
     assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.75, 0.375}
+
+
+# ---- stop strings --------------------------------------------------------------------------------
+
+
+def test_the_reward_does_not_see_the_stop_string_and_the_policy_learns_it(
+    make_trainer, make_policy
+):
+    """A tenth of the letters ends a completion; that letter is a token of the loss, as EOS is."""
+    seen = []
+
+    def record(prompts, completions):
+        seen.extend(completions)
+        return [0.0] * len(completions)
+
+    trainer = make_trainer(
+        model=make_policy(),
+        reward_model=record,
+        stop_strings=list("abcdefghij0123456789 "),
+        missing_eos_penalty=1.0,
+        response_length=20,
+    )
+    rollout = trainer.score(trainer.sample(range(8)), range(8))
+    assert rollout.ended.any()
+    texts = trainer.processing_class.batch_decode(
+        [row[:n] for row, n in zip(rollout.completion_ids, rollout.completion_lengths, strict=True)]
+    )
+    for raw, text, ended, score in zip(texts, seen, rollout.ended, rollout.scores, strict=True):
+        assert score == (0.0 if ended else -1.0)
+        assert not set(text) & set(trainer.args.stop_strings)
+        assert raw == text or raw[:-1] == text or raw == text + "<eos>"
+    assert (rollout.logprobs[rollout.mask] != 0).all()

@@ -463,11 +463,11 @@ def test_the_value_model_starts_as_the_policy_with_a_head_of_zeros(
 def test_a_value_model_of_its_own(saved_policy, make_reward_model, tmp_path, monkeypatch):
     seen = value_at_start(monkeypatch)
     value = make_reward_model(seed=7)
+    value.save_pretrained(tmp_path / "value")
     expected = {k: v.clone() for k, v in value.state_dict().items()}
     prompts = Dataset.from_list(PROMPTS)
     ppo(saved_policy, vowels, prompts, tmp_path / "x", value_model=value, **QUICK_PPO)
     torch.testing.assert_close(seen, expected)
-    value.save_pretrained(tmp_path / "value")
     options = {**QUICK_PPO, "value_model_path": tmp_path / "value"}
     seen.clear()
     ppo(saved_policy, vowels, prompts, tmp_path / "y", **options)

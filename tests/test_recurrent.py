@@ -6,7 +6,8 @@ from peft import LoraConfig, get_peft_model
 
 from trl_instruct.models import ValueModel
 from trl_instruct.recurrent import reads_padding
-from trl_instruct.rollouts import PolicyAndValue, generate, join, pad_prompts
+from trl_instruct.rollouts import PolicyAndValue, join
+from trl_instruct.sampling import generate, pad_prompts
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox", "gpt2", "opt", "mamba"])

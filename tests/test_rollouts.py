@@ -2,11 +2,8 @@ from itertools import chain
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig
 
-from trl_instruct.errors import InputError
-from trl_instruct.losses import entropy, token_logprobs
+from trl_instruct.losses import token_logprobs
 from trl_instruct.masking import right_padded_mask
 from trl_instruct.models import ValueModel
 from trl_instruct.rollouts import (
@@ -14,15 +11,10 @@ from trl_instruct.rollouts import (
     Rollout,
     completion_logprobs,
     completion_values,
-    decode,
-    eos_token_ids,
-    fit_prompts,
-    generate,
     join,
-    pad_prompts,
     prompt_batches,
-    tokenize_prompts,
 )
+from trl_instruct.sampling import pad_prompts
 
 KINDS = ["llama", "gpt2", "gpt_neox", "opt", "qwen3", "rwkv", "mamba"]
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
@@ -110,62 +102,6 @@ def test_the_unembedding_runs_on_the_completion_only(policy):
     assert shapes == [(3, longest + 1, 258)]  # 5 prompt tokens + 3 would be 8
 
 
-def sample(model, prompts, **options):
-    options = {"max_new_tokens": 1, "eos_token_ids": [256], "batch_size": 4096, **options}
-    torch.manual_seed(0)
-    return generate(model, prompts, **options)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_sampling_is_from_the_full_distribution_at_its_temperature(policy, temperature):
-    """The mean log-probability of samples is minus the entropy, whatever the model's own taste."""
-    policy.generation_config = GenerationConfig(
-        do_sample=True, top_k=3, top_p=0.3, temperature=0.2, repetition_penalty=5.0, min_p=0.5
-    )
-    prompt = [5, 6, 7]
-    tokens, _, _ = sample(policy, [prompt] * 4096, temperature=temperature)
-    with torch.no_grad():
-        logits = policy(torch.tensor([prompt])).logits[:, -1:]
-    logprobs = token_logprobs(logits.expand(4096, -1, -1), tokens, temperature=temperature)
-    error = logprobs.std() / 4096**0.5
-    assert abs(logprobs.mean() + entropy(logits, temperature=temperature).item()) < 4 * error
-    assert len(tokens.unique()) > 50
-
-
-@pytest.mark.parametrize("lora", [False, True])
-def test_the_models_own_generation_config_is_back_afterwards(policy, lora):
-    own = policy.generation_config = GenerationConfig(top_k=3, eos_token_id=[256, 1])
-    model = get_peft_model(policy, LoraConfig(target_modules="all-linear")) if lora else policy
-    sample(model, [[5]])
-    assert policy.generation_config is own
-    assert model.generation_config is own
-
-
-def test_completions_stop_at_any_eos_given_and_belong_to_their_prompts(policy):
-    stops = [256, *range(64)]
-    prompts = [[5] * n for n in (7, 1, 4, 2, 6, 3, 5)]
-    tokens, lengths, ended = sample(
-        policy, prompts, max_new_tokens=6, eos_token_ids=stops, batch_size=2
-    )
-    assert tokens.shape == (7, 6)
-    assert len(set(lengths.tolist())) > 1
-    for row in range(len(prompts)):
-        at = [t for t, token in enumerate(tokens[row].tolist()) if token in stops]
-        assert ended[row] == bool(at)
-        assert lengths[row] == (at[0] + 1 if at else 6)
-    # a prompt's tokens decide the distribution: the rows are not mixed up by the sorting
-    sharp, _, _ = sample(policy, prompts, temperature=1e-4, batch_size=2)
-    for prompt, token in zip(prompts, sharp, strict=True):
-        assert policy(torch.tensor([prompt])).logits[0, -1].argmax() == token
-
-
-def test_generation_leaves_the_mode_as_it_was(make_policy):
-    policy = make_policy("gpt2", resid_pdrop=0.9).train()
-    first, second = sample(policy, [[5]] * 3)[0], sample(policy, [[5]] * 3)[0]
-    assert policy.training
-    assert torch.equal(first, second)
-
-
 def test_a_rollout_keeps_nothing_of_the_size_of_the_vocabulary_and_is_indexed_as_one():
     prompt_ids, prompt_lengths, completion_ids, lengths = batch()
     zeros = torch.zeros(3, 4)
@@ -189,41 +125,3 @@ def test_every_prompt_is_used_equally_often_in_a_fresh_order():
     assert batches == list(prompt_batches(10, 4, 5, seed=1))
     assert batches != list(prompt_batches(10, 4, 5, seed=2))
     assert sorted(next(prompt_batches(3, 7, 1, seed=0)))[:2] == [0, 0]  # fewer than a batch
-
-
-def test_messages_go_through_the_chat_template(tokenizer, chat_tokenizer):
-    messages = [{"role": "user", "content": "Hi"}]
-    (tokens,) = tokenize_prompts([messages], chat_tokenizer)
-    assert chat_tokenizer.decode(tokens) == "u:Hi\na:"
-    assert tokenize_prompts(["Hi"], tokenizer) == [tokenizer("Hi")["input_ids"]]
-    with pytest.raises(InputError, match="the tokenizer has no chat template"):
-        tokenize_prompts([messages], tokenizer)
-
-
-def test_prompts_are_cut_from_the_left_and_counted():
-    prompts = [[1, 2, 3], [4]]
-    options = {"response_length": 6, "context": 8}
-    assert fit_prompts(prompts, max_prompt_length=2, **options) == ([[2, 3], [4]], 1)
-    assert fit_prompts(prompts, max_prompt_length=None, response_length=5, context=8)[1] == 0
-    assert fit_prompts(prompts, max_prompt_length=None, response_length=5, context=None)[1] == 0
-    with pytest.raises(InputError, match="Prompt 1 is 3 tokens long.*leaves 2"):
-        fit_prompts(prompts, max_prompt_length=None, **options)
-    with pytest.raises(InputError, match="max_prompt_length 3 .* exceed the model's context of 8"):
-        fit_prompts(prompts, max_prompt_length=3, **options)
-    with pytest.raises(InputError, match="Prompt 2 has no tokens"):
-        fit_prompts([[1], []], max_prompt_length=2, **options)
-
-
-def test_texts_have_neither_the_eos_nor_what_follows_it(tokenizer):
-    (hello,) = tokenizer(["hello"])["input_ids"]
-    filler = tokenizer("zz")["input_ids"]
-    tokens = torch.tensor([[*hello, 256, *filler], [*hello, *hello[:3]]])
-    lengths, ended = torch.tensor([6, 8]), torch.tensor([True, False])
-    assert decode(tokens, lengths, ended, tokenizer) == ["hello", "hellohel"]
-
-
-def test_the_eos_of_tokenizer_and_model_both_end_a_completion(policy, tokenizer):
-    policy.generation_config.eos_token_id = [7, 256]
-    assert eos_token_ids(policy, tokenizer) == [256, 7]
-    policy.generation_config.eos_token_id = None
-    assert eos_token_ids(policy, tokenizer) == [256]

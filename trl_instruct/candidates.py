@@ -22,7 +22,7 @@ from trl_instruct.models import (
     model_name,
 )
 from trl_instruct.rewards import RewardFunction, as_completions, call_reward
-from trl_instruct.rollouts import decode, eos_token_ids, fit_prompts, generate, tokenize_prompts
+from trl_instruct.sampling import decode, eos_token_ids, fit_prompts, generate, tokenize_prompts
 from trl_instruct.stage import written_at_once
 from trl_instruct.tiny import SimulatedLabeler
 
@@ -38,6 +38,7 @@ def sample_candidates(
     response_length: int = 53,
     max_prompt_length: int | None = None,
     temperature: float = 1.0,
+    stop_strings: Sequence[str] | None = None,
     gold: RewardFunction | None = None,
     labeler: Labeler | None = None,
     seed: int = 0,
@@ -59,6 +60,7 @@ def sample_candidates(
         response_length: longest completion, tokens.
         max_prompt_length: longer prompts lose their beginning; None: they are an error.
         temperature: sampling temperature.
+        stop_strings: texts that end a completion, beside EOS; they do not stand in it.
         gold: reward function that the simulated labeler goes by.
         labeler: gold scores of one prompt's candidates -> its own scores; default: gaussian noise
             at which two labelers agree on 73 % of pairs.
@@ -109,10 +111,12 @@ def sample_candidates(
                 [token_lists[row] for row in rows for _ in range(num_candidates)],
                 max_new_tokens=response_length,
                 eos_token_ids=eos_token_ids(model, tokenizer),
+                stop_strings=stop_strings,
+                tokenizer=tokenizer,
                 temperature=temperature,
                 batch_size=batch_size,
             )
-            texts = decode(*sampled, tokenizer)
+            texts = decode(*sampled, tokenizer, stop_strings)
             for index, row in enumerate(rows):
                 drawn = texts[index * num_candidates : (index + 1) * num_candidates]
                 ranking = _ranking(records[row], drawn, gold, labeler, counts)

@@ -16,16 +16,13 @@ from trl import ModelConfig, TrlParser
 from trl_instruct.candidates import sample_candidates
 from trl_instruct.configs import (
     CandidatesConfig,
-    Config,
     PPOConfig,
     PretrainConfig,
     RewardConfig,
     SFTConfig,
-    check_names,
-    check_types,
-    option_errors,
 )
 from trl_instruct.errors import InputError
+from trl_instruct.options import Config, check_names, check_types, option_errors
 from trl_instruct.pretraining import pretrain
 from trl_instruct.recipes import ppo, rm, sft
 from trl_instruct.rewards import load_reward
@@ -138,6 +135,7 @@ def candidates_command(arguments: list[str]) -> None:
                 response_length=config.response_length,
                 max_prompt_length=config.max_prompt_length,
                 temperature=config.temperature,
+                stop_strings=config.stop_strings,
                 gold=load_reward(config.gold) if config.gold else None,
                 seed=config.seed,
                 batch_size=config.per_device_eval_batch_size,

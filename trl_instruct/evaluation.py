@@ -10,13 +10,12 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from trl_instruct.models import context_length
+from trl_instruct.models import context_length, evaluating
 from trl_instruct.rewards import RewardFunction, as_completions, call_reward
-from trl_instruct.rollouts import (
-    completion_logprobs,
+from trl_instruct.rollouts import completion_logprobs
+from trl_instruct.sampling import (
     decode,
     eos_token_ids,
-    evaluating,
     fit_prompts,
     generate,
     pad_prompts,
@@ -92,6 +91,7 @@ def sample_and_score(
     ref_policy: PreTrainedModel | None,
     response_length: int,
     max_prompt_length: int | None = None,
+    stop_strings: Sequence[str] | None = None,
     temperature: float = 1.0,
     batch_size: int = 64,
     seed: int = 0,
@@ -105,7 +105,7 @@ def sample_and_score(
         rewards: named reward functions.
         ref_policy: what the KL is measured to; None: KL 0.
         max_prompt_length: longer prompts lose their beginning, as in `ppo`.
-        response_length, temperature, batch_size: of sampling.
+        response_length, stop_strings, temperature, batch_size: of sampling.
         seed: of sampling.
 
     Raises:
@@ -123,10 +123,12 @@ def sample_and_score(
         token_lists,
         max_new_tokens=response_length,
         eos_token_ids=eos_token_ids(policy, tokenizer),
+        stop_strings=stop_strings,
+        tokenizer=tokenizer,
         temperature=temperature,
         batch_size=batch_size,
     )
-    texts = decode(completions, lengths, ended, tokenizer)
+    texts = decode(completions, lengths, ended, tokenizer, stop_strings)
     columns = prompts[:]
     asked = columns.pop("prompt")
     given = as_completions(asked, texts)

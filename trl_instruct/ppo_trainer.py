@@ -63,15 +63,17 @@ from trl_instruct.rollouts import (
     Rollout,
     completion_logprobs,
     completion_values,
+    join,
+    prompt_batches,
+    unify_modes,
+)
+from trl_instruct.sampling import (
     decode,
     eos_token_ids,
     fit_prompts,
     generate,
-    join,
     pad_prompts,
-    prompt_batches,
     tokenize_prompts,
-    unify_modes,
 )
 from trl_instruct.stage import write_json
 
@@ -208,6 +210,8 @@ class PPOTrainer(Trainer):
             prompts,
             max_new_tokens=self.args.response_length,
             eos_token_ids=self.eos_token_ids,
+            stop_strings=self.args.stop_strings,
+            tokenizer=self.processing_class,
             temperature=self.args.temperature,
             batch_size=self.args.local_rollout_forward_batch_size,
         )
@@ -253,6 +257,7 @@ class PPOTrainer(Trainer):
             rollout.completion_lengths,
             rollout.ended,
             self.processing_class,
+            self.args.stop_strings,
         )
         records = self.train_dataset.select(list(rows))[:]
         prompts = records.pop("prompt")

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from trl_instruct.configs import Config, RewardConfig, SFTConfig, StageConfig, resolve
+from trl_instruct.configs import RewardConfig, SFTConfig, StageConfig
 from trl_instruct.errors import InputError
 from trl_instruct.models import (
     ModelSource,
@@ -21,6 +21,7 @@ from trl_instruct.models import (
     load_tokenizer,
     model_name,
 )
+from trl_instruct.options import Config, resolve
 from trl_instruct.sources import name_of
 from trl_instruct.stage import Stage
 

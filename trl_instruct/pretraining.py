@@ -22,10 +22,11 @@ from transformers import (
 from trl import ModelConfig
 
 from trl_instruct.batching import length_batches
-from trl_instruct.configs import PretrainConfig, resolve
+from trl_instruct.configs import PretrainConfig
 from trl_instruct.data import load_texts
 from trl_instruct.errors import InputError
 from trl_instruct.models import METRICS_FILE, context_length
+from trl_instruct.options import resolve
 from trl_instruct.sources import kind_of, name_of
 from trl_instruct.stage import StageResult, stage
 

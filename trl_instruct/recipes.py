@@ -36,6 +36,7 @@ from trl_instruct.reward_evaluation import evaluate_reward
 from trl_instruct.reward_report import FIGURE, draw, render
 from trl_instruct.reward_trainer import RankingRewardTrainer
 from trl_instruct.rewards import TINY, RewardFunction, RewardModel, load_reward
+from trl_instruct.sampling import unused_sampling
 from trl_instruct.shift import save_beside_adapter
 from trl_instruct.sources import name_of
 from trl_instruct.stage import Stage, StageResult, stage
@@ -229,6 +230,9 @@ def ppo(
     with stage("ppo", config, model_config) as run:
         base, tokenizer = starting_point(run, model, processing_class)
         policy = load_policy(base, model_config, trust_remote_code=config.trust_remote_code)
+        if unused := unused_sampling(policy):
+            told = ", ".join(f"{name} {value}" for name, value in unused.items())
+            run.say(f"the model's own sampling settings are not used: {told}")
         judge = load_reward(reward, tokenizer, batch_size=config.local_rollout_forward_batch_size)
         value = _value_model(value_model or config.value_model_path, judge, policy, tokenizer)
         trainer = PPOTrainer(

@@ -1,24 +1,21 @@
-"""Prompts -> completions, log-probabilities, values, scores: one `Rollout`."""
+"""Completions with their log-probabilities, values and scores: one `Rollout`."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from trl_instruct.errors import InputError
 from trl_instruct.losses import token_logprobs
 from trl_instruct.masking import (
-    completion_lengths,
     left_padded_mask,
     padding_before,
     position_ids,
     right_padded_mask,
     roll_rows,
 )
-from trl_instruct.models import ValueModel, accepted, disable_dropout, evaluating, unwrapped
+from trl_instruct.models import ValueModel, accepted, disable_dropout, unwrapped
 from trl_instruct.recurrent import reads_padding
 from trl_instruct.scalar_head import keep_weights
 
@@ -149,15 +146,6 @@ def _moved(sequences: Sequences, columns: Tensor) -> Sequences:
     return Sequences(*(roll_rows(field, columns) for field in sequences))
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token lists to `(B, P)` ids, padded on the left with 0, and `(B,)` lengths."""
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, ids.shape[1] - len(prompt) :] = torch.tensor(prompt)
-    return ids.to(device), lengths
-
-
 def join(
     prompt_ids: Tensor, prompt_lengths: Tensor, completion_ids: Tensor, completion_lengths: Tensor
 ) -> tuple[Sequences, int]:
@@ -177,72 +165,6 @@ def join(
         [prompt_ids[:, prompt_ids.shape[1] - longest_prompt :], completion_ids[:, :width]], dim=1
     )
     return Sequences(ids, mask.long(), position_ids(mask)), width
-
-
-@contextlib.contextmanager
-def _plain_sampling(model: PreTrainedModel) -> Iterator[None]:
-    """Hide a model's own generation_config: `generate` would fill top_p, repetition_penalty and
-    the like from it, and the log-probabilities would no longer be those of the sampler."""
-    holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
-    own = [holder.generation_config for holder in holders]
-    for holder in holders:
-        holder.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        for holder, config in zip(holders, own, strict=True):
-            holder.generation_config = config
-
-
-@torch.no_grad()
-def generate(
-    policy: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    eos_token_ids: list[int],
-    temperature: float = 1.0,
-    batch_size: int = 64,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample one completion per prompt from the policy's full distribution.
-
-    Args:
-        policy: the model; its sampling settings (top_p, ...) are not used.
-        prompts: B token lists.
-        max_new_tokens: C, the longest completion.
-        eos_token_ids: tokens that end a completion.
-        temperature: above 0.
-        batch_size: prompts per call; batches are made of prompts of similar length. A model to
-            which padding is text gets one prompt per call.
-
-    Returns:
-        completion_ids `(B, C)` (filler behind the end), completion_lengths `(B,)`, ended `(B,)`.
-    """
-    device = policy.device
-    sampling = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        eos_token_id=eos_token_ids,
-        pad_token_id=eos_token_ids[0],
-    )
-    completions = torch.full((len(prompts), max_new_tokens), eos_token_ids[0], device=device)
-    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    if reads_padding(policy):
-        # Not even prompts of equal length: RWKV's cached states mix the rows of a batch
-        # (transformers 5.23), and without its cache it is slower than one by one.
-        batch_size = 1
-    with evaluating(policy), _plain_sampling(policy):
-        for start in range(0, len(prompts), batch_size):
-            rows = by_length[start : start + batch_size]
-            ids, lengths = pad_prompts([prompts[row] for row in rows], device)
-            mask = left_padded_mask(lengths, ids.shape[1]).long()
-            output = policy.generate(input_ids=ids, attention_mask=mask, generation_config=sampling)
-            sampled = output[:, ids.shape[1] :]
-            completions[rows, : sampled.shape[1]] = sampled
-    return completions, *completion_lengths(completions, eos_token_ids)
 
 
 @torch.no_grad()
@@ -287,83 +209,3 @@ def widen(values: Tensor, lengths: Tensor, width: int) -> Tensor:
     wide = torch.zeros(values.shape[0], width, device=values.device, dtype=values.dtype)
     wide[:, : values.shape[1]] = values
     return torch.where(right_padded_mask(lengths, width), wide, 0.0)
-
-
-def tokenize_prompts(prompts: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Prompts, each a text or a list of messages, to token ids.
-
-    Messages go through the tokenizer's chat template, with the opening of the assistant's turn.
-
-    Raises:
-        InputError: messages, and the tokenizer has no chat template.
-    """
-    if not prompts or isinstance(prompts[0], str):
-        return tokenizer(list(prompts))["input_ids"] if prompts else []
-    if tokenizer.chat_template is None:
-        raise InputError(
-            "The prompts are messages, but the tokenizer has no chat template. Train the policy "
-            "with `sft(..., chat_template_path=...)`, or give prompts as text."
-        )
-    return [
-        tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"]
-        for p in prompts
-    ]
-
-
-def fit_prompts(
-    token_lists: list[list[int]],
-    *,
-    max_prompt_length: int | None,
-    response_length: int,
-    context: int | None,
-) -> tuple[list[list[int]], int]:
-    """Prompts that leave room for their completion, and how many were cut.
-
-    Args:
-        token_lists: the prompts.
-        max_prompt_length: longer prompts lose their beginning; None: they are an error.
-        response_length: tokens to leave for the completion.
-        context: tokens the model can attend to, or None.
-
-    Raises:
-        InputError: an empty prompt; one that does not fit, and no (or too large a)
-            max_prompt_length.
-    """
-    if [] in token_lists:
-        raise InputError(
-            f"Prompt {token_lists.index([]) + 1} has no tokens; a prompt must not be empty."
-        )
-    room = None if context is None else context - response_length
-    if max_prompt_length is None:
-        for row, tokens in enumerate(token_lists):
-            if room is not None and len(tokens) > room:
-                raise InputError(
-                    f"Prompt {row + 1} is {len(tokens)} tokens long; with response_length "
-                    f"{response_length} the model's context of {context} leaves {room}. Set "
-                    "max_prompt_length to cut long prompts from the left, or lower "
-                    "response_length."
-                )
-        return token_lists, 0
-    if room is not None and max_prompt_length > room:
-        raise InputError(
-            f"max_prompt_length {max_prompt_length} + response_length {response_length} exceed the "
-            f"model's context of {context} tokens; lower one of them."
-        )
-    cut = sum(len(tokens) > max_prompt_length for tokens in token_lists)
-    return [tokens[-max_prompt_length:] for tokens in token_lists], cut
-
-
-def decode(
-    completion_ids: Tensor, lengths: Tensor, ended: Tensor, tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
-    """Texts of the completions, without the EOS that ended them and what follows it."""
-    kept = (lengths - ended.long()).tolist()
-    rows = [ids[:n] for ids, n in zip(completion_ids.tolist(), kept, strict=True)]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
-
-
-def eos_token_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a completion: the tokenizer's EOS first, then the model's own."""
-    own = policy.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own] if own is not None else []
-    return list(dict.fromkeys([tokenizer.eos_token_id, *own]))

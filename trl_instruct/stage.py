@@ -22,9 +22,10 @@ from transformers.trainer_utils import TrainOutput
 from trl import ModelConfig
 
 from trl_instruct.checkpoints import Interruption, all_checkpoints, find_checkpoint, is_whole
-from trl_instruct.configs import StageConfig, save_config
+from trl_instruct.configs import StageConfig
 from trl_instruct.errors import InputError
 from trl_instruct.models import CONFIG_FILE, METRICS_FILE
+from trl_instruct.options import save_config
 from trl_instruct.shift import SHIFT_FILE
 
 # What a stage writes, and so what --overwrite_output_dir removes.

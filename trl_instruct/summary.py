@@ -60,6 +60,7 @@ def compare(policy: str | os.PathLike) -> dict[str, Any]:
             ref_policy=reference if name == "ppo" else None,
             response_length=config["response_length"],
             max_prompt_length=config.get("max_prompt_length"),
+            stop_strings=config.get("stop_strings"),
             temperature=config["temperature"],
             batch_size=config["local_rollout_forward_batch_size"],
             seed=config.get("seed", 42),
