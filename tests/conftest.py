@@ -217,6 +217,7 @@ def make_trainer(ppo_config, tokenizer, make_policy, make_reward_model):
             "reward_model": letters,
             "train_dataset": Dataset.from_dict({"prompt": PROMPTS}),
             "value_model": make_reward_model(kind, seed=1),
+            "ptx_dataset": None,
             "callbacks": None,
         }
         given = {name: options.pop(name, default) for name, default in given.items()}

@@ -79,6 +79,7 @@ def everything(trainer):
         "weights": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict()["state"],
         "schedule": trainer.lr_scheduler.state_dict(),
+        "average": trainer.average.average,
         "random": torch.get_rng_state(),
     }
 
@@ -99,7 +100,18 @@ def lora(policy):
 @pytest.mark.parametrize("wrap", [lambda policy: policy, lora], ids=["full", "lora"])
 def test_resuming_is_bit_identical(make_trainer, make_policy, make_reward_model, wrap, at):
     """16 prompts, 8 an iteration: 1 and 3 lie within a pass over the prompts."""
-    options = {"max_steps": 5, "warmup_steps": 2, "lr_scheduler_type": "linear"}
+    options = {
+        "max_steps": 5,
+        "warmup_steps": 2,
+        "lr_scheduler_type": "linear",
+        "adaptive_kl_target": 0.01,
+        "adaptive_kl_horizon": 20,
+        "ema_decay": 0.9,
+        "ptx_coef": 0.1,
+        "ptx_dataset": Dataset.from_dict({"text": [f"text {row}" for row in range(40)]}),
+        "ptx_max_length": 8,
+        "ptx_rows_per_episode": 1,
+    }
     whole = make_trainer(model=wrap(make_policy()), **options)
     output = whole.train()
     cut = make_trainer(model=wrap(make_policy()), **options, **SAVING)

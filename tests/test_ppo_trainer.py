@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from trl_instruct.advantages import kl_per_token
 from trl_instruct.errors import InputError
 from trl_instruct.masking import right_padded_mask
+from trl_instruct.objective import ppo_sums
 from trl_instruct.ppo_metrics import episode_metrics, value_metrics
 from trl_instruct.rollouts import Rollout, completion_logprobs
 from trl_instruct.sampling import pad_prompts
@@ -44,6 +45,10 @@ def count_steps(trainer):
 def lora(policy):
     torch.manual_seed(3)
     return get_peft_model(policy, LoraConfig(target_modules="all-linear", init_lora_weights=True))
+
+
+def losses(trainer, rollout, advantages, returns):
+    return ppo_sums(trainer.model_wrapped, rollout, advantages, returns, args=trainer.args)
 
 
 def hand_made_rollout(trainer, completions, lengths, filler=0.0):
@@ -107,7 +112,7 @@ def test_a_step_descends_the_policy_loss_plus_vf_coef_times_the_value_loss(make_
     trainer.begin_training()
     rollout = hand_made_rollout(trainer, [[20, 256, 9], [21, 22, 23]], [2, 3])
     advantages, returns = torch.where(rollout.mask, 1.5, 0.0), torch.where(rollout.mask, 2.0, 0.0)
-    sums = trainer.losses(rollout, advantages, returns)
+    sums = losses(trainer, rollout, advantages, returns)
     loss = (sums["loss/policy"] + 0.3 * sums["loss/value"]) / 5  # real tokens
     named = dict(trainer.model.named_parameters())
     gradients = torch.autograd.grad(loss, list(named.values()))
@@ -149,7 +154,7 @@ def test_the_eos_gets_its_gradient_where_pad_is_eos(make_trainer, eos_padded_tok
     trainer = make_trainer(kind, processing_class=eos_padded_tokenizer)
     rollout = hand_made_rollout(trainer, [[20, 256, 256, 256], [21, 22, 23, 24]], [2, 4])
     advantages = torch.tensor([[0.0, 1.5, 9.0, 9.0], [0.0] * 4])  # 1.5 for the EOS itself
-    trainer.losses(rollout, advantages, rollout.values)["loss/policy"].backward()
+    losses(trainer, rollout, advantages, rollout.values)["loss/policy"].backward()
     plain = copy.deepcopy(trainer.policy)
     plain.zero_grad()
     logits = plain(torch.tensor([[5, 6, 7, 20]])).logits[0, -1]
@@ -165,11 +170,11 @@ def test_losses_and_metrics_are_sums_over_real_tokens(make_trainer):
     junk = hand_made_rollout(trainer, [[20, 256, 3, 4], [21, 22, 23, 5]], lengths, math.nan)
     advantages = torch.tensor([[1.0, -2.0, 0.0, 0.0], [0.5, 3.0, -1.0, 0.0]])
     behind = torch.where(rollout.mask, 0.0, math.nan)
-    sums = trainer.losses(rollout, advantages, rollout.values)
+    sums = losses(trainer, rollout, advantages, rollout.values)
     # at ratio 1 the policy loss is -A
     assert sums["loss/policy"].item() == pytest.approx(-(1.0 - 2.0 + 0.5 + 3.0 - 1.0), rel=1e-5)
     assert sums["val/ratio"].item() == pytest.approx(5.0)
-    torch.testing.assert_close(trainer.losses(junk, advantages + behind, junk.values), sums)
+    torch.testing.assert_close(losses(trainer, junk, advantages + behind, junk.values), sums)
 
 
 def test_episode_metrics_by_hand_whatever_the_padding(make_trainer):

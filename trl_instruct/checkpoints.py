@@ -1,7 +1,6 @@
-"""Checkpoints that survive whatever ends a run: which are whole, what they hold, SIGTERM."""
+"""Checkpoints that survive whatever ends a run: which are whole, their weights, SIGTERM."""
 
 import json
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,12 @@ from accelerate.utils import gather_object
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import (
     PreTrainedModel,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_instruct.errors import InputError
@@ -84,54 +81,6 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
     else:
         saved = type(model).from_pretrained(folder, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
-
-
-# ---- a loop of our own in a Trainer: its private seams, all in this place ------------------------
-
-
-def fresh_state(trainer: Trainer) -> TrainerState:
-    """The state of a run at its start."""
-    callbacks = [*trainer.callback_handler.callbacks, trainer.control]
-    return TrainerState(stateful_callbacks=[c for c in callbacks if isinstance(c, ExportableState)])
-
-
-def save_checkpoint(trainer: Trainer) -> None:
-    """All that the run needs to go on, into `checkpoint-<step>` of its output_dir."""
-    folder = (
-        Path(str(trainer.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
-    )
-    if trainer.args.should_save:
-        # Left by a run that went on from before it: were it overwritten file by file, a kill would
-        # leave a mixture of the two.
-        shutil.rmtree(folder, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    trainer._save_checkpoint(trainer.model_wrapped, trial=None)
-
-
-def load_progress(trainer: Trainer, checkpoint: Path) -> None:
-    """Counters, logs, callbacks, optimizer, schedule and random numbers of a checkpoint."""
-    trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    trainer._load_callback_state()
-    trainer._load_optimizer_and_scheduler(str(checkpoint))
-    trainer._load_scaler(str(checkpoint))
-    trainer._load_rng_state(str(checkpoint))
-
-
-def is_best(trainer: Trainer, metrics: dict[str, float]) -> bool:
-    """Whether `metric_for_best_model` was never better; then the Trainer keeps that checkpoint.
-
-    Raises:
-        InputError: there is no such metric.
-    """
-    name = trainer.args.metric_for_best_model
-    if name is not None and name not in metrics:
-        raise InputError(
-            f"metric_for_best_model is {name!r}; what is logged: {', '.join(sorted(metrics))}."
-        )
-    return trainer._determine_best_metric({f"eval_{k}": v for k, v in metrics.items()}, trial=None)
-
-
-# ---- signals -------------------------------------------------------------------------------------
 
 
 class Interruption(TrainerCallback):

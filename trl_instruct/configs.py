@@ -210,6 +210,21 @@ class PPOConfig(StageConfig, TrainingArguments):
     )
     kl_estimator: Literal["k1", "k3"] = _option("k1", "Estimator of the KL per token.")
     whiten_rewards: bool = _option(False, "Scale the rewards to variance 1, keeping their mean.")
+    ptx_coef: float = _option(
+        0.0, "gamma of PPO-ptx: weight of the pretraining loss (C.4: 27.8); 0: plain PPO."
+    )
+    ptx_dataset_name: str | None = _option(
+        None, "Pretraining text for PPO-ptx (column `text`), named like dataset_name."
+    )
+    ptx_dataset_split: str = _option("train", "Its split.")
+    ptx_streaming: bool = _option(False, "Read it as it comes instead of loading it.")
+    ptx_max_length: int = _option(512, "Tokens in a row of pretraining text.")
+    ptx_rows_per_episode: int = _option(8, "Rows of pretraining text per episode (C.4: 8).")
+    ema_decay: float | None = _option(
+        None,
+        "The result is a moving average of the policy's weights, with this decay per optimizer "
+        "step (C.4: 0.992); default: the policy itself.",
+    )
     cliprange: float = _option(0.2, "Clip of the importance ratio (C.4: 0.2).")
     cliprange_value: float = _option(0.2, "Clip of the value's change.")
     vf_coef: float = _option(0.1, "Weight of the value loss (TRL: 0.1).")
@@ -234,8 +249,8 @@ class PPOConfig(StageConfig, TrainingArguments):
         super().__post_init__()
         check_counts(self, "num_mini_batches", "num_ppo_epochs", "response_length")
         check_counts(self, "total_episodes", "local_rollout_forward_batch_size")
-        check_counts(self, "max_prompt_length")
-        for name in ("kl_coef", "cliprange", "cliprange_value", "vf_coef"):
+        check_counts(self, "max_prompt_length", "ptx_max_length", "ptx_rows_per_episode")
+        for name in ("kl_coef", "cliprange", "cliprange_value", "vf_coef", "ptx_coef"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must not be negative.")
         for name in ("adaptive_kl_target", "adaptive_kl_horizon", "target_kl"):
@@ -244,8 +259,8 @@ class PPOConfig(StageConfig, TrainingArguments):
         if self.value_learning_rate is not None and self.value_learning_rate < 0:
             rate = self.value_learning_rate
             raise InputError(f"value_learning_rate is {rate}; it must not be negative.")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
+        for name in ("gamma", "lam", "ema_decay"):
+            if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be between 0 and 1.")
         if self.temperature <= 0:
             raise InputError(f"temperature is {self.temperature}; PPO samples, it must be above 0.")

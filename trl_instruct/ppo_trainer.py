@@ -11,30 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    set_seed,
-)
-from transformers.trainer_utils import SaveStrategy, TrainOutput
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from trl_instruct.advantages import adapted_kl_coef, gae, kl_per_token, token_rewards
-from trl_instruct.checkpoints import (
-    find_checkpoint,
-    fresh_state,
-    is_best,
-    load_progress,
-    load_weights,
-    save_checkpoint,
-)
+from trl_instruct.checkpoints import find_checkpoint, load_weights
 from trl_instruct.configs import PPOConfig
-from trl_instruct.errors import InputError
-from trl_instruct.losses import entropy, policy_loss, token_logprobs, value_clipped, value_loss
+from trl_instruct.ema import MovingAverage
+from trl_instruct.loop import LoopTrainer
 from trl_instruct.masking import masked_moments, masked_whiten
 from trl_instruct.models import (
     ValueModel,
@@ -44,13 +30,14 @@ from trl_instruct.models import (
     reference_of,
     set_learning_rate,
 )
+from trl_instruct.objective import ppo_sums, ptx_loss
 from trl_instruct.ppo_metrics import (
     check_finite,
     episode_metrics,
     mean_over_steps,
-    policy_metrics,
     value_metrics,
 )
+from trl_instruct.ptx import PretrainingRows, pretraining_rows
 from trl_instruct.rewards import (
     RewardFunction,
     RewardModel,
@@ -61,9 +48,9 @@ from trl_instruct.rewards import (
 from trl_instruct.rollouts import (
     PolicyAndValue,
     Rollout,
-    completion_logprobs,
-    completion_values,
-    join,
+    blank_measurements,
+    check_same_prompts,
+    measured,
     prompt_batches,
     unify_modes,
 )
@@ -77,12 +64,11 @@ from trl_instruct.sampling import (
 )
 from trl_instruct.stage import write_json
 
-VALUE = "value_model"
-PROGRESS = "ppo_state.json"
-"""In a checkpoint: the value model's folder, and what PPO adds to trainer_state.json."""
+# What PPO adds to a checkpoint: the value model, the policy's moving average, and the rest.
+VALUE, EMA, PROGRESS = "value_model", "ema.safetensors", "ppo_state.json"
 
 
-class PPOTrainer(Trainer):
+class PPOTrainer(LoopTrainer):
     """Proximal policy optimisation of a language model against a reward (InstructGPT 3.5, C.4).
 
     One `global_step` is one iteration: sample a rollout batch, score it, compute advantages, take
@@ -99,6 +85,7 @@ class PPOTrainer(Trainer):
         train_dataset: column `prompt` (text or messages); further columns reach the reward.
         value_model: a scalar sequence classifier with the policy's tokenizer; its every weight
             trains.
+        ptx_dataset: pretraining text (column `text`) for PPO-ptx, where `ptx_coef` is not 0.
         callbacks: as in `transformers.Trainer`.
 
     Raises:
@@ -110,9 +97,6 @@ class PPOTrainer(Trainer):
 
     args: PPOConfig
     processing_class: PreTrainedTokenizerBase
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    control: TrainerControl
 
     def __init__(
         self,
@@ -123,6 +107,7 @@ class PPOTrainer(Trainer):
         reward_model: RewardFunction | PreTrainedModel,
         train_dataset: Dataset,
         value_model: PreTrainedModel,
+        ptx_dataset: Dataset | IterableDataset | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         check_roles(model, ref_model, reward_model, value_model)
@@ -143,6 +128,10 @@ class PPOTrainer(Trainer):
         )
         self._place_frozen_models()
         self.kl_coef = args.kl_coef
+        self.average: MovingAverage | None = None
+        self.pretraining: PretrainingRows | None = None
+        if args.ptx_coef:
+            self.pretraining = pretraining_rows(ptx_dataset, processing_class, args)
         self.prompts, self.cut_prompts = fit_prompts(
             tokenize_prompts(train_dataset["prompt"][:], processing_class),
             max_prompt_length=args.max_prompt_length,
@@ -154,6 +143,7 @@ class PPOTrainer(Trainer):
         self.batch_size = self.local_batch_size * self.accelerator.num_processes
         episodes = args.total_episodes or int(args.num_train_epochs * len(train_dataset))
         self.num_iterations = math.ceil(episodes / self.batch_size)
+        self.iterations_per_epoch = len(self.prompts) / self.batch_size
         if args.max_steps > 0:
             self.num_iterations = args.max_steps
 
@@ -181,15 +171,18 @@ class PPOTrainer(Trainer):
                 whole one in `output_dir`. A run resumed so ends with the weights of a run that was
                 never cut.
         """
-        self.begin_training(resume_from_checkpoint)
+        self.begin(resume_from_checkpoint)
         for rows in islice(self.prompt_batches(), self.state.global_step, None):
             self.begin_iteration()
+            self.started = time.perf_counter()
             rollout = self.sample(rows)
             rollout = self.score(rollout, rows)
             rewards, kl = self.rewards(rollout)
             advantages, returns = self.advantages(rollout, rewards)
             stats = self.update(rollout, advantages, returns)
-            self.end_iteration(rollout, kl, returns, stats)
+            metrics = self.report(rollout, kl, returns, stats)
+            self.adapt_kl_coef(metrics)
+            self.end_iteration(metrics)
             if self.control.should_training_stop:
                 break
         return self.end_training()
@@ -217,38 +210,15 @@ class PPOTrainer(Trainer):
         )
         prompt_ids, prompt_lengths = pad_prompts(prompts, completions.device)
         tokens = (prompt_ids, prompt_lengths, completions, lengths, ended)
-        blank = torch.zeros(completions.shape, device=completions.device)
-        rollout = Rollout(*tokens, blank, blank, blank, blank[:, 0])
-        batches = self.forward_batches(rollout)
-        with evaluating(self.model):
-            parts = [self.judge(rollout.select(batch)) for batch in batches]
-        back = torch.cat(batches).argsort()
-        logprobs, ref_logprobs, values = (torch.cat(p)[back] for p in zip(*parts, strict=True))
-        return rollout._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
-
-    def forward_batches(self, rollout: Rollout) -> tuple[Tensor, ...]:
-        """Row indices of a rollout in batches of similar length, so that little is padding."""
-        order = (rollout.prompt_lengths + rollout.completion_lengths).argsort()
-        return order.split(self.args.local_rollout_forward_batch_size)
-
-    def judge(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities under policy and reference, and values: each `(b, C)`."""
-        tokens = rollout[:4]
         model = self.accelerator.unwrap_model(self.model)
-        with self.accelerator.autocast():
-            logprobs = completion_logprobs(model.policy, *tokens, temperature=self.args.temperature)
-            return (
-                logprobs,
-                self.reference_logprobs(tokens),
-                completion_values(model.value, *tokens),
+        with evaluating(model), self.accelerator.autocast():
+            return measured(
+                Rollout(*tokens, *blank_measurements(completions)),
+                model,
+                self.ref_model,
+                temperature=self.args.temperature,
+                batch_size=self.args.local_rollout_forward_batch_size,
             )
-
-    def reference_logprobs(self, tokens: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-        """Log-probabilities under the reference model: a LoRA policy's is its own base."""
-        if self.ref_model is not None:
-            return completion_logprobs(self.ref_model, *tokens, temperature=self.args.temperature)
-        with self.policy.disable_adapter():
-            return completion_logprobs(self.policy, *tokens, temperature=self.args.temperature)
 
     def score(self, rollout: Rollout, rows: Sequence[int]) -> Rollout:
         """The rollout with the reward's score of each completion, less the missing-EOS penalty."""
@@ -313,12 +283,15 @@ class PPOTrainer(Trainer):
         tokens = self.accelerator.reduce(rollout.mask.sum(), "sum")
         weight = self.accelerator.num_processes / tokens  # processes average their gradients
         stats: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=tokens.device))
+        if self.pretraining is not None:
+            stats["loss/ptx"] = self.add_ptx_gradient(len(rollout.scores)) * tokens
         rows = torch.arange(len(rollout.scores), device=tokens.device)
         micro_batches = rows.split(self.args.per_device_train_batch_size)
         for index, part in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model_wrapped):
-                sums = self.losses(rollout.select(part), advantages[part], returns[part])
+                episodes = (rollout.select(part), advantages[part], returns[part])
+                sums = ppo_sums(self.model_wrapped, *episodes, args=self.args)
                 loss = sums["loss/policy"] + self.args.vf_coef * sums["loss/value"]
                 self.accelerator.backward(loss * weight)
             for name, value in sums.items():
@@ -330,27 +303,25 @@ class PPOTrainer(Trainer):
         )
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
         means["grad_norm"] = grad_norm
         return {name: float(value) for name, value in means.items()}
 
-    def losses(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, Tensor]:
-        """Sums over the real tokens of a micro-batch: the two losses and what is logged."""
-        sequences, width = join(*rollout[:4])
-        logits, values = self.model_wrapped(sequences, width)
-        cut = Rollout(*(f[:, :width] if f.dim() == 2 else f for f in rollout))
-        advantages, returns, mask = advantages[:, :width], returns[:, :width], cut.mask
-        logprobs = token_logprobs(logits, cut.completion_ids, temperature=self.args.temperature)
-        policy = (logprobs, cut.logprobs, advantages)
-        value = (values, cut.values, returns)
-        clip, value_clip = self.args.cliprange, self.args.cliprange_value
-        per_token = {
-            "loss/policy": policy_loss(*policy, cliprange=clip),
-            "loss/value": value_loss(*value, cliprange_value=value_clip),
-            "policy/entropy": entropy(logits.detach(), temperature=self.args.temperature),
-            "val/clipfrac": value_clipped(*value, cliprange_value=value_clip).float(),
-            **policy_metrics(*policy, cliprange=clip),
-        }
-        return {name: torch.where(mask, t, 0.0).sum() for name, t in per_token.items()}
+    def add_ptx_gradient(self, episodes: int) -> Tensor:
+        """The pretraining gradient into the buffer that PPO's is added to; its mean loss."""
+        assert self.pretraining is not None
+        count = self.args.ptx_rows_per_episode * episodes
+        # Every process reads all rows and keeps its own, so that all stand at the same place.
+        rows = self.pretraining.take(count * self.accelerator.num_processes)
+        rows = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        total = torch.zeros((), device=self.accelerator.device)
+        for ids in rows.to(self.accelerator.device).split(self.args.per_device_train_batch_size):
+            with self.accelerator.no_sync(self.model_wrapped):
+                loss = ptx_loss(self.model_wrapped, ids) * len(ids) / count
+                self.accelerator.backward(self.args.ptx_coef * loss)
+            total += loss.detach()
+        return self.accelerator.reduce(total, "mean")
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's optimizer; the value function may have a learning rate of its own."""
@@ -360,111 +331,82 @@ class PPOTrainer(Trainer):
             set_learning_rate(optimizer, own, self.args.value_learning_rate)
         return optimizer
 
-    def begin_training(self, resume_from_checkpoint: str | bool | None = None) -> None:
-        """Optimizer, scheduler, processes, callbacks: what `Trainer.train` does before its loop."""
-        args = self.args
+    def begin(self, resume_from_checkpoint: str | bool | None) -> None:
+        """Start, or take over a checkpoint."""
         checkpoint = None
         if resume_from_checkpoint:
-            checkpoint = find_checkpoint(Path(str(args.output_dir)), resume_from_checkpoint)
+            checkpoint = find_checkpoint(Path(str(self.args.output_dir)), resume_from_checkpoint)
             load_weights(self.policy, checkpoint)
             load_weights(self.value_model, checkpoint / VALUE)
-        set_seed(args.seed + 100_003 * self.accelerator.process_index)  # ranks must differ
-        if args.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-        self.create_optimizer()
-        self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        self.create_scheduler(num_training_steps=self.num_iterations)
-        self.state = fresh_state(self)
-        if checkpoint:
-            self.go_on_from(checkpoint)
-        self.state.is_local_process_zero = self.is_local_process_zero()
-        self.state.is_world_process_zero = self.is_world_process_zero()
-        self.state.max_steps = self.num_iterations
-        self.state.num_train_epochs = math.ceil(self.epochs_after(self.num_iterations))
-        self.state.compute_steps(args, self.num_iterations)
-        handler = self.callback_handler
-        handler.model, handler.optimizer = self.model, self.optimizer
-        handler.lr_scheduler = self.lr_scheduler
-        self.control = handler.on_train_begin(args, self.state, self.control)
+        if self.args.ema_decay is not None:
+            self.average = MovingAverage(self.policy, self.args.ema_decay)
+        if checkpoint is not None:
+            self.take_over(checkpoint)
+        self.begin_training(checkpoint)
 
-    def go_on_from(self, checkpoint: Path) -> None:
-        """Take over all of a checkpoint but its weights."""
+    def take_over(self, checkpoint: Path) -> None:
+        """What a checkpoint holds beside the weights and the Trainer's own state."""
         progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
-        changed = {name: (progress["sampler"][name], now) for name, now in self.sampler.items()}
-        for name, (before, now) in changed.items():
-            if before != now:
-                raise InputError(
-                    f"The checkpoint {str(checkpoint)!r} was made with {name} {before}, this run "
-                    f"has {now}: it would see other prompts than the run it goes on with. Resume "
-                    "with the same data and batch sizes, or start the run afresh."
-                )
+        check_same_prompts(progress["sampler"], self.sampler, checkpoint)
         self.metrics, self.kl_coef = progress["metrics"], progress["kl_coef"]
-        load_progress(self, checkpoint)
+        if self.pretraining is not None:
+            self.pretraining.load_state(progress["ptx"])
+        if self.average is not None:
+            self.average.load(checkpoint / EMA)
 
-    def epochs_after(self, iterations: int) -> float:
-        """Passes over the prompts that this many iterations make."""
-        return iterations * self.batch_size / len(self.prompts)
-
-    def begin_iteration(self) -> None:
-        """Start the clock and tell the callbacks."""
-        self.started = time.perf_counter()
-        self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
-
-    def end_iteration(
+    def report(
         self, rollout: Rollout, kl: Tensor, returns: Tensor, stats: dict[str, float]
-    ) -> None:
-        """Count, adapt the KL penalty, log and, when it is time, save."""
-        handler, before = self.callback_handler, self.epochs_after(self.state.global_step)
-        self.state.global_step += 1
-        self.state.epoch = self.epochs_after(self.state.global_step)
+    ) -> dict[str, Any]:
+        """The iteration's metrics, over the episodes and tokens of all processes."""
         means = episode_metrics(rollout, kl, kl_coef=self.kl_coef)
         means = {name: self.accelerator.reduce(x, "mean") for name, x in means.items()}
         means |= value_metrics(*self.accelerator.gather((rollout.values, returns, rollout.mask)))
-        self.metrics = {
+        return {
             **{name: float(mean) for name, mean in means.items()},
             **stats,
             "objective/kl_coef": self.kl_coef,
             "lr": self.lr_scheduler.get_last_lr()[0],
             "eps": self.batch_size / (time.perf_counter() - self.started),
-            "episode": self.state.global_step * self.batch_size,
+            "episode": (self.state.global_step + 1) * self.batch_size,
         }
-        self.lr_scheduler.step()
+
+    def adapt_kl_coef(self, metrics: dict[str, Any]) -> None:
+        """beta of the next iteration: as it is, or adapted where the KL has a target."""
         if self.args.adaptive_kl_target is not None:
             self.kl_coef = adapted_kl_coef(
                 self.kl_coef,
-                self.metrics["objective/kl"],
+                metrics["objective/kl"],
                 target=self.args.adaptive_kl_target,
                 horizon=self.args.adaptive_kl_horizon,
                 episodes=self.batch_size,
             )
-        self.control = handler.on_step_end(self.args, self.state, self.control)
-        if int(self.state.epoch) > int(before):
-            self.control = handler.on_epoch_end(self.args, self.state, self.control)
-        if self.control.should_log:
-            self.log(dict(self.metrics))
-        if is_best(self, self.metrics) and self.args.save_strategy == SaveStrategy.BEST:
-            self.control.should_save = True
-        if self.control.should_save:
-            save_checkpoint(self)
-            self.control = handler.on_save(self.args, self.state, self.control)
-
-    def end_training(self) -> TrainOutput:
-        """Tell the callbacks; the last iteration's metrics are the result."""
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-        metrics = {**self.metrics, "epoch": self.state.epoch}
-        return TrainOutput(self.state.global_step, metrics["loss/policy"], metrics)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save policy and tokenizer, which is all that is deployed; checkpoints add the value."""
+        """Save policy (its moving average, if there is one) and tokenizer: what is deployed.
+
+        A checkpoint holds the policy as it is in training, and all else that the run goes on with.
+        """
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        self.policy.save_pretrained(folder)
+        with nullcontext() if _internal_call or not self.average else self.average.applied():
+            self.policy.save_pretrained(folder)
         self.processing_class.save_pretrained(folder)
         if _internal_call:
             self.value_model.save_pretrained(folder / VALUE)
-            progress = {"kl_coef": self.kl_coef, "metrics": self.metrics}
-            write_json(folder / PROGRESS, {"sampler": self.sampler, **progress})
+            if self.average is not None:
+                self.average.save(folder / EMA)
+            write_json(folder / PROGRESS, self.progress())
+
+    def progress(self) -> dict[str, Any]:
+        """What PPO adds to a checkpoint's trainer_state.json."""
+        ptx = self.pretraining and self.pretraining.state()
+        return {
+            "sampler": self.sampler,
+            "kl_coef": self.kl_coef,
+            "ptx": ptx,
+            "metrics": self.metrics,
+        }
 
     def _place_frozen_models(self) -> None:
         if self.ref_model is not None:

@@ -6,12 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import ModelConfig, SFTTrainer
 
 from trl_instruct.configs import PPOConfig, RewardConfig, SFTConfig
-from trl_instruct.data import load_demonstrations, load_prompts
+from trl_instruct.data import load_demonstrations, load_prompts, load_texts
 from trl_instruct.errors import InputError
 from trl_instruct.models import (
     ModelSource,
@@ -195,6 +196,7 @@ def ppo(
     dataset: Any,
     output_dir: str | os.PathLike | None = None,
     *,
+    ptx_dataset: Any = None,
     value_model: ModelSource | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
     config: PPOConfig | None = None,
@@ -210,6 +212,7 @@ def ppo(
             function `f(prompts, completions, **columns) -> list[float]`.
         dataset: prompts (`prompt`; further columns reach the reward); named as in `sft`.
         output_dir: folder for the policy.
+        ptx_dataset: pretraining text (`text`) for PPO-ptx, named as in `sft`; with `ptx_coef`.
         value_model: what the value function starts from: a reward model, or `"policy"` (with a
             head of zeros); default: the reward model where it has the policy's tokenizer, else the
             policy.
@@ -227,6 +230,7 @@ def ppo(
     )
     config.reward_model_path = name_of(reward) or config.reward_model_path
     prompts = load_prompts(dataset, config.dataset_train_split)
+    texts = _pretraining_texts(ptx_dataset, config)
     with stage("ppo", config, model_config) as run:
         base, tokenizer = starting_point(run, model, processing_class)
         policy = load_policy(base, model_config, trust_remote_code=config.trust_remote_code)
@@ -243,6 +247,7 @@ def ppo(
             reward_model=judge,
             train_dataset=prompts,
             value_model=value,
+            ptx_dataset=texts,
             callbacks=callbacks,
         )
         if trainer.cut_prompts:
@@ -250,6 +255,20 @@ def ppo(
         labels = {"score": "objective/scores", "kl": "objective/kl", "length": "objective/length"}
         output = run.train(trainer, labels)
         return run.finish(trainer, {**output.metrics, "cut_prompts": trainer.cut_prompts})
+
+
+def _pretraining_texts(dataset: Any, config: PPOConfig) -> Dataset | IterableDataset | None:
+    """What PPO-ptx mixes in. InputError where text was given and no weight for it."""
+    config.ptx_dataset_name = name_of(dataset) or config.ptx_dataset_name
+    source = config.ptx_dataset_name if dataset is None else dataset
+    if source is None:
+        return None
+    if not config.ptx_coef:
+        raise InputError(
+            f"Pretraining text was given ({config.ptx_dataset_name or 'ptx_dataset'}), but "
+            "ptx_coef is 0, so that it would not be used; the paper's is 27.8."
+        )
+    return load_texts(source, config.ptx_dataset_split, streaming=config.ptx_streaming)
 
 
 def _check_overlong(trainer: RankingRewardTrainer, run: Stage) -> None:

@@ -1,12 +1,15 @@
 """Completions with their log-probabilities, values and scores: one `Rollout`."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trl_instruct.errors import InputError
 from trl_instruct.losses import token_logprobs
 from trl_instruct.masking import (
     left_padded_mask,
@@ -69,6 +72,22 @@ def prompt_batches(
         yield batch
 
 
+def check_same_prompts(before: dict[str, int], now: dict[str, int], checkpoint: Path) -> None:
+    """InputError where a run would not take the prompts that the one it goes on with would have.
+
+    Args:
+        before, now: what decides which prompts an iteration takes, by name.
+        checkpoint: for the message.
+    """
+    for name, value in now.items():
+        if before[name] != value:
+            raise InputError(
+                f"The checkpoint {str(checkpoint)!r} was made with {name} {before[name]}, this run "
+                f"has {value}: it would see other prompts than the run it goes on with. Resume "
+                "with the same data and batch sizes, or start the run afresh."
+            )
+
+
 class Sequences(NamedTuple):
     """Prompt and completion side by side, as a model reads them: all `(B, P + C)`."""
 
@@ -89,10 +108,12 @@ class PolicyAndValue(nn.Module):
         self.value = value
         self.config = policy.config
 
-    def forward(self, sequences: Sequences, width: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, sequences: Sequences, width: int, with_values: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """Completion logits `(B, C, V)` and values `(B, C)`; `width` is C."""
         logits = completion_logits(self.policy, sequences, width)
-        return logits, state_values(self.value, sequences, width)
+        return logits, state_values(self.value, sequences, width) if with_values else None
 
     def gradient_checkpointing_enable(self, checkpoint_kwargs: dict[str, Any] | None) -> None:
         """Recompute activations of both models in the backward pass.
@@ -167,6 +188,12 @@ def join(
     return Sequences(ids, mask.long(), position_ids(mask)), width
 
 
+def whole_text(ids: Tensor) -> Sequences:
+    """Full rows of text, `(B, T)`, as a model reads them."""
+    mask = torch.ones_like(ids)
+    return Sequences(ids, mask, position_ids(mask.bool()))
+
+
 @torch.no_grad()
 def completion_logprobs(
     model: nn.Module,
@@ -209,3 +236,42 @@ def widen(values: Tensor, lengths: Tensor, width: int) -> Tensor:
     wide = torch.zeros(values.shape[0], width, device=values.device, dtype=values.dtype)
     wide[:, : values.shape[1]] = values
     return torch.where(right_padded_mask(lengths, width), wide, 0.0)
+
+
+def blank_measurements(completion_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, ref_logprobs, values and scores of completions that are still to be measured."""
+    blank = torch.zeros(completion_ids.shape, device=completion_ids.device)
+    return blank, blank, blank, blank[:, 0]
+
+
+@torch.no_grad()
+def measured(
+    rollout: Rollout,
+    model: PolicyAndValue,
+    ref_policy: nn.Module | None,
+    *,
+    temperature: float,
+    batch_size: int,
+) -> Rollout:
+    """The rollout with log-probabilities under policy and reference, and values.
+
+    Args:
+        rollout: B episodes.
+        model: policy and value model.
+        ref_policy: None: the policy is LoRA, and its base the reference.
+        temperature: that of sampling.
+        batch_size: episodes per forward pass; those of similar length go together, so that little
+            is padding.
+    """
+    order = (rollout.prompt_lengths + rollout.completion_lengths).argsort()
+    parts = []
+    for rows in order.split(batch_size):
+        tokens = rollout.select(rows)[:4]
+        logprobs = completion_logprobs(model.policy, *tokens, temperature=temperature)
+        with model.policy.disable_adapter() if ref_policy is None else nullcontext():
+            reference = ref_policy or model.policy
+            ref_logprobs = completion_logprobs(reference, *tokens, temperature=temperature)
+        parts.append((logprobs, ref_logprobs, completion_values(model.value, *tokens)))
+    back = order.argsort()
+    logprobs, ref_logprobs, values = (torch.cat(p)[back] for p in zip(*parts, strict=True))
+    return rollout._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)

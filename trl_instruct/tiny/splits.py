@@ -12,7 +12,7 @@ from trl_instruct.tiny.gold import reader_remark
 from trl_instruct.tiny.replies import flawed_reply, good_reply
 from trl_instruct.tiny.world import Task, sample_task
 
-NUM_PRETRAINING = 42_000
+NUM_PRETRAINING = 48_000
 NUM_DEMONSTRATIONS = 80
 NUM_RANKINGS = 4_000
 NUM_PROMPTS = 4_000

@@ -1,0 +1,54 @@
+"""What a micro-batch adds to PPO's objective (InstructGPT equation 2)."""
+
+import torch
+from torch import Tensor, nn
+
+from trl_instruct.configs import PPOConfig
+from trl_instruct.losses import entropy, policy_loss, token_logprobs, value_clipped, value_loss
+from trl_instruct.ppo_metrics import policy_metrics
+from trl_instruct.rollouts import Rollout, join, whole_text
+
+
+def ppo_sums(
+    model: nn.Module, rollout: Rollout, advantages: Tensor, returns: Tensor, *, args: PPOConfig
+) -> dict[str, Tensor]:
+    """Sums over the real tokens of a micro-batch: the two losses and what is logged.
+
+    Args:
+        model: a `PolicyAndValue`, as the processes wrap it.
+        rollout: B episodes.
+        advantages, returns: `(B, C)`.
+        args: of the run.
+    """
+    sequences, width = join(*rollout[:4])
+    logits, values = model(sequences, width)
+    cut = Rollout(*(f[:, :width] if f.dim() == 2 else f for f in rollout))
+    advantages, returns, mask = advantages[:, :width], returns[:, :width], cut.mask
+    logprobs = token_logprobs(logits, cut.completion_ids, temperature=args.temperature)
+    policy = (logprobs, cut.logprobs, advantages)
+    value = (values, cut.values, returns)
+    per_token = {
+        "loss/policy": policy_loss(*policy, cliprange=args.cliprange),
+        "loss/value": value_loss(*value, cliprange_value=args.cliprange_value),
+        "policy/entropy": entropy(logits.detach(), temperature=args.temperature),
+        "val/clipfrac": value_clipped(*value, cliprange_value=args.cliprange_value).float(),
+        **policy_metrics(*policy, cliprange=args.cliprange),
+    }
+    return {name: torch.where(mask, t, 0.0).sum() for name, t in per_token.items()}
+
+
+def ptx_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """-log policy(x) of pretraining text: the mean over its tokens but the first of each row.
+
+    The paper leaves open whether its expectation runs over texts or tokens; per token, gamma_ptx
+    does not depend on the length of the rows.
+
+    Args:
+        model: as in `ppo_sums`.
+        ids: `(B, T)`, full rows.
+
+    Returns:
+        scalar, nats per token.
+    """
+    logits, _ = model(whole_text(ids), ids.shape[1] - 1, with_values=False)
+    return -token_logprobs(logits, ids[:, 1:], temperature=1.0).mean()
