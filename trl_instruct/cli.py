@@ -102,7 +102,7 @@ def _check_file(following: list[str], config_class: type[Config]) -> None:
 def pretrain_command(arguments: list[str]) -> None:
     """Stage 0."""
     config, _ = parse(PretrainConfig, arguments)
-    print(f"base model: {pretrain(config.dataset_name, config=config)}")
+    _tell(f"base model: {pretrain(config.dataset_name, config=config)}")
 
 
 def sft_command(arguments: list[str]) -> None:
@@ -110,7 +110,7 @@ def sft_command(arguments: list[str]) -> None:
     config, model_config = parse(SFTConfig, arguments)
     model = model_config.model_name_or_path
     result = sft(model, config.dataset_name, config=config, model_config=model_config)
-    print(f"policy: {result}")
+    _tell(f"policy: {result}")
 
 
 def candidates_command(arguments: list[str]) -> None:
@@ -148,12 +148,18 @@ def candidates_command(arguments: list[str]) -> None:
         run.write_metrics(metrics)
 
 
+def _tell(message: str) -> None:
+    """A line for the user, once for all processes."""
+    if PartialState().is_main_process:
+        print(message)
+
+
 def rm_command(arguments: list[str]) -> None:
     """Stage 2."""
     config, model_config = parse(RewardConfig, arguments)
     model = model_config.model_name_or_path
     result = rm(model, config.dataset_name, config=config, model_config=model_config)
-    print(f"reward model: {result}")
+    _tell(f"reward model: {result}")
 
 
 def ppo_command(arguments: list[str]) -> None:
@@ -163,7 +169,7 @@ def ppo_command(arguments: list[str]) -> None:
     if reward is None:
         raise InputError("ppo needs reward_model_path: a reward model's folder or Hub id.")
     result = ppo(model, reward, config.dataset_name, config=config, model_config=model_config)
-    print(f"policy: {result}")
+    _tell(f"policy: {result}")
     if config.eval_dataset_name and PartialState().is_main_process:
         compare(result)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, DistributedType
 from transformers import Trainer, TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -124,3 +125,14 @@ class LoopTrainer(Trainer):
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         metrics = {**self.metrics, "epoch": self.state.epoch}
         return TrainOutput(self.state.global_step, metrics["loss/policy"], metrics)
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """InputError unless every process holds all weights: one process, or several under DDP."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise InputError(
+            f"PPO was launched with {kind.value}, where each process holds a part of the weights; "
+            "that is not supported. Launch it with recipes/accelerate/ddp.yaml, and train with "
+            "LoRA (use_peft) where the models do not fit onto one device."
+        )

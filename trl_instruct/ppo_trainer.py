@@ -20,7 +20,7 @@ from trl_instruct.advantages import adapted_kl_coef, gae, kl_per_token, token_re
 from trl_instruct.checkpoints import find_checkpoint, load_weights
 from trl_instruct.configs import PPOConfig
 from trl_instruct.ema import MovingAverage
-from trl_instruct.loop import LoopTrainer
+from trl_instruct.loop import LoopTrainer, check_processes
 from trl_instruct.masking import masked_moments, masked_whiten
 from trl_instruct.models import (
     ValueModel,
@@ -91,7 +91,8 @@ class PPOTrainer(LoopTrainer):
     Raises:
         InputError: one model in two roles, a tokenizer without EOS, a prompt that is empty or does
             not fit into the context, messages without a chat template, a reward that returns
-            anything but one finite number per completion.
+            anything but one finite number per completion, processes that share weights (FSDP,
+            DeepSpeed).
         FloatingPointError: a loss that is no finite number.
     """
 
@@ -126,6 +127,7 @@ class PPOTrainer(LoopTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        check_processes(self.accelerator)
         self._place_frozen_models()
         self.kl_coef = args.kl_coef
         self.average: MovingAverage | None = None
@@ -284,7 +286,7 @@ class PPOTrainer(LoopTrainer):
         weight = self.accelerator.num_processes / tokens  # processes average their gradients
         stats: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=tokens.device))
         if self.pretraining is not None:
-            stats["loss/ptx"] = self.add_ptx_gradient(len(rollout.scores)) * tokens
+            stats["loss/ptx"] = self.add_ptx_gradient(len(rollout.scores)) / weight
         rows = torch.arange(len(rollout.scores), device=tokens.device)
         micro_batches = rows.split(self.args.per_device_train_batch_size)
         for index, part in enumerate(micro_batches):
@@ -309,7 +311,7 @@ class PPOTrainer(LoopTrainer):
         return {name: float(value) for name, value in means.items()}
 
     def add_ptx_gradient(self, episodes: int) -> Tensor:
-        """The pretraining gradient into the buffer that PPO's is added to; its mean loss."""
+        """The pretraining gradient into the buffer that PPO's is added to; this process's loss."""
         assert self.pretraining is not None
         count = self.args.ptx_rows_per_episode * episodes
         # Every process reads all rows and keeps its own, so that all stand at the same place.
@@ -321,7 +323,7 @@ class PPOTrainer(LoopTrainer):
                 loss = ptx_loss(self.model_wrapped, ids) * len(ids) / count
                 self.accelerator.backward(self.args.ptx_coef * loss)
             total += loss.detach()
-        return self.accelerator.reduce(total, "mean")
+        return total
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's optimizer; the value function may have a learning rate of its own."""

@@ -1,0 +1,86 @@
+"""PPO on the same rollouts in one process or several: python tests/processes.py FOLDER.
+
+torchrun --nproc_per_node 2 tests/processes.py FOLDER
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from conftest import PROMPTS, byte_tokenizer, letters, tiny_model
+from datasets import Dataset
+
+from trl_instruct import ppo_trainer
+from trl_instruct.configs import PPOConfig
+from trl_instruct.ppo_trainer import PPOTrainer
+from trl_instruct.stage import write_json
+
+ITERATIONS = 2
+
+
+def prepared(policy, prompts, *, max_new_tokens, eos_token_ids, **options):
+    """The same completion for a prompt in every process: 1 to C tokens, some without an end."""
+    rows = []
+    for prompt in prompts:
+        generator = torch.Generator().manual_seed(sum(prompt))
+        rows.append(torch.randint(97, 123, (max_new_tokens,), generator=generator))
+    completions = torch.stack(rows)
+    lengths = torch.tensor([1 + sum(prompt) % max_new_tokens for prompt in prompts])
+    ended = lengths < max_new_tokens
+    completions[ended, lengths[ended] - 1] = eos_token_ids[0]
+    return completions, lengths, ended
+
+
+def in_order(trainer):
+    """Minibatches that hold the same episodes however many processes share them."""
+    return lambda: torch.arange(trainer.local_batch_size).split(trainer.minibatch_size)
+
+
+def main(folder):
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    ppo_trainer.generate = prepared
+    trainer = PPOTrainer(
+        PPOConfig(
+            output_dir=str(folder),
+            use_cpu=True,
+            per_device_train_batch_size=2 // processes,
+            gradient_accumulation_steps=2,
+            num_mini_batches=2,
+            response_length=6,
+            max_steps=ITERATIONS,
+            learning_rate=1e-3,
+            warmup_steps=0,
+            lr_scheduler_type="constant",
+            whiten_rewards=True,
+            missing_eos_penalty=0.5,
+            adaptive_kl_target=0.001,
+            adaptive_kl_horizon=40,
+            ema_decay=0.5,
+            ptx_coef=0.1,
+            ptx_max_length=8,
+            ptx_rows_per_episode=1,
+            gradient_checkpointing=False,
+            save_strategy="steps",
+            save_steps=1,
+            disable_tqdm=True,
+            report_to="none",
+        ),
+        processing_class=byte_tokenizer(),
+        model=tiny_model(),
+        ref_model=None,
+        reward_model=letters,
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        value_model=tiny_model(classifier=True, seed=1),
+        ptx_dataset=Dataset.from_dict({"text": [f"some text {row}" for row in range(30)]}),
+    )
+    trainer.minibatches = in_order(trainer)
+    trainer.train(resume_from_checkpoint=(folder / "checkpoint-1").is_dir() or None)
+    trainer.save_model(str(folder))
+    logs = [{k: v for k, v in log.items() if k != "eps"} for log in trainer.state.log_history]
+    if trainer.is_world_process_zero():
+        write_json(folder / "logs.json", {"processes": processes, "logs": logs})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,77 @@
+"""Two processes do what one does."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_cli import ROOT, flags, write
+from test_recipes import PROMPTS, QUICK_PPO
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).with_name("processes.py")
+RESULTS = ("model.safetensors", "checkpoint-2/value_model/model.safetensors")
+
+
+def launch(count, *command):
+    """Run a script in that many CPU processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    ran = subprocess.run(
+        [sys.executable, *(launcher if count > 1 else []), *map(str, command)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran
+
+
+def results(folder):
+    return {name: load_file(folder / name) for name in RESULTS}
+
+
+def test_two_processes_with_half_the_batch_each_do_what_one_does(tmp_path):
+    """Rewards and advantages whitened, KL adapted, ptx, moving average: all over both."""
+    ran = {}
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        launch(count, SCRIPT, folder)
+        written = json.loads((folder / "logs.json").read_text(encoding="utf-8"))
+        assert written["processes"] == count
+        ran[count] = (written["logs"], results(folder))
+    for one, two in zip(ran[1][0], ran[2][0], strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(ran[2][1], ran[1][1])
+    two = tmp_path / "2"
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {
+        p.name for p in (two / "checkpoint-2").iterdir()
+    }
+    shutil.rmtree(two / "checkpoint-2")
+    (two / "model.safetensors").unlink()
+    launch(2, SCRIPT, two)  # goes on from checkpoint-1
+    torch.testing.assert_close(results(two), ran[2][1], rtol=0, atol=0)
+
+
+def test_ppo_in_two_processes_from_the_command_line(tmp_path, saved_policy, saved_reward_model):
+    prompts = write(tmp_path / "prompts.jsonl", PROMPTS)
+    options = {
+        **QUICK_PPO,
+        "per_device_train_batch_size": 2,
+        "model_name_or_path": saved_policy,
+        "reward_model_path": saved_reward_model,
+        "dataset_name": prompts,
+        "output_dir": tmp_path / "ppo",
+    }
+    config = ROOT / "recipes" / "accelerate" / "ddp.yaml"
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", config]
+    ran = launch(1, *launcher, ROOT / "recipes" / "ppo.py", *flags(options))
+    assert ran.stdout.count("policy: ") == 1
+    metrics = json.loads((tmp_path / "ppo" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["episode"] == 4
+    assert (tmp_path / "ppo" / "model.safetensors").is_file()
