@@ -241,6 +241,9 @@ class PPOConfig(StageConfig, TrainingArguments):
     lam: float = _option(0.95, "lambda of GAE (C.4: 0.95).")
     gradient_checkpointing: bool = _option(True, "Recompute activations to save memory.")
     logging_steps: float = _option(1, "Iterations between two logs.")
+    num_sample_generations: int = _option(
+        5, "How often in the run a sampled completion is shown (TRL's name); 0: never."
+    )
     metric_for_best_model: str | None = _option(
         "objective/rlhf_reward", "What save_strategy: best and save_total_limit go by."
     )

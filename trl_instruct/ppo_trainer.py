@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -37,6 +39,7 @@ from trl_instruct.ppo_metrics import (
     mean_over_steps,
     value_metrics,
 )
+from trl_instruct.ppo_report import sample_text
 from trl_instruct.ptx import PretrainingRows, pretraining_rows
 from trl_instruct.rewards import (
     RewardFunction,
@@ -185,6 +188,7 @@ class PPOTrainer(LoopTrainer):
             metrics = self.report(rollout, kl, returns, stats)
             self.adapt_kl_coef(metrics)
             self.end_iteration(metrics)
+            self.show(rollout, rows)
             if self.control.should_training_stop:
                 break
         return self.end_training()
@@ -224,13 +228,7 @@ class PPOTrainer(LoopTrainer):
 
     def score(self, rollout: Rollout, rows: Sequence[int]) -> Rollout:
         """The rollout with the reward's score of each completion, less the missing-EOS penalty."""
-        texts = decode(
-            rollout.completion_ids,
-            rollout.completion_lengths,
-            rollout.ended,
-            self.processing_class,
-            self.args.stop_strings,
-        )
+        texts = self.texts(rollout)
         records = self.train_dataset.select(list(rows))[:]
         prompts = records.pop("prompt")
         given = call_reward(self.reward, prompts, as_completions(prompts, texts), records)
@@ -371,6 +369,28 @@ class PPOTrainer(LoopTrainer):
             "eps": self.batch_size / (time.perf_counter() - self.started),
             "episode": (self.state.global_step + 1) * self.batch_size,
         }
+
+    def show(self, rollout: Rollout, rows: Sequence[int]) -> None:
+        """A sampled completion of this iteration, `num_sample_generations` times in a run."""
+        shows, step = self.args.num_sample_generations, self.state.global_step
+        if not shows or step % max(1, self.num_iterations // shows):
+            return
+        first = rollout.select(torch.tensor([0]))
+        (text,) = self.texts(first)
+        prompt = self.train_dataset[rows[0]]["prompt"]
+        if self.is_world_process_zero():
+            line = sample_text(step, self.num_iterations, prompt, text, float(first.scores))
+            tqdm.write(line, file=sys.stdout)
+
+    def texts(self, rollout: Rollout) -> list[str]:
+        """The completions without what ended them."""
+        return decode(
+            rollout.completion_ids,
+            rollout.completion_lengths,
+            rollout.ended,
+            self.processing_class,
+            self.args.stop_strings,
+        )
 
     def adapt_kl_coef(self, metrics: dict[str, Any]) -> None:
         """beta of the next iteration: as it is, or adapted where the KL has a target."""

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import ModelConfig, SFTTrainer
 
+from trl_instruct import ppo_report
 from trl_instruct.configs import PPOConfig, RewardConfig, SFTConfig
 from trl_instruct.data import load_demonstrations, load_prompts, load_texts
 from trl_instruct.errors import InputError
@@ -254,6 +255,8 @@ def ppo(
             run.say(f"{trainer.cut_prompts} of {len(prompts)} prompts were cut from the left")
         labels = {"score": "objective/scores", "kl": "objective/kl", "length": "objective/length"}
         output = run.train(trainer, labels)
+        if run.is_main:
+            ppo_report.draw(trainer.state.log_history, run.folder / ppo_report.FIGURE)
         return run.finish(trainer, {**output.metrics, "cut_prompts": trainer.cut_prompts})
 
 

@@ -48,6 +48,7 @@ WRITTEN = (
     "trainer_state.json",
     "summary.json",
     "rm.png",
+    "ppo.png",
     CONFIG_FILE,
     METRICS_FILE,
 )

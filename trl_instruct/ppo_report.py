@@ -1,0 +1,52 @@
+"""What a PPO run shows of itself: a completion now and then, and its curves at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+FIGURE = "ppo.png"
+LINE, FAINT = "#0072b2", "#d55e00"
+# Title, the metric, and another for the same axes.
+PANELS: tuple[tuple[str, str, str], ...] = (
+    ("score, and less the KL penalty", "objective/scores", "objective/rlhf_reward"),
+    ("KL to the reference, nats per completion", "objective/kl", ""),
+    ("entropy, nats per token", "policy/entropy", ""),
+    ("length, tokens", "objective/length", ""),
+    ("share of tokens clipped: policy, value", "policy/clipfrac", "val/clipfrac"),
+    ("variance of the returns explained", "val/explained_variance", ""),
+)
+
+
+def sample_text(step: int, steps: int, prompt: Any, completion: str, score: float) -> str:
+    """One completion of an iteration, for the screen.
+
+    >>> print(sample_text(2, 9, "Name a bird.\\n", "An owl.\\nA crow.", 0.5))
+    [2/9] > Name a bird.
+          An owl. | A crow.  [score 0.50]
+    """
+    asked = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+    asked, said = (" | ".join(text.strip().splitlines()) for text in (asked, completion))
+    place = f"[{step}/{steps}]"
+    return f"{place} > {asked}\n{' ' * len(place)} {said}  [score {score:.2f}]"
+
+
+def draw(log_history: list[dict[str, Any]], path: Path) -> None:
+    """Save the curves of a run as a figure.
+
+    Args:
+        log_history: of the trainer's state.
+        path: a .png.
+    """
+    from matplotlib.figure import Figure  # takes a second; without pyplot it needs no screen
+
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for axes, (title, first, second) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+        for name, color in ((first, LINE), (second, FAINT)):
+            points = [(log["step"], log[name]) for log in log_history if name in log]
+            axes.plot(*zip(*points, strict=True) if points else ([], []), color=color)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("iteration")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
