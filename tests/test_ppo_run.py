@@ -86,12 +86,18 @@ def test_every_metric_is_logged_and_the_last_is_the_result(make_trainer):
     assert all(math.isfinite(value) for value in output.metrics.values())
 
 
-def test_the_learning_rate_follows_the_iterations(make_trainer):
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [("constant_with_warmup", [0.5, 1.0, 1.0, 1.0]), ("linear", [0.5, 1.0, 2 / 3, 1 / 3])],
+)
+def test_the_learning_rate_follows_the_iterations(make_trainer, schedule, rates):
+    """Never 0: such an iteration would be sampled for nothing (InstructGPT: from a tenth)."""
     trainer = make_trainer(
-        max_steps=4, warmup_steps=2, lr_scheduler_type="constant_with_warmup", learning_rate=1.0
+        max_steps=4, warmup_steps=2, lr_scheduler_type=schedule, learning_rate=1.0
     )
     trainer.train()
-    assert [log["lr"] for log in trainer.state.log_history] == [0.0, 0.5, 1.0, 1.0]
+    logged = [log["lr"] for log in trainer.state.log_history]
+    assert logged == pytest.approx(rates)
 
 
 @pytest.mark.parametrize(

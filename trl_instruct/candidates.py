@@ -46,7 +46,7 @@ def sample_candidates(
     split: str = "train",
     processing_class: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, int]:
-    """Draw K completions per prompt into a file that is ready to be ranked (InstructGPT 3.4).
+    """Draw K completions per prompt into a file that is ready to be ranked (InstructGPT 3.5).
 
     Each line holds `prompt`, `responses` and an empty `ranks` that a person fills in (1 = best,
     equal = tie); the prompt's further columns stay. With `gold`, a simulated labeler gives

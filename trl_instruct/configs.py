@@ -122,7 +122,7 @@ class RewardConfig(StageConfig, trl.RewardConfig):
         "prompts", "The loss of rankings is averaged per prompt, then over prompts (3.5); or pairs."
     )
     ties: Literal["drop", "half"] = _option(
-        "drop", "Ties in rankings are no comparisons (3.5), or ones that each of the two half wins."
+        "drop", "Ties in rankings are no comparisons (C.2), or ones that each of the two half wins."
     )
     batch_by_length: bool = _option(
         True, "Batches of rankings of similar length at random order: less padding."
@@ -173,7 +173,7 @@ class PPOConfig(StageConfig, TrainingArguments):
     )
     learning_rate: float = _option(3e-6, "Learning rate, constant after the warm-up (TRL: 3e-6).")
     lr_scheduler_type: str = _option("constant_with_warmup", "Constant after a warm-up (C.4).")
-    warmup_steps: float = _option(10, "Iterations of warm-up (C.4: 10).")
+    warmup_steps: float = _option(10, "Iterations of warm-up (C.4: 10, from a tenth).")
     num_train_epochs: float = _option(8.0, "Uses of each prompt (C.4: about 8).")
     total_episodes: int | None = _option(
         None, "Completions to sample in all; default: num_train_epochs x prompts (C.4: 256k)."
@@ -238,7 +238,7 @@ class PPOConfig(StageConfig, TrainingArguments):
         None, "Learning rate of the value function (C.4: 9e-6); default: learning_rate."
     )
     gamma: float = _option(1.0, "Discount (C.4: none, 1).")
-    lam: float = _option(0.95, "lambda of GAE (C.4: 0.95).")
+    lam: float = _option(0.95, "lambda of GAE (lm-human-preferences: 0.95).")
     gradient_checkpointing: bool = _option(True, "Recompute activations to save memory.")
     logging_steps: float = _option(1, "Iterations between two logs.")
     num_sample_generations: int = _option(
@@ -276,7 +276,7 @@ class PPOConfig(StageConfig, TrainingArguments):
 
 @dataclass
 class CandidatesConfig(StageConfig, TrainingArguments):
-    """Between 1 and 2: K completions per prompt for the labeler to rank (InstructGPT 3.4)."""
+    """Between 1 and 2: K completions per prompt for the labeler to rank (InstructGPT 3.5)."""
 
     num_candidates: int = _option(4, "K, completions per prompt (the paper's labelers saw 4 to 9).")
     response_length: int = _option(53, "Longest completion, tokens.")

@@ -6,6 +6,7 @@ as in any Trainer. The Trainer's private methods are used here and nowhere else.
 
 import math
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,19 @@ class LoopTrainer(Trainer):
         handler.model, handler.optimizer = self.model, self.optimizer
         handler.lr_scheduler = self.lr_scheduler
         self.control = handler.on_train_begin(args, self.state, self.control)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The Trainer's schedule, one step ahead: a warm-up over 10 iterations begins at a tenth.
+
+        It would begin at 0: an iteration sampled, scored and then thrown away.
+        """
+        scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            scheduler.step()
+        return scheduler
 
     def _load_progress(self, checkpoint: Path) -> None:
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))

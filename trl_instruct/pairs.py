@@ -51,7 +51,7 @@ def rankings_to_pairs(
 ) -> AnyDataset:
     """Rankings -> pairs `prompt`, `chosen`, `rejected` for TRL's RewardTrainer and DPOTrainer.
 
-    All C(K,2) pairs with ties dropped is what InstructGPT trains on (section 3.5). Runs as a
+    All C(K,2) pairs with ties dropped is what InstructGPT trains on (3.5, C.2). Runs as a
     batched map with flat memory. Only the columns named here come out: TRL's pairs have no place
     for `labeler` and `weight`.
 
