@@ -12,6 +12,8 @@ from trl_instruct import cli
 from trl_instruct.configs import PPOConfig, SFTConfig
 from trl_instruct.errors import InputError
 
+pytestmark = pytest.mark.slow  # whole stages
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -273,7 +275,6 @@ def test_the_scripts_are_the_commands(script):
     assert f'main(["{script}", *sys.argv[1:]])' in text
 
 
-@pytest.mark.slow
 def test_what_a_user_sees(given, tmp_path):
     """Our lines and the progress of real work, and nothing of the libraries besides."""
     config, _, policy = given
@@ -292,7 +293,6 @@ def test_what_a_user_sees(given, tmp_path):
     assert "Writing model shards" not in ran.stderr and "Loading weights" not in ran.stderr
 
 
-@pytest.mark.slow
 def test_a_mistake_from_a_shell(tmp_path):
     ran = subprocess.run(
         [sys.executable, ROOT / "recipes" / "sft.py", "--learning_rat", "1"],
@@ -307,7 +307,6 @@ def test_a_mistake_from_a_shell(tmp_path):
     ]
 
 
-@pytest.mark.slow
 def test_candidates_with_two_processes(tmp_path, saved_policy):
     prompts = write(tmp_path / "prompts.jsonl", PROMPTS)
     options = {"model_name_or_path": saved_policy, "dataset_name": prompts, "response_length": 3}

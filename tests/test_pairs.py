@@ -302,6 +302,7 @@ def test_split_by_prompt_faults():
         split_by_prompt(Dataset.from_list([{"prompt": "a"}]).to_iterable_dataset(), 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "pairs"),
     [("oasst_zh_human_rankings", 1798), ("alpacaeval_gpt4judge_rankings_train", 32650)],
@@ -315,6 +316,7 @@ def test_real_rankings(name, pairs):
     assert not set(train["prompt"]) & set(test["prompt"])
 
 
+@pytest.mark.slow
 def test_real_disjoint_rankings_come_back():
     rankings = load_rankings(real("alpacaeval_gpt4judge_rankings_train.jsonl.gz"))
     assert len(pairs_to_rankings(rankings_to_pairs(rankings))) == len(rankings)

@@ -1,5 +1,6 @@
 """What a PPO run shows of itself."""
 
+import pytest
 from datasets import Dataset
 from test_recipes import PROMPTS, QUICK_PPO, vowels
 
@@ -27,6 +28,7 @@ def test_the_figure_has_every_curve(tmp_path, monkeypatch):
     assert (tmp_path / "ppo.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_samples_are_shown_as_often_as_asked_and_curves_saved(saved_policy, tmp_path, capsys):
     options = {**QUICK_PPO, "max_steps": 6}
     prompts = Dataset.from_list(PROMPTS)

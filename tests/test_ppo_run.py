@@ -152,6 +152,7 @@ def test_a_toy_reward_is_learned(make_trainer, kind):
     assert sum(scores[-3:]) / 3 > 5.0
 
 
+@pytest.mark.slow
 def test_the_kl_penalty_pulls_the_policy_to_the_reference(make_trainer, make_policy):
     """Where there is nothing else to earn, the KL is at least halved."""
     trainer = make_trainer(

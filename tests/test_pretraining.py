@@ -46,6 +46,7 @@ def test_a_base_model_from_text(tmp_path):
     assert json.loads((result.path / "metrics.json").read_text()) == result.metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox"])
 def test_other_architectures(tmp_path, architecture):
     options = {**SMALL, "architecture": architecture, "max_steps": 1}

@@ -153,6 +153,7 @@ def test_a_weight_needs_text_and_text_a_weight(make_trainer, saved_policy, tmp_p
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_ptx_from_a_file(saved_policy, tmp_path, streaming):
     path = tmp_path / "texts.jsonl"

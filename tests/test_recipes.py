@@ -22,6 +22,8 @@ from trl_instruct.recipes import load_reward, ppo, rm, sft
 from trl_instruct.rewards import RewardModel
 from trl_instruct.stage import StageResult
 
+pytestmark = pytest.mark.slow  # whole stages
+
 QUICK = {
     "use_cpu": True,
     "per_device_train_batch_size": 4,

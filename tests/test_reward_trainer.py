@@ -146,6 +146,7 @@ def test_trls_own_trainer_gives_the_same_on_the_pairs(make_reward_model, tmp_pat
     assert_alike([loss_and_gradients(stock), loss_and_gradients(ours)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_they_train_alike_with_checkpointing_and_adapters(make_reward_model, tmp_path, lora):
     """As TRL does by default: gradient checkpointing is on."""
@@ -350,6 +351,7 @@ def test_batches_hold_rankings_of_similar_length(reward_model, tmp_path):
     assert widths(train_sampling_strategy="sequential") == [4] * 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("train", "pad"), [(RANKINGS, "<pad>"), (PAIRS, "<eos>")])
 def test_evaluation_on_rankings_and_pairs(reward_model, tmp_path, train, pad):
     evals = {"rankings": Dataset.from_list(RANKINGS), "pairs": Dataset.from_list(PAIRS)}
@@ -415,6 +417,7 @@ def test_it_learns_the_order(reward_model, tmp_path):
     assert {"margin", "min_reward", "mean_reward", "max_reward", "num_tokens"} <= history[0].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
 def test_what_is_trained_is_what_plain_transformers_loads(make_reward_model, tmp_path, pad):
     """The scores of training, of our reward and of a plain classifier are the same numbers."""

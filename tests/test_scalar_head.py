@@ -275,6 +275,7 @@ def trainer_for(model, tokenizer, folder, trainer=RankingRewardTrainer, rows=RAN
     )
 
 
+@pytest.mark.slow
 def test_it_learns_the_order(make_reward_model, eos_padded_tokenizer, tmp_path):
     """With TRL's default of gradient checkpointing, and pad == eos."""
     model = make_reward_model("rwkv")

@@ -95,6 +95,7 @@ def test_a_fresh_head_has_no_shift(reward_model, tmp_path):
 # ---- in the stages -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [RANKINGS, PAIRS], ids=["rankings", "pairs"])
 def test_rm_measures_it(saved_policy, tmp_path, rows):
     data = Dataset.from_list(rows)
@@ -117,6 +118,7 @@ def test_rm_without_demonstrations_drops_what_its_start_had(reward_model, tokeni
     assert "reward_shift" not in AutoConfig.from_pretrained(result).to_dict()
 
 
+@pytest.mark.slow
 def test_an_adapter_keeps_it_beside_itself(saved_policy, tmp_path):
     data = Dataset.from_list(RANKINGS)
     options = {**QUICK, **LORA, "eval_size": 0, "demonstrations": SHOWN}
@@ -135,6 +137,7 @@ def test_an_adapter_keeps_it_beside_itself(saved_policy, tmp_path):
     assert load_reward(third).shift == 0.0
 
 
+@pytest.mark.slow
 def test_ppo_values_start_from_the_shifted_score(
     saved_policy, reward_model, tokenizer, tmp_path, monkeypatch
 ):

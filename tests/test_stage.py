@@ -89,6 +89,7 @@ def test_a_run_that_was_cut_short_is_called_so(tmp_path):
         sft("nowhere", DATA, tmp_path)
 
 
+@pytest.mark.slow
 def test_another_run_is_replaced_only_on_demand(saved_policy, tmp_path):
     folder = tmp_path / "run"
     sft(saved_policy, DATA, folder, **QUICK, **LORA)

@@ -9,6 +9,8 @@ from trl_instruct.errors import InputError
 from trl_instruct.recipes import ppo, rm, sft
 from trl_instruct.summary import compare, render
 
+pytestmark = pytest.mark.slow  # whole stages
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, saved_policy):

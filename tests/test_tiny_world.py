@@ -124,6 +124,7 @@ def test_flawed_replies_are_a_mixture(tasks):
         assert 200 < sum(met) < 1000
 
 
+@pytest.mark.slow
 def test_sizes_and_columns(splits):
     assert {name: len(dataset) for name, dataset in splits.items()} == SIZES
     assert splits["pretraining"].column_names == ["text"]
@@ -132,6 +133,7 @@ def test_sizes_and_columns(splits):
         assert splits[name].column_names == ["prompt", "task"]
 
 
+@pytest.mark.slow
 def test_readers_remark_behind_every_pretraining_reply(splits):
     remarks = [text.split(EOS)[1] for text in splits["pretraining"]["text"]]
     assert all(remark == "Good." or remark.startswith("Wrong: ") for remark in remarks)
@@ -140,6 +142,7 @@ def test_readers_remark_behind_every_pretraining_reply(splits):
         assert not any(EOS in str(row) for row in splits[name])
 
 
+@pytest.mark.slow
 def test_no_prompt_is_shared(splits):
     prompts = {name: prompts_of(dataset) for name, dataset in splits.items()}
     for one, other in combinations(prompts, 2):
@@ -160,12 +163,15 @@ def test_no_instruction_is_shared_in_other_words():
         assert len({owner(task) for task in wordings}) == 1
 
 
+@pytest.mark.slow
 def test_task_column_is_the_task_behind_the_prompt(splits):
     for name in set(SIZES) - {"pretraining"}:
         for row in splits[name].select(range(50)):
             assert Task.from_json(row["task"]).prompt == row["prompt"]
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_split_is_the_same_in_every_process(splits):
     code = (
         "import zlib; from trl_instruct.tiny import split;"

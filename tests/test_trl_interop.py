@@ -9,6 +9,8 @@ from trl_instruct.pairs import load_pairs, rankings_to_pairs
 from trl_instruct.rankings import load_rankings
 from trl_instruct.rewards import RewardModel
 
+pytestmark = pytest.mark.slow  # whole stages
+
 QUICK = {
     "use_cpu": True,
     "bf16": False,
