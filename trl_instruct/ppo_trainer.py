@@ -372,14 +372,15 @@ class PPOTrainer(LoopTrainer):
 
     def show(self, rollout: Rollout, rows: Sequence[int]) -> None:
         """A sampled completion of this iteration, `num_sample_generations` times in a run."""
-        shows, step = self.args.num_sample_generations, self.state.global_step
-        if not shows or step % max(1, self.num_iterations // shows):
+        shows, steps = self.args.num_sample_generations, self.num_iterations
+        step = self.state.global_step
+        if step * shows // steps == (step - 1) * shows // steps:
             return
         first = rollout.select(torch.tensor([0]))
         (text,) = self.texts(first)
         prompt = self.train_dataset[rows[0]]["prompt"]
         if self.is_world_process_zero():
-            line = sample_text(step, self.num_iterations, prompt, text, float(first.scores))
+            line = sample_text(step, steps, prompt, text, float(first.scores))
             tqdm.write(line, file=sys.stdout)
 
     def texts(self, rollout: Rollout) -> list[str]:
