@@ -176,6 +176,7 @@ class PPOConfig(StageConfig, TrainingArguments):
     The defaults are the paper's 512 = 8 x 64, one epoch.
     """
 
+    engine: Literal["trl_instruct", "trl"] = _option("trl_instruct", "trl: TRL 1.12's PPOTrainer.")
     reward_model_path: str | None = _option(
         None, "The reward: a reward model's folder or Hub id, or `tiny` (the gold scorer)."
     )

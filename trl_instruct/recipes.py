@@ -39,6 +39,7 @@ from trl_instruct.rewards import TINY, RewardFunction, RewardModel, load_reward
 from trl_instruct.shift import save_beside_adapter
 from trl_instruct.sources import name_of
 from trl_instruct.stage import Stage, StageResult, stage
+from trl_instruct.upstream_ppo import upstream_trainer
 
 
 def sft(
@@ -220,6 +221,7 @@ def ppo(
     config, model_config = stage_options(
         PPOConfig, config, model_config, output_dir, dataset, options
     )
+    trainer_class = upstream_trainer(config) if config.engine == "trl" else PPOTrainer
     config.reward_model_path = name_of(reward) or config.reward_model_path
     if config.resume_from_checkpoint:
         raise InputError("ppo does not resume from a checkpoint; start the run afresh.")
@@ -229,7 +231,7 @@ def ppo(
         policy = load_policy(base, model_config, trust_remote_code=config.trust_remote_code)
         judge = load_reward(reward, tokenizer, batch_size=config.local_rollout_forward_batch_size)
         value = _value_model(value_model, judge, policy, tokenizer)
-        trainer = PPOTrainer(
+        trainer = trainer_class(
             args=config,
             processing_class=tokenizer,
             model=with_lora(policy, model_config),
