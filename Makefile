@@ -23,7 +23,7 @@ endif
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help install bench-tiny bench-data bench-rankings bench-rm check test test-unit clean FORCE $(STAGES)
+.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-rm bench-ppo check test test-unit clean FORCE $(STAGES)
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -39,6 +39,13 @@ install:  ## make .venv with the tested set of packages (does nothing where that
 	  echo "installing into .venv (once)"; \
 	  $(PYTHON) -m venv .venv && .venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]' \
 	    && touch .venv/installed; }
+
+install-trl112:  ## make .venv-trl112, the same with TRL 1.12.0, the last that has a PPOTrainer
+	@test .venv-trl112/installed -nt pyproject.toml -a .venv-trl112/installed -nt constraints.txt || { \
+	  echo "installing into .venv-trl112 (once)"; \
+	  $(PYTHON) -m venv .venv-trl112 && grep -v '^trl==' constraints.txt > .venv-trl112/constraints.txt \
+	    && .venv-trl112/bin/python -m pip install -q -c .venv-trl112/constraints.txt -e '.[dev]' trl==1.12.0 \
+	    && touch .venv-trl112/installed; }
 
 # ---- stages --------------------------------------------------------------------------------------
 # A stage is done when its metrics are written. It is redone when its config, the local data or an
@@ -88,6 +95,9 @@ bench-rankings: install  ## the reward model on real rankings in DATA, beside th
 
 bench-rm: install  ## rankings against pairs: training steps of ours and of TRL's (about seven minutes)
 	python benchmarks/rm.py
+
+bench-ppo: install-trl112  ## PPO: iterations of ours and of TRL 1.12's (about fifteen minutes)
+	.venv-trl112/bin/python benchmarks/ppo.py
 
 check: install  ## format, lint, types, import contracts
 	ruff format --check .

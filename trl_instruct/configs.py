@@ -162,6 +162,7 @@ class PPOConfig(StageConfig, TrainingArguments):
         "is taken into account.",
     )
 
+    engine: Literal["trl_instruct", "trl"] = _option("trl_instruct", "trl: TRL 1.12's PPOTrainer.")
     reward_model_path: str | None = _option(
         None, "The reward: a reward model's folder or Hub id, or `tiny` (the gold scorer)."
     )

@@ -42,6 +42,7 @@ from trl_instruct.sampling import unused_sampling
 from trl_instruct.shift import save_beside_adapter
 from trl_instruct.sources import name_of
 from trl_instruct.stage import Stage, StageResult, stage
+from trl_instruct.upstream_ppo import upstream_trainer
 
 FROM_POLICY = "policy"
 """As value_model: the policy itself."""
@@ -229,6 +230,7 @@ def ppo(
     config, model_config = stage_options(
         PPOConfig, config, model_config, output_dir, dataset, options
     )
+    trainer_class = upstream_trainer(config) if config.engine == "trl" else PPOTrainer
     config.reward_model_path = name_of(reward) or config.reward_model_path
     prompts = load_prompts(dataset, config.dataset_train_split)
     texts = _pretraining_texts(ptx_dataset, config)
@@ -240,7 +242,7 @@ def ppo(
             run.say(f"the model's own sampling settings are not used: {told}")
         judge = load_reward(reward, tokenizer, batch_size=config.local_rollout_forward_batch_size)
         value = _value_model(value_model or config.value_model_path, judge, policy, tokenizer)
-        trainer = PPOTrainer(
+        trainer = trainer_class(
             args=config,
             processing_class=tokenizer,
             model=with_lora(policy, model_config),
