@@ -5,6 +5,7 @@ import torch
 
 from trl_instruct.losses import (
     entropy,
+    log_distribution,
     pair_loss,
     pair_weights,
     policy_clipped,
@@ -65,16 +66,17 @@ LOGITS = torch.tensor([[[0.0, math.log(3.0)]]])
     ("temperature", "probability"), [(1.0, 3 / 4), (0.5, 9 / 10), (2.0, 1 / (1 + 3**-0.5))]
 )
 def test_logprobs_and_entropy_are_those_of_the_sampling_temperature(temperature, probability):
+    log_probs = log_distribution(LOGITS, temperature=temperature)
     for token, p in ((1, probability), (0, 1 - probability)):
-        logprob = token_logprobs(LOGITS, torch.tensor([[token]]), temperature=temperature)
+        logprob = token_logprobs(log_probs, torch.tensor([[token]]))
         torch.testing.assert_close(logprob, torch.tensor([[math.log(p)]]))
     expected = -sum(p * math.log(p) for p in (probability, 1 - probability))
-    torch.testing.assert_close(entropy(LOGITS, temperature=temperature), torch.tensor([[expected]]))
+    torch.testing.assert_close(entropy(log_probs), torch.tensor([[expected]]))
 
 
 def test_logprobs_are_float32_and_stable():
     logits = torch.tensor([[[1e4, 0.0]]], dtype=torch.bfloat16)
-    logprobs = token_logprobs(logits, torch.tensor([[0]]), temperature=1.0)
+    logprobs = token_logprobs(log_distribution(logits, temperature=1.0), torch.tensor([[0]]))
     assert logprobs.dtype is torch.float32
     assert logprobs.item() == 0.0
 

@@ -3,7 +3,7 @@ from itertools import chain
 import pytest
 import torch
 
-from trl_instruct.losses import token_logprobs
+from trl_instruct.losses import log_distribution, token_logprobs
 from trl_instruct.masking import right_padded_mask
 from trl_instruct.models import ValueModel
 from trl_instruct.rollouts import (
@@ -69,7 +69,7 @@ def test_the_trained_module_computes_what_was_sampled(policy, reward_model):
     tokens = batch(width=3)
     logits, values = model(*join(*tokens))
     mask = right_padded_mask(tokens[3], 3)
-    logprobs = token_logprobs(logits, tokens[2], temperature=0.7)
+    logprobs = token_logprobs(log_distribution(logits, temperature=0.7), tokens[2])
     expected = completion_logprobs(policy, *tokens, temperature=0.7)
     torch.testing.assert_close(logprobs[mask], expected[mask])
     torch.testing.assert_close(values[mask], completion_values(model.value, *tokens)[mask])

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 from trl_instruct.errors import InputError
-from trl_instruct.losses import entropy, token_logprobs
+from trl_instruct.losses import entropy, log_distribution, token_logprobs
 from trl_instruct.sampling import (
     decode,
     eos_token_ids,
@@ -33,9 +33,10 @@ def test_sampling_is_from_the_full_distribution_at_its_temperature(policy, tempe
     tokens, _, _ = sample(policy, [prompt] * 4096, temperature=temperature)
     with torch.no_grad():
         logits = policy(torch.tensor([prompt])).logits[:, -1:]
-    logprobs = token_logprobs(logits.expand(4096, -1, -1), tokens, temperature=temperature)
+    log_probs = log_distribution(logits, temperature=temperature)
+    logprobs = token_logprobs(log_probs.expand(4096, -1, -1), tokens)
     error = logprobs.std() / 4096**0.5
-    assert abs(logprobs.mean() + entropy(logits, temperature=temperature).item()) < 4 * error
+    assert abs(logprobs.mean() + entropy(log_probs).item()) < 4 * error
     assert len(tokens.unique()) > 50
 
 

@@ -149,38 +149,53 @@ def ranking_loss(scores: Tensor, ranks: Tensor) -> Tensor:
     return pair_loss(scores.unsqueeze(2), scores.unsqueeze(1), pair_weights(ranks))
 
 
-def token_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float) -> Tensor:
-    """Log-probability of each token under the distribution it was sampled from.
+def log_distribution(logits: Tensor, *, temperature: float) -> Tensor:
+    """Log-probability of every token of the vocabulary under the distribution sampled from.
+
+    The one tensor of this size that a step computes: log-probabilities, their gradient and the
+    entropy all come from it.
 
     Args:
         logits: `(B, C, V)`.
-        token_ids: `(B, C)`.
         temperature: the sampling temperature; logits are divided by it here as they were in
             sampling, else the importance ratio is wrong.
 
     Returns:
-        `(B, C)` float32, nats.
+        `(B, C, V)` float32, nats.
 
-    >>> token_logprobs(torch.zeros(1, 1, 4), torch.tensor([[2]]), temperature=1.0).exp()
-    tensor([[0.2500]])
+    >>> log_distribution(torch.zeros(1, 1, 4), temperature=1.0).exp()
+    tensor([[[0.2500, 0.2500, 0.2500, 0.2500]]])
     """
-    logits = logits.float() / temperature
-    chosen = logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-    return chosen - logits.logsumexp(dim=-1)
+    logits = logits.float()
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
 
 
-def entropy(logits: Tensor, *, temperature: float) -> Tensor:
-    """Entropy of each token's distribution.
+def token_logprobs(log_probs: Tensor, token_ids: Tensor) -> Tensor:
+    """Log-probability of each token.
 
     Args:
-        logits: `(B, C, V)`.
-        temperature: the sampling temperature.
+        log_probs: `(B, C, V)`, a `log_distribution`.
+        token_ids: `(B, C)`.
 
     Returns:
         `(B, C)` nats.
 
-    >>> entropy(torch.zeros(1, 1, 4), temperature=1.0).exp()
+    >>> token_logprobs(torch.tensor([[[-1.0, -2.0]]]), torch.tensor([[1]]))
+    tensor([[-2.]])
+    """
+    return log_probs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """Entropy of each token's distribution.
+
+    Args:
+        log_probs: `(B, C, V)`, a `log_distribution`.
+
+    Returns:
+        `(B, C)` nats.
+
+    >>> entropy(log_distribution(torch.zeros(1, 1, 4), temperature=1.0)).exp()
     tensor([[4.]])
     """
-    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
-    return -(logprobs.exp() * logprobs).sum(dim=-1)
+    return -torch.linalg.vecdot(log_probs.exp(), log_probs)

@@ -4,7 +4,14 @@ import torch
 from torch import Tensor, nn
 
 from trl_instruct.configs import PPOConfig
-from trl_instruct.losses import entropy, policy_loss, token_logprobs, value_clipped, value_loss
+from trl_instruct.losses import (
+    entropy,
+    log_distribution,
+    policy_loss,
+    token_logprobs,
+    value_clipped,
+    value_loss,
+)
 from trl_instruct.ppo_metrics import policy_metrics
 from trl_instruct.rollouts import Rollout, join, whole_text
 
@@ -24,13 +31,14 @@ def ppo_sums(
     logits, values = model(sequences, width)
     cut = Rollout(*(f[:, :width] if f.dim() == 2 else f for f in rollout))
     advantages, returns, mask = advantages[:, :width], returns[:, :width], cut.mask
-    logprobs = token_logprobs(logits, cut.completion_ids, temperature=args.temperature)
+    log_probs = log_distribution(logits, temperature=args.temperature)
+    logprobs = token_logprobs(log_probs, cut.completion_ids)
     policy = (logprobs, cut.logprobs, advantages)
     value = (values, cut.values, returns)
     per_token = {
         "loss/policy": policy_loss(*policy, cliprange=args.cliprange),
         "loss/value": value_loss(*value, cliprange_value=args.cliprange_value),
-        "policy/entropy": entropy(logits.detach(), temperature=args.temperature),
+        "policy/entropy": entropy(log_probs.detach()),
         "val/clipfrac": value_clipped(*value, cliprange_value=args.cliprange_value).float(),
         **policy_metrics(*policy, cliprange=args.cliprange),
     }
@@ -51,4 +59,4 @@ def ptx_loss(model: nn.Module, ids: Tensor) -> Tensor:
         scalar, nats per token.
     """
     logits, _ = model(whole_text(ids), ids.shape[1] - 1, with_values=False)
-    return -token_logprobs(logits, ids[:, 1:], temperature=1.0).mean()
+    return -token_logprobs(log_distribution(logits, temperature=1.0), ids[:, 1:]).mean()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl_instruct.errors import InputError
-from trl_instruct.losses import token_logprobs
+from trl_instruct.losses import log_distribution, token_logprobs
 from trl_instruct.masking import (
     left_padded_mask,
     padding_before,
@@ -210,7 +210,8 @@ def completion_logprobs(
     """
     sequences, width = join(prompt_ids, prompt_lengths, completion_ids, lengths)
     logits = completion_logits(model, sequences, width)
-    logprobs = token_logprobs(logits, completion_ids[:, :width], temperature=temperature)
+    log_probs = log_distribution(logits, temperature=temperature)
+    logprobs = token_logprobs(log_probs, completion_ids[:, :width])
     return widen(logprobs, lengths, completion_ids.shape[1])
 
 
