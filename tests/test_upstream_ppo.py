@@ -7,11 +7,10 @@ from test_ppo_parity import ASKED, EOS, PAD, QUICK, letters, prompt_data, theirs
 from transformers import AutoModelForCausalLM
 from trl.experimental.utils import get_reward
 
-from trl_instruct import InputError, RewardModel, ppo
+from trl_instruct import InputError, RewardModel, RewardModule, ppo
 from trl_instruct.pretraining import train_tokenizer
 from trl_instruct.sampling import tokenize_prompts
 from trl_instruct.shift import keep_shift
-from trl_instruct.upstream_ppo import RewardModule
 
 # ---- where TRL has no PPOTrainer -----------------------------------------------------------------
 

@@ -27,6 +27,7 @@ _EXPORTS = {
     "load_reward": "rewards",
     "RankingRewardTrainer": "reward_trainer",
     "PPOTrainer": "ppo_trainer",
+    "RewardModule": "upstream_ppo",
     "StageResult": "stage",
     "InputError": "errors",
 }
