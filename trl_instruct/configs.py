@@ -162,8 +162,14 @@ class PPOConfig(StageConfig, TrainingArguments):
         "is taken into account.",
     )
 
-    reward_model_path: str | None = _option(
-        None, "The reward: a reward model's folder or Hub id, or `tiny` (the gold scorer)."
+    reward_model_path: list[str] | None = _option(
+        None,
+        "The reward: a reward model's folder or Hub id, `tiny` (the gold scorer), a reward "
+        "server's http://..., or a function or adapter in a Python file, rewards.py:brevity; "
+        "several are summed.",
+    )
+    reward_weights: list[float] | None = _option(
+        None, "Weights of several rewards (TRL's name); default: 1 each."
     )
     gold: str | None = _option(
         None, "A second reward, never trained on, to judge the result by: a reward model or `tiny`."
@@ -250,6 +256,8 @@ class PPOConfig(StageConfig, TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        named: Any = self.reward_model_path
+        self.reward_model_path = named[0] if isinstance(named, list) and len(named) == 1 else named
         check_counts(self, "num_mini_batches", "num_ppo_epochs", "response_length")
         check_counts(self, "total_episodes", "local_rollout_forward_batch_size")
         check_counts(self, "max_prompt_length", "ptx_max_length", "ptx_rows_per_episode")

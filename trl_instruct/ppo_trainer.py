@@ -41,13 +41,8 @@ from trl_instruct.ppo_metrics import (
 )
 from trl_instruct.ppo_report import sample_text
 from trl_instruct.ptx import PretrainingRows, pretraining_rows
-from trl_instruct.rewards import (
-    RewardFunction,
-    RewardModel,
-    as_completions,
-    call_reward,
-    check_roles,
-)
+from trl_instruct.reward_function import RewardFunction, as_completions, call_reward, place_on
+from trl_instruct.rewards import RewardModel, check_roles
 from trl_instruct.rollouts import (
     PolicyAndValue,
     Rollout,
@@ -435,5 +430,4 @@ class PPOTrainer(LoopTrainer):
         if self.ref_model is not None:
             unify_modes(self.ref_model)
             self.ref_model.eval().requires_grad_(False).to(self.accelerator.device)
-        if isinstance(self.reward, RewardModel):
-            self.reward.model.to(self.accelerator.device)
+        place_on(self.reward, self.accelerator.device)
