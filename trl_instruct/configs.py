@@ -202,6 +202,14 @@ class PPOConfig(StageConfig, TrainingArguments):
     missing_eos_penalty: float | None = _option(
         None, "Taken off the score of a completion without EOS or stop string; positive."
     )
+    missing_eos_score: float | None = _option(
+        None, "The score of a completion without EOS or stop string, whatever the reward says."
+    )
+    on_error: Literal["stop", "skip"] = _option(
+        "stop",
+        "Where the reward raises or gives no finite number: stop, saved as before the iteration; "
+        "or skip the episode in the update, counted in objective/skipped.",
+    )
     kl_coef: float = _option(0.02, "beta of the KL penalty (C.4: 0.02; 0.01-0.02 best, E.7).")
     adaptive_kl_target: float | None = _option(
         None, "KL per completion, nats, at which kl_coef is held by adapting it; default: fixed."
@@ -275,6 +283,8 @@ class PPOConfig(StageConfig, TrainingArguments):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be between 0 and 1.")
         if self.temperature <= 0:
             raise InputError(f"temperature is {self.temperature}; PPO samples, it must be above 0.")
+        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
+            raise InputError("missing_eos_penalty and missing_eos_score exclude each other.")
         if self.missing_eos_penalty is not None and self.missing_eos_penalty < 0:
             raise InputError(
                 f"missing_eos_penalty is {self.missing_eos_penalty}; it is subtracted from the "

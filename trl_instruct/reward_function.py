@@ -245,7 +245,12 @@ def states_of(reward: RewardFunction) -> list[dict[str, Any]]:
 
 
 def load_states(reward: RewardFunction, states: list[dict[str, Any]]) -> None:
-    """Set it back to what `states_of` gave."""
+    """Set it back to what `states_of` gave; InputError where that was another reward's."""
     remembering = [part for part in parts_of(reward) if hasattr(part, "state_dict")]
+    if len(remembering) != len(states):
+        raise InputError(
+            f"The checkpoint holds what {len(states)} rewards remember, and "
+            f"{len(remembering)} of this run do. Resume with the same reward."
+        )
     for part, state in zip(remembering, states, strict=True):
         part.load_state_dict(state)
