@@ -27,6 +27,8 @@ _EXPORTS = {
     "load_reward": "rewards",
     "ClassifierReward": "classifier",
     "HTTPReward": "http_reward",
+    "RewardServer": "reward_server",
+    "LLMJudge": "judge",
     "WeightedSum": "combined",
     "Clipped": "combined",
     "Normalised": "combined",

@@ -39,6 +39,7 @@ from trl_instruct.reward_function import RewardFunction
 from trl_instruct.reward_report import FIGURE, draw, render
 from trl_instruct.reward_trainer import RankingRewardTrainer
 from trl_instruct.rewards import TINY, Reward, RewardModel, load_reward
+from trl_instruct.rollout_scores import reward_counts
 from trl_instruct.sampling import unused_sampling
 from trl_instruct.shift import save_beside_adapter
 from trl_instruct.sources import name_of
@@ -222,7 +223,9 @@ def ppo(
         processing_class, config, model_config, callbacks, options: as in `sft`, with `PPOConfig`.
 
     Returns:
-        The folder, with the last iteration's metrics, cut_prompts and seconds.
+        The folder, with the last iteration's metrics, cut_prompts, reward_truncated (texts that a
+        reward model's context has cut) and reward_unparsable (a judge's answers without a score)
+        where there are any, and seconds.
 
     Raises:
         InputError: as `sft`; also a reward that returns anything but one finite number per
@@ -264,7 +267,12 @@ def ppo(
         output = run.train(trainer, labels)
         if run.is_main:
             ppo_report.draw(trainer.state.log_history, run.folder / ppo_report.FIGURE)
-        return run.finish(trainer, {**output.metrics, "cut_prompts": trainer.cut_prompts})
+        metrics = {**output.metrics, "cut_prompts": trainer.cut_prompts}
+        for name, count in reward_counts(judge).items():
+            if count:
+                run.say(f"{count} of the texts that the reward was given were {name}")
+                metrics[f"reward_{name}"] = count
+        return run.finish(trainer, metrics)
 
 
 def _reward_names(reward: Any) -> Any:
