@@ -99,7 +99,7 @@ def tiny_model(kind="llama", *, classifier=False, seed=0, **options):
     )
     if not classifier:
         return AutoModelForCausalLM.from_config(config)
-    config.num_labels = 1
+    config.num_labels = len(options.get("id2label", "1"))
     return AutoModelForSequenceClassification.from_config(config)
 
 

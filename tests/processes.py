@@ -1,8 +1,10 @@
-"""PPO on the same rollouts in one process or several: python tests/processes.py FOLDER.
+"""PPO on the same rollouts in one process or several: python tests/processes.py FOLDER [FAULT].
 
-torchrun --nproc_per_node 2 tests/processes.py FOLDER
+torchrun --nproc_per_node 2 tests/processes.py FOLDER [FAULT]; FAULT is what is done where the
+reward fails on a prompt that one process has: skip, stop.
 """
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -37,7 +39,13 @@ def in_order(trainer):
     return lambda: torch.arange(trainer.local_batch_size).split(trainer.minibatch_size)
 
 
-def main(folder):
+def failing(prompts, completions):
+    """`letters`, but no score for two prompts."""
+    scores = letters(prompts, completions)
+    return [math.nan if p in PROMPTS[3:5] else s for p, s in zip(prompts, scores, strict=True)]
+
+
+def main(folder, on_error=None):
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     ppo_trainer.generate = prepared
     trainer = PPOTrainer(
@@ -65,11 +73,12 @@ def main(folder):
             save_steps=1,
             disable_tqdm=True,
             report_to="none",
+            on_error=on_error or "stop",
         ),
         processing_class=byte_tokenizer(),
         model=tiny_model(),
         ref_model=None,
-        reward_model=letters,
+        reward_model=failing if on_error else letters,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         value_model=tiny_model(classifier=True, seed=1),
         ptx_dataset=Dataset.from_dict({"text": [f"some text {row}" for row in range(30)]}),
@@ -83,4 +92,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -140,7 +140,7 @@ def test_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     assert stopped.value.code == 0
-    assert "{pretrain,sft,candidates,rm,ppo}" in capsys.readouterr().out
+    assert "{pretrain,sft,candidates,rm,ppo,serve-reward}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stage", cli.COMMANDS)
@@ -149,7 +149,8 @@ def test_every_stage_has_help(stage, capsys):
         cli.main([stage, "--help"])
     assert stopped.value.code == 0
     told = capsys.readouterr().out
-    assert "--learning_rate" in told and "%%" not in told
+    known = "--port" if stage == "serve-reward" else "--learning_rate"
+    assert known in told and "%%" not in told
 
 
 def test_help_of_a_stage_gives_the_papers_values(capsys):

@@ -58,6 +58,34 @@ def test_two_processes_with_half_the_batch_each_do_what_one_does(tmp_path):
     torch.testing.assert_close(results(two), ran[2][1], rtol=0, atol=0)
 
 
+def test_an_episode_skipped_in_one_of_two_processes(tmp_path):
+    """Both skip what one process would skip, and go on together."""
+    ran = {}
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        launch(count, SCRIPT, folder, "skip")
+        written = json.loads((folder / "logs.json").read_text(encoding="utf-8"))
+        ran[count] = (written["logs"], results(folder))
+    assert sum(log["objective/skipped"] for log in ran[1][0]) > 0
+    for one, two in zip(ran[1][0], ran[2][0], strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(ran[2][1], ran[1][1])
+
+
+def test_a_fault_in_one_of_two_processes_stops_both(tmp_path):
+    """Neither waits for the other."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    ran = subprocess.run(
+        [sys.executable, *launcher, str(SCRIPT), str(tmp_path), "stop"],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode != 0
+    assert ran.stderr.count("trl_instruct.reward_function.RewardError: Iteration ") == 2
+
+
 def test_ppo_in_two_processes_from_the_command_line(tmp_path, saved_policy, saved_reward_model):
     prompts = write(tmp_path / "prompts.jsonl", PROMPTS)
     options = {

@@ -1,9 +1,11 @@
+import copy
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import CHAT_TEMPLATE
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
@@ -15,7 +17,7 @@ from transformers import (
     pipeline,
 )
 
-from trl_instruct import recipes
+from trl_instruct import cli, recipes
 from trl_instruct.errors import InputError
 from trl_instruct.models import load_policy
 from trl_instruct.recipes import load_reward, ppo, rm, sft
@@ -485,6 +487,59 @@ def test_every_kind_of_reward_gives_the_same_scores(chain):
     assert load_reward(vowels) is vowels
 
 
+def test_several_rewards_from_python_and_yaml(saved_policy, saved_reward_model, tmp_path):
+    """The same run, the same config.yaml."""
+    file = tmp_path / "rules.py"
+    file.write_text("def short(prompts, completions):\n    return [-len(c) for c in completions]\n")
+    rewards = [str(saved_reward_model), f"{file}:short"]
+    data = write(tmp_path / "prompts.jsonl", PROMPTS)
+    options = {**QUICK_PPO, "reward_weights": [1.0, 0.5]}
+    given = ppo(saved_policy, [saved_reward_model, rewards[1]], data, tmp_path / "a", **options)
+    config = yaml.safe_load((given.path / "config.yaml").read_text())
+    assert (config["reward_model_path"], config["reward_weights"]) == (rewards, [1.0, 0.5])
+    config |= {"output_dir": str(tmp_path / "b"), "model_name_or_path": str(saved_policy)}
+    config["dataset_name"] = str(data)
+    (tmp_path / "ppo.yaml").write_text(yaml.safe_dump(config))
+    cli.main(["ppo", "--config", str(tmp_path / "ppo.yaml")])
+    metrics = json.loads((tmp_path / "b" / "metrics.json").read_text())
+    assert metrics["objective/scores"] == given.metrics["objective/scores"]
+
+
+def test_a_reward_model_with_another_tokenizer_and_template(
+    saved_policy, make_reward_model, chat_tokenizer, tmp_path, capsys
+):
+    """Its vocabulary is in another order and its template another; long texts are counted."""
+    own = copy.deepcopy(chat_tokenizer)
+    own.add_tokens(["good", "Q1"])
+    own.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    model = make_reward_model(vocab_size=len(own), max_position_embeddings=24)
+    policy_tokenizer = copy.deepcopy(chat_tokenizer)
+    seen = []
+    reward = RewardModel(model, own)
+    original = reward.__call__
+
+    def kept(prompts, completions):
+        seen.extend(zip(prompts, completions, original(prompts, completions), strict=True))
+        return [score for *_, score in seen[-len(prompts) :]]
+
+    rows = [chat({"prompt": f"Q1: {'long ' * (3 * (i % 2))}"}) for i in range(8)]
+    ppo(
+        saved_policy,
+        [kept, reward],
+        Dataset.from_list(rows),
+        tmp_path / "x",
+        processing_class=policy_tokenizer,
+        **QUICK_PPO,
+    )
+    for prompt, completion, score in seen:
+        text = f"<{prompt[0]['content']}><{completion[0]['content']}>"
+        ids = torch.tensor([own(text)["input_ids"][-24:]])
+        with torch.no_grad():
+            assert score == pytest.approx(model(ids).logits.item(), abs=1e-5)
+    assert reward.truncated > 0
+    assert "texts that the reward was given were truncated" in capsys.readouterr().out
+
+
 def test_further_columns_reach_the_reward(saved_policy, tmp_path):
     seen = []
 
@@ -631,8 +686,8 @@ def test_models_in_the_wrong_place(saved_policy, saved_reward_model, tmp_path):
     ("scores", "message"),
     [
         ([1.0], "returned 1 scores for 4 completions"),
-        ([1.0, 2.0, float("nan"), 3.0], "gave completion 3 the score nan"),
-        ([None] * 4, "gave completion 1 the score None"),
+        ([1.0, 2.0, float("nan"), 3.0], "gave the score nan.*completion 3"),
+        ([None] * 4, "gave the score None.*completion 1"),
         (1.0, "returned float for 4 completions"),
     ],
 )

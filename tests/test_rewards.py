@@ -4,17 +4,13 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from trl_instruct.errors import InputError
-from trl_instruct.rewards import (
-    RewardModel,
-    as_completions,
-    call_reward,
-    cut_prompt,
-    reward_name,
-    token_ids,
-)
+from trl_instruct.http_reward import HTTPReward
+from trl_instruct.reward_function import as_completions, call_reward, reward_name
+from trl_instruct.rewards import RewardModel, cut_prompt, load_reward, token_ids
 
 PROMPTS = ["one ", "a longer prompt ", "two "]
 COMPLETIONS = ["yes", "no, and never again", ""]
@@ -55,11 +51,11 @@ def test_a_function_gets_the_columns_that_it_has_parameters_for():
         ([1.0, 2.0], "returned 2 scores for 3 completions"),
         (None, "returned NoneType for 3 completions"),
         (1.0, "returned float for 3 completions"),
-        ([1.0, None, 2.0], "gave completion 2 the score None"),
-        ([1.0, 2.0, math.nan], "gave completion 3 the score nan"),
-        ([math.inf, 1.0, 2.0], "gave completion 1 the score inf"),
-        ([1.0, "good", 2.0], "gave completion 2 the score 'good'"),
-        (torch.zeros(3, 2), "gave completion 1 the score tensor"),
+        ([1.0, None, 2.0], "gave the score None.*completion 2"),
+        ([1.0, 2.0, math.nan], "gave the score nan.*completion 3"),
+        ([math.inf, 1.0, 2.0], "gave the score inf.*completion 1"),
+        ([1.0, "good", 2.0], "gave the score 'good'.*completion 2"),
+        (torch.zeros(3, 2), "gave the score tensor.*completion 1"),
     ],
 )
 def test_a_bad_score_names_the_reward_and_the_completion(result, message):
@@ -200,3 +196,64 @@ def test_a_reward_model_is_frozen_and_in_eval_mode(reward_model, tokenizer):
     RewardModel(reward_model.train(), tokenizer)
     assert not reward_model.training
     assert not any(parameter.requires_grad for parameter in reward_model.parameters())
+
+
+# ---- what is taken for a reward ------------------------------------------------------------------
+
+
+def test_a_list_is_a_weighted_sum(saved_reward_model):
+    model = load_reward(saved_reward_model)(PROMPTS, COMPLETIONS)
+    both = load_reward([saved_reward_model, length], weights=[0.5, 2])(PROMPTS, COMPLETIONS)
+    assert_same(both, [0.5 * m + 2 * len(c) for m, c in zip(model, COMPLETIONS, strict=True)])
+    with pytest.raises(InputError, match="2 reward weights were given for 1 rewards"):
+        load_reward([length], weights=[1.0, 2.0])
+    with pytest.raises(InputError, match="belong to a list"):
+        load_reward(length, weights=[1.0])
+
+
+def test_a_name_in_a_python_file(tmp_path):
+    file = tmp_path / "rules.py"
+    file.write_text("def short(prompts, completions):\n    return [-len(c) for c in completions]\n")
+    assert load_reward(f"{file}:short")(PROMPTS, COMPLETIONS) == [-3, -19, 0]
+    with pytest.raises(InputError, match="defines no function or adapter 'long'"):
+        load_reward(f"{file}:long")
+    with pytest.raises(InputError, match=r"there is no file missing\.py \(looked in"):
+        load_reward("missing.py:short")
+
+
+def test_an_address_is_a_server():
+    reward = load_reward("http://127.0.0.1:1/score")
+    assert isinstance(reward, HTTPReward)
+    assert reward_name(reward) == "http://127.0.0.1:1/score"
+
+
+def test_a_classifier_needs_to_be_told_which_label(make_reward_model, tokenizer, tmp_path):
+    labels = {0: "NEGATIVE", 1: "POSITIVE"}
+    model = make_reward_model(id2label=labels)
+    tokenizer.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    for source in (model, tmp_path, str(tmp_path)):
+        with pytest.raises(InputError, match="labels NEGATIVE, POSITIVE .* ClassifierReward"):
+            load_reward(source, tokenizer)
+
+
+def test_lora_and_quantised_reward_models(reward_model, saved_reward_model, tokenizer, tmp_path):
+    torch.manual_seed(3)
+    config = LoraConfig(
+        task_type="SEQ_CLS", target_modules="all-linear", init_lora_weights=False, r=4
+    )
+    lora = get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(saved_reward_model), config
+    )
+    lora.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    plain = RewardModel(lora, tokenizer)(PROMPTS, COMPLETIONS)
+    for source in (lora, tmp_path):
+        assert_same(load_reward(source, tokenizer)(PROMPTS, COMPLETIONS), plain)
+    quantised = AutoModelForSequenceClassification.from_pretrained(
+        saved_reward_model, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+    )
+    rough = load_reward(quantised, tokenizer)(PROMPTS, COMPLETIONS)
+    exact = RewardModel(reward_model, tokenizer)(PROMPTS, COMPLETIONS)
+    assert rough != exact
+    assert rough == pytest.approx(exact, abs=0.1)

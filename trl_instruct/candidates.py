@@ -21,7 +21,7 @@ from trl_instruct.models import (
     load_tokenizer,
     model_name,
 )
-from trl_instruct.rewards import RewardFunction, as_completions, call_reward
+from trl_instruct.reward_function import RewardFunction, as_completions, call_reward
 from trl_instruct.sampling import decode, eos_token_ids, fit_prompts, generate, tokenize_prompts
 from trl_instruct.stage import written_at_once
 from trl_instruct.tiny import SimulatedLabeler

@@ -4,6 +4,8 @@
 clone, for `accelerate launch`.
 """
 
+import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,9 +24,12 @@ from trl_instruct.configs import (
     SFTConfig,
 )
 from trl_instruct.errors import InputError
+from trl_instruct.http_reward import TOKEN_VARIABLE
 from trl_instruct.options import Config, check_names, check_types, option_errors
 from trl_instruct.pretraining import pretrain
 from trl_instruct.recipes import ppo, rm, sft
+from trl_instruct.reward_function import place_on, reward_name
+from trl_instruct.reward_server import LOOPBACK, MOST_BYTES, RewardServer
 from trl_instruct.rewards import load_reward
 from trl_instruct.sources import kind_of
 from trl_instruct.stage import stage
@@ -54,6 +59,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 class _Parser(TrlParser):
     """TrlParser whose mistakes are InputErrors, without a usage text of 150 options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; --help lists the options.")
+
+
+class _Plain(argparse.ArgumentParser):
+    """A parser whose mistakes are InputErrors."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; --help lists the options.")
@@ -154,6 +166,27 @@ def _tell(message: str) -> None:
         print(message)
 
 
+def serve_reward_command(arguments: list[str]) -> None:
+    """A reward behind an address, until it is interrupted."""
+    parser = _Plain(prog="trl-instruct serve-reward", allow_abbrev=False)
+    parser.add_argument("--reward_model_path", nargs="+", required=True, help="As in `ppo`.")
+    parser.add_argument("--reward_weights", nargs="+", type=float, help="As in `ppo`.")
+    parser.add_argument("--host", default=LOOPBACK, help="Where to listen (%(default)s).")
+    parser.add_argument("--port", type=int, default=8000, help="Its port (%(default)s).")
+    parser.add_argument(
+        "--max_bytes", type=int, default=MOST_BYTES, help="Of a request (%(default)s)."
+    )
+    parser.epilog = f"With {TOKEN_VARIABLE} in the environment, requests must carry that token."
+    options = parser.parse_args(arguments)
+    named = options.reward_model_path
+    reward = load_reward(named if len(named) > 1 else named[0], weights=options.reward_weights)
+    place_on(reward, PartialState().device)
+    where = {"host": options.host, "port": options.port, "max_bytes": options.max_bytes}
+    with RewardServer(reward, token=os.environ.get(TOKEN_VARIABLE), **where) as server:
+        _tell(f"scores of {reward_name(reward)}: {server.url}")
+        server.serve_forever()
+
+
 def rm_command(arguments: list[str]) -> None:
     """Stage 2."""
     config, model_config = parse(RewardConfig, arguments)
@@ -171,7 +204,7 @@ def ppo_command(arguments: list[str]) -> None:
     result = ppo(model, reward, config.dataset_name, config=config, model_config=model_config)
     _tell(f"policy: {result}")
     if config.eval_dataset_name and PartialState().is_main_process:
-        compare(result)
+        compare(result, reward=reward)
 
 
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {
@@ -180,4 +213,5 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "candidates": candidates_command,
     "rm": rm_command,
     "ppo": ppo_command,
+    "serve-reward": serve_reward_command,
 }

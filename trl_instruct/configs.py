@@ -163,8 +163,14 @@ class PPOConfig(StageConfig, TrainingArguments):
     )
 
     engine: Literal["trl_instruct", "trl"] = _option("trl_instruct", "trl: TRL 1.12's PPOTrainer.")
-    reward_model_path: str | None = _option(
-        None, "The reward: a reward model's folder or Hub id, or `tiny` (the gold scorer)."
+    reward_model_path: list[str] | None = _option(
+        None,
+        "The reward: a reward model's folder or Hub id, `tiny` (the gold scorer), a reward "
+        "server's http://..., or a function or adapter in a Python file, rewards.py:brevity; "
+        "several are summed.",
+    )
+    reward_weights: list[float] | None = _option(
+        None, "Weights of several rewards (TRL's name); default: 1 each."
     )
     gold: str | None = _option(
         None, "A second reward, never trained on, to judge the result by: a reward model or `tiny`."
@@ -196,6 +202,14 @@ class PPOConfig(StageConfig, TrainingArguments):
     )
     missing_eos_penalty: float | None = _option(
         None, "Taken off the score of a completion without EOS or stop string; positive."
+    )
+    missing_eos_score: float | None = _option(
+        None, "The score of a completion without EOS or stop string, whatever the reward says."
+    )
+    on_error: Literal["stop", "skip"] = _option(
+        "stop",
+        "Where the reward raises or gives no finite number: stop, saved as before the iteration; "
+        "or skip the episode in the update, counted in objective/skipped.",
     )
     kl_coef: float = _option(0.02, "beta of the KL penalty (C.4: 0.02; 0.01-0.02 best, E.7).")
     adaptive_kl_target: float | None = _option(
@@ -251,6 +265,8 @@ class PPOConfig(StageConfig, TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        named: Any = self.reward_model_path
+        self.reward_model_path = named[0] if isinstance(named, list) and len(named) == 1 else named
         check_counts(self, "num_mini_batches", "num_ppo_epochs", "response_length")
         check_counts(self, "total_episodes", "local_rollout_forward_batch_size")
         check_counts(self, "max_prompt_length", "ptx_max_length", "ptx_rows_per_episode")
@@ -268,6 +284,8 @@ class PPOConfig(StageConfig, TrainingArguments):
                 raise InputError(f"{name} is {getattr(self, name)}; it must be between 0 and 1.")
         if self.temperature <= 0:
             raise InputError(f"temperature is {self.temperature}; PPO samples, it must be above 0.")
+        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
+            raise InputError("missing_eos_penalty and missing_eos_score exclude each other.")
         if self.missing_eos_penalty is not None and self.missing_eos_penalty < 0:
             raise InputError(
                 f"missing_eos_penalty is {self.missing_eos_penalty}; it is subtracted from the "

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from trl_instruct.models import context_length, evaluating
-from trl_instruct.rewards import RewardFunction, as_completions, call_reward
+from trl_instruct.reward_function import RewardFunction, as_completions, call_reward
 from trl_instruct.rollouts import completion_logprobs
 from trl_instruct.sampling import (
     decode,

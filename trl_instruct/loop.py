@@ -5,11 +5,13 @@ as in any Trainer. The Trainer's private methods are used here and nowhere else.
 """
 
 import math
+import random
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from transformers import Trainer, TrainerControl, TrainerState, set_seed
@@ -33,6 +35,8 @@ class LoopTrainer(Trainer):
     num_iterations: int
     iterations_per_epoch: float
     metrics: dict[str, Any]
+    random_state: tuple[Any, ...]
+    saved_step: int
 
     def begin_training(self, checkpoint: Path | None = None) -> None:
         """Optimizer, scheduler, processes, callbacks; counters and random numbers of a checkpoint.
@@ -52,6 +56,7 @@ class LoopTrainer(Trainer):
         self.state = TrainerState(stateful_callbacks=exported)
         if checkpoint is not None:
             self._load_progress(checkpoint)
+        self.saved_step = -1
         self.state.is_local_process_zero = self.is_local_process_zero()
         self.state.is_world_process_zero = self.is_world_process_zero()
         self.state.max_steps = self.num_iterations
@@ -84,6 +89,7 @@ class LoopTrainer(Trainer):
 
     def begin_iteration(self) -> None:
         """Tell the callbacks."""
+        self.random_state = random_state()
         self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
 
     def end_iteration(self, metrics: dict[str, Any]) -> None:
@@ -119,6 +125,19 @@ class LoopTrainer(Trainer):
         logged = {f"eval_{name}": value for name, value in self.metrics.items()}
         return self._determine_best_metric(logged, trial=None)
 
+    def save_last_state(self) -> Path | None:
+        """Save the run as it was when this iteration began, before any weight has changed.
+
+        Returns:
+            The checkpoint; None in the first iteration, where there is nothing to save.
+        """
+        if not self.state.global_step:
+            return None
+        if self.state.global_step != self.saved_step:
+            set_random_state(self.random_state)
+            self._save_whole_checkpoint()
+        return Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.saved_step}"
+
     def _save_whole_checkpoint(self) -> None:
         """All that the run needs to go on, into `checkpoint-<step>` of its output_dir."""
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -128,6 +147,7 @@ class LoopTrainer(Trainer):
             shutil.rmtree(Path(str(self.args.output_dir)) / name, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._save_checkpoint(self.model_wrapped, trial=None)
+        self.saved_step = self.state.global_step
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Every process's random numbers, before the main one declares the checkpoint whole."""
@@ -139,6 +159,22 @@ class LoopTrainer(Trainer):
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         metrics = {**self.metrics, "epoch": self.state.epoch}
         return TrainOutput(self.state.global_step, metrics["loss/policy"], metrics)
+
+
+def random_state() -> tuple[Any, ...]:
+    """What all random numbers of this process go by from here on."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), devices
+
+
+def set_random_state(state: tuple[Any, ...]) -> None:
+    """Go back to a `random_state`."""
+    python, numpy, cpu, devices = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if devices:
+        torch.cuda.set_rng_state_all(devices)
 
 
 def check_processes(accelerator: Accelerator) -> None:

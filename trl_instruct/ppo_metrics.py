@@ -12,7 +12,7 @@ from trl_instruct.rollouts import Rollout
 
 
 def episode_metrics(rollout: Rollout, kl: Tensor, *, kl_coef: float) -> dict[str, Tensor]:
-    """Means over the episodes of a rollout; sums within an episode run over its real tokens.
+    """Means over the episodes that have a score; sums within an episode run over real tokens.
 
     Args:
         rollout: B episodes.
@@ -34,7 +34,7 @@ def episode_metrics(rollout: Rollout, kl: Tensor, *, kl_coef: float) -> dict[str
         "objective/length": rollout.completion_lengths.float(),
         "objective/ended": rollout.ended.float(),
     }
-    return {name: values.mean() for name, values in per_episode.items()}
+    return {name: masked_mean(values, rollout.scored) for name, values in per_episode.items()}
 
 
 def value_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, Tensor]:

@@ -41,13 +41,16 @@ from trl_instruct.ppo_metrics import (
 )
 from trl_instruct.ppo_report import sample_text
 from trl_instruct.ptx import PretrainingRows, pretraining_rows
-from trl_instruct.rewards import (
+from trl_instruct.reward_function import (
+    RewardError,
     RewardFunction,
-    RewardModel,
     as_completions,
-    call_reward,
-    check_roles,
+    load_states,
+    place_on,
+    states_of,
 )
+from trl_instruct.rewards import RewardModel, check_roles
+from trl_instruct.rollout_scores import rollout_scores
 from trl_instruct.rollouts import (
     PolicyAndValue,
     Rollout,
@@ -133,6 +136,7 @@ class PPOTrainer(LoopTrainer):
         check_processes(self.accelerator)
         self._place_frozen_models()
         self.kl_coef = args.kl_coef
+        self.skipped = 0
         self.average: MovingAverage | None = None
         self.pretraining: PretrainingRows | None = None
         if args.ptx_coef:
@@ -227,14 +231,30 @@ class PPOTrainer(LoopTrainer):
             )
 
     def score(self, rollout: Rollout, rows: Sequence[int]) -> Rollout:
-        """The rollout with the reward's score of each completion, less the missing-EOS penalty."""
+        """The rollout with the reward's score of each completion, and what a missing EOS costs.
+
+        Where the reward fails, the run ends with the state before this iteration saved; or, with
+        `on_error: skip`, the score is NaN and the episode has no part in the update.
+        """
         texts = self.texts(rollout)
         records = self.train_dataset.select(list(rows))[:]
         prompts = records.pop("prompt")
-        given = call_reward(self.reward, prompts, as_completions(prompts, texts), records)
+        judged = (prompts, as_completions(prompts, texts), records)
+        skip = self.args.on_error == "skip"
+        try:
+            given, self.skipped = rollout_scores(self.reward, *judged, rows=rows, skip=skip)
+        except RewardError as error:
+            told = f"Iteration {self.state.global_step + 1}: {error}"
+            if saved := self.save_last_state():
+                told = f"{told.rstrip('.')}. {saved} holds the run as it was before that: "
+                told += "resume_from_checkpoint goes on from there."
+            raise RewardError(told) from error
         scores = torch.tensor(given, device=rollout.scores.device)
         if self.args.missing_eos_penalty is not None:
             scores = scores - self.args.missing_eos_penalty * ~rollout.ended
+        if self.args.missing_eos_score is not None:
+            keep = rollout.ended | scores.isnan()
+            scores = torch.where(keep, scores, self.args.missing_eos_score)
         return rollout._replace(scores=scores)
 
     def rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -264,6 +284,8 @@ class PPOTrainer(LoopTrainer):
         self.model.train()
         steps: list[dict[str, float]] = []
         for rows in self.minibatches():
+            if self.skipped and not self.accelerator.reduce(rollout.select(rows).mask.sum(), "sum"):
+                continue
             steps.append(self.step(rollout.select(rows), advantages[rows], returns[rows]))
             if steps[-1]["policy/approxkl"] > (self.args.target_kl or math.inf):
                 break
@@ -349,6 +371,7 @@ class PPOTrainer(LoopTrainer):
         progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
         check_same_prompts(progress["sampler"], self.sampler, checkpoint)
         self.metrics, self.kl_coef = progress["metrics"], progress["kl_coef"]
+        load_states(self.reward, progress.get("reward", []))
         if self.pretraining is not None:
             self.pretraining.load_state(progress["ptx"])
         if self.average is not None:
@@ -359,11 +382,14 @@ class PPOTrainer(LoopTrainer):
     ) -> dict[str, Any]:
         """The iteration's metrics, over the episodes and tokens of all processes."""
         means = episode_metrics(rollout, kl, kl_coef=self.kl_coef)
-        means = {name: self.accelerator.reduce(x, "mean") for name, x in means.items()}
+        count = rollout.scored.sum()
+        total = self.accelerator.reduce(count, "sum")
+        means = {n: self.accelerator.reduce(x * count, "sum") / total for n, x in means.items()}
         means |= value_metrics(*self.accelerator.gather((rollout.values, returns, rollout.mask)))
         return {
             **{name: float(mean) for name, mean in means.items()},
             **stats,
+            **({"objective/skipped": self.skipped} if self.args.on_error == "skip" else {}),
             "objective/kl_coef": self.kl_coef,
             "lr": self.lr_scheduler.get_last_lr()[0],
             "eps": self.batch_size / (time.perf_counter() - self.started),
@@ -428,6 +454,7 @@ class PPOTrainer(LoopTrainer):
             "sampler": self.sampler,
             "kl_coef": self.kl_coef,
             "ptx": ptx,
+            "reward": states_of(self.reward),
             "metrics": self.metrics,
         }
 
@@ -435,5 +462,4 @@ class PPOTrainer(LoopTrainer):
         if self.ref_model is not None:
             unify_modes(self.ref_model)
             self.ref_model.eval().requires_grad_(False).to(self.accelerator.device)
-        if isinstance(self.reward, RewardModel):
-            self.reward.model.to(self.accelerator.device)
+        place_on(self.reward, self.accelerator.device)

@@ -35,9 +35,11 @@ from trl_instruct.preparation import (
 )
 from trl_instruct.pretraining import tiny_base
 from trl_instruct.reward_evaluation import evaluate_reward
+from trl_instruct.reward_function import RewardFunction
 from trl_instruct.reward_report import FIGURE, draw, render
 from trl_instruct.reward_trainer import RankingRewardTrainer
-from trl_instruct.rewards import TINY, RewardFunction, RewardModel, load_reward
+from trl_instruct.rewards import TINY, Reward, RewardModel, load_reward
+from trl_instruct.rollout_scores import reward_counts
 from trl_instruct.sampling import unused_sampling
 from trl_instruct.shift import save_beside_adapter
 from trl_instruct.sources import name_of
@@ -194,7 +196,7 @@ def rm(
 
 def ppo(
     model: ModelSource,
-    reward: ModelSource | RewardFunction,
+    reward: Reward,
     dataset: Any,
     output_dir: str | os.PathLike | None = None,
     *,
@@ -210,8 +212,9 @@ def ppo(
 
     Args:
         model: the SFT result; also the frozen reference of the KL penalty.
-        reward: a reward model (folder, Hub id, loaded model, result of `rm`), `"tiny"`, or a
-            function `f(prompts, completions, **columns) -> list[float]`.
+        reward: a reward model (folder, Hub id, loaded model, result of `rm`), a function
+            `f(prompts, completions, **columns) -> list[float]`, an adapter, `"tiny"`, the rest of
+            what `load_reward` takes, or a list of these, summed with `reward_weights`.
         dataset: prompts (`prompt`; further columns reach the reward); named as in `sft`.
         output_dir: folder for the policy.
         ptx_dataset: pretraining text (`text`) for PPO-ptx, named as in `sft`; with `ptx_coef`.
@@ -221,7 +224,9 @@ def ppo(
         processing_class, config, model_config, callbacks, options: as in `sft`, with `PPOConfig`.
 
     Returns:
-        The folder, with the last iteration's metrics, cut_prompts and seconds.
+        The folder, with the last iteration's metrics, cut_prompts, reward_truncated (texts that a
+        reward model's context has cut) and reward_unparsable (a judge's answers without a score)
+        where there are any, and seconds.
 
     Raises:
         InputError: as `sft`; also a reward that returns anything but one finite number per
@@ -231,7 +236,7 @@ def ppo(
         PPOConfig, config, model_config, output_dir, dataset, options
     )
     trainer_class = upstream_trainer(config) if config.engine == "trl" else PPOTrainer
-    config.reward_model_path = name_of(reward) or config.reward_model_path
+    config.reward_model_path = _reward_names(reward) or config.reward_model_path
     prompts = load_prompts(dataset, config.dataset_train_split)
     texts = _pretraining_texts(ptx_dataset, config)
     with stage("ppo", config, model_config) as run:
@@ -240,7 +245,12 @@ def ppo(
         if unused := unused_sampling(policy):
             told = ", ".join(f"{name} {value}" for name, value in unused.items())
             run.say(f"the model's own sampling settings are not used: {told}")
-        judge = load_reward(reward, tokenizer, batch_size=config.local_rollout_forward_batch_size)
+        judge = load_reward(
+            reward,
+            tokenizer,
+            weights=config.reward_weights,
+            batch_size=config.local_rollout_forward_batch_size,
+        )
         value = _value_model(value_model or config.value_model_path, judge, policy, tokenizer)
         trainer = trainer_class(
             args=config,
@@ -259,7 +269,20 @@ def ppo(
         output = run.train(trainer, labels)
         if run.is_main:
             ppo_report.draw(trainer.state.log_history, run.folder / ppo_report.FIGURE)
-        return run.finish(trainer, {**output.metrics, "cut_prompts": trainer.cut_prompts})
+        metrics = {**output.metrics, "cut_prompts": trainer.cut_prompts}
+        for name, count in reward_counts(judge).items():
+            if count:
+                run.say(f"{count} of the texts that the reward was given were {name}")
+                metrics[f"reward_{name}"] = count
+        return run.finish(trainer, metrics)
+
+
+def _reward_names(reward: Any) -> Any:
+    """How the config names the reward; None where one of them lives in memory only."""
+    if not isinstance(reward, list | tuple):
+        return name_of(reward)
+    names = [name for part in reward if (name := name_of(part))]
+    return names if len(names) == len(reward) else None
 
 
 def _pretraining_texts(dataset: Any, config: PPOConfig) -> Dataset | IterableDataset | None:

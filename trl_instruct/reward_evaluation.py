@@ -18,7 +18,7 @@ from trl_instruct.errors import InputError
 from trl_instruct.evaluation import Interval, grouped_interval
 from trl_instruct.pairs import as_text, ranking_to_pairs
 from trl_instruct.rankings import Ranking, dense_ranks
-from trl_instruct.rewards import RewardFunction, call_reward
+from trl_instruct.reward_function import RewardFunction, call_reward
 from trl_instruct.sources import iterate
 
 MOST_BINS, LEAST_PAIRS = 10, 30

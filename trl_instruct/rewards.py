@@ -1,23 +1,22 @@
-"""Reward adapters: whatever judges a completion, behind TRL's reward-function signature.
+"""Reward adapters: whatever judges a completion, as a reward function; a reward model first."""
 
-f(prompts, completions, **columns) -> list[float]: one score per completion; `columns` are the
-prompt dataset's further columns. Prompts and completions are both texts or both lists of messages.
-"""
-
-import inspect
-import math
+import importlib.util
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations, takewhile
-from typing import Any
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
+from trl_instruct.combined import WeightedSum
 from trl_instruct.errors import InputError
+from trl_instruct.http_reward import HTTPReward
 from trl_instruct.masking import right_padded_mask
 from trl_instruct.models import (
     ModelSource,
@@ -28,13 +27,14 @@ from trl_instruct.models import (
     load_reward_model,
     load_tokenizer,
 )
+from trl_instruct.reward_function import RewardFunction, parts_of
 from trl_instruct.scoring import pad_token_of, score_positions, scores_at
 from trl_instruct.shift import keep_shift, shift_of
 from trl_instruct.tiny import gold_score
 
-RewardFunction = Callable[..., Sequence[float]]
-
 TINY = "tiny"
+
+Reward: TypeAlias = ModelSource | RewardFunction | Sequence[ModelSource | RewardFunction]
 
 
 class RewardModel:
@@ -57,6 +57,10 @@ class RewardModel:
     @property
     def __name__(self) -> str:
         return self.model.config._name_or_path or type(self.model).__name__
+
+    def to(self, device: torch.device) -> None:
+        """Put the model there."""
+        self.model.to(device)
 
     @property
     def shift(self) -> float:
@@ -86,37 +90,67 @@ class RewardModel:
         if context is not None:
             self.truncated += sum(len(row) > context for row in rows)
             rows = [row[-context:] for row in rows]
-        by_length = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-        scores = [0.0] * len(rows)
-        for start in range(0, len(rows), self.batch_size):
-            batch = by_length[start : start + self.batch_size]
-            for row, score in zip(batch, self._score([rows[r] for r in batch]), strict=True):
-                scores[row] = float(score) - self.shift
-        return scores
+        filler = self.tokenizer.pad_token_id
+        logits = batched_logits(self.model, rows, filler, self.batch_size)
+        return [float(score) - self.shift for score in logits.squeeze(-1)]
 
-    def _score(self, rows: list[list[int]]) -> Tensor:
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = pad_rows(rows, self.tokenizer.pad_token_id).to(self.model.device)
+
+@torch.no_grad()
+def batched_logits(
+    model: PreTrainedModel, rows: list[list[int]], filler: int, batch_size: int
+) -> Tensor:
+    """A classifier's logits for rows of unequal length, in batches of similar length.
+
+    Args:
+        model: a sequence classifier.
+        rows: R lists of token ids.
+        filler: token to pad with.
+        batch_size: rows per forward pass.
+
+    Returns:
+        `(R, labels)` float32 on CPU.
+    """
+    by_length = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    parts = [torch.zeros(0, model.config.num_labels)]
+    for start in range(0, len(rows), batch_size):
+        batch = [rows[row] for row in by_length[start : start + batch_size]]
+        lengths = torch.tensor([len(row) for row in batch])
+        ids = pad_rows(batch, filler).to(model.device)
         mask = right_padded_mask(lengths, ids.shape[1]).long().to(ids.device)
-        columns = score_positions(ids, mask, pad_token_of(self.model))
-        with scores_at(self.model, columns, ids.shape[1]):
-            outputs = self.model(**accepted(self.model, input_ids=ids, attention_mask=mask))
-        return outputs.logits.squeeze(-1)
+        columns = score_positions(ids, mask, pad_token_of(model))
+        with scores_at(model, columns, ids.shape[1]):
+            parts.append(
+                model(**accepted(model, input_ids=ids, attention_mask=mask)).logits.float().cpu()
+            )
+    return torch.cat(parts)[torch.tensor(by_length, dtype=torch.long).argsort()]
 
 
 def load_reward(
-    reward: ModelSource | RewardFunction,
+    reward: Any,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    weights: Sequence[float] | None = None,
     batch_size: int = 64,
 ) -> RewardFunction:
     """A reward function from whatever `ppo` accepts as one.
 
     Args:
-        reward: a function, `"tiny"` (the gold scorer), or a scalar reward model.
+        reward: a function, an adapter, a scalar reward model (folder, Hub id, loaded), `"tiny"`
+            (the gold scorer), the address of a reward server (`http://...`), a function or adapter
+            in a Python file of your own (`rewards.py:brevity`; the file is run), or a list of
+            these: their weighted sum.
         tokenizer: for a model in memory that was not loaded from a folder with its own.
+        weights: of a list; default: 1 each.
         batch_size: completions per forward pass of a model.
+
+    Raises:
+        InputError: nothing there, a classifier of several labels, weights that do not fit.
     """
+    if isinstance(reward, list | tuple):
+        parts = [load_reward(part, tokenizer, batch_size=batch_size) for part in reward]
+        return WeightedSum(parts, weights)
+    if weights is not None:
+        raise InputError("reward_weights belong to a list of rewards; one reward was given.")
     if isinstance(reward, str) and reward == TINY:
         return gold_score
     if reward is None:
@@ -126,22 +160,65 @@ def load_reward(
         )
     if callable(reward) and not isinstance(reward, nn.Module):
         return reward
+    if isinstance(reward, str) and reward.startswith(("http://", "https://")):
+        return HTTPReward(reward)
+    if is_python(reward):
+        return _from_file(reward)
+    _check_labels(reward)
     model = load_reward_model(reward, ModelConfig())
     if tokenizer is None or not is_nameless(reward):
         tokenizer = load_tokenizer(reward)
     return RewardModel(model, tokenizer, batch_size=batch_size)
 
 
+def _check_labels(source: ModelSource) -> None:
+    """InputError for a classifier of several labels: which of them is the reward?"""
+    config: Any = None
+    if isinstance(source, nn.Module):
+        config = source.config
+    elif (Path(source) / "config.json").is_file():
+        config = AutoConfig.from_pretrained(source)
+    else:
+        return
+    kind, labels = (config.architectures or [type(source).__name__])[0], config.id2label
+    if kind.endswith("ForSequenceClassification") and len(labels) > 1:
+        raise InputError(
+            f"A classifier with the labels {', '.join(labels.values())} was given as the reward. "
+            "Say what counts: ClassifierReward(model, {label: weight})."
+        )
+
+
+def is_python(reward: Any) -> bool:
+    """Whether a reward's name stands for code in a Python file."""
+    return isinstance(reward, str) and ".py:" in reward
+
+
+def _from_file(reward: str) -> RewardFunction:
+    """What a name like `rewards.py:brevity` stands for; the file is run."""
+    file, _, name = reward.rpartition(":")
+    if not Path(file).is_file():
+        raise InputError(f"Reward {reward!r}: there is no file {file} (looked in {Path.cwd()}).")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec is not None and spec.loader is not None  # the name ends in .py
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise InputError(f"Reward {reward!r}: {file} defines no function or adapter {name!r}.")
+    return found
+
+
 def check_roles(
     model: nn.Module, ref_model: nn.Module | None, reward_model: Any, value_model: nn.Module
 ) -> None:
     """InputError where one object would be trained in one role and frozen in another."""
-    if isinstance(reward_model, RewardModel):
-        reward_model = reward_model.model
-    roles = {"model": model, "ref_model": ref_model, "value_model": value_model}
-    roles["reward_model"] = reward_model
-    for (name, one), (other, two) in combinations(roles.items(), 2):
-        if one is not None and one is two:
+    judges = [
+        p if isinstance(p, nn.Module) else getattr(p, "model", p) for p in parts_of(reward_model)
+    ]
+    roles = [("model", model), ("ref_model", ref_model), ("value_model", value_model)]
+    roles += [("reward_model", judge) for judge in judges]
+    for (name, one), (other, two) in combinations(roles, 2):
+        if one is not None and one is two and name != other:
             raise InputError(
                 f"{name} and {other} are the same object, and training one would change the other. "
                 f"Load it twice, or pass copy.deepcopy({other}) as {other}."
@@ -203,69 +280,3 @@ def pad_rows(rows: list[list[int]], filler: int) -> Tensor:
     """
     tensors = [torch.tensor(row) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=filler)
-
-
-def call_reward(
-    reward: RewardFunction,
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    columns: Mapping[str, Sequence[Any]],
-) -> list[float]:
-    """Scores of a reward function, checked.
-
-    Args:
-        reward: any callable with the signature above; columns it has no parameter for are left
-            out.
-        prompts, completions: B texts, or B lists of messages.
-        columns: further columns, B values each.
-
-    Returns:
-        B finite floats.
-
-    Raises:
-        InputError: parameters of other names, another number of scores than completions, or a
-            score that is no finite number.
-    """
-    parameters = inspect.signature(reward).parameters
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    name = reward_name(reward)
-    if not takes_all and not {"prompts", "completions"} <= set(parameters):
-        raise InputError(
-            f"Reward {name!r} takes ({', '.join(parameters)}); it is called by name, so it needs "
-            "the parameters (prompts, completions), and (..., **columns) for further columns."
-        )
-    wanted = {k: v for k, v in columns.items() if takes_all or k in parameters}
-    scores = reward(prompts=prompts, completions=completions, **wanted)
-    count = len(scores) if hasattr(scores, "__len__") else None
-    if count != len(completions):
-        given = f"{type(scores).__name__}" if count is None else f"{count} scores"
-        raise InputError(
-            f"Reward {name!r} returned {given} for {len(completions)} completions; it must "
-            "return a list with one float per completion."
-        )
-    return [_finite(score, name, row) for row, score in enumerate(scores)]
-
-
-def as_completions(prompts: Sequence[Any], texts: Sequence[str]) -> list[Any]:
-    """Completion texts in the prompts' own format: text, or the assistant's message."""
-    if isinstance(prompts[0], str):
-        return list(texts)
-    return [[{"role": "assistant", "content": text}] for text in texts]
-
-
-def reward_name(reward: RewardFunction) -> str:
-    """What to call a reward in messages and tables."""
-    return getattr(reward, "__name__", type(reward).__name__)
-
-
-def _finite(score: Any, name: str, row: int) -> float:
-    try:
-        value = float(score)
-    except (TypeError, ValueError, RuntimeError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise InputError(
-            f"Reward {name!r} gave completion {row + 1} the score {score!r}; a score must be a "
-            "finite number."
-        )
-    return value

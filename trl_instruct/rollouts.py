@@ -28,7 +28,8 @@ class Rollout(NamedTuple):
 
     prompt_ids `(B, P)`, prompt_lengths `(B,)`; completion_ids `(B, C)`, completion_lengths `(B,)`
     with the EOS counted, ended `(B,)` True where there is one; logprobs, ref_logprobs, values
-    `(B, C)` per completion token, 0 behind the end; scores `(B,)`.
+    `(B, C)` per completion token, 0 behind the end; scores `(B,)`, NaN where the reward failed: no
+    token of such an episode counts.
     """
 
     prompt_ids: Tensor
@@ -43,8 +44,14 @@ class Rollout(NamedTuple):
 
     @property
     def mask(self) -> Tensor:
-        """`(B, C)` True on completion tokens, EOS included."""
-        return right_padded_mask(self.completion_lengths, self.completion_ids.shape[1])
+        """`(B, C)` True on completion tokens, EOS included, of episodes that have a score."""
+        real = right_padded_mask(self.completion_lengths, self.completion_ids.shape[1])
+        return real & self.scored.unsqueeze(1)
+
+    @property
+    def scored(self) -> Tensor:
+        """`(B,)` False where the reward failed."""
+        return ~self.scores.isnan()
 
     def select(self, rows: Tensor) -> "Rollout":
         """The episodes with these indices."""

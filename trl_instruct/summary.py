@@ -14,20 +14,23 @@ from trl_instruct.data import load_prompts
 from trl_instruct.errors import InputError
 from trl_instruct.evaluation import Samples, sample_and_score, summarize
 from trl_instruct.models import CONFIG_FILE, METRICS_FILE, load_policy, load_tokenizer
-from trl_instruct.rewards import RewardFunction, RewardModel, load_reward
+from trl_instruct.reward_function import RewardFunction, place_on
+from trl_instruct.rewards import is_python, load_reward
 from trl_instruct.stage import write_json
 
 SHOWN_SAMPLES = 5
 
 
-def compare(policy: str | os.PathLike) -> dict[str, Any]:
+def compare(policy: str | os.PathLike, *, reward: Any = None) -> dict[str, Any]:
     """Measure a PPO policy beside what it came from; print the table and save it.
 
     What it came from stands in each stage's config: the SFT policy it started from, the base model
     of that, the reward model, the rankings.
 
     Args:
-        policy: a folder that `ppo` left, with eval_dataset_name and a reward model in its config.
+        policy: a folder that `ppo` left, with eval_dataset_name and a reward in its config.
+        reward: the reward, as `ppo` was given it; default: what the config names, which may be no
+            code: a folder from elsewhere must not run any.
 
     Returns:
         The summary, as saved to `summary_file` (default: summary.json in the folder): per model
@@ -46,7 +49,8 @@ def compare(policy: str | os.PathLike) -> dict[str, Any]:
     base = _read_yaml(Path(started_from)).get("model_name_or_path")
     paths = {"base": base, "sft": started_from, "ppo": folder}
     prompts = load_prompts(config["eval_dataset_name"])
-    rewards = {"rm": _judge(config["reward_model_path"])}
+    named = config["reward_model_path"] if reward is None else reward
+    rewards = {"rm": _judge(named, config.get("reward_weights"), allow_python=reward is not None)}
     if "gold" in config:
         rewards["gold"] = _judge(config["gold"])
     tokenizer = load_tokenizer(folder)
@@ -81,16 +85,25 @@ def _policy(source: str | os.PathLike) -> PreTrainedModel:
     return load_policy(source, ModelConfig()).to(PartialState().device)
 
 
-def _judge(source: str) -> RewardFunction:
-    reward = load_reward(source)
-    if isinstance(reward, RewardModel):
-        reward.model.to(PartialState().device)
+def _judge(
+    source: Any, weights: list[float] | None = None, *, allow_python: bool = False
+) -> RewardFunction:
+    named = source if isinstance(source, list) else [source]
+    if not allow_python and any(map(is_python, named)):
+        raise InputError(
+            f"The config names the reward {source!r}, which is Python code to be run. If you trust "
+            "it, pass it to compare(..., reward=)."
+        )
+    reward = load_reward(source, weights=weights)
+    place_on(reward, PartialState().device)
     return reward
 
 
 def _summary(folder: Path, config: dict, samples: dict[str, Samples]) -> dict[str, Any]:
     measured = {name: summarize(s) for name, s in samples.items()}
-    reward_folder = Path(config["reward_model_path"])
+    # Only a reward model of ours tells how it was made.
+    named = config["reward_model_path"]
+    reward_folder = Path(named) if isinstance(named, str) else folder / "no reward model"
     reward_metrics = _read_json(reward_folder / METRICS_FILE)
     summary: dict[str, Any] = {
         score: {name: m[score] for name, m in measured.items()}

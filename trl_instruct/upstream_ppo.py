@@ -32,13 +32,21 @@ from trl_instruct.configs import PPOConfig, StageConfig
 from trl_instruct.errors import InputError
 from trl_instruct.masking import left_padded_mask
 from trl_instruct.models import accepted, context_length, score_head, unwrapped
-from trl_instruct.rewards import RewardFunction, RewardModel, as_completions, call_reward
+from trl_instruct.reward_function import RewardFunction, as_completions, call_reward
+from trl_instruct.rewards import RewardModel
 from trl_instruct.rollouts import unify_modes
 from trl_instruct.sampling import fit_prompts, pad_prompts, tokenize_prompts
 from trl_instruct.shift import shift_of
 
 # Options of ours that are done with before or after the training itself.
-OUTSIDE = {"engine", "gold", "summary_file", "max_prompt_length", "value_model_path"}
+OUTSIDE = {
+    "engine",
+    "gold",
+    "summary_file",
+    "max_prompt_length",
+    "value_model_path",
+    "reward_weights",
+}
 # Options of TrainingArguments that TRL's PPOTrainer takes and does not read.
 UNREAD = {"data_seed", "resume_from_checkpoint", "max_grad_norm"}
 

@@ -1,0 +1,134 @@
+"""What is told, and what is done, where a reward fails."""
+
+import asyncio
+import math
+
+import pytest
+
+from trl_instruct.errors import InputError
+from trl_instruct.reward_function import (
+    RewardError,
+    RewardUnreachableError,
+    call_reward,
+    try_reward,
+)
+
+PROMPTS = ["one ", "two ", "three ", "four "]
+COMPLETIONS = ["a", "bb", "ccc", "dddd"]
+COLUMNS = {"answer": ["w", "x", "y", "z"]}
+
+
+class Lengths:
+    """Fails as it is told to, for texts that hold a `c`; remembers how often it answered."""
+
+    def __init__(self, fault):
+        self.fault, self.answered, self.calls = fault, 0, []
+
+    def __call__(self, prompts, completions, answer):
+        self.calls.append(answer)
+        self.answered += 1
+        if self.fault is Exception and any("c" in text for text in completions):
+            raise ValueError("no c, please")
+        return [self.fault if "c" in text else float(len(text)) for text in completions]
+
+    def state_dict(self):
+        return {"answered": self.answered}
+
+    def load_state_dict(self, state):
+        self.answered = state["answered"]
+
+
+def test_a_reward_that_raises_names_the_completion():
+    reward = Lengths(Exception)
+    with pytest.raises(RewardError, match="'Lengths' raised ValueError: no c, .*completion 3"):
+        call_reward(reward, PROMPTS, COMPLETIONS, COLUMNS)
+    assert reward.calls == [["w", "x", "y", "z"], ["w"], ["x"], ["y"]]
+    assert reward.answered == 0
+    with pytest.raises(InputError) as caught:
+        call_reward(reward, PROMPTS, COMPLETIONS, COLUMNS)
+    assert caught.value.row == 2
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_reward_that_raises_for_all_together_only():
+    def moody(prompts, completions):
+        if len(completions) > 1:
+            raise RuntimeError("too many")
+        return [1.0]
+
+    with pytest.raises(RewardError, match="'moody' raised RuntimeError: too many$"):
+        call_reward(moody, PROMPTS, COMPLETIONS, {})
+    assert try_reward(moody, PROMPTS, COMPLETIONS, {}) == ([1.0] * 4, {})
+
+
+@pytest.mark.parametrize("fault", [Exception, None, math.nan, math.inf, "good"])
+def test_the_others_keep_their_scores(fault):
+    reward = Lengths(fault)
+    scores, faults = try_reward(reward, PROMPTS, COMPLETIONS, COLUMNS)
+    assert math.isnan(scores[2])
+    assert [*scores[:2], scores[3]] == [1.0, 2.0, 4.0]
+    assert list(faults) == [2]
+    assert "Lengths" in faults[2]
+    # A call that failed as a whole leaves no trace: one answer each.
+    assert reward.answered == (4 if fault is Exception else 1)
+
+
+def test_a_wrong_count_is_asked_for_again_one_by_one():
+    def forgetful(prompts, completions):
+        return [1.0] * min(len(completions), 2)
+
+    assert try_reward(forgetful, PROMPTS, COMPLETIONS, {}) == ([1.0] * 4, {})
+    scores, faults = try_reward(lambda prompts, completions: [1.0, 2.0], *["ab"] * 2, {})
+    assert (scores, faults) == ([1.0, 2.0], {})
+    scores, faults = try_reward(lambda prompts, completions: 1.0, *["ab"] * 2, {})
+    assert all(map(math.isnan, scores))
+    assert "returned float for 1 completions" in faults[1]
+
+
+def test_what_cannot_be_reached_is_not_asked_again():
+    calls = []
+
+    def away(prompts, completions):
+        calls.append(len(completions))
+        raise RewardUnreachableError("nobody there")
+
+    with pytest.raises(RewardUnreachableError, match="nobody there"):
+        call_reward(away, PROMPTS, COMPLETIONS, {})
+    scores, faults = try_reward(away, PROMPTS, COMPLETIONS, {})
+    assert calls == [4, 4]
+    assert all(map(math.isnan, scores))
+    assert faults == dict.fromkeys(range(4), "nobody there")
+
+    def going(prompts, completions):
+        calls.append(len(completions))
+        if completions[0] == "bb":
+            raise RewardUnreachableError("gone")
+        if len(completions) > 1:
+            raise ValueError
+        return [1.0]
+
+    scores, faults = try_reward(going, PROMPTS, COMPLETIONS, {})
+    assert calls[2:] == [4, 1, 1]
+    assert scores[0] == 1.0
+    assert faults == dict.fromkeys((1, 2, 3), "gone")
+
+
+async def slowly(prompts, completions, answer):
+    await asyncio.sleep(0)
+    return [float(ord(letter)) for letter in answer]
+
+
+def test_an_async_function_with_columns():
+    expected = [float(ord(letter)) for letter in "wxyz"]
+    assert call_reward(slowly, PROMPTS, COMPLETIONS, COLUMNS) == expected
+
+    async def in_a_notebook():
+        return call_reward(slowly, PROMPTS, COMPLETIONS, COLUMNS)
+
+    assert asyncio.run(in_a_notebook()) == expected
+
+    async def failing(prompts, completions):
+        raise ValueError("tired")
+
+    with pytest.raises(RewardError, match="'failing' raised ValueError: tired .completion 1"):
+        call_reward(failing, PROMPTS, COMPLETIONS, {})

@@ -1,0 +1,256 @@
+"""TRL's reward-function signature: how a reward is called, and what is told where it fails.
+
+f(prompts, completions, **columns) -> list[float], or an async function of that form: one score per
+completion; `columns` are the prompt dataset's further columns. Prompts and completions are both
+texts or both lists of messages.
+"""
+
+import asyncio
+import inspect
+import math
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from trl_instruct.errors import InputError
+
+RewardFunction = Callable[..., Sequence[float] | Awaitable[Sequence[float]]]
+Columns = Mapping[str, Sequence[Any]]
+
+
+class RewardError(InputError):
+    """A reward that failed on what it was given: `fault` says how.
+
+    `row` is the completion's index, where known; the message counts from 1.
+    """
+
+    def __init__(self, fault: str, row: int | None = None):
+        super().__init__(fault if row is None else f"{fault} (completion {row + 1})")
+        self.fault, self.row = fault, row
+
+
+class RewardUnreachableError(RewardError):
+    """A reward that cannot be reached: to ask it again for one completion would not help."""
+
+
+def call_reward(
+    reward: RewardFunction, prompts: Sequence[Any], completions: Sequence[Any], columns: Columns
+) -> list[float]:
+    """Scores of a reward function, checked.
+
+    A function that raises is asked for one completion after the other until the one is found that
+    it raises for.
+
+    Args:
+        reward: any callable with the signature above; columns it has no parameter for are left
+            out.
+        prompts, completions: B texts, or B lists of messages.
+        columns: further columns, B values each.
+
+    Returns:
+        B finite floats.
+
+    Raises:
+        InputError: parameters of other names.
+        RewardError: it raised, gave another number of scores than completions, or a score that is
+            no finite number. What it remembers (`state_dict`) is then as before the call.
+    """
+    given = (reward, prompts, completions, _wanted(reward, columns))
+    before = states_of(reward)
+    try:
+        scores, faults = _ask(*given)
+        for row, fault in faults.items():
+            raise RewardError(fault, row)
+    except RewardError as error:
+        load_states(reward, before)
+        where, why = _located(error, *given)
+        load_states(reward, before)
+        if why is not None:
+            raise RewardError(why, where) from error.__cause__
+        raise
+    return scores
+
+
+def try_reward(
+    reward: RewardFunction, prompts: Sequence[Any], completions: Sequence[Any], columns: Columns
+) -> tuple[list[float], dict[int, str]]:
+    """Scores of a reward function that may fail on some completions.
+
+    A call that fails as a whole is repeated for one completion at a time.
+
+    Args:
+        reward, prompts, completions, columns: as in `call_reward`.
+
+    Returns:
+        B floats, NaN where it failed; why, by the completion's index.
+
+    Raises:
+        InputError: parameters of other names.
+    """
+    given = (reward, prompts, completions, _wanted(reward, columns))
+    before = states_of(reward)
+    try:
+        return _ask(*given)
+    except RewardUnreachableError as away:
+        load_states(reward, before)
+        rows = range(len(completions))
+        return [math.nan for _ in rows], dict.fromkeys(rows, away.fault)
+    except RewardError:
+        load_states(reward, before)
+        answers = list(_one_by_one(*given))
+    faults = {row: fault for row, (_, fault) in enumerate(answers) if fault is not None}
+    return [score for score, _ in answers], faults
+
+
+def _located(error: RewardError, *given: Any) -> tuple[int, str | None]:
+    """The first completion that a reward raises for by itself; (0, None) where there is none."""
+    raised = error.row is None and error.__cause__ is not None
+    if raised and not isinstance(error, RewardUnreachableError):
+        for row, (_, fault) in enumerate(_one_by_one(*given)):
+            if fault is not None:
+                return row, fault
+    return 0, None
+
+
+def _one_by_one(
+    reward: RewardFunction,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: dict[str, Any],
+) -> Iterator[tuple[float, str | None]]:
+    """Score and fault of each completion, alone; none is tried once the reward is out of reach."""
+    count, unreachable = len(completions), None
+    for row in range(count):
+        score, fault = math.nan, unreachable
+        one = slice(row, row + 1)
+        alone = {k: v[one] if is_column(v, count) else v for k, v in columns.items()}
+        try:
+            if unreachable is None:
+                (score,), faults = _ask(reward, prompts[one], completions[one], alone)
+                fault = faults.get(0)
+        except RewardUnreachableError as error:
+            fault = unreachable = error.fault
+        except RewardError as error:
+            fault = error.fault
+        yield score, fault
+
+
+def _ask(
+    reward: RewardFunction,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: dict[str, Any],
+) -> tuple[list[float], dict[int, str]]:
+    """As `try_reward`, in one call. RewardError where it raises or gives a wrong count."""
+    name, count = reward_name(reward), len(completions)
+    try:
+        scores: Any = reward(prompts=prompts, completions=completions, **columns)
+        if inspect.isawaitable(scores):
+            scores = _awaited(scores)
+    except RewardError:
+        raise
+    except Exception as error:
+        raise RewardError(f"Reward {name!r} raised {type(error).__name__}: {error}") from error
+    returned = len(scores) if hasattr(scores, "__len__") else None
+    if returned != count:
+        given = f"{type(scores).__name__}" if returned is None else f"{returned} scores"
+        raise RewardError(
+            f"Reward {name!r} returned {given} for {count} completions; it must return a list "
+            "with one float per completion."
+        )
+    floats = [_float(score) for score in scores]
+    faults = {
+        row: f"Reward {name!r} gave the score {scores[row]!r}; it must be a finite number."
+        for row, score in enumerate(floats)
+        if math.isnan(score)
+    }
+    return floats, faults
+
+
+def _wanted(reward: RewardFunction, columns: Columns) -> dict[str, Any]:
+    """The columns that the reward has parameters for."""
+    parameters = inspect.signature(reward).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if not takes_all and not {"prompts", "completions"} <= set(parameters):
+        raise InputError(
+            f"Reward {reward_name(reward)!r} takes ({', '.join(parameters)}); it is called by "
+            "name, so it needs the parameters (prompts, completions), and (..., **columns) for "
+            "further columns."
+        )
+    return {k: v for k, v in columns.items() if takes_all or k in parameters}
+
+
+def _awaited(answer: Awaitable[Any]) -> Any:
+    """What an async function returns, also where an event loop runs already (a notebook)."""
+
+    async def wait() -> Any:
+        return await answer
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, wait()).result()
+
+
+def _float(score: Any) -> float:
+    """NaN where it is no finite number."""
+    try:
+        value = float(score)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def is_column(value: Any, count: int) -> bool:
+    """Whether an argument of a reward holds a value per completion (TRL passes others as well)."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == count
+
+
+def as_completions(prompts: Sequence[Any], texts: Sequence[str]) -> list[Any]:
+    """Completion texts in the prompts' own format: text, or the assistant's message."""
+    if isinstance(prompts[0], str):
+        return list(texts)
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def as_text(content: Any) -> str:
+    """A prompt or completion as text; messages one under the other.
+
+    >>> as_text([{"role": "user", "content": "Name a city."}])
+    'Name a city.'
+    """
+    return content if isinstance(content, str) else "\n".join(m["content"] for m in content)
+
+
+def reward_name(reward: RewardFunction) -> str:
+    """What to call a reward in messages and tables."""
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
+def parts_of(reward: RewardFunction) -> Iterator[Any]:
+    """The reward and, where it is a combination, all that it is made of (its `parts`)."""
+    yield reward
+    for part in getattr(reward, "parts", ()):
+        yield from parts_of(part)
+
+
+def place_on(reward: RewardFunction, device: Any) -> None:
+    """Put the models of a reward on a device: `to(device)` of each part that has one."""
+    for part in parts_of(reward):
+        if hasattr(part, "to"):
+            part.to(device)
+
+
+def states_of(reward: RewardFunction) -> list[dict[str, Any]]:
+    """What a reward remembers between calls: `state_dict()` of each part that has one, as JSON."""
+    return [part.state_dict() for part in parts_of(reward) if hasattr(part, "state_dict")]
+
+
+def load_states(reward: RewardFunction, states: list[dict[str, Any]]) -> None:
+    """Set it back to what `states_of` gave; InputError where that was another reward's."""
+    remembering = [part for part in parts_of(reward) if hasattr(part, "state_dict")]
+    if len(remembering) != len(states):
+        raise InputError(
+            f"The checkpoint holds what {len(states)} rewards remember, and "
+            f"{len(remembering)} of this run do. Resume with the same reward."
+        )
+    for part, state in zip(remembering, states, strict=True):
+        part.load_state_dict(state)
