@@ -219,7 +219,7 @@ def nothing(*args, **kwargs):
 
 
 KILLS = {
-    "within an iteration": (ppo_trainer, "call_reward", 3, nothing),
+    "within an iteration": (ppo_trainer, "rollout_scores", 3, nothing),
     "before the value model is saved": (PreTrainedModel, "save_pretrained", 4, nothing),
     "within the optimizer": (torch, "save", 4, half_an_optimizer),
     "within the last file": (TrainerState, "save_to_json", 2, half_a_state),
