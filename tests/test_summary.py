@@ -69,3 +69,16 @@ def test_what_compare_needs(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model_name_or_path": "x"}))
     with pytest.raises(InputError, match="names no reward_model_path"):
         compare(tmp_path)
+
+
+def test_a_folder_does_not_run_the_python_file_that_it_names(tmp_path):
+    file = tmp_path / "rules.py"
+    file.write_text("raise AssertionError('was run')\n")
+    config = {
+        "model_name_or_path": "x",
+        "reward_model_path": ["runs/rm", f"{file}:short"],
+        "eval_dataset_name": "tiny:test",
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(InputError, match=r"Python code to be run. If you trust it, pass it to"):
+        compare(tmp_path)

@@ -29,8 +29,8 @@ def compare(policy: str | os.PathLike, *, reward: Any = None) -> dict[str, Any]:
 
     Args:
         policy: a folder that `ppo` left, with eval_dataset_name and a reward in its config.
-        reward: the reward, as `ppo` was given it; default: what the config names, which may be no
-            code: a folder from elsewhere must not run any.
+        reward: the reward, as `ppo` was given it; default: what the config names. Only where it is
+            given may reward or gold be Python code: a folder from elsewhere must not run any.
 
     Returns:
         The summary, as saved to `summary_file` (default: summary.json in the folder): per model
@@ -50,9 +50,10 @@ def compare(policy: str | os.PathLike, *, reward: Any = None) -> dict[str, Any]:
     paths = {"base": base, "sft": started_from, "ppo": folder}
     prompts = load_prompts(config["eval_dataset_name"])
     named = config["reward_model_path"] if reward is None else reward
-    rewards = {"rm": _judge(named, config.get("reward_weights"), allow_python=reward is not None)}
+    trusted = reward is not None
+    rewards = {"rm": _judge(named, config.get("reward_weights"), allow_python=trusted)}
     if "gold" in config:
-        rewards["gold"] = _judge(config["gold"])
+        rewards["gold"] = _judge(config["gold"], allow_python=trusted)
     tokenizer = load_tokenizer(folder)
     reference = _policy(started_from)
     samples = {
