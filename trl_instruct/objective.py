@@ -1,6 +1,7 @@
 """What a micro-batch adds to PPO's objective (InstructGPT equation 2)."""
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from trl_instruct.configs import PPOConfig
@@ -60,3 +61,26 @@ def ptx_loss(model: nn.Module, ids: Tensor) -> Tensor:
     """
     logits, _ = model(whole_text(ids), ids.shape[1] - 1, with_values=False)
     return -token_logprobs(log_distribution(logits, temperature=1.0), ids[:, 1:]).mean()
+
+
+def add_ptx_gradient(
+    accelerator: Accelerator, model: nn.Module, rows: Tensor, *, args: PPOConfig
+) -> Tensor:
+    """The pretraining gradient, times gamma_ptx, into the buffer that PPO's is added to.
+
+    Args:
+        accelerator: of the run; the processes exchange gradients after PPO's.
+        model: as in `ppo_sums`.
+        rows: `(R, T)` token ids of this process.
+        args: of the run.
+
+    Returns:
+        this process's mean loss, nats per token.
+    """
+    total = torch.zeros((), device=accelerator.device)
+    for ids in rows.to(accelerator.device).split(args.per_device_train_batch_size):
+        with accelerator.no_sync(model):
+            loss = ptx_loss(model, ids) * len(ids) / len(rows)
+            accelerator.backward(args.ptx_coef * loss)
+        total += loss.detach()
+    return total

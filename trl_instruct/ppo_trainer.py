@@ -32,7 +32,7 @@ from trl_instruct.models import (
     reference_of,
     set_learning_rate,
 )
-from trl_instruct.objective import ppo_sums, ptx_loss
+from trl_instruct.objective import add_ptx_gradient, ppo_sums
 from trl_instruct.ppo_metrics import (
     check_finite,
     episode_metrics,
@@ -306,14 +306,19 @@ class PPOTrainer(LoopTrainer):
         weight = self.accelerator.num_processes / tokens  # processes average their gradients
         stats: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=tokens.device))
         if self.pretraining is not None:
-            stats["loss/ptx"] = self.add_ptx_gradient(len(rollout.scores)) / weight
-        rows = torch.arange(len(rollout.scores), device=tokens.device)
-        micro_batches = rows.split(self.args.per_device_train_batch_size)
+            # Every process reads all rows and keeps its own, so that all stand at the same place.
+            count = self.args.ptx_rows_per_episode * len(rollout.scores)
+            mine, processes = self.accelerator.process_index, self.accelerator.num_processes
+            rows = self.pretraining.take(count * processes)[mine::processes]
+            ptx = add_ptx_gradient(self.accelerator, self.model_wrapped, rows, args=self.args)
+            stats["loss/ptx"] = ptx / weight
+        episodes = torch.arange(len(rollout.scores), device=tokens.device)
+        micro_batches = episodes.split(self.args.per_device_train_batch_size)
         for index, part in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model_wrapped):
-                episodes = (rollout.select(part), advantages[part], returns[part])
-                sums = ppo_sums(self.model_wrapped, *episodes, args=self.args)
+                given = (rollout.select(part), advantages[part], returns[part])
+                sums = ppo_sums(self.model_wrapped, *given, args=self.args)
                 loss = sums["loss/policy"] + self.args.vf_coef * sums["loss/value"]
                 self.accelerator.backward(loss * weight)
             for name, value in sums.items():
@@ -329,21 +334,6 @@ class PPOTrainer(LoopTrainer):
             self.average.update()
         means["grad_norm"] = grad_norm
         return {name: float(value) for name, value in means.items()}
-
-    def add_ptx_gradient(self, episodes: int) -> Tensor:
-        """The pretraining gradient into the buffer that PPO's is added to; this process's loss."""
-        assert self.pretraining is not None
-        count = self.args.ptx_rows_per_episode * episodes
-        # Every process reads all rows and keeps its own, so that all stand at the same place.
-        rows = self.pretraining.take(count * self.accelerator.num_processes)
-        rows = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        total = torch.zeros((), device=self.accelerator.device)
-        for ids in rows.to(self.accelerator.device).split(self.args.per_device_train_batch_size):
-            with self.accelerator.no_sync(self.model_wrapped):
-                loss = ptx_loss(self.model_wrapped, ids) * len(ids) / count
-                self.accelerator.backward(self.args.ptx_coef * loss)
-            total += loss.detach()
-        return total
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's optimizer; the value function may have a learning rate of its own."""
