@@ -10,11 +10,11 @@ reward model it would take longer.
 
 Sizes of batches and gradient checkpointing are the defaults that both have in common.
 
-- speed_ratio: episodes per second of ours / of TRL's, over all rounds but the first.
-  `speed_ratio_cpu`: the same of the seconds that the processes computed; `flops_ratio`: of the
-  matrix products, counted in the first round.
+- speed_ratio: episodes per second of ours / of TRL's. `speed_ratio_cpu`: the same of the seconds
+  that the processes computed; `flops_ratio`: of the matrix products, counted in a round that is not
+  timed.
 - memory_ratio: peak of the resident set of ours / of TRL's, less what it was with the libraries
-  loaded and no model, Linux.
+  loaded and no model; in a round that is not timed, in which freed memory goes back at once. Linux.
 - generation, scoring (log-probabilities, values, rewards) and updates: seconds an iteration, peak
   MB and flops of each. `tokens`: mean length of the completions.
 """
@@ -58,7 +58,8 @@ VOCABULARY, WIDTH, LAYERS = 32_000, 384, 6
 EOS = VOCABULARY - 2
 PROMPT, COMPLETION = (32, 256), 64
 EPISODES = 32
-ROUNDS = 3
+ROUNDS = 3  # that are timed
+LIBC, M_MMAP_THRESHOLD = ctypes.CDLL(None), -3
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -123,22 +124,27 @@ class Turns(TrainerCallback):
     def __init__(self, engine: str, report: TextIO):
         self.engine, self.report = engine, report
         self.baseline = resident("VmRSS")
-        self.counter: FlopCounterMode | None = FlopCounterMode(display=False)
+        self.rounds = 0
+        self.counter: FlopCounterMode | None = None
         self.row: dict[str, float] = {}
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.wait()
 
     def wait(self) -> None:
-        """Start an iteration when told to; the first one is counted and not timed."""
+        """Start an iteration when told to: one to count flops, one for memory, then for time."""
         sys.stdin.readline()
         self.row, self.cpu = {}, time.process_time()
-        if self.counter:
+        if self.rounds == 0:
+            self.counter = FlopCounterMode(display=False)
             self.counter.__enter__()
+        # Memory in pieces of this size or more is the process's own only while it is in use.
+        LIBC.mallopt(M_MMAP_THRESHOLD, (1 if self.rounds == 1 else 32) * 2**20)
+        self.rounds += 1
         self.begin_phase()
 
     def begin_phase(self) -> None:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before is no part of it
+        LIBC.malloc_trim(0)  # what was freed before is no part of it
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         self.flops = self.counter.get_total_flops() if self.counter else 0
         self.started = time.perf_counter()
@@ -196,14 +202,14 @@ def run_engine(engine: str, folder: Path) -> None:
     ppo(
         folder / "policy",
         folder / "rm",
-        prompts(EPISODES * (ROUNDS + 2)),  # TRL's last batch of a pass takes more steps
+        prompts(EPISODES * (ROUNDS + 3)),  # TRL's last batch of a pass takes more steps
         folder / engine,
         engine=engine,
         callbacks=[turns],
         gradient_accumulation_steps=EPISODES // 8,
         num_mini_batches=1,
         response_length=COMPLETION,
-        max_steps=ROUNDS + 1,
+        max_steps=ROUNDS + 2,
         max_grad_norm=0.0,
         warmup_steps=0,
         save_strategy="no",
@@ -219,7 +225,7 @@ def race(folder: Path) -> dict[str, list[dict[str, float]]]:
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     workers = {engine: subprocess.Popen([*command, engine], **pipes) for engine in ENGINES}
     rounds: dict[str, list[dict[str, float]]] = {engine: [] for engine in ENGINES}
-    for _ in range(ROUNDS + 1):
+    for _ in range(ROUNDS + 2):
         for engine, worker in workers.items():
             print(file=worker.stdin, flush=True)
             rounds[engine].append(json.loads(worker.stdout.readline()))
@@ -229,14 +235,14 @@ def race(folder: Path) -> dict[str, list[dict[str, float]]]:
 
 
 def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
-    """An engine's mean iteration without the first, in which flops were counted; its peaks."""
-    first, *timed = rows
+    """An engine's mean iteration, and its flops and peaks from the two rounds before."""
+    counted, weighed, *timed = rows
     result = {}
     for name in (*PHASES, "seconds_cpu", "tokens"):
         result[name] = statistics.fmean(row[name] for row in timed)
     for phase in PHASES:
-        result[f"{phase}_mb"] = max(row[f"{phase}_mb"] for row in rows)
-        result[f"{phase}_flops"] = first[f"{phase}_flops"]
+        result[f"{phase}_mb"] = weighed[f"{phase}_mb"]
+        result[f"{phase}_flops"] = counted[f"{phase}_flops"]
     return {
         **result,
         "seconds": sum(result[phase] for phase in PHASES),
