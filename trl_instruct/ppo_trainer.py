@@ -312,8 +312,9 @@ class PPOTrainer(LoopTrainer):
             rows = self.pretraining.take(count * processes)[mine::processes]
             ptx = add_ptx_gradient(self.accelerator, self.model_wrapped, rows, args=self.args)
             stats["loss/ptx"] = ptx / weight
-        episodes = torch.arange(len(rollout.scores), device=tokens.device)
-        micro_batches = episodes.split(self.args.per_device_train_batch_size)
+        # Episodes of similar length go together, so that little of a micro-batch is padding.
+        by_length = (rollout.prompt_lengths + rollout.completion_lengths).argsort()
+        micro_batches = by_length.split(self.args.per_device_train_batch_size)
         for index, part in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model_wrapped):
