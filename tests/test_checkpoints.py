@@ -299,3 +299,13 @@ def test_sigterm_saves_and_exits(saved_policy, tmp_path, capsys, name):
     STAGES[name](saved_policy, tmp_path / "x", resume_from_checkpoint=True, **options)
     state = json.loads((tmp_path / "x" / "trainer_state.json").read_text())
     assert state["global_step"] == 3
+
+
+def test_the_signal_is_given_back_where_training_fails(saved_policy, tmp_path):
+    def broken(prompts, completions):
+        raise RuntimeError
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(InputError, match="raised RuntimeError"):
+        ppo(saved_policy, broken, Dataset.from_list(PROMPTS), tmp_path / "x", **QUICK_PPO)
+    assert signal.getsignal(signal.SIGTERM) is before

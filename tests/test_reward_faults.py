@@ -87,6 +87,20 @@ def test_nothing_is_saved_before_the_first_iteration(make_trainer, tmp_path):
     assert not list((tmp_path / "ppo").glob("checkpoint-*"))
 
 
+def test_a_checkpoint_that_was_resumed_from_is_not_written_again(make_trainer, tmp_path):
+    options = {"max_steps": 2, "output_dir": str(tmp_path / "run")}
+    make_trainer(save_strategy="steps", save_steps=1, **{**options, "max_steps": 1}).train()
+    (folder,) = (tmp_path / "run").iterdir()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+    def broken(prompts, completions):
+        raise RuntimeError
+
+    with pytest.raises(InputError, match="checkpoint-1 holds the run as it was before"):
+        make_trainer(reward_model=broken, **options).train(resume_from_checkpoint=True)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
 @pytest.mark.parametrize("fault", [ValueError("x"), math.nan, None])
 def test_a_skipped_episode_counts_nowhere(make_trainer, fault):
     """Advantages, losses, gradients and metrics are those of the others alone."""

@@ -16,13 +16,12 @@ from trl_instruct.errors import InputError
 from trl_instruct.models import (
     ModelSource,
     check_tokenizer,
-    context_length,
     load_policy,
     load_tokenizer,
     model_name,
 )
 from trl_instruct.reward_function import RewardFunction, as_completions, call_reward
-from trl_instruct.sampling import decode, eos_token_ids, fit_prompts, generate, tokenize_prompts
+from trl_instruct.sampling import decode, eos_token_ids, generate, prompt_tokens
 from trl_instruct.stage import written_at_once
 from trl_instruct.tiny import SimulatedLabeler
 
@@ -91,11 +90,12 @@ def sample_candidates(
     records = load_prompts(prompts, split)
     model = load_policy(policy, ModelConfig()).to(PartialState().device)
     tokenizer = check_tokenizer(processing_class or load_tokenizer(policy), model_name(policy))
-    token_lists, cut = fit_prompts(
-        tokenize_prompts(records["prompt"][:], tokenizer),
+    token_lists, cut = prompt_tokens(
+        records["prompt"][:],
+        tokenizer,
+        model,
         max_prompt_length=max_prompt_length,
         response_length=response_length,
-        context=context_length(model),
     )
     if gold is not None and labeler is None:
         labeler = SimulatedLabeler(seed=seed).label

@@ -1,7 +1,10 @@
 """Checkpoints that survive whatever ends a run: which are whole, their weights, SIGTERM."""
 
+import contextlib
 import json
 import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +94,22 @@ class Interruption(TrainerCallback):
 
     def __init__(self) -> None:
         self.requested = False
-        self.previous: Any = None
 
     def request(self, *_: Any) -> None:
         """What the signal does."""
         self.requested = True
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.previous = signal.signal(signal.SIGTERM, self.request)
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Meanwhile the signal is ours; where training fails, too, it is given back."""
+        if threading.current_thread() is not threading.main_thread():  # the only one that gets it
+            yield
+            return
+        previous = signal.signal(signal.SIGTERM, self.request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -108,8 +117,3 @@ class Interruption(TrainerCallback):
         self.requested = any(gather_object([self.requested]))
         if self.requested:
             control.should_save = control.should_training_stop = True
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        signal.signal(signal.SIGTERM, self.previous)

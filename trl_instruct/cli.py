@@ -4,7 +4,6 @@
 clone, for `accelerate launch`.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -59,13 +58,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 class _Parser(TrlParser):
     """TrlParser whose mistakes are InputErrors, without a usage text of 150 options."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; --help lists the options.")
-
-
-class _Plain(argparse.ArgumentParser):
-    """A parser whose mistakes are InputErrors."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; --help lists the options.")
@@ -168,7 +160,7 @@ def _tell(message: str) -> None:
 
 def serve_reward_command(arguments: list[str]) -> None:
     """A reward behind an address, until it is interrupted."""
-    parser = _Plain(prog="trl-instruct serve-reward", allow_abbrev=False)
+    parser = _Parser([], prog="trl-instruct serve-reward", allow_abbrev=False)
     parser.add_argument("--reward_model_path", nargs="+", required=True, help="As in `ppo`.")
     parser.add_argument("--reward_weights", nargs="+", type=float, help="As in `ppo`.")
     parser.add_argument("--host", default=LOOPBACK, help="Where to listen (%(default)s).")

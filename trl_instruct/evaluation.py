@@ -10,17 +10,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from trl_instruct.models import context_length, evaluating
+from trl_instruct.models import evaluating
 from trl_instruct.reward_function import RewardFunction, as_completions, call_reward
 from trl_instruct.rollouts import completion_logprobs
-from trl_instruct.sampling import (
-    decode,
-    eos_token_ids,
-    fit_prompts,
-    generate,
-    pad_prompts,
-    tokenize_prompts,
-)
+from trl_instruct.sampling import decode, eos_token_ids, generate, pad_prompts, prompt_tokens
 
 Z_95 = 1.96
 
@@ -112,11 +105,12 @@ def sample_and_score(
         InputError: a prompt that is empty or does not fit into the context.
     """
     set_seed(seed)
-    token_lists, _ = fit_prompts(
-        tokenize_prompts(prompts["prompt"][:], tokenizer),
+    token_lists, _ = prompt_tokens(
+        prompts["prompt"][:],
+        tokenizer,
+        policy,
         max_prompt_length=max_prompt_length,
         response_length=response_length,
-        context=context_length(policy),
     )
     completions, lengths, ended = generate(
         policy,

@@ -56,7 +56,8 @@ class LoopTrainer(Trainer):
         self.state = TrainerState(stateful_callbacks=exported)
         if checkpoint is not None:
             self._load_progress(checkpoint)
-        self.saved_step = -1
+        resumed = checkpoint is not None and checkpoint.parent == Path(str(args.output_dir))
+        self.saved_step = self.state.global_step if resumed else -1
         self.state.is_local_process_zero = self.is_local_process_zero()
         self.state.is_world_process_zero = self.is_world_process_zero()
         self.state.max_steps = self.num_iterations

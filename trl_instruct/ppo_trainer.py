@@ -27,7 +27,6 @@ from trl_instruct.masking import masked_moments, masked_whiten
 from trl_instruct.models import (
     ValueModel,
     check_tokenizer,
-    context_length,
     evaluating,
     reference_of,
     set_learning_rate,
@@ -60,14 +59,7 @@ from trl_instruct.rollouts import (
     prompt_batches,
     unify_modes,
 )
-from trl_instruct.sampling import (
-    decode,
-    eos_token_ids,
-    fit_prompts,
-    generate,
-    pad_prompts,
-    tokenize_prompts,
-)
+from trl_instruct.sampling import decode, eos_token_ids, generate, pad_prompts, prompt_tokens
 from trl_instruct.stage import write_json
 
 # What PPO adds to a checkpoint: the value model, the policy's moving average, and the rest.
@@ -141,11 +133,12 @@ class PPOTrainer(LoopTrainer):
         self.pretraining: PretrainingRows | None = None
         if args.ptx_coef:
             self.pretraining = pretraining_rows(ptx_dataset, processing_class, args)
-        self.prompts, self.cut_prompts = fit_prompts(
-            tokenize_prompts(train_dataset["prompt"][:], processing_class),
+        self.prompts, self.cut_prompts = prompt_tokens(
+            train_dataset["prompt"][:],
+            processing_class,
+            model,
             max_prompt_length=args.max_prompt_length,
             response_length=args.response_length,
-            context=context_length(model),
         )
         self.minibatch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.local_batch_size = self.minibatch_size * args.num_mini_batches
@@ -312,9 +305,7 @@ class PPOTrainer(LoopTrainer):
             rows = self.pretraining.take(count * processes)[mine::processes]
             ptx = add_ptx_gradient(self.accelerator, self.model_wrapped, rows, args=self.args)
             stats["loss/ptx"] = ptx / weight
-        # Episodes of similar length go together, so that little of a micro-batch is padding.
-        by_length = (rollout.prompt_lengths + rollout.completion_lengths).argsort()
-        micro_batches = by_length.split(self.args.per_device_train_batch_size)
+        micro_batches = rollout.by_length.split(self.args.per_device_train_batch_size)
         for index, part in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model_wrapped):
@@ -362,7 +353,7 @@ class PPOTrainer(LoopTrainer):
         progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
         check_same_prompts(progress["sampler"], self.sampler, checkpoint)
         self.metrics, self.kl_coef = progress["metrics"], progress["kl_coef"]
-        load_states(self.reward, progress.get("reward", []))
+        load_states(self.reward, progress["reward"])
         if self.pretraining is not None:
             self.pretraining.load_state(progress["ptx"])
         if self.average is not None:
@@ -391,12 +382,11 @@ class PPOTrainer(LoopTrainer):
         """A sampled completion of this iteration, `num_sample_generations` times in a run."""
         shows, steps = self.args.num_sample_generations, self.num_iterations
         step = self.state.global_step
-        if step * shows // steps == (step - 1) * shows // steps:
-            return
-        first = rollout.select(torch.tensor([0]))
-        (text,) = self.texts(first)
-        prompt = self.train_dataset[rows[0]]["prompt"]
-        if self.is_world_process_zero():
+        due = step * shows // steps > (step - 1) * shows // steps
+        if due and self.is_world_process_zero():
+            first = rollout.select(torch.tensor([0]))
+            (text,) = self.texts(first)
+            prompt = self.train_dataset[rows[0]]["prompt"]
             line = sample_text(step, steps, prompt, text, float(first.scores))
             tqdm.write(line, file=sys.stdout)
 

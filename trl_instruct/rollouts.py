@@ -53,6 +53,11 @@ class Rollout(NamedTuple):
         """`(B,)` False where the reward failed."""
         return ~self.scores.isnan()
 
+    @property
+    def by_length(self) -> Tensor:
+        """`(B,)` indices of the episodes, the shortest first: neighbours need little padding."""
+        return (self.prompt_lengths + self.completion_lengths).argsort()
+
     def select(self, rows: Tensor) -> "Rollout":
         """The episodes with these indices."""
         return Rollout(*(field[rows] for field in self))
@@ -271,7 +276,7 @@ def measured(
         batch_size: episodes per forward pass; those of similar length go together, so that little
             is padding.
     """
-    order = (rollout.prompt_lengths + rollout.completion_lengths).argsort()
+    order = rollout.by_length
     parts = []
     for rows in order.split(batch_size):
         tokens = rollout.select(rows)[:4]

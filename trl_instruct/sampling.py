@@ -17,7 +17,7 @@ from transformers import (
 from trl_instruct.configs import PPOConfig
 from trl_instruct.errors import InputError
 from trl_instruct.masking import completion_lengths, left_padded_mask
-from trl_instruct.models import evaluating
+from trl_instruct.models import context_length, evaluating
 from trl_instruct.recurrent import reads_padding
 
 NEVER = 2**31
@@ -86,6 +86,30 @@ def fit_prompts(
         )
     cut = sum(len(tokens) > max_prompt_length for tokens in token_lists)
     return [tokens[-max_prompt_length:] for tokens in token_lists], cut
+
+
+def prompt_tokens(
+    prompts: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    policy: PreTrainedModel,
+    *,
+    max_prompt_length: int | None,
+    response_length: int,
+) -> tuple[list[list[int]], int]:
+    """Prompts as a policy continues them, and how many were cut: `tokenize_prompts`, `fit_prompts`.
+
+    Args:
+        prompts: texts or lists of messages.
+        tokenizer: the policy's.
+        policy: its context is what prompt and completion must fit into.
+        max_prompt_length, response_length: as in `fit_prompts`.
+    """
+    return fit_prompts(
+        tokenize_prompts(prompts, tokenizer),
+        max_prompt_length=max_prompt_length,
+        response_length=response_length,
+        context=context_length(policy),
+    )
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -219,14 +243,17 @@ def decode(
 
     Arguments as in `generate`, and what it returned.
     """
-    rows = [ids[:n] for ids, n in zip(completion_ids.tolist(), lengths.tolist(), strict=True)]
-    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    ends = [_first_of(stop_strings or (), text) for text in texts]
-    open_rows = [row[: len(row) - e] for row, e in zip(rows, ended.long().tolist(), strict=True)]
-    without_eos = tokenizer.batch_decode(open_rows, skip_special_tokens=True)
+    kept = zip(completion_ids.tolist(), lengths.tolist(), ended.tolist(), strict=True)
+    rows = [(ids[:length], ids[: length - end]) for ids, length, end in kept]
+    texts = tokenizer.batch_decode([row for _, row in rows], skip_special_tokens=True)
+    if not stop_strings:
+        return texts
+    # The token that completes a stop string may hold the last letters before it, too.
+    whole = tokenizer.batch_decode([row for row, _ in rows], skip_special_tokens=True)
+    ends = [_first_of(stop_strings, text) for text in whole]
     return [
-        other if end is None else text[:end]
-        for text, end, other in zip(texts, ends, without_eos, strict=True)
+        text if end is None else full[:end]
+        for text, full, end in zip(texts, whole, ends, strict=True)
     ]
 
 

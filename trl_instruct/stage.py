@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -199,9 +198,9 @@ class Stage:
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(ProgressBar(self.name, labels))
         interruption = Interruption()
-        if threading.current_thread() is threading.main_thread():  # the only one that gets signals
-            trainer.add_callback(interruption)
-        output = trainer.train(resume_from_checkpoint=self.checkpoint and str(self.checkpoint))
+        trainer.add_callback(interruption)
+        with interruption.listening():
+            output = trainer.train(resume_from_checkpoint=self.checkpoint and str(self.checkpoint))
         if interruption.requested:
             self.say(
                 f"stopped by SIGTERM after step {output.global_step} of {trainer.state.max_steps}; "

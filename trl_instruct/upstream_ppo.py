@@ -31,11 +31,11 @@ from transformers.trainer_utils import TrainOutput
 from trl_instruct.configs import PPOConfig, StageConfig
 from trl_instruct.errors import InputError
 from trl_instruct.masking import left_padded_mask
-from trl_instruct.models import accepted, context_length, score_head, unwrapped
+from trl_instruct.models import accepted, score_head, unwrapped
 from trl_instruct.reward_function import RewardFunction, as_completions, call_reward
 from trl_instruct.rewards import RewardModel
 from trl_instruct.rollouts import unify_modes
-from trl_instruct.sampling import fit_prompts, pad_prompts, tokenize_prompts
+from trl_instruct.sampling import pad_prompts, prompt_tokens
 from trl_instruct.shift import shift_of
 
 # Options of ours that are done with before or after the training itself.
@@ -164,11 +164,12 @@ class UpstreamTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         _check_architectures(model, value_model)
-        token_lists, self.cut_prompts = fit_prompts(
-            tokenize_prompts(train_dataset["prompt"][:], processing_class),
+        token_lists, self.cut_prompts = prompt_tokens(
+            train_dataset["prompt"][:],
+            processing_class,
+            model,
             max_prompt_length=args.max_prompt_length,
             response_length=args.response_length,
-            context=context_length(model),
         )
         if isinstance(reward_model, PreTrainedModel):
             reward_model = RewardModel(reward_model, processing_class)
