@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig
 
@@ -16,7 +15,7 @@ from trl_instruct.errors import InputError
 from trl_instruct.models import ModelSource, load_policy, model_name
 from trl_instruct.reward_function import RewardFunction, as_completions, call_reward
 from trl_instruct.sampling import prompt_tokens, sample_several
-from trl_instruct.stage import written_at_once
+from trl_instruct.stage import progress_bar, written_at_once
 from trl_instruct.tiny import SimulatedLabeler
 from trl_instruct.tokenizers import check_tokenizer, load_tokenizer
 
@@ -97,19 +96,23 @@ def sample_candidates(
     set_seed(seed)
     counts = {"prompts": len(records), "prompts_cut": cut}
     counts |= dict.fromkeys(("responses", "empty", "duplicates", "prompts_left_out"), 0)
-    several = sample_several(
-        model,
-        tokenizer,
-        token_lists,
-        num_candidates,
-        max_new_tokens=response_length,
-        stop_strings=stop_strings,
-        temperature=temperature,
-        batch_size=batch_size,
-    )
-    progress = tqdm(several, desc="candidates", total=len(records), unit="prompt")
-    with written_at_once(Path(output_file)) as file:
-        for record, drawn in zip(records, progress, strict=True):
+    total = len(records) * num_candidates
+    with (
+        progress_bar("candidates", total, unit="text") as bar,
+        written_at_once(Path(output_file)) as file,
+    ):
+        several = sample_several(
+            model,
+            tokenizer,
+            token_lists,
+            num_candidates,
+            max_new_tokens=response_length,
+            stop_strings=stop_strings,
+            temperature=temperature,
+            batch_size=batch_size,
+            progress=bar.update,
+        )
+        for record, drawn in zip(records, several, strict=True):
             ranking = _ranking(record, drawn, gold, labeler, counts)
             if ranking is not None:
                 file.write(json.dumps(ranking, ensure_ascii=False) + "\n")
