@@ -48,11 +48,7 @@ def is_adapter(source: Any) -> bool:
 
 
 def adapter_config(folder: str | os.PathLike) -> PeftConfig:
-    """The config of the adapter in a folder.
-
-    Raises:
-        InputError: it is broken, names no base, or its base is another one by now.
-    """
+    """The config of the adapter in a folder; InputError where it is broken or names no base."""
     path = os.fspath(folder)
     try:
         config = PeftConfig.from_pretrained(path)
@@ -67,13 +63,18 @@ def adapter_config(folder: str | os.PathLike) -> PeftConfig:
             f"The adapter in {path!r} names no base model (base_model_name_or_path in {CONFIG}), "
             "so nothing tells what it belongs on. Name the base there."
         )
-    if is_other_base(path, config.base_model_name_or_path):
-        raise InputError(
-            f"The adapter in {path!r} was trained over other weights than lie in "
-            f"{config.base_model_name_or_path!r} now: that model has been trained or made again "
-            f"since. Train the adapter again (or remove {FINGERPRINT} if you know better)."
-        )
     return config
+
+
+def check_base(folder: str | os.PathLike) -> None:
+    """InputError where the base that an adapter names has other weights than in its training."""
+    path, base = os.fspath(folder), adapter_config(folder).base_model_name_or_path
+    if is_other_base(path, base):
+        raise InputError(
+            f"The adapter in {path!r} was trained over other weights than lie in {base!r} now: "
+            "that model has been trained or made again since. Train the adapter again (or remove "
+            f"{FINGERPRINT} if you know better)."
+        )
 
 
 def check_task(folder: str | os.PathLike, needed: str) -> None:

@@ -33,6 +33,7 @@ from trl_instruct.adapters import (
     CLASSIFIER,
     POLICY,
     adapter_config,
+    check_base,
     check_decided,
     check_task,
     classifier_on_adapter,
@@ -99,8 +100,10 @@ def base_of(
     """The base model that the adapter in a folder names, as a causal language model or classifier.
 
     Raises:
-        InputError: a broken config, or LoRA options that are not those of the adapter.
+        InputError: a broken config, another base by now, or LoRA options that are not those of the
+            adapter.
     """
+    check_base(folder)
     if model_config.use_peft:
         check_decided(folder, model_config)
     base = adapter_config(folder).base_model_name_or_path

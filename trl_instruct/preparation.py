@@ -31,28 +31,10 @@ def stage_options(
     output_dir: str | os.PathLike | None,
     dataset: Any,
     options: dict[str, Any],
+    *,
+    trains: bool = True,
 ) -> tuple[Config, ModelConfig]:
-    """The options of a stage that trains, from either form, checked for what each of them needs."""
-    config, model_config = given_options(
-        config_class, config, model_config, output_dir, dataset, options
-    )
-    if (model_config.load_in_8bit or model_config.load_in_4bit) and not model_config.use_peft:
-        raise InputError(
-            "load_in_8bit and load_in_4bit freeze the weights, so there would be nothing to train. "
-            "Set use_peft as well to train a LoRA adapter."
-        )
-    return config, model_config
-
-
-def given_options(
-    config_class: type[Config],
-    config: Config | None,
-    model_config: ModelConfig | None,
-    output_dir: str | os.PathLike | None,
-    dataset: Any,
-    options: dict[str, Any],
-) -> tuple[Config, ModelConfig]:
-    """Options from either form, with the folder and the name of the data in them."""
+    """The stage's options from either form, checked for what every stage (that trains) needs."""
     if output_dir is not None and config is None:
         options = {**options, "output_dir": output_dir}
     config, model_config = resolve(config_class, config, model_config, options)
@@ -61,6 +43,12 @@ def given_options(
     if dataset is None:
         raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
     config.dataset_name = name_of(dataset) or config.dataset_name
+    frozen = model_config.load_in_8bit or model_config.load_in_4bit
+    if trains and frozen and not model_config.use_peft:
+        raise InputError(
+            "load_in_8bit and load_in_4bit freeze the weights, so there would be nothing to train. "
+            "Set use_peft as well to train a LoRA adapter."
+        )
     return config, model_config
 
 

@@ -25,7 +25,13 @@ from trl_instruct.errors import InputError
 from trl_instruct.memory import Work, memory_table
 from trl_instruct.models import ModelSource, context_length, load_policy, load_reward_model
 from trl_instruct.ppo_trainer import PPOTrainer
-from trl_instruct.preferences import Preferences, as_rankings, count_pairs, load_preferences
+from trl_instruct.preferences import (
+    Preferences,
+    as_rankings,
+    count_pairs,
+    load_preferences,
+    most_responses,
+)
 from trl_instruct.preparation import (
     check_chat_template,
     check_demonstrations,
@@ -191,9 +197,8 @@ def rm(
         )
         keep_float32(trainer.model, trained)
         _check_overlong(trainer, run)
-        ranked = "responses" in data.train.column_names
-        most = max(map(len, data.train["responses"][:])) if ranked else 2
-        batch = Work(config.per_device_train_batch_size * most, config.max_length or 0, predicted=0)
+        rows = config.per_device_train_batch_size * most_responses(data.train)
+        batch = Work(rows, config.max_length or 0, predicted=0)
         run.say(memory_table({"reward model": trainer.model}, [batch], config))
         output = run.train(trainer, {"loss": "loss", "accuracy": "accuracy"})
         metrics = {

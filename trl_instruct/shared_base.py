@@ -20,6 +20,7 @@ from trl import ModelConfig
 from trl_instruct.adapters import (
     CLASSIFIER,
     adapter_config,
+    check_base,
     check_task,
     classifier_on_adapter,
     is_adapter,
@@ -77,6 +78,7 @@ class SharedBase:
     def classifier(self, source: str | os.PathLike) -> PeftModel:
         """The reward model in an adapter folder, with its head and shift. Trains."""
         check_finished(Path(source))
+        check_base(source)
         check_task(source, CLASSIFIER)
         model = on_adapter(classifier_over(self.model), source)
         read_beside_adapter(model, Path(source))
