@@ -1,12 +1,14 @@
 """Stages found by what their configs name."""
 
 import json
+import math
 
 import pytest
 import yaml
 
 from trl_instruct import InputError
 from trl_instruct.chain import read_chain
+from trl_instruct.stage import write_json
 
 
 def stage(folder, name, logs=(), **config):
@@ -38,6 +40,15 @@ def test_all_stages_in_the_order_they_ran(folders):
     assert list(read_chain(folders / "sft")) == ["pretrain", "sft"]
 
 
+def test_null_in_metrics_is_nan_again(tmp_path):
+    stage(tmp_path / "rm", "rm")
+    metrics = {"stage": "rm", "accuracy_low": math.nan, "by_k": {"2": {"accuracy_low": math.nan}}}
+    write_json(tmp_path / "rm" / "metrics.json", metrics)
+    assert "null" in (tmp_path / "rm" / "metrics.json").read_text()
+    read = read_chain(tmp_path / "rm")["rm"].metrics
+    assert math.isnan(read["accuracy_low"]) and math.isnan(read["by_k"]["2"]["accuracy_low"])
+
+
 def test_the_nearest_stage_of_a_name_counts(folders):
     sft = folders / "sft"
     stage(folders / "again", "ppo", model_name_or_path=str(folders / "ppo"))
@@ -55,6 +66,13 @@ def test_several_rewards_and_hub_ids_are_no_folders(tmp_path):
     named = {"model_name_or_path": "gpt2", "reward_model_path": ["a", "b"]}
     stage(tmp_path / "ppo", "ppo", **named)
     assert list(read_chain(tmp_path / "ppo")) == ["ppo"]
+
+
+def test_metrics_of_something_else_beside_the_data_are_passed_over(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "metrics.json").write_text("[1, 2]")
+    stage(tmp_path / "rm", "rm", dataset_name=f"{tmp_path}/data/rankings.jsonl")
+    assert list(read_chain(tmp_path / "rm")) == ["rm"]
 
 
 def test_a_folder_without_a_finished_stage_is_an_error(tmp_path):

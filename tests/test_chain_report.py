@@ -134,6 +134,26 @@ def test_a_few_lines_for_the_screen(ppo_folder, evaluation):
     assert "A lower learning_rate" in lines[-1]
 
 
+def test_what_a_single_prompt_leaves_unknown(ppo_folder, evaluation):
+    content = json.loads(evaluation.read_text())
+    for model in content["models"].values():
+        for one in (*model["scores"].values(), *model["win_rate"].values()):
+            one["low"] = one["high"] = None
+    evaluation.write_text(json.dumps(content))
+    page = Page(report(ppo_folder, evaluation=evaluation).read_text(encoding="utf-8"))
+    assert "0.300 [nan, nan]" in page.text
+
+
+def test_an_evaluation_without_judges(ppo_folder, evaluation):
+    content = json.loads(evaluation.read_text())
+    for model in content["models"].values():
+        model |= {"scores": {}, "win_rate": {}}
+    content |= {"judges": [], "best_of_n": None, "samples": []}
+    evaluation.write_text(json.dumps(content))
+    page = Page(report(ppo_folder, evaluation=evaluation).read_text(encoding="utf-8"))
+    assert "distinct-2" in page.text
+
+
 @pytest.mark.parametrize(
     ("content", "told"), [(None, "no such file"), ("{", "no JSON"), ("{}", "not what `evaluate`")]
 )

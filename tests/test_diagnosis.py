@@ -149,6 +149,25 @@ def test_few_iterations_are_too_few():
     assert names(ppo(iterations=10)) == []
 
 
+def test_what_trls_own_trainer_does_not_log_is_passed_over():
+    kept = ("kl", "scores", "rlhf_reward")
+    logs = [
+        {"step": step, **{f"objective/{n}": 1.0 for n in kept}, "policy/clipfrac": 0.0}
+        for step in range(1, 13)
+    ]
+    assert names({"ppo": run(logs=logs)}) == []
+
+
+def test_iterations_are_counted_not_logs():
+    logs = [{**log, "step": 10 * log["step"]} for log in ppo(iterations=5)["ppo"].logs]
+    assert names({"ppo": run(logs=logs)}) == []
+
+
+def test_intervals_of_a_single_prompt_say_nothing():
+    ends = {name: math.nan for name in RM if name.endswith(("_low", "_high"))}
+    assert names({"rm": run({**RM, **ends})}) == []
+
+
 def test_over_optimisation_is_told_with_the_iteration_where_it_turned():
     chain = ppo(
         objective__scores=lambda x: x,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from trl_instruct.errors import InputError
 from trl_instruct.models import CONFIG_FILE, METRICS_FILE
-from trl_instruct.stage import read_metrics
+from trl_instruct.stage import read_json, read_metrics
 
 STAGES = ("pretrain", "sft", "candidates", "rm", "ppo")
 
@@ -41,7 +40,7 @@ def read_chain(folder: str | os.PathLike) -> dict[str, StageRun]:
         InputError: no finished stage there.
     """
     path = Path(folder)
-    if not (path / METRICS_FILE).is_file() or not (path / CONFIG_FILE).is_file():
+    if not _is_finished(path):
         raise InputError(
             f"{str(path)!r} holds no finished stage: {CONFIG_FILE} and {METRICS_FILE} are needed. "
             "Give the output_dir of sft, rm or ppo."
@@ -50,7 +49,7 @@ def read_chain(folder: str | os.PathLike) -> dict[str, StageRun]:
     waiting, seen = [path], set()
     while waiting:
         path = waiting.pop(0)
-        if path.resolve() in seen or not (path / METRICS_FILE).is_file():
+        if path.resolve() in seen or not _is_finished(path):
             continue
         seen.add(path.resolve())
         run = _read(path)
@@ -59,23 +58,14 @@ def read_chain(folder: str | os.PathLike) -> dict[str, StageRun]:
     return {name: found[name] for name in STAGES if name in found}
 
 
+def _is_finished(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (CONFIG_FILE, METRICS_FILE))
+
+
 def _read(folder: Path) -> StageRun:
-    return StageRun(folder, read_config(folder), read_metrics(folder), _read_logs(folder))
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A stage's resolved options; nothing where there are none."""
-    path = folder / CONFIG_FILE
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file; nothing where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _read_logs(folder: Path) -> list[dict[str, Any]]:
-    return read_json(folder / TRAINER_STATE_NAME).get("log_history", [])
+    config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    logs = read_json(folder / TRAINER_STATE_NAME).get("log_history", [])
+    return StageRun(folder, config, read_metrics(folder), logs)
 
 
 def _came_from(config: dict[str, Any]) -> Iterator[Path]:

@@ -10,12 +10,13 @@ from typing import Any
 
 from jinja2 import Environment
 
-from trl_instruct.chain import StageRun, read_chain, read_json
+from trl_instruct.chain import StageRun, read_chain
 from trl_instruct.diagnosis import diagnose, verdict
 from trl_instruct.errors import InputError
+from trl_instruct.evaluation_report import tables
 from trl_instruct.printable import one_line
 from trl_instruct.report_figures import figures
-from trl_instruct.stage import written_at_once
+from trl_instruct.stage import nulls_as_nan, read_json, written_at_once
 
 REPORT = "report.html"
 TEMPLATE = Path(__file__).with_name("chain_report.html")
@@ -45,10 +46,9 @@ def report(
     Raises:
         InputError: no finished stage in the folder; an evaluation that is none.
     """
-    chain = read_chain(folder)
-    compared = read_evaluation(evaluation)
-    findings = diagnose(chain)
+    chain, compared = read_chain(folder), read_evaluation(evaluation)
     path = Path(output_file or Path(folder) / REPORT)
+    findings = diagnose(chain)
     page = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     text = page.render(
         title=f"How {Path(folder)} was made",
@@ -64,7 +64,7 @@ def report(
             }
             for name, run in chain.items()
         ],
-        table=_table(compared),
+        tables=tables(compared) if compared else [],
         prompts=compared.get("prompts"),
         figures=figures(chain, compared),
         samples=_samples(compared),
@@ -132,40 +132,7 @@ def read_evaluation(path: str | os.PathLike | None) -> dict[str, Any]:
         raise InputError(f"evaluation {str(file)!r} is no JSON: {error}") from error
     if not isinstance(content, dict) or not {"models", "judges", "points"} <= set(content):
         raise InputError(f"evaluation {str(file)!r} is not what `evaluate` saves.")
-    return content
-
-
-def _table(evaluation: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of the models, under a row of headings."""
-    if not evaluation:
-        return []
-    judges, baseline = evaluation["judges"], evaluation["baseline"]
-    heading = ["", *judges, *(f"wins against {baseline} ({judge})" for judge in judges)]
-    rows = [[*heading, "KL", "tokens", "ended", "repetition", "distinct-2", "perplexity"]]
-    for name, model in evaluation["models"].items():
-        wins = model.get("win_rate", {})
-        rows.append(
-            [
-                name,
-                *(_interval(model["scores"][judge]) for judge in judges),
-                *(_interval(wins[judge]) if judge in wins else "" for judge in judges),
-                _number(model["kl"]),
-                _number(model["length"], 1),
-                f"{model['ended']:.0%}",
-                _number(model["repetition"], 3),
-                _number(model["distinct_2"], 3),
-                _number(model["perplexity"]),
-            ]
-        )
-    return rows
-
-
-def _interval(score: Mapping[str, float]) -> str:
-    return f"{score['mean']:.3f} [{_number(score['low'], 3)}, {_number(score['high'], 3)}]"
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+    return {**content, "models": nulls_as_nan(content["models"])}
 
 
 def _samples(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -182,7 +149,7 @@ def _samples(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _scores(sample: Mapping[str, Any], judges: Sequence[str]) -> str:
-    return ", ".join(f"{judge} {_number(sample[judge])}" for judge in judges)
+    return ", ".join(f"{judge} {sample[judge]:.2f}" for judge in judges)
 
 
 def _as_text(prompt: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from trl_instruct.chain import StageRun
 from trl_instruct.finding import Finding
+from trl_instruct.intervals import show_metric
 from trl_instruct.ppo_diagnosis import diagnose_ppo
 
 # SFT, on held-out demonstrations.
@@ -108,7 +109,7 @@ def _rm(run: StageRun) -> Iterator[Finding]:
 
 
 def _rm_against_baselines(metrics: Mapping[str, Any]) -> Iterator[Finding]:
-    accuracy = f"held-out accuracy {_interval(metrics, 'accuracy')}"
+    accuracy = f"held-out accuracy {show_metric(metrics, 'accuracy')}"
     flipped = "Check what the ranks mean: 1 is the best; of scores and ratings the highest is."
     if metrics.get("ceiling", 1.0) < 0.5:
         yield Finding(
@@ -191,7 +192,7 @@ def _rm_against_ceiling(metrics: Mapping[str, Any]) -> Iterator[Finding]:
         limit, named = metrics["agreement"]["mean"], "how far labelers agree"
     if limit is None or limit < 0.5:
         return
-    figure = f"held-out accuracy {_interval(metrics, 'accuracy')}; {named}: {limit:.3f}"
+    figure = f"held-out accuracy {show_metric(metrics, 'accuracy')}; {named}: {limit:.3f}"
     if metrics["accuracy_high"] >= limit - AT_CEILING:
         yield Finding(
             "rm",
@@ -212,8 +213,3 @@ def _rm_against_ceiling(metrics: Mapping[str, Any]) -> Iterator[Finding]:
             f"all of the interval more than {BELOW_CEILING} below it",
             "More rankings, a higher learning_rate, or a better model to start from.",
         )
-
-
-def _interval(metrics: Mapping[str, Any], name: str) -> str:
-    mean, low, high = (f"{metrics[name + end]:.3f}" for end in ("", "_low", "_high"))
-    return f"{mean} [{low}, {high}]"

@@ -23,7 +23,7 @@ from trl_instruct.models import (
     is_nameless,
     model_name,
 )
-from trl_instruct.preparation import given_options, named_source
+from trl_instruct.preparation import named_source, stage_options
 from trl_instruct.reward_function import RewardFunction
 from trl_instruct.rewards import load_reward
 from trl_instruct.samples import shown_samples
@@ -80,8 +80,8 @@ def evaluate(
         InputError: no model, an unknown baseline or reference, a bad record, a prompt that does not
             fit into a model's context, a judge or model that is not there, a taken output_dir.
     """
-    config, model_config = given_options(
-        EvaluateConfig, config, model_config, output_dir, dataset, options
+    config, model_config = stage_options(
+        EvaluateConfig, config, model_config, output_dir, dataset, options, trains=False
     )
     judges = judges or {}
     _check_names(models, judges, config)

@@ -21,19 +21,30 @@ def render(evaluation: dict[str, Any]) -> str:
     Args:
         evaluation: as `evaluate` returns it.
     """
-    lines = [f"\n{evaluation['prompts']} prompts, one completion each\n"]
-    lines += table(_score_rows(evaluation))
-    if len(evaluation["models"]) > 1 and evaluation["judges"]:
-        lines += ["", *table(_win_rows(evaluation))]
-    lines += ["", *table(_fluency_rows(evaluation))]
-    if evaluation["best_of_n"]:
-        lines += ["", *table(_best_rows(evaluation))]
+    lines = [f"\n{evaluation['prompts']} prompts, one completion each"]
+    for rows in tables(evaluation):
+        lines += ["", *table(rows)]
     for judge, known in evaluation["reward_models"].items():
         ceiling = f" (noise ceiling {known['ceiling']:.3f})" if "ceiling" in known else ""
         lines.append(f"\n{judge}: accuracy on held-out pairs {known['accuracy']:.3f}{ceiling}")
     for sample in evaluation["samples"][:SHOWN_SAMPLES]:
         lines += ["", f"> {one_line(sample['prompt'])}", *table(_sample_rows(evaluation, sample))]
     return "\n".join(lines)
+
+
+def tables(evaluation: dict[str, Any]) -> list[list[list[str]]]:
+    """Rows of scores, win rates, fluency and best of n, each under a row of headings.
+
+    Args:
+        evaluation: as `evaluate` returns it; NaN for null where it was read from its file.
+    """
+    found = [_score_rows(evaluation)]
+    if len(evaluation["models"]) > 1 and evaluation["judges"]:
+        found.append(_win_rows(evaluation))
+    found.append(_fluency_rows(evaluation))
+    if evaluation["best_of_n"]:
+        found.append(_best_rows(evaluation))
+    return found
 
 
 def _score_rows(evaluation: dict[str, Any]) -> list[list[str]]:
@@ -86,7 +97,7 @@ def _sample_rows(evaluation: dict[str, Any], sample: dict[str, Any]) -> list[lis
 
 
 def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return "-" if value is None or math.isnan(value) else format(value, form)
 
 
 def draw(evaluation: dict[str, Any], path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 from trl_instruct.chain import StageRun
 from trl_instruct.finding import Finding
@@ -28,7 +29,8 @@ def diagnose_ppo(run: StageRun) -> Iterator[Finding]:
     """Exploited reward, KL, entropy, length, EOS, value function, clipping, number of episodes.
 
     Args:
-        run: a finished `ppo`; without `gold` in its config the first is not looked at.
+        run: a finished `ppo`. What it has not logged is not looked at: gold without `gold` in its
+            config, length and some others by TRL's own trainer.
     """
     if not run.curve("objective/kl"):
         yield Finding(
@@ -41,12 +43,9 @@ def diagnose_ppo(run: StageRun) -> Iterator[Finding]:
             "Leave logging_steps at 1.",
         )
         return
-    yield from _over_optimisation(run)
-    yield from _kl(run)
-    yield from _completions(run)
-    yield from _value(run)
-    yield from _steps(run)
-    yield from _episodes(run)
+    for check, *needed in CHECKS:
+        if all(run.curve(name) for name in needed):
+            yield from check(run)
 
 
 def _over_optimisation(run: StageRun) -> Iterator[Finding]:
@@ -73,7 +72,7 @@ def _over_optimisation(run: StageRun) -> Iterator[Finding]:
 
 
 def _kl(run: StageRun) -> Iterator[Finding]:
-    per_token = _last(run, "objective/kl") / max(_last(run, "objective/length"), 1.0)
+    per_token = _kl_per_token(run)
     figure = f"KL to the reference {_last(run, 'objective/kl'):.2f} nats per completion, "
     figure += f"{per_token:.2f} per token"
     if per_token > MOST_KL:
@@ -100,7 +99,7 @@ def _kl(run: StageRun) -> Iterator[Finding]:
         )
 
 
-def _completions(run: StageRun) -> Iterator[Finding]:
+def _entropy(run: StageRun) -> Iterator[Finding]:
     entropy, was = _last(run, "policy/entropy"), _first(run, "policy/entropy")
     if entropy < LEAST_ENTROPY * was:
         yield Finding(
@@ -112,6 +111,9 @@ def _completions(run: StageRun) -> Iterator[Finding]:
             f"below {LEAST_ENTROPY:.0%} of what it was",
             "A higher kl_coef, a lower learning_rate, or fewer episodes.",
         )
+
+
+def _length(run: StageRun) -> Iterator[Finding]:
     length, was = _last(run, "objective/length"), _first(run, "objective/length")
     if not 1 / MOST_LENGTH <= length / was <= MOST_LENGTH:
         yield Finding(
@@ -125,6 +127,9 @@ def _completions(run: StageRun) -> Iterator[Finding]:
             "Look at score against length in the reward model's figure; a length penalty "
             "(docs/rewards.md), or a higher kl_coef.",
         )
+
+
+def _ended(run: StageRun) -> Iterator[Finding]:
     ended, was = _last(run, "objective/ended"), _first(run, "objective/ended")
     if ended < LEAST_ENDED:
         yield Finding(
@@ -158,7 +163,7 @@ def _value(run: StageRun) -> Iterator[Finding]:
 
 def _steps(run: StageRun) -> Iterator[Finding]:
     clipped = statistics.fmean(_values(run, "policy/clipfrac"))
-    moved = _last(run, "objective/kl") / max(_last(run, "objective/length"), 1.0)
+    moved = _kl_per_token(run)
     if clipped > MOST_CLIPPED:
         yield Finding(
             "ppo",
@@ -183,9 +188,12 @@ def _steps(run: StageRun) -> Iterator[Finding]:
 
 
 def _episodes(run: StageRun) -> Iterator[Finding]:
-    rewards = _values(run, "objective/rlhf_reward")
+    curve = run.curve("objective/rlhf_reward")
+    rewards, iterations = [reward for _, reward in curve], curve[-1][0]
     fifth = len(rewards) // 5
-    if len(rewards) >= LEAST_ITERATIONS:
+    if iterations >= LEAST_ITERATIONS > len(rewards):
+        return  # logged too seldom to tell
+    if iterations >= LEAST_ITERATIONS:
         late, before = rewards[-fifth:], rewards[-2 * fifth : -fifth]
         rise = statistics.fmean(late) - statistics.fmean(before)
         gain = statistics.fmean(late) - statistics.fmean(rewards[:fifth])
@@ -193,7 +201,7 @@ def _episodes(run: StageRun) -> Iterator[Finding]:
             return
         figure = f"of {gain:.2f} gained, {rise:.2f} in the last fifth of the iterations"
     else:
-        figure = f"{len(rewards)} iterations"
+        figure = f"{iterations} iterations"
     yield Finding(
         "ppo",
         "too_few_episodes",
@@ -204,6 +212,23 @@ def _episodes(run: StageRun) -> Iterator[Finding]:
         "the last fifth",
         "A higher total_episodes (or num_train_epochs).",
     )
+
+
+# Each with the metrics that it goes by.
+CHECKS: tuple[tuple[Any, ...], ...] = (
+    (_over_optimisation, "objective/gold", "objective/scores"),
+    (_kl, "objective/kl", "objective/length"),
+    (_entropy, "policy/entropy"),
+    (_length, "objective/length"),
+    (_ended, "objective/ended"),
+    (_value, "val/explained_variance"),
+    (_steps, "policy/clipfrac", "objective/kl", "objective/length"),
+    (_episodes, "objective/rlhf_reward"),
+)
+
+
+def _kl_per_token(run: StageRun) -> float:
+    return _last(run, "objective/kl") / max(_last(run, "objective/length"), 1.0)
 
 
 def _values(run: StageRun, name: str) -> list[float]:

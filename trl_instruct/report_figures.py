@@ -51,7 +51,7 @@ def _results(chain: Mapping[str, StageRun], evaluation: Mapping[str, Any]) -> It
             "without any training.",
             lambda axes: _draw_frontier(axes, chain["ppo"], evaluation.get("best_of_n")),
         )
-    if evaluation:
+    if evaluation.get("judges"):
         yield _drawn(
             "Scores on held-out prompts",
             "Mean with its 95 % interval, by every judge.",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trl_instruct.intervals import show_metric
 from trl_instruct.reward_evaluation import RewardEvaluation
 
 FIGURE = "rm.png"
@@ -24,9 +25,9 @@ def render(metrics: dict[str, Any], figure: Path) -> str:
     rows = []
     if "accuracy" in metrics:
         rows += [
-            ("accuracy (95 %)", _interval(metrics, "accuracy"), ""),
-            ("  longer answer wins", _interval(metrics, "length_accuracy"), "the same pairs"),
-            ("  above that", _interval(metrics, "above_length", sign="+"), ""),
+            ("accuracy (95 %)", show_metric(metrics, "accuracy"), ""),
+            ("  longer answer wins", show_metric(metrics, "length_accuracy"), "the same pairs"),
+            ("  above that", show_metric(metrics, "above_length", sign="+"), ""),
         ]
     if "ceiling" in metrics:
         rows.append(("  noise ceiling", f"{metrics['ceiling']:.3f}", "of the labeler"))
@@ -62,7 +63,7 @@ def draw(evaluation: RewardEvaluation, path: Path) -> None:
     panels = figure.subplots(2, 2)
     figure.suptitle(
         f"Reward model on {metrics['eval_prompts']:,} held-out prompts, {_pairs(metrics)}: "
-        f"accuracy {_interval(metrics, 'accuracy')}, log-loss {metrics['log_loss']:.3f}"
+        f"accuracy {show_metric(metrics, 'accuracy')}, log-loss {metrics['log_loss']:.3f}"
     )
     draw_accuracy(panels[0, 0], metrics, "by_k", "K, responses in the ranking")
     draw_accuracy(panels[0, 1], metrics, "by_distance", "difference of the two ranks")
@@ -120,11 +121,6 @@ def _draw_lengths(axes: Any, evaluation: RewardEvaluation) -> None:
     correlation = evaluation.metrics["length_correlation"]
     title = f"length, correlation within a prompt {correlation:+.3f} (Spearman)"
     axes.set(title=title, xlabel="tokens of the response", ylabel="score")
-
-
-def _interval(metrics: dict[str, Any], name: str, sign: str = "") -> str:
-    mean, low, high = (f"{metrics[name + end]:{sign}.3f}" for end in ("", "_low", "_high"))
-    return f"{mean} [{low}, {high}]"
 
 
 def _pairs(metrics: dict[str, Any]) -> str:

@@ -314,10 +314,24 @@ def write_json(path: Path, content: Any) -> None:
         file.write("\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file; nothing where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def read_metrics(folder: Any) -> dict[str, Any]:
-    """The metrics that a stage left in a folder; none where there are none, or it is no folder."""
-    path = Path(folder) / METRICS_FILE if isinstance(folder, str | os.PathLike) else None
-    return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+    """The metrics that a stage left in a folder, null as NaN again; none where there are none."""
+    there = isinstance(folder, str | os.PathLike)
+    return nulls_as_nan(read_json(Path(folder) / METRICS_FILE)) if there else {}
+
+
+def nulls_as_nan(content: Any) -> Any:
+    """What `write_json` wrote, with NaN where it was: the interval of a single measurement."""
+    if isinstance(content, dict):
+        return {key: nulls_as_nan(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [nulls_as_nan(value) for value in content]
+    return math.nan if content is None else content
 
 
 def _finite(content: Any) -> Any:
