@@ -42,11 +42,11 @@ install:  ## make .venv with the tested set of packages (does nothing where that
 	  $(PYTHON) -m venv .venv && .venv/bin/python -m pip install -q -c constraints.txt -e '.[dev]' \
 	    && .venv/bin/python benchmarks/threads.py > .venv/threads && touch .venv/installed; }
 
-install-trl112:  ## make .venv-trl112, the same with TRL 1.12.0, the last that has a PPOTrainer
+install-trl112:  ## make .venv-trl112: TRL 1.12.0, the last that has a PPOTrainer, and DeepSpeed
 	@test .venv-trl112/installed -nt pyproject.toml -a .venv-trl112/installed -nt constraints.txt || { \
 	  echo "installing into .venv-trl112 (once)"; \
 	  $(PYTHON) -m venv .venv-trl112 && grep -v '^trl==' constraints.txt > .venv-trl112/constraints.txt \
-	    && .venv-trl112/bin/python -m pip install -q -c .venv-trl112/constraints.txt -e '.[dev]' trl==1.12.0 \
+	    && .venv-trl112/bin/python -m pip install -q -c .venv-trl112/constraints.txt -e '.[dev]' trl==1.12.0 deepspeed \
 	    && touch .venv-trl112/installed; }
 
 # ---- stages --------------------------------------------------------------------------------------

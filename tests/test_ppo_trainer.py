@@ -1,18 +1,15 @@
 import copy
 import math
 from itertools import chain
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from trl_instruct.advantages import kl_per_token
 from trl_instruct.errors import InputError
-from trl_instruct.loop import check_processes
 from trl_instruct.masking import right_padded_mask
 from trl_instruct.objective import ppo_sums
 from trl_instruct.ppo_metrics import episode_metrics, value_metrics
@@ -510,13 +507,3 @@ def test_the_reward_does_not_see_the_stop_string_and_the_policy_learns_it(
         assert not set(text) & set(trainer.args.stop_strings)
         assert raw == text or raw[:-1] == text or raw == text + "<eos>"
     assert (rollout.logprobs[rollout.mask] != 0).all()
-
-
-# ---- processes -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_processes_that_share_weights_are_refused(kind):
-    with pytest.raises(InputError, match=f"launched with {kind.value}, where each process holds"):
-        check_processes(SimpleNamespace(distributed_type=kind))
-    check_processes(SimpleNamespace(distributed_type=DistributedType.MULTI_GPU))

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedType
 from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -21,6 +20,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
 from trl_instruct.errors import InputError
+from trl_instruct.sharding import find_root, load_shards
 
 
 class LoopTrainer(Trainer):
@@ -51,6 +51,7 @@ class LoopTrainer(Trainer):
             self.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         self.create_optimizer()
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        find_root(self.model_wrapped)
         self.create_scheduler(num_training_steps=self.num_iterations)
         callbacks = [*self.callback_handler.callbacks, self.control]
         exported = [c for c in callbacks if isinstance(c, ExportableState)]
@@ -86,6 +87,7 @@ class LoopTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self._load_callback_state()
         self._load_optimizer_and_scheduler(str(checkpoint))
+        load_shards(self.accelerator, self.model_wrapped, checkpoint)
         self._load_scaler(str(checkpoint))
         self._load_rng_state(str(checkpoint))
 
@@ -195,14 +197,3 @@ def set_random_state(state: tuple[Any, ...]) -> None:
     torch.set_rng_state(cpu)
     if devices:
         torch.cuda.set_rng_state_all(devices)
-
-
-def check_processes(accelerator: Accelerator) -> None:
-    """InputError unless every process holds all weights: one process, or several under DDP."""
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise InputError(
-            f"PPO was launched with {kind.value}, where each process holds a part of the weights; "
-            "that is not supported. Launch it with recipes/accelerate/ddp.yaml, and train with "
-            "LoRA (use_peft) where the models do not fit onto one device."
-        )

@@ -15,6 +15,7 @@ from trl_instruct.losses import (
 )
 from trl_instruct.ppo_metrics import policy_metrics
 from trl_instruct.rollouts import Rollout, join, whole_text
+from trl_instruct.sharding import is_zero3, micro_batch
 
 
 def ppo_sums(
@@ -46,7 +47,7 @@ def ppo_sums(
     return {name: torch.where(mask, t, 0.0).sum() for name, t in per_token.items()}
 
 
-def ptx_loss(model: nn.Module, ids: Tensor) -> Tensor:
+def ptx_loss(model: nn.Module, ids: Tensor, *, with_values: bool = False) -> Tensor:
     """-log policy(x) of pretraining text: the mean over its tokens but the first of each row.
 
     The paper leaves open whether its expectation runs over texts or tokens; per token, gamma_ptx
@@ -55,12 +56,14 @@ def ptx_loss(model: nn.Module, ids: Tensor) -> Tensor:
     Args:
         model: as in `ppo_sums`.
         ids: `(B, T)`, full rows.
+        with_values: take the value model along, for nothing.
 
     Returns:
         scalar, nats per token.
     """
-    logits, _ = model(whole_text(ids), ids.shape[1] - 1, with_values=False)
-    return -token_logprobs(log_distribution(logits, temperature=1.0), ids[:, 1:]).mean()
+    logits, values = model(whole_text(ids), ids.shape[1] - 1, with_values=with_values)
+    loss = -token_logprobs(log_distribution(logits, temperature=1.0), ids[:, 1:]).mean()
+    return loss if values is None else loss + 0.0 * values.sum()
 
 
 def add_ptx_gradient(
@@ -78,9 +81,12 @@ def add_ptx_gradient(
         this process's mean loss, nats per token.
     """
     total = torch.zeros((), device=accelerator.device)
+    # ZeRO-3 (DeepSpeed 0.19) adds the last step's gradient of a weight that a step's first backward
+    # pass has left out.
+    with_values = is_zero3(accelerator)
     for ids in rows.to(accelerator.device).split(args.per_device_train_batch_size):
-        with accelerator.no_sync(model):
-            loss = ptx_loss(model, ids) * len(ids) / len(rows)
+        with micro_batch(accelerator, model, last=False):
+            loss = ptx_loss(model, ids, with_values=with_values) * len(ids) / len(rows)
             accelerator.backward(args.ptx_coef * loss)
         total += loss.detach()
     return total

@@ -22,7 +22,7 @@ from trl_instruct.advantages import adapted_kl_coef, gae, kl_per_token, token_re
 from trl_instruct.checkpoints import find_checkpoint, load_weights
 from trl_instruct.configs import PPOConfig
 from trl_instruct.ema import MovingAverage
-from trl_instruct.loop import LoopTrainer, check_processes, set_learning_rate
+from trl_instruct.loop import LoopTrainer, set_learning_rate
 from trl_instruct.masking import masked_moments, masked_whiten
 from trl_instruct.models import ValueModel, evaluating, reference_of
 from trl_instruct.objective import add_ptx_gradient, ppo_sums
@@ -55,6 +55,14 @@ from trl_instruct.rollouts import (
     unify_modes,
 )
 from trl_instruct.sampling import decode, eos_token_ids, generate, pad_prompts, prompt_tokens
+from trl_instruct.sharding import (
+    check_processes,
+    load_whole_models,
+    micro_batch,
+    prepare_sharing,
+    whole_states,
+    whole_weights,
+)
 from trl_instruct.stage import write_json
 from trl_instruct.tokenizers import check_tokenizer
 
@@ -87,8 +95,8 @@ class PPOTrainer(LoopTrainer):
     Raises:
         InputError: one model in two roles, a tokenizer without EOS, a prompt that is empty or does
             not fit into the context, messages without a chat template, a reward that returns
-            anything but one finite number per completion, processes that share weights (FSDP,
-            DeepSpeed).
+            anything but one finite number per completion, processes as `check_processes` refuses
+            them.
         FloatingPointError: a loss that is no finite number.
     """
 
@@ -125,7 +133,7 @@ class PPOTrainer(LoopTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        check_processes(self.accelerator)
+        check_processes(self.accelerator, [model, value_model], average=args.ema_decay is not None)
         self._place_frozen_models()
         self.kl_coef = args.kl_coef
         self.skipped = 0
@@ -141,6 +149,10 @@ class PPOTrainer(LoopTrainer):
             response_length=args.response_length,
         )
         self.minibatch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        load_whole_models()  # a checkpoint's, those that are compared afterwards
+        prepare_sharing(
+            self.accelerator, episodes=self.minibatch_size, max_grad_norm=args.max_grad_norm or 0.0
+        )
         self.local_batch_size = self.minibatch_size * args.num_mini_batches
         self.batch_size = self.local_batch_size * self.accelerator.num_processes
         episodes = args.total_episodes or int(args.num_train_epochs * len(train_dataset))
@@ -201,27 +213,28 @@ class PPOTrainer(LoopTrainer):
     def sample(self, rows: Sequence[int]) -> Rollout:
         """Completions of these prompts with log-probabilities and values; scores are still 0."""
         prompts = [self.prompts[row] for row in rows]
-        completions, lengths, ended = generate(
-            self.policy,
-            prompts,
-            max_new_tokens=self.args.response_length,
-            eos_token_ids=self.eos_token_ids,
-            stop_strings=self.args.stop_strings,
-            tokenizer=self.processing_class,
-            temperature=self.args.temperature,
-            batch_size=self.args.local_rollout_forward_batch_size,
-        )
-        prompt_ids, prompt_lengths = pad_prompts(prompts, completions.device)
-        tokens = (prompt_ids, prompt_lengths, completions, lengths, ended)
         model = self.accelerator.unwrap_model(self.model)
-        with evaluating(model), self.accelerator.autocast():
-            return measured(
-                Rollout(*tokens, *blank_measurements(completions)),
-                model,
-                self.ref_model,
+        with whole_weights(self.accelerator, self.model_wrapped):
+            completions, lengths, ended = generate(
+                self.policy,
+                prompts,
+                max_new_tokens=self.args.response_length,
+                eos_token_ids=self.eos_token_ids,
+                stop_strings=self.args.stop_strings,
+                tokenizer=self.processing_class,
                 temperature=self.args.temperature,
                 batch_size=self.args.local_rollout_forward_batch_size,
             )
+            prompt_ids, prompt_lengths = pad_prompts(prompts, completions.device)
+            tokens = (prompt_ids, prompt_lengths, completions, lengths, ended)
+            with evaluating(model), self.accelerator.autocast():
+                return measured(
+                    Rollout(*tokens, *blank_measurements(completions)),
+                    model,
+                    self.ref_model,
+                    temperature=self.args.temperature,
+                    batch_size=self.args.local_rollout_forward_batch_size,
+                )
 
     def score(self, rollout: Rollout, rows: Sequence[int]) -> Rollout:
         """The rollout with the reward's score of each completion, and what a missing EOS costs.
@@ -319,7 +332,7 @@ class PPOTrainer(LoopTrainer):
         micro_batches = rollout.by_length.split(self.args.per_device_train_batch_size)
         for index, part in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model_wrapped):
+            with micro_batch(self.accelerator, self.model_wrapped, last=last):
                 given = (rollout.select(part), advantages[part], returns[part])
                 sums = ppo_sums(self.model_wrapped, *given, args=self.args)
                 loss = sums["loss/policy"] + self.args.vf_coef * sums["loss/value"]
@@ -433,14 +446,16 @@ class PPOTrainer(LoopTrainer):
 
         A checkpoint holds the policy as it is in training, and all else that the run goes on with.
         """
+        parts = ("policy", "value.model")
+        policy, value = whole_states(self.accelerator, self.model_wrapped, *parts)
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         with nullcontext() if _internal_call or not self.average else self.average.applied():
-            self.policy.save_pretrained(folder)
+            self.policy.save_pretrained(folder, state_dict=policy)
         self.processing_class.save_pretrained(folder)
         if _internal_call:
-            self.value_model.save_pretrained(folder / VALUE)
+            self.value_model.save_pretrained(folder / VALUE, state_dict=value)
             if self.average is not None:
                 self.average.save(folder / EMA)
             write_json(folder / PROGRESS, self.progress())

@@ -105,6 +105,7 @@ def sft(
         base, tokenizer = starting_point(run, model, processing_class)
         policy = load_policy(base, model_config, trust_remote_code=config.trust_remote_code)
         config.max_length = within_context(config.max_length, policy)
+        config.eval_on_start = config.eval_on_start or held_out is not None
         truncated = check_demonstrations(demonstrations, tokenizer, config)
         if truncated:
             run.say(f"{truncated} of {len(demonstrations)} demonstrations are cut at max_length")
@@ -123,10 +124,11 @@ def sft(
         length = config.max_length or context_length(policy) or 0
         batch = Work(config.per_device_train_batch_size, length, predicted=length)
         run.say(memory_table({"policy": trainer.model}, [batch], config))
-        before = {} if held_out is None else {"base_loss": trainer.evaluate()["eval_loss"]}
         output = run.train(trainer, {"loss": "loss"})
-        metrics = {"train_loss": output.training_loss, "truncated": truncated, **before}
+        metrics = {"train_loss": output.training_loss, "truncated": truncated}
         if held_out is not None:
+            logs = trainer.state.log_history  # of a resumed run, too, from its start
+            metrics["base_loss"] = next(log["eval_loss"] for log in logs if "eval_loss" in log)
             metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
         return run.finish(trainer, metrics)
 

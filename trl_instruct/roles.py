@@ -21,6 +21,7 @@ from trl_instruct.models import (
 )
 from trl_instruct.reward_function import RewardFunction, parts_of
 from trl_instruct.rewards import RewardModel, load_reward
+from trl_instruct.sharding import load_whole_models, shares_weights
 from trl_instruct.shared_base import SharedBase, classifier_around, view_of
 from trl_instruct.tokenizers import check_same_tokens, load_tokenizer
 
@@ -61,6 +62,7 @@ def load_roles(
     Raises:
         InputError: as `load_policy` and `load_reward`; `share_base` where it is not possible.
     """
+    load_whole_models()
     trust, base = {"trust_remote_code": config.trust_remote_code}, None
     if _shares(model, config, model_config):
         base = SharedBase(model, model_config, **trust)
@@ -96,6 +98,7 @@ def _shares(model: ModelSource, config: PPOConfig, model_config: ModelConfig) ->
         "without use_peft the policy is no adapter": not model_config.use_peft,
         "TRL's PPOTrainer trains a value model of full size": config.engine == "trl",
         "the policy is a loaded PeftModel; give its folder": isinstance(model, PeftModel),
+        "the processes share the weights out among them": shares_weights(),
     }
     fault = next((told for told, applies in faults.items() if applies), None)
     if config.share_base and fault:

@@ -137,6 +137,18 @@ class PolicyAndValue(nn.Module):
         """Whether the value model is a head on the policy: one pass then gives both."""
         return self.value.model.base_model is self.policy.base_model
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The layers that FSDP shares out one by one, as transformers names them."""
+        models = (self.policy, self.value.model)
+        return sorted({name for model in models for name in model._no_split_modules or ()})
+
+    # TRL asks before it generates with ZeRO-3. In eval mode nothing is computed twice.
+    is_gradient_checkpointing = False
+
+    def touch(self) -> None:
+        """Nothing: see `sharding.find_root`."""
+
     def gradient_checkpointing_enable(self, checkpoint_kwargs: dict[str, Any] | None) -> None:
         """Recompute activations of both models in the backward pass.
 

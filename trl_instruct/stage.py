@@ -29,6 +29,7 @@ from trl_instruct.fingerprint import keep_fingerprint
 from trl_instruct.merging import merge_in_place
 from trl_instruct.models import CONFIG_FILE, METRICS_FILE
 from trl_instruct.options import save_config
+from trl_instruct.sharding import check_saving
 from trl_instruct.shift import SHIFT_FILE
 
 # What a stage writes, and so what --overwrite_output_dir removes.
@@ -199,6 +200,7 @@ class Stage:
             trainer: anything with the interface of `transformers.Trainer`.
             labels: what the progress bar shows: label -> key in the trainer's logs.
         """
+        check_saving(trainer.accelerator)
         self.begin()
         if not self.config.disable_tqdm:
             # One bar with the named metrics, in place of a printed dict per log.
