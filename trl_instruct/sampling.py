@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -136,6 +138,25 @@ def _plain_sampling(model: PreTrainedModel) -> Iterator[None]:
             holder.generation_config = config
 
 
+class Draw(LogitsProcessor):
+    """Leaves one token of each row, drawn from the softmax of its logits / temperature.
+
+    By one random number a row and the cumulative distribution. torch.multinomial, which `generate`
+    would call, draws one for each token of the vocabulary: on a CPU, a quarter of all its time with
+    a small model.
+    """
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`(B, V)` logits -> 0 for the token that is drawn, -infinity for all others."""
+        below = (scores.float() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        drawn = torch.rand_like(below[:, :1]) * below[:, -1:]
+        token = torch.searchsorted(below, drawn, right=True).clamp(max=below.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
 class StopStrings(StoppingCriteria):
     """Ends a completion where its text holds one of the strings, and remembers where that was.
 
@@ -191,10 +212,7 @@ def generate(
     device = policy.device
     sampling = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
+        do_sample=False,  # the one token that Draw leaves is the best
         eos_token_id=eos_token_ids,
         pad_token_id=eos_token_ids[0],
     )
@@ -217,6 +235,7 @@ def generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=sampling,
+                logits_processor=LogitsProcessorList([Draw(temperature)]),
                 stopping_criteria=StoppingCriteriaList(stops),
             )
             sampled = output[:, ids.shape[1] :]
