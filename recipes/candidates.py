@@ -9,7 +9,7 @@ Options: `--help`; trl_instruct/configs.py explains them. What happens:
 
 import sys
 
-from trl_instruct.cli import main
+from trl_instruct.__main__ import main
 
 if __name__ == "__main__":
     main(["candidates", *sys.argv[1:]])

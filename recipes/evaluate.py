@@ -13,7 +13,7 @@ trl_instruct/evaluation.py. From Python: `from trl_instruct import evaluate`.
 
 import sys
 
-from trl_instruct.cli import main
+from trl_instruct.__main__ import main
 
 if __name__ == "__main__":
     main(["evaluate", *sys.argv[1:]])

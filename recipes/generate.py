@@ -13,7 +13,7 @@ Options: `--help`. What happens: trl_instruct/chat.py.
 
 import sys
 
-from trl_instruct.cli import main
+from trl_instruct.__main__ import main
 
 if __name__ == "__main__":
     main(["generate", *sys.argv[1:]])

@@ -8,7 +8,7 @@ trl_instruct/recipes.py. From Python: `from trl_instruct import ppo`.
 
 import sys
 
-from trl_instruct.cli import main
+from trl_instruct.__main__ import main
 
 if __name__ == "__main__":
     main(["ppo", *sys.argv[1:]])

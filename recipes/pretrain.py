@@ -8,7 +8,7 @@ trl_instruct/pretraining.py. From Python: `from trl_instruct import pretrain`.
 
 import sys
 
-from trl_instruct.cli import main
+from trl_instruct.__main__ import main
 
 if __name__ == "__main__":
     main(["pretrain", *sys.argv[1:]])

@@ -8,7 +8,7 @@ Options: `--help`. What the diagnosis goes by: trl_instruct/diagnosis.py. From P
 
 import sys
 
-from trl_instruct.cli import main
+from trl_instruct.__main__ import main
 
 if __name__ == "__main__":
     main(["report", *sys.argv[1:]])

@@ -11,7 +11,7 @@ trl_instruct/recipes.py. From Python: `from trl_instruct import rm`.
 
 import sys
 
-from trl_instruct.cli import main
+from trl_instruct.__main__ import main
 
 if __name__ == "__main__":
     main(["rm", *sys.argv[1:]])

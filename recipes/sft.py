@@ -9,7 +9,7 @@ trl_instruct/recipes.py. From Python: `from trl_instruct import sft`.
 
 import sys
 
-from trl_instruct.cli import main
+from trl_instruct.__main__ import main
 
 if __name__ == "__main__":
     main(["sft", *sys.argv[1:]])

@@ -20,7 +20,7 @@ from trl_instruct.http_reward import HTTPReward, is_loopback
 from trl_instruct.reward_function import RewardError, RewardUnreachableError, call_reward
 from trl_instruct.reward_server import RewardServer
 
-MAIN = "from trl_instruct.cli import main; main()"
+MAIN = "from trl_instruct.__main__ import main; main()"
 PROMPTS = ["one ", "two ", "three "]
 COMPLETIONS = ["a", "bb", "ccc"]
 
