@@ -14,7 +14,8 @@ Sizes of batches and gradient checkpointing are the defaults that both have in c
   that the processes computed; `flops_ratio`: of the matrix products, counted in a round that is not
   timed.
 - memory_ratio: peak of the resident set of ours / of TRL's, less what it was with the libraries
-  loaded and no model; in a round that is not timed, in which freed memory goes back at once. Linux.
+  loaded and no model; in a round that is not timed, until which freed memory goes back at once.
+  Linux.
 - generation, scoring (log-probabilities, values, rewards) and updates: seconds an iteration, peak
   MB and flops of each. `tokens`: mean length of the completions.
 """
@@ -60,6 +61,8 @@ PROMPT, COMPLETION = (32, 256), 64
 EPISODES = 32
 ROUNDS = 3  # that are timed
 LIBC, M_MMAP_THRESHOLD = ctypes.CDLL(None), -3
+OWN = 2**20
+"""Memory in pieces of this size or more is the process's own only while it is in use."""
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -138,8 +141,7 @@ class Turns(TrainerCallback):
         if self.rounds == 0:
             self.counter = FlopCounterMode(display=False)
             self.counter.__enter__()
-        # Memory in pieces of this size or more is the process's own only while it is in use.
-        LIBC.mallopt(M_MMAP_THRESHOLD, (1 if self.rounds == 1 else 32) * 2**20)
+        LIBC.mallopt(M_MMAP_THRESHOLD, OWN if self.rounds <= 1 else 32 * 2**20)
         self.rounds += 1
         self.begin_phase()
 
@@ -197,6 +199,7 @@ def run_engine(engine: str, folder: Path) -> None:
     """One engine's process: iterations on demand, a line of JSON each."""
     report = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the libraries print is no part of the report
+    LIBC.mallopt(M_MMAP_THRESHOLD, OWN)  # from the models' weights on
     turns = Turns(engine, report)
     turns.install()
     ppo(

@@ -8,9 +8,11 @@ from transformers import AutoModelForCausalLM
 from trl.experimental.utils import get_reward
 
 from trl_instruct import InputError, RewardModel, RewardModule, ppo
+from trl_instruct.configs import PPOConfig
 from trl_instruct.pretraining import train_tokenizer
 from trl_instruct.sampling import tokenize_prompts
 from trl_instruct.shift import keep_shift
+from trl_instruct.upstream_ppo import upstream_trainer
 
 # ---- where TRL has no PPOTrainer -----------------------------------------------------------------
 
@@ -159,6 +161,15 @@ def test_what_trl_cannot_do_is_an_error(options, message, saved_policy, tmp_path
             **{**QUICK, **options},
         )
     assert not (tmp_path / "x").exists()
+
+
+@with_trl_ppo
+def test_one_object_in_two_roles_is_an_error(policy, reward_model, tokenizer, tmp_path):
+    config = PPOConfig(output_dir=str(tmp_path), engine="trl", use_cpu=True)
+    with pytest.raises(InputError, match="value_model and reward_model are the same object"):
+        upstream_trainer(config)(
+            config, tokenizer, policy, None, reward_model, prompt_data(), reward_model
+        )
 
 
 @with_trl_ppo

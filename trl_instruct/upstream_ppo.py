@@ -33,7 +33,7 @@ from trl_instruct.errors import InputError
 from trl_instruct.masking import left_padded_mask
 from trl_instruct.models import accepted, score_head, unwrapped
 from trl_instruct.reward_function import RewardFunction, as_completions, call_reward
-from trl_instruct.rewards import RewardModel
+from trl_instruct.rewards import RewardModel, check_roles
 from trl_instruct.rollouts import unify_modes
 from trl_instruct.sampling import pad_prompts, prompt_tokens
 from trl_instruct.shift import shift_of
@@ -169,6 +169,7 @@ class UpstreamTrainer(Trainer):
         gold: RewardFunction | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
+        check_roles(model, ref_model, reward_model, value_model)
         _check_architectures(model, value_model)
         self.prompts, self.cut_prompts = prompt_tokens(
             train_dataset["prompt"][:],
