@@ -186,6 +186,24 @@ def token_logprobs(log_probs: Tensor, token_ids: Tensor) -> Tensor:
     return log_probs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
 
 
+def logprobs_by_row(logits: Tensor, token_ids: Tensor, *, temperature: float) -> Tensor:
+    """Log-probability of each token, where no gradient is needed: `(B, C)` nats.
+
+    A row at a time, so that there is no second tensor of the logits' size.
+
+    Args:
+        logits, temperature: as in `log_distribution`.
+        token_ids: `(B, C)`.
+
+    >>> logprobs_by_row(torch.zeros(2, 1, 4), torch.tensor([[0], [3]]), temperature=1.0).exp()
+    tensor([[0.2500],
+            [0.2500]])
+    """
+    log_probs = (log_distribution(row, temperature=temperature) for row in logits.split(1))
+    pairs = zip(log_probs, token_ids.split(1), strict=True)
+    return torch.cat([token_logprobs(row, ids) for row, ids in pairs])
+
+
 def entropy(log_probs: Tensor) -> Tensor:
     """Entropy of each token's distribution.
 

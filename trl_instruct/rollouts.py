@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl_instruct.errors import InputError
-from trl_instruct.losses import log_distribution, token_logprobs
+from trl_instruct.losses import logprobs_by_row
 from trl_instruct.masking import (
     left_padded_mask,
     padding_before,
@@ -258,8 +258,7 @@ def completion_logprobs(
     """
     sequences, width = join(prompt_ids, prompt_lengths, completion_ids, lengths)
     logits = completion_logits(model, sequences, width)
-    log_probs = log_distribution(logits, temperature=temperature)
-    logprobs = token_logprobs(log_probs, completion_ids[:, :width])
+    logprobs = logprobs_by_row(logits, completion_ids[:, :width], temperature=temperature)
     return widen(logprobs, lengths, completion_ids.shape[1])
 
 
@@ -275,8 +274,7 @@ def _logprobs_and_values(
     """As `completion_logprobs`; and the value of the state in which each token was chosen."""
     sequences, width = join(prompt_ids, prompt_lengths, completion_ids, lengths)
     logits, values = model(sequences, width)
-    log_probs = log_distribution(logits, temperature=temperature)
-    logprobs = token_logprobs(log_probs, completion_ids[:, :width])
+    logprobs = logprobs_by_row(logits, completion_ids[:, :width], temperature=temperature)
     wide = completion_ids.shape[1]
     return widen(logprobs, lengths, wide), widen(values, lengths, wide)
 
