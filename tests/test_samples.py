@@ -15,7 +15,7 @@ def length(prompts, completions):
 
 @pytest.fixture
 def samples(policy, make_policy, tokenizer, prompts):
-    policy.generation_config.eos_token_id = [256, *range(64)]
+    policy.generation_config.eos_token_id = [256, *range(32)]
 
     def sample(**options):
         rows = Dataset.from_dict({"prompt": prompts, "number": list(range(16))})
@@ -35,7 +35,7 @@ def test_samples_hold_scores_lengths_and_the_kl_of_each_completion(
     assert {True, False} == set(result.ended)
     asked = tokenizer(prompts)["input_ids"]
     set_seed(0)
-    stops = [256, *range(64)]
+    stops = [256, *range(32)]
     tokens, _, _ = generate(policy, asked, max_new_tokens=6, eos_token_ids=stops, batch_size=3)
     for row, width in enumerate(result.lengths):
         ids = torch.tensor([asked[row] + tokens[row, :width].tolist()])
