@@ -1,4 +1,24 @@
-from trl_instruct.batching import LengthBatchSampler, length_batches
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trl_instruct.batching import LengthBatchSampler, length_batches, similar_lengths
+
+
+@given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 9))
+def test_batches_for_forward_passes_hold_every_row_once_and_little_padding(lengths, batch_size):
+    batches = similar_lengths(lengths, batch_size)
+    rows = [row for batch in batches for row in batch]
+    assert sorted(rows) == list(range(len(lengths)))
+    assert [lengths[row] for row in rows] == sorted(lengths)
+    for batch in batches:
+        inside = [lengths[row] for row in batch]
+        assert len(batch) <= batch_size
+        assert sum(inside) >= 0.8 * len(inside) * max(inside)
+    for batch, following in pairwise(batches):  # no batch ends too early
+        longer = [lengths[row] for row in [*batch, following[0]]]
+        assert len(longer) > batch_size or sum(longer) < 0.8 * len(longer) * max(longer)
 
 
 def test_length_batches_are_of_a_length_and_in_no_order():

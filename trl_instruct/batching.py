@@ -5,6 +5,28 @@ from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Sampler
 
+FULL = 0.8
+"""Least share of a batch that is text."""
+
+
+def similar_lengths(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Rows in batches for forward passes, the shortest first, so that little is padding.
+
+    A batch ends before it has `batch_size` rows where more than a fifth of it would be padding.
+
+    >>> similar_lengths([9, 3, 10, 3], 8)
+    [[1, 3], [0, 2]]
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        batch = [*batches[-1], row] if batches else [row]
+        tokens, width = sum(lengths[r] for r in batch), lengths[row]
+        if batches and len(batch) <= batch_size and tokens >= FULL * len(batch) * width:
+            batches[-1] = batch
+        else:
+            batches.append([row])
+    return batches
+
 
 def length_batches(
     lengths: Sequence[int], batch_size: int, *, seed: int, pool: int = 50

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_instruct.batching import similar_lengths
 from trl_instruct.errors import InputError
 from trl_instruct.models import context_length, evaluating
 from trl_instruct.rewards import pad_rows, token_ids
@@ -34,7 +35,7 @@ def completion_loss(
         policy: the model to measure.
         tokenizer: its tokenizer.
         demonstrations: `prompt`, `completion`; text or messages.
-        batch_size: demonstrations per forward pass.
+        batch_size: most demonstrations per forward pass.
         progress: told the number of demonstrations of each batch that is done.
 
     Raises:
@@ -42,11 +43,11 @@ def completion_loss(
     """
     context = context_length(policy)
     rows = demonstration_tokens(demonstrations, tokenizer, context)
-    rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+    batches = similar_lengths([len(prompt) + len(ids) for prompt, ids in rows], batch_size)
     total, tokens = 0.0, 0
     with evaluating(policy):
-        for start in range(0, len(rows), batch_size):
-            prompts, completions = zip(*rows[start : start + batch_size], strict=True)
+        for chosen in batches:
+            prompts, completions = zip(*(rows[row] for row in chosen), strict=True)
             lengths = torch.tensor([len(ids) for ids in completions], device=policy.device)
             ids = pad_rows(list(completions), 0).to(policy.device)
             given = (*pad_prompts(prompts, policy.device), ids, lengths)

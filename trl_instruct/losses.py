@@ -1,12 +1,15 @@
 """The losses of the reward model and of PPO: pure functions of tensors.
 
-Those of PPO return one number per token and leave the averaging to the caller, because a minibatch
-is averaged over the real tokens of all its micro-batches and processes, not over each one apart.
+Those of PPO return one number for each of N tokens and leave the averaging to the caller, because a
+minibatch is averaged over the real tokens of all its micro-batches and processes, not over each one
+apart.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+TOKENS_AT_ONCE = 64
 
 
 def policy_loss(
@@ -18,17 +21,16 @@ def policy_loss(
     loss = max(-A * ratio, -A * clip(ratio, 1 - cliprange, 1 + cliprange)).
 
     Args:
-        logprobs, old_logprobs: `(B, C)` log-probabilities of the sampled tokens now and at
+        logprobs, old_logprobs: `(N,)` log-probabilities of the sampled tokens now and at
             sampling time.
-        advantages: `(B, C)`.
+        advantages: `(N,)`.
         cliprange: 0.2 in InstructGPT.
 
     Returns:
-        `(B, C)` loss per token.
+        `(N,)` loss per token.
 
-    >>> policy_loss(torch.tensor([[0.5]]), torch.tensor([[0.0]]), torch.tensor([[1.0]]),
-    ...             cliprange=0.2)
-    tensor([[-1.2000]])
+    >>> policy_loss(torch.tensor([0.5]), torch.tensor([0.0]), torch.tensor([1.0]), cliprange=0.2)
+    tensor([-1.2000])
     """
     return torch.maximum(*_surrogates(logprobs, old_logprobs, advantages, cliprange))
 
@@ -36,7 +38,7 @@ def policy_loss(
 def policy_clipped(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, cliprange: float
 ) -> Tensor:
-    """Where the clip cuts the policy's gradient: `(B, C)` bool, for policy/clipfrac."""
+    """Where the clip cuts the policy's gradient: `(N,)` bool, for policy/clipfrac."""
     plain, clipped = _surrogates(logprobs, old_logprobs, advantages, cliprange)
     return clipped > plain
 
@@ -57,16 +59,15 @@ def value_loss(
     loss = 0.5 * max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2).
 
     Args:
-        values, old_values: `(B, C)` values now and at sampling time.
-        returns: `(B, C)`.
+        values, old_values: `(N,)` values now and at sampling time.
+        returns: `(N,)`.
         cliprange_value: c; 0.2.
 
     Returns:
-        `(B, C)` loss per token.
+        `(N,)` loss per token.
 
-    >>> value_loss(torch.tensor([[1.0]]), torch.tensor([[0.0]]), torch.tensor([[1.0]]),
-    ...            cliprange_value=0.2)
-    tensor([[0.3200]])
+    >>> value_loss(torch.ones(1), torch.zeros(1), torch.ones(1), cliprange_value=0.2)
+    tensor([0.3200])
     """
     return 0.5 * torch.maximum(*_squared_errors(values, old_values, returns, cliprange_value))
 
@@ -74,7 +75,7 @@ def value_loss(
 def value_clipped(
     values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange_value: float
 ) -> Tensor:
-    """Where the clip cuts the value's gradient: `(B, C)` bool, for val/clipfrac."""
+    """Where the clip cuts the value's gradient: `(N,)` bool, for val/clipfrac."""
     plain, clipped = _squared_errors(values, old_values, returns, cliprange_value)
     return clipped > plain
 
@@ -156,15 +157,15 @@ def log_distribution(logits: Tensor, *, temperature: float) -> Tensor:
     entropy all come from it.
 
     Args:
-        logits: `(B, C, V)`.
+        logits: `(N, V)`.
         temperature: the sampling temperature; logits are divided by it here as they were in
             sampling, else the importance ratio is wrong.
 
     Returns:
-        `(B, C, V)` float32, nats.
+        `(N, V)` float32, nats.
 
-    >>> log_distribution(torch.zeros(1, 1, 4), temperature=1.0).exp()
-    tensor([[[0.2500, 0.2500, 0.2500, 0.2500]]])
+    >>> log_distribution(torch.zeros(1, 4), temperature=1.0).exp()
+    tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
     """
     logits = logits.float()
     return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
@@ -174,46 +175,47 @@ def token_logprobs(log_probs: Tensor, token_ids: Tensor) -> Tensor:
     """Log-probability of each token.
 
     Args:
-        log_probs: `(B, C, V)`, a `log_distribution`.
-        token_ids: `(B, C)`.
+        log_probs: `(N, V)`, a `log_distribution`.
+        token_ids: `(N,)`.
 
     Returns:
-        `(B, C)` nats.
+        `(N,)` nats.
 
-    >>> token_logprobs(torch.tensor([[[-1.0, -2.0]]]), torch.tensor([[1]]))
-    tensor([[-2.]])
+    >>> token_logprobs(torch.tensor([[-1.0, -2.0]]), torch.tensor([1]))
+    tensor([-2.])
     """
     return log_probs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
 
 
-def logprobs_by_row(logits: Tensor, token_ids: Tensor, *, temperature: float) -> Tensor:
-    """Log-probability of each token, where no gradient is needed: `(B, C)` nats.
+def logprobs_in_parts(logits: Tensor, token_ids: Tensor, *, temperature: float) -> Tensor:
+    """Log-probability of each token, where no gradient is needed: `(N,)` nats.
 
-    A row at a time, so that there is no second tensor of the logits' size.
+    Some tokens at a time, so that there is no second tensor of the logits' size.
 
     Args:
-        logits, temperature: as in `log_distribution`.
-        token_ids: `(B, C)`.
+        logits: `(N, V)`.
+        token_ids: `(N,)`.
+        temperature: as in `log_distribution`.
 
-    >>> logprobs_by_row(torch.zeros(2, 1, 4), torch.tensor([[0], [3]]), temperature=1.0).exp()
-    tensor([[0.2500],
-            [0.2500]])
+    >>> logprobs_in_parts(torch.zeros(2, 4), torch.tensor([0, 3]), temperature=1.0).exp()
+    tensor([0.2500, 0.2500])
     """
-    log_probs = (log_distribution(row, temperature=temperature) for row in logits.split(1))
-    pairs = zip(log_probs, token_ids.split(1), strict=True)
-    return torch.cat([token_logprobs(row, ids) for row, ids in pairs])
+    parts = zip(logits.split(TOKENS_AT_ONCE), token_ids.split(TOKENS_AT_ONCE), strict=True)
+    return torch.cat(
+        [token_logprobs(log_distribution(p, temperature=temperature), ids) for p, ids in parts]
+    )
 
 
 def entropy(log_probs: Tensor) -> Tensor:
     """Entropy of each token's distribution.
 
     Args:
-        log_probs: `(B, C, V)`, a `log_distribution`.
+        log_probs: `(N, V)`, a `log_distribution`.
 
     Returns:
-        `(B, C)` nats.
+        `(N,)` nats.
 
-    >>> entropy(log_distribution(torch.zeros(1, 1, 4), temperature=1.0)).exp()
-    tensor([[4.]])
+    >>> entropy(log_distribution(torch.zeros(1, 4), temperature=1.0)).exp()
+    tensor([4.])
     """
     return -torch.linalg.vecdot(log_probs.exp(), log_probs)

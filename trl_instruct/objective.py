@@ -29,14 +29,13 @@ def ppo_sums(
         advantages, returns: `(B, C)`.
         args: of the run.
     """
-    sequences, width = join(*rollout[:4])
-    logits, values = model(sequences, width)
-    cut = Rollout(*(f[:, :width] if f.dim() == 2 else f for f in rollout))
-    advantages, returns, mask = advantages[:, :width], returns[:, :width], cut.mask
+    mask = rollout.mask
+    tokens = (rollout.prompt_ids, rollout.prompt_lengths, rollout.completion_ids)
+    logits, values = model(join(*tokens, rollout.counted_lengths))
     log_probs = log_distribution(logits, temperature=args.temperature)
-    logprobs = token_logprobs(log_probs, cut.completion_ids)
-    policy = (logprobs, cut.logprobs, advantages)
-    value = (values, cut.values, returns)
+    logprobs = token_logprobs(log_probs, rollout.completion_ids[mask])
+    policy = (logprobs, rollout.logprobs[mask], advantages[mask])
+    value = (values, rollout.values[mask], returns[mask])
     per_token = {
         "loss/policy": policy_loss(*policy, cliprange=args.cliprange),
         "loss/value": value_loss(*value, cliprange_value=args.cliprange_value),
@@ -44,7 +43,7 @@ def ppo_sums(
         "val/clipfrac": value_clipped(*value, cliprange_value=args.cliprange_value).float(),
         **policy_metrics(*policy, cliprange=args.cliprange),
     }
-    return {name: torch.where(mask, t, 0.0).sum() for name, t in per_token.items()}
+    return {name: tensor.sum() for name, tensor in per_token.items()}
 
 
 def ptx_loss(model: nn.Module, ids: Tensor, *, with_values: bool = False) -> Tensor:
@@ -61,8 +60,9 @@ def ptx_loss(model: nn.Module, ids: Tensor, *, with_values: bool = False) -> Ten
     Returns:
         scalar, nats per token.
     """
-    logits, values = model(whole_text(ids), ids.shape[1] - 1, with_values=with_values)
-    loss = -token_logprobs(log_distribution(logits, temperature=1.0), ids[:, 1:]).mean()
+    logits, values = model(whole_text(ids), with_values=with_values)
+    log_probs = log_distribution(logits, temperature=1.0)
+    loss = -token_logprobs(log_probs, ids[:, 1:].flatten()).mean()
     return loss if values is None else loss + 0.0 * values.sum()
 
 

@@ -58,7 +58,7 @@ def value_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, Te
 def policy_metrics(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, cliprange: float
 ) -> dict[str, Tensor]:
-    """How far a step has moved the policy: `(B, C)` per token, by name.
+    """How far a step has moved the policy: `(N,)`, one a token, by name.
 
     Args:
         logprobs, old_logprobs, advantages, cliprange: as in `losses.policy_loss`.

@@ -329,7 +329,7 @@ class PPOTrainer(LoopTrainer):
             rows = self.pretraining.take(count * processes)[mine::processes]
             ptx = add_ptx_gradient(self.accelerator, self.model_wrapped, rows, args=self.args)
             stats["loss/ptx"] = ptx / weight
-        micro_batches = rollout.by_length.split(self.args.per_device_train_batch_size)
+        micro_batches = rollout.lengths.argsort().split(self.args.per_device_train_batch_size)
         for index, part in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with micro_batch(self.accelerator, self.model_wrapped, last=last):

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
+from trl_instruct.batching import similar_lengths
 from trl_instruct.combined import WeightedSum
 from trl_instruct.errors import InputError
 from trl_instruct.http_reward import HTTPReward
@@ -104,15 +105,15 @@ def batched_logits(
         model: a sequence classifier.
         rows: R lists of token ids.
         filler: token to pad with.
-        batch_size: rows per forward pass.
+        batch_size: most rows per forward pass.
 
     Returns:
         `(R, labels)` float32 on CPU.
     """
-    by_length = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    batches = similar_lengths([len(row) for row in rows], batch_size)
     parts = [torch.zeros(0, model.config.num_labels)]
-    for start in range(0, len(rows), batch_size):
-        batch = [rows[row] for row in by_length[start : start + batch_size]]
+    for chosen in batches:
+        batch = [rows[row] for row in chosen]
         lengths = torch.tensor([len(row) for row in batch])
         ids = pad_rows(batch, filler).to(model.device)
         mask = right_padded_mask(lengths, ids.shape[1]).long().to(ids.device)
@@ -121,7 +122,8 @@ def batched_logits(
             parts.append(
                 model(**accepted(model, input_ids=ids, attention_mask=mask)).logits.float().cpu()
             )
-    return torch.cat(parts)[torch.tensor(by_length, dtype=torch.long).argsort()]
+    order = [row for chosen in batches for row in chosen]
+    return torch.cat(parts)[torch.tensor(order, dtype=torch.long).argsort()]
 
 
 def load_reward(

@@ -9,17 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trl_instruct.batching import similar_lengths
 from trl_instruct.errors import InputError
-from trl_instruct.losses import logprobs_by_row
-from trl_instruct.masking import (
-    left_padded_mask,
-    padding_before,
-    position_ids,
-    right_padded_mask,
-    roll_rows,
-)
+from trl_instruct.losses import logprobs_in_parts
+from trl_instruct.masking import position_ids, right_padded_mask, roll_rows
 from trl_instruct.models import ValueModel, accepted, disable_dropout, unwrapped
-from trl_instruct.recurrent import reads_padding
 from trl_instruct.scalar_head import keep_weights
 
 
@@ -45,8 +39,12 @@ class Rollout(NamedTuple):
     @property
     def mask(self) -> Tensor:
         """`(B, C)` True on completion tokens, EOS included, of episodes that have a score."""
-        real = right_padded_mask(self.completion_lengths, self.completion_ids.shape[1])
-        return real & self.scored.unsqueeze(1)
+        return right_padded_mask(self.counted_lengths, self.completion_ids.shape[1])
+
+    @property
+    def counted_lengths(self) -> Tensor:
+        """`(B,)` completion tokens that count: none of an episode without a score."""
+        return self.completion_lengths * self.scored
 
     @property
     def scored(self) -> Tensor:
@@ -54,9 +52,9 @@ class Rollout(NamedTuple):
         return ~self.scores.isnan()
 
     @property
-    def by_length(self) -> Tensor:
-        """`(B,)` indices of the episodes, the shortest first: neighbours need little padding."""
-        return (self.prompt_lengths + self.completion_lengths).argsort()
+    def lengths(self) -> Tensor:
+        """`(B,)` tokens of prompt and completion."""
+        return self.prompt_lengths + self.completion_lengths
 
     def select(self, rows: Tensor) -> "Rollout":
         """The episodes with these indices."""
@@ -101,11 +99,15 @@ def check_same_prompts(before: dict[str, int], now: dict[str, int], checkpoint: 
 
 
 class Sequences(NamedTuple):
-    """Prompt and completion side by side, as a model reads them: all `(B, P + C)`."""
+    """Texts as a model reads them, padded on the right: all `(B, T)`.
+
+    states: True where a completion's token is chosen, which is at the token before it.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     position_ids: Tensor
+    states: Tensor
 
 
 class PolicyAndValue(nn.Module):
@@ -121,16 +123,16 @@ class PolicyAndValue(nn.Module):
         self.config = policy.config
 
     def forward(
-        self, sequences: Sequences, width: int, with_values: bool = True
+        self, sequences: Sequences, with_values: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        """Completion logits `(B, C, V)` and values `(B, C)`; `width` is C."""
+        """Logits `(N, V)` and values `(N,)` in the N states of the sequences, row by row."""
         with last_hidden_states(self.policy) as seen:
-            logits = completion_logits(self.policy, sequences, width)
+            logits = completion_logits(self.policy, sequences)
         if not with_values:
             return logits, None
-        if self.one_trunk and seen and not reads_padding(self.policy):
-            return logits, self.value.read(seen[-1])[:, -width - 1 : -1]
-        return logits, state_values(self.value, sequences, width)
+        if self.one_trunk and seen:
+            return logits, at_states(self.value.read(seen[-1]), sequences)
+        return logits, state_values(self.value, sequences)
 
     @property
     def one_trunk(self) -> bool:
@@ -182,64 +184,64 @@ def last_hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def completion_logits(model: PreTrainedModel, sequences: Sequences, width: int) -> Tensor:
-    """Logits that predict the last `width` tokens, `(B, width, V)`.
+def completion_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    """Logits that the completions' tokens are drawn from: `(N, V)`, row by row.
 
-    The unembedding runs on those positions only, where the architecture allows: over a prompt of
-    256 tokens it would be most of the memory of the pass.
+    The unembedding runs in those states only: over a prompt of 256 tokens, or the padding behind
+    short completions, it would be most of the memory of the pass.
     """
-    if not reads_padding(model):
-        return _last_logits(model, sequences, width + 1)[:, :-1]
-    before = padding_before(sequences.attention_mask)
-    logits = _last_logits(model, _moved(sequences, before), width + 1 + int(before.max()))
-    return roll_rows(logits, -before)[:, -width - 1 : -1]
+    bare = unwrapped(model)
+    head = bare.get_output_embeddings() or nn.Identity()
+    narrowed = []
+
+    def narrow(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        narrowed.append(True)
+        return at_states(inputs[0], sequences).unsqueeze(0), *inputs[1:]
+
+    handle = head.register_forward_pre_hook(narrow)
+    try:
+        logits = model(**accepted(bare, **sequences._asdict(), use_cache=False)).logits
+    finally:
+        handle.remove()
+    return logits.squeeze(0) if narrowed else at_states(logits, sequences)
 
 
-def _last_logits(model: PreTrainedModel, sequences: Sequences, count: int) -> Tensor:
-    arguments = accepted(
-        unwrapped(model), **sequences._asdict(), use_cache=False, logits_to_keep=count
-    )
-    return model(**arguments).logits[:, -count:]
+def state_values(value: ValueModel, sequences: Sequences) -> Tensor:
+    """Values of the states in which the completions' tokens were chosen: `(N,)`, row by row."""
+    return at_states(value(*sequences[:3]), sequences)
 
 
-def state_values(value: ValueModel, sequences: Sequences, width: int) -> Tensor:
-    """Values of the states in which the last `width` tokens were chosen, `(B, width)`."""
-    if not reads_padding(value.model):
-        return value(*sequences)[:, -width - 1 : -1]
-    before = padding_before(sequences.attention_mask)
-    return roll_rows(value(*_moved(sequences, before)), -before)[:, -width - 1 : -1]
-
-
-def _moved(sequences: Sequences, columns: Tensor) -> Sequences:
-    """Rows moved to the left by these numbers of columns `(B,)`: no padding in front of them."""
-    return Sequences(*(roll_rows(field, columns) for field in sequences))
+def at_states(values: Tensor, sequences: Sequences) -> Tensor:
+    """`(B, T, ...)` -> `(N, ...)`, those of the states."""
+    # From the right: prompt tuning puts tokens of its own in front.
+    return values[:, -sequences.states.shape[1] :][sequences.states]
 
 
 def join(
     prompt_ids: Tensor, prompt_lengths: Tensor, completion_ids: Tensor, completion_lengths: Tensor
-) -> tuple[Sequences, int]:
-    """Sequences without columns that are padding in every row, and the width left for completions.
+) -> Sequences:
+    """Each completion right behind its prompt. A micro-batch is as wide as its own longest text.
 
-    A micro-batch is as wide as its own longest prompt and completion, not as the whole rollout's.
+    Padding behind a text never matters to a causal model, not even to one that knows no mask.
+
+    >>> one = join(*map(torch.tensor, ([[0, 5]], [1], [[6, 7, 9]], [2])))
+    >>> one.input_ids.tolist(), one.states.int().tolist()
+    ([[5, 6, 7]], [[1, 1, 0]])
     """
-    longest_prompt, width = int(prompt_lengths.max()), int(completion_lengths.max())
-    mask = torch.cat(
-        [
-            left_padded_mask(prompt_lengths, longest_prompt),
-            right_padded_mask(completion_lengths, width),
-        ],
-        dim=1,
-    )
-    ids = torch.cat(
-        [prompt_ids[:, prompt_ids.shape[1] - longest_prompt :], completion_ids[:, :width]], dim=1
-    )
-    return Sequences(ids, mask.long(), position_ids(mask)), width
+    lengths = prompt_lengths + completion_lengths
+    width = int(lengths.max())
+    both = torch.cat([prompt_ids, completion_ids], dim=1)
+    ids = roll_rows(both, prompt_ids.shape[1] - prompt_lengths)[:, :width]
+    mask = right_padded_mask(lengths, width)
+    states = right_padded_mask(lengths - 1, width) & ~right_padded_mask(prompt_lengths - 1, width)
+    return Sequences(ids, mask.long(), position_ids(mask), states)
 
 
 def whole_text(ids: Tensor) -> Sequences:
-    """Full rows of text, `(B, T)`, as a model reads them."""
+    """Full rows of text, `(B, T)`: every token but the first of a row is chosen."""
     mask = torch.ones_like(ids)
-    return Sequences(ids, mask, position_ids(mask.bool()))
+    last = torch.arange(ids.shape[1], device=ids.device) == ids.shape[1] - 1
+    return Sequences(ids, mask, position_ids(mask.bool()), (~last).expand_as(ids))
 
 
 @torch.no_grad()
@@ -256,34 +258,18 @@ def completion_logprobs(
 
     Arguments as in `Rollout`; the pass over all rows at once is the caller's to split.
     """
-    sequences, width = join(prompt_ids, prompt_lengths, completion_ids, lengths)
-    logits = completion_logits(model, sequences, width)
-    logprobs = logprobs_by_row(logits, completion_ids[:, :width], temperature=temperature)
-    return widen(logprobs, lengths, completion_ids.shape[1])
+    logits = completion_logits(model, join(prompt_ids, prompt_lengths, completion_ids, lengths))
+    mask = right_padded_mask(lengths, completion_ids.shape[1])
+    return spread(logprobs_in_parts(logits, completion_ids[mask], temperature=temperature), mask)
 
 
-def _logprobs_and_values(
-    model: PolicyAndValue,
-    prompt_ids: Tensor,
-    prompt_lengths: Tensor,
-    completion_ids: Tensor,
-    lengths: Tensor,
-    *,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """As `completion_logprobs`; and the value of the state in which each token was chosen."""
-    sequences, width = join(prompt_ids, prompt_lengths, completion_ids, lengths)
-    logits, values = model(sequences, width)
-    logprobs = logprobs_by_row(logits, completion_ids[:, :width], temperature=temperature)
-    wide = completion_ids.shape[1]
-    return widen(logprobs, lengths, wide), widen(values, lengths, wide)
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """Values `(N,)` at the N places where the mask `(B, C)` is True, 0 elsewhere.
 
-
-def widen(values: Tensor, lengths: Tensor, width: int) -> Tensor:
-    """`(B, c)` per-token values as `(B, width)`, 0 behind each row's length."""
-    wide = torch.zeros(values.shape[0], width, device=values.device, dtype=values.dtype)
-    wide[:, : values.shape[1]] = values
-    return torch.where(right_padded_mask(lengths, width), wide, 0.0)
+    >>> spread(torch.tensor([1.0, 2.0]), torch.tensor([[True, False], [True, False]])).tolist()
+    [[1.0, 0.0], [2.0, 0.0]]
+    """
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def blank_measurements(completion_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -308,18 +294,30 @@ def measured(
         model: policy and value model.
         ref_policy: None: the policy is LoRA, and its base the reference.
         temperature: that of sampling.
-        batch_size: episodes per forward pass; those of similar length go together, so that little
-            is padding.
+        batch_size: most episodes per forward pass; those of similar length go together.
     """
-    order = rollout.by_length
-    parts = []
-    for rows in order.split(batch_size):
-        tokens = rollout.select(rows)[:4]
-        logprobs, values = _logprobs_and_values(model, *tokens, temperature=temperature)
-        with model.policy.disable_adapter() if ref_policy is None else nullcontext():
-            reference = ref_policy or model.policy
-            ref_logprobs = completion_logprobs(reference, *tokens, temperature=temperature)
-        parts.append((logprobs, ref_logprobs, values))
+    batches = similar_lengths(rollout.lengths.tolist(), batch_size)
+    order = torch.tensor([row for rows in batches for row in rows])
+    parts = [
+        _measured_at_once(rollout.select(part), model, ref_policy, temperature)
+        for part in order.to(rollout.prompt_ids.device).split([len(rows) for rows in batches])
+    ]
     back = order.argsort()
     logprobs, ref_logprobs, values = (torch.cat(p)[back] for p in zip(*parts, strict=True))
     return rollout._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
+
+
+def _measured_at_once(
+    rollout: Rollout, model: PolicyAndValue, ref_policy: nn.Module | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, ref_logprobs and values of a few episodes: `(B, C)` each."""
+    tokens, mask = rollout[:4], rollout.mask
+    # Past ZeRO-3's hook on the whole, which waits for the other processes: each has batches of its
+    # own number here.
+    logits, values = model.forward(join(*tokens))
+    logprobs = logprobs_in_parts(logits, rollout.completion_ids[mask], temperature=temperature)
+    del logits  # the reference's are as large
+    with model.policy.disable_adapter() if ref_policy is None else nullcontext():
+        reference = ref_policy or model.policy
+        ref_logprobs = completion_logprobs(reference, *tokens, temperature=temperature)
+    return spread(logprobs, mask), ref_logprobs, spread(values, mask)

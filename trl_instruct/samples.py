@@ -9,6 +9,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from trl_instruct.batching import similar_lengths
 from trl_instruct.intervals import mean_interval
 from trl_instruct.models import evaluating
 from trl_instruct.reward_function import RewardFunction, as_completions, call_reward
@@ -102,13 +103,17 @@ def sequence_logprobs(
         model: any language model over the same tokens.
         sampled: B completions.
         temperature: the logits are divided by it.
-        batch_size: completions per forward pass.
+        batch_size: most completions per forward pass.
     """
-    fields = (field.to(model.device) for field in sampled[:4])
-    parts = zip(*(field.split(batch_size) for field in fields), strict=True)
+    fields = [field.to(model.device) for field in sampled[:4]]
+    summed = torch.zeros(len(sampled.texts))
+    lengths = sampled.prompt_lengths + sampled.completion_lengths
     with evaluating(model):
-        logprobs = [completion_logprobs(model, *part, temperature=temperature) for part in parts]
-    return torch.cat(logprobs).sum(dim=1).cpu()
+        for rows in similar_lengths(lengths.tolist(), batch_size):
+            part = (field[rows] for field in fields)
+            logprobs = completion_logprobs(model, *part, temperature=temperature)
+            summed[rows] = logprobs.sum(dim=1).cpu()
+    return summed
 
 
 def judged(
