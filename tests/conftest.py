@@ -38,6 +38,7 @@ LLAMA = {
 }
 ARCHITECTURES = {
     "llama": LLAMA,
+    "mistral": LLAMA,
     "qwen3": {**LLAMA, "head_dim": 8},
     "gpt_neox": {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"},
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": CONTEXT},

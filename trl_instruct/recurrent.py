@@ -1,15 +1,18 @@
-"""Models to which padding is text: RWKV reads every token, whatever the attention mask says."""
+"""What a model makes of a batch: RWKV reads padding, and mixes what it remembers of the rows."""
 
 from weakref import WeakKeyDictionary
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from trl_instruct.masking import position_ids
 from trl_instruct.models import accepted, evaluating, unwrapped
 
 _known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_apart: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def reads_padding(model: PreTrainedModel) -> bool:
@@ -44,3 +47,24 @@ def _last_state(backbone: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> T
     arguments = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
     output = backbone(**accepted(backbone, **arguments, use_cache=False))
     return output.last_hidden_state[:, -1].float()
+
+
+@torch.no_grad()
+def keeps_rows_apart(model: PreTrainedModel) -> bool:
+    """Whether a cache of past tokens can be cut to some of its rows: keys and values of each text.
+
+    Recurrent states cannot, and prompt tuning puts tokens into the cache that no text has. The
+    model is asked, once.
+    """
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return False
+    backbone = unwrapped(model).base_model
+    if backbone not in _apart:
+        with evaluating(backbone):
+            ids = torch.tensor([[0, 1]], device=backbone.device)
+            output = backbone(**accepted(backbone, input_ids=ids, use_cache=True))
+        cache = getattr(output, "past_key_values", None)
+        _apart[backbone] = isinstance(cache, Cache) and all(
+            isinstance(layer, DynamicLayer) for layer in cache.layers
+        )
+    return _apart[backbone]

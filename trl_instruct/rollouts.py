@@ -314,7 +314,8 @@ def _measured_at_once(
     tokens, mask = rollout[:4], rollout.mask
     # Past ZeRO-3's hook on the whole, which waits for the other processes: each has batches of its
     # own number here.
-    logits, values = model.forward(join(*tokens))
+    read: Any = model.forward
+    logits, values = read(join(*tokens))
     logprobs = logprobs_in_parts(logits, rollout.completion_ids[mask], temperature=temperature)
     del logits  # the reference's are as large
     with model.policy.disable_adapter() if ref_policy is None else nullcontext():

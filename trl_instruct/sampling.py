@@ -1,29 +1,18 @@
 """Prompts -> completions: tokenised, cut to fit, sampled from the policy, decoded."""
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_instruct.configs import PPOConfig
+from trl_instruct.drawing import NEVER, draw, plain_sampling
 from trl_instruct.errors import InputError
 from trl_instruct.masking import completion_lengths, left_padded_mask
 from trl_instruct.models import context_length, evaluating
 from trl_instruct.recurrent import reads_padding
-
-NEVER = 2**31
-"""The length of a completion that no stop string has ended."""
 
 
 def tokenize_prompts(prompts: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -123,62 +112,6 @@ def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple
     return ids.to(device), lengths
 
 
-@contextlib.contextmanager
-def _plain_sampling(model: PreTrainedModel) -> Iterator[None]:
-    """Hide a model's own generation_config: `generate` would fill top_p, repetition_penalty and
-    the like from it, and the log-probabilities would no longer be those of the sampler."""
-    holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
-    own = [holder.generation_config for holder in holders]
-    for holder in holders:
-        holder.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        for holder, config in zip(holders, own, strict=True):
-            holder.generation_config = config
-
-
-class Draw(LogitsProcessor):
-    """Leaves one token of each row, drawn from the softmax of its logits / temperature.
-
-    By one random number a row and the cumulative distribution. torch.multinomial, which `generate`
-    would call, draws one for each token of the vocabulary: on a CPU, a quarter of all its time with
-    a small model.
-    """
-
-    def __init__(self, temperature: float):
-        self.temperature = temperature
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`(B, V)` logits -> 0 for the token that is drawn, -infinity for all others."""
-        below = (scores.float() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
-        drawn = torch.rand_like(below[:, :1]) * below[:, -1:]
-        token = torch.searchsorted(below, drawn, right=True).clamp(max=below.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
-
-
-class StopStrings(StoppingCriteria):
-    """Ends a completion where its text holds one of the strings, and remembers where that was.
-
-    Unlike transformers' own `stop_strings` it reads the completion alone, not the prompt.
-    """
-
-    def __init__(self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase, prompts: Tensor):
-        self.strings, self.tokenizer, self.width = strings, tokenizer, prompts.shape[1]
-        # A letter may be up to four byte-level tokens; the last token may hold more than the end.
-        self.tail = 4 * max(map(len, strings)) + 1
-        self.lengths = torch.full(prompts.shape[:1], NEVER, device=prompts.device)
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """`(B,)` True for the rows that have ended."""
-        count = input_ids.shape[1] - self.width
-        texts = self.tokenizer.batch_decode(input_ids[:, -min(count, self.tail) :])
-        found = [any(string in text for string in self.strings) for text in texts]
-        ended = torch.tensor(found, device=self.lengths.device)
-        self.lengths = torch.where(ended, self.lengths.clamp(max=count), self.lengths)
-        return self.lengths <= count
-
-
 @torch.no_grad()
 def generate(
     policy: PreTrainedModel,
@@ -189,61 +122,58 @@ def generate(
     stop_strings: Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     temperature: float = 1.0,
+    copies: int = 1,
     batch_size: int = 64,
     progress: Callable[[int], Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample one completion per prompt from the policy's full distribution.
+    """Sample completions of each prompt from the policy's full distribution.
 
     Args:
         policy: the model; its sampling settings (top_p, ...) are not used.
-        prompts: B token lists.
+        prompts: B / copies token lists.
         max_new_tokens: C, the longest completion.
         eos_token_ids: tokens that end a completion.
         stop_strings: texts that end a completion, with the token that completes them.
         tokenizer: the policy's, to read stop strings with.
         temperature: above 0.
-        batch_size: prompts per call; batches are made of prompts of similar length. A model to
+        copies: completions of each prompt, side by side in the result.
+        batch_size: completions per call; batches are made of prompts of similar length. A model to
             which padding is text gets one prompt per call.
         progress: told the number of completions of each batch that is done.
 
     Returns:
         completion_ids `(B, C)` (filler behind the end), completion_lengths `(B,)`, ended `(B,)`.
     """
-    device = policy.device
-    sampling = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,  # the one token that Draw leaves is the best
-        eos_token_id=eos_token_ids,
-        pad_token_id=eos_token_ids[0],
-    )
-    completions = torch.full((len(prompts), max_new_tokens), eos_token_ids[0], device=device)
-    stopped = torch.full((len(prompts),), NEVER, device=device)
     if reads_padding(policy):
         # Not even prompts of equal length: RWKV's cached states mix the rows of a batch
         # (transformers 5.23), and without its cache it is slower than one by one.
+        prompts, copies = [prompt for prompt in prompts for _ in range(copies)], 1
         batch_size = 1
+    blank = torch.full((len(prompts), copies, max_new_tokens), eos_token_ids[0])
+    completions = blank.to(policy.device)
+    stopped = torch.full_like(completions[..., 0], NEVER)
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    with evaluating(policy), _plain_sampling(policy):
-        for start in range(0, len(prompts), batch_size):
-            rows = by_length[start : start + batch_size]
-            ids, lengths = pad_prompts([prompts[row] for row in rows], device)
-            mask = left_padded_mask(lengths, ids.shape[1]).long()
-            stops = (
-                [StopStrings(stop_strings, tokenizer, ids)] if stop_strings and tokenizer else []
+    at_once = max(1, batch_size // copies)
+    with evaluating(policy), plain_sampling(policy):
+        for start in range(0, len(prompts), at_once):
+            rows = by_length[start : start + at_once]
+            ids, lengths = pad_prompts([prompts[row] for row in rows], policy.device)
+            drawn, ends = draw(
+                policy,
+                ids,
+                left_padded_mask(lengths, ids.shape[1]),
+                copies,
+                max_new_tokens=max_new_tokens,
+                eos_token_ids=eos_token_ids,
+                stop_strings=stop_strings,
+                tokenizer=tokenizer,
+                temperature=temperature,
             )
-            output = policy.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=sampling,
-                logits_processor=LogitsProcessorList([Draw(temperature)]),
-                stopping_criteria=StoppingCriteriaList(stops),
-            )
-            sampled = output[:, ids.shape[1] :]
-            completions[rows, : sampled.shape[1]] = sampled
-            for stop in stops:
-                stopped[rows] = stop.lengths
+            completions[rows] = drawn.view(len(rows), copies, -1)
+            stopped[rows] = ends.view(len(rows), copies)
             if progress is not None:
-                progress(len(rows))
+                progress(len(drawn))
+    completions, stopped = completions.flatten(0, 1), stopped.flatten()
     lengths, ended = completion_lengths(completions, eos_token_ids)
     return completions, torch.minimum(lengths, stopped), ended | (stopped < NEVER)
 
@@ -272,7 +202,8 @@ def sample_several(
         rows = prompts[start : start + rows_at_once]
         sampled = generate(
             policy,
-            [tokens for tokens in rows for _ in range(count)],
+            rows,
+            copies=count,
             eos_token_ids=eos_token_ids(policy, tokenizer),
             stop_strings=stop_strings,
             tokenizer=tokenizer,

@@ -1,0 +1,207 @@
+"""Tokens drawn from a policy, for one batch of prompts."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from trl_instruct.masking import position_ids
+from trl_instruct.models import accepted, unwrapped
+from trl_instruct.recurrent import keeps_rows_apart
+
+NEVER = 2**31
+"""The length of a completion that no stop string has ended."""
+
+ENOUGH = 0.25
+"""Share of the rows that must have ended before they are taken out of the batch."""
+
+
+@contextlib.contextmanager
+def plain_sampling(model: PreTrainedModel) -> Iterator[None]:
+    """Hide a model's own generation_config: `generate` would fill top_p, repetition_penalty and
+    the like from it, and the log-probabilities would no longer be those of the sampler."""
+    holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    own = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for holder, config in zip(holders, own, strict=True):
+            holder.generation_config = config
+
+
+class Draw(LogitsProcessor):
+    """Leaves one token of each row, drawn from the softmax of its logits / temperature.
+
+    By one random number a row and the cumulative distribution. torch.multinomial, which `generate`
+    would call, draws one for each token of the vocabulary: on a CPU, a quarter of all its time with
+    a small model.
+    """
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`(B, V)` logits -> 0 for the token that is drawn, -infinity for all others."""
+        below = (scores.float() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        drawn = torch.rand_like(below[:, :1]) * below[:, -1:]
+        token = torch.searchsorted(below, drawn, right=True).clamp(max=below.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+class StopStrings(StoppingCriteria):
+    """Ends a completion where its text holds one of the strings, and remembers where that was.
+
+    Unlike transformers' own `stop_strings` it reads the completion alone, not the prompt.
+
+    Args:
+        strings: that end a completion.
+        tokenizer: the policy's.
+        rows: of the batch.
+        width: of the prompts, in tokens.
+        device: that the batch is on.
+    """
+
+    def __init__(
+        self,
+        strings: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        rows: int,
+        width: int,
+        device: torch.device,
+    ):
+        self.strings, self.tokenizer, self.width = strings, tokenizer, width
+        # A letter may be up to four byte-level tokens; the last token may hold more than the end.
+        self.tail = 4 * max(map(len, strings)) + 1
+        self.lengths = torch.full((rows,), NEVER, device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """`(B,)` True for the rows that have ended."""
+        count = input_ids.shape[1] - self.width
+        texts = self.tokenizer.batch_decode(input_ids[:, -min(count, self.tail) :])
+        found = [any(string in text for string in self.strings) for text in texts]
+        ended = torch.tensor(found, device=self.lengths.device)
+        self.lengths = torch.where(ended, self.lengths.clamp(max=count), self.lengths)
+        return self.lengths <= count
+
+
+class EnoughEnded(StoppingCriteria):
+    """Ends all rows once a quarter of them has ended, so that these are not computed any further.
+
+    Args:
+        eos_token_ids: tokens that end a completion; the first is the filler behind its end.
+        stops: the stop strings, which have been looked for before.
+    """
+
+    def __init__(self, eos_token_ids: list[int], stops: list[StopStrings]):
+        self.eos_token_ids, self.stops = eos_token_ids, stops
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """`(B,)` True for the rows that have ended, or for all."""
+        ended = is_any(input_ids[:, -1], self.eos_token_ids)
+        for stop in self.stops:
+            ended = ended | (stop.lengths < NEVER)
+        return ended | (ended.float().mean() >= ENOUGH)
+
+
+def is_any(token_ids: Tensor, wanted: list[int]) -> Tensor:
+    """Where a token is one of those wanted: bool, of the shape of the tokens."""
+    return torch.isin(token_ids, torch.tensor(wanted, device=token_ids.device))
+
+
+@torch.no_grad()
+def draw(
+    policy: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    copies: int,
+    *,
+    max_new_tokens: int,
+    eos_token_ids: list[int],
+    stop_strings: Sequence[str] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Some completions of each prompt.
+
+    A prompt is read once for all its completions, and completions that have ended are taken out of
+    the batch now and then; where the model's cache of past tokens has a row a text.
+
+    Args:
+        policy: in eval mode, within `plain_sampling`.
+        ids, mask: `(R, P)` prompts, padded on the left.
+        copies: completions of each.
+        max_new_tokens, eos_token_ids, stop_strings, tokenizer, temperature: as in `generate`.
+
+    Returns:
+        `(B, C)` tokens with B = R * copies, those of a prompt side by side, EOS or filler behind
+        the end; and `(B,)` the length at which a stop string has ended it, or NEVER.
+    """
+    apart = keeps_rows_apart(policy)
+    cache = read_prompts(policy, ids, mask, copies) if apart and copies > 1 else None
+    ids, mask = ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0)
+    width, rows = ids.shape[1], torch.arange(len(ids), device=ids.device)
+    drawn = torch.full((len(ids), max_new_tokens), eos_token_ids[0], device=ids.device)
+    stopped = torch.full_like(rows, NEVER)
+    while len(rows):
+        found = (len(rows), width, ids.device)
+        stops = [StopStrings(stop_strings, tokenizer, *found)] if stop_strings and tokenizer else []
+        ending = [*stops, EnoughEnded(eos_token_ids, stops)] if apart else stops
+        output = policy.generate(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            past_key_values=cache,
+            generation_config=GenerationConfig(
+                max_new_tokens=width + max_new_tokens - ids.shape[1],
+                do_sample=False,  # the one token that Draw leaves is the best
+                eos_token_id=eos_token_ids,
+                pad_token_id=eos_token_ids[0],
+                return_dict_in_generate=True,
+            ),
+            logits_processor=LogitsProcessorList([Draw(temperature)]),
+            stopping_criteria=StoppingCriteriaList(ending),
+        )
+        new, longest = output.sequences[:, ids.shape[1] :], output.sequences.shape[1] - width
+        drawn[rows, ids.shape[1] - width : longest] = new
+        for stop in stops:
+            stopped[rows] = stop.lengths
+        going_on = ~is_any(new, eos_token_ids).any(dim=1) & (stopped[rows] > longest)
+        left = going_on.nonzero().flatten()
+        if longest == max_new_tokens or not len(left):
+            break
+        rows, ids, cache = rows[left], output.sequences[left], output.past_key_values
+        mask = torch.cat([mask, torch.ones_like(new, dtype=mask.dtype)], dim=1)[left]
+        cache.batch_select_indices(left)
+    return drawn, stopped
+
+
+def read_prompts(policy: PreTrainedModel, ids: Tensor, mask: Tensor, copies: int) -> Cache | None:
+    """What the policy remembers of all but the last token of each prompt, so many times over.
+
+    Args:
+        policy, ids, mask, copies: as in `draw`.
+
+    Returns:
+        None for prompts of one token.
+    """
+    if ids.shape[1] == 1:
+        return None
+    given = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position_ids(mask)}
+    known = {name: tensor[:, :-1] for name, tensor in given.items()}
+    options = {"logits_to_keep": 1, "use_cache": True}
+    cache = policy(**accepted(unwrapped(policy), **known, **options)).past_key_values
+    cache.batch_repeat_interleave(copies)
+    return cache
