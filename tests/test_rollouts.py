@@ -2,6 +2,7 @@ from itertools import chain
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
 
 from trl_instruct.losses import log_distribution, token_logprobs
 from trl_instruct.masking import right_padded_mask
@@ -43,7 +44,8 @@ def completion_values(value, *tokens):
 @torch.no_grad()
 def plain_logprobs(model, prompt, completion, temperature):
     """One text, no padding, no mask, no positions: log_softmax of a plain forward pass."""
-    logits = model.eval()(torch.tensor([prompt + completion])).logits[0]
+    text = prompt + completion
+    logits = model.eval()(torch.tensor([text])).logits[0, -len(text) :]
     logprobs = torch.log_softmax(logits / temperature, dim=-1)
     return [logprobs[len(prompt) + t - 1, token].item() for t, token in enumerate(completion)]
 
@@ -56,6 +58,14 @@ def test_logprobs_are_those_of_a_plain_forward_pass(make_policy, kind):
         expected = plain_logprobs(model, prompt, completion, 0.7)
         torch.testing.assert_close(logprobs[row, : len(completion)], torch.tensor(expected))
         assert not logprobs[row, len(completion) :].any()
+
+
+def test_tokens_that_prompt_tuning_puts_in_front_are_none_of_the_text(policy):
+    tuning = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = get_peft_model(policy, tuning).eval()
+    logprobs = completion_logprobs(model, *batch([1]), temperature=0.7)
+    expected = plain_logprobs(model, PROMPTS[1], COMPLETIONS[1], 0.7)
+    torch.testing.assert_close(logprobs[0, :3], torch.tensor(expected))
 
 
 @pytest.mark.parametrize("kind", KINDS)

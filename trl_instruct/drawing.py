@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,18 +122,19 @@ def is_any(token_ids: Tensor, wanted: list[int]) -> Tensor:
     return torch.isin(token_ids, torch.tensor(wanted, device=token_ids.device))
 
 
+class Sampling(NamedTuple):
+    """How completions are drawn: as in `sampling.generate`."""
+
+    max_new_tokens: int
+    eos_token_ids: list[int]
+    stop_strings: Sequence[str] | None
+    tokenizer: PreTrainedTokenizerBase | None
+    temperature: float
+
+
 @torch.no_grad()
 def draw(
-    policy: PreTrainedModel,
-    ids: Tensor,
-    mask: Tensor,
-    copies: int,
-    *,
-    max_new_tokens: int,
-    eos_token_ids: list[int],
-    stop_strings: Sequence[str] | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    temperature: float,
+    policy: PreTrainedModel, ids: Tensor, mask: Tensor, copies: int, sampling: Sampling
 ) -> tuple[Tensor, Tensor]:
     """Some completions of each prompt.
 
@@ -144,7 +145,7 @@ def draw(
         policy: in eval mode, within `plain_sampling`.
         ids, mask: `(R, P)` prompts, padded on the left.
         copies: completions of each.
-        max_new_tokens, eos_token_ids, stop_strings, tokenizer, temperature: as in `generate`.
+        sampling: how.
 
     Returns:
         `(B, C)` tokens with B = R * copies, those of a prompt side by side, EOS or filler behind
@@ -153,39 +154,60 @@ def draw(
     apart = keeps_rows_apart(policy)
     cache = read_prompts(policy, ids, mask, copies) if apart and copies > 1 else None
     ids, mask = ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0)
-    width, rows = ids.shape[1], torch.arange(len(ids), device=ids.device)
-    drawn = torch.full((len(ids), max_new_tokens), eos_token_ids[0], device=ids.device)
+    width, longest = ids.shape[1], sampling.max_new_tokens
+    drawn = torch.full((len(ids), longest), sampling.eos_token_ids[0], device=ids.device)
+    rows = torch.arange(len(ids), device=ids.device)
     stopped = torch.full_like(rows, NEVER)
     while len(rows):
-        found = (len(rows), width, ids.device)
-        stops = [StopStrings(stop_strings, tokenizer, *found)] if stop_strings and tokenizer else []
-        ending = [*stops, EnoughEnded(eos_token_ids, stops)] if apart else stops
-        output = policy.generate(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            past_key_values=cache,
-            generation_config=GenerationConfig(
-                max_new_tokens=width + max_new_tokens - ids.shape[1],
-                do_sample=False,  # the one token that Draw leaves is the best
-                eos_token_id=eos_token_ids,
-                pad_token_id=eos_token_ids[0],
-                return_dict_in_generate=True,
-            ),
-            logits_processor=LogitsProcessorList([Draw(temperature)]),
-            stopping_criteria=StoppingCriteriaList(ending),
-        )
-        new, longest = output.sequences[:, ids.shape[1] :], output.sequences.shape[1] - width
-        drawn[rows, ids.shape[1] - width : longest] = new
+        stops = _stop_strings(sampling, len(rows), width, ids.device)
+        ending = [*stops, EnoughEnded(sampling.eos_token_ids, stops)] if apart else stops
+        output = _continue(policy, ids, mask, cache, sampling, width, ending)
+        new, length = output.sequences[:, ids.shape[1] :], output.sequences.shape[1] - width
+        drawn[rows, ids.shape[1] - width : length] = new
         for stop in stops:
             stopped[rows] = stop.lengths
-        going_on = ~is_any(new, eos_token_ids).any(dim=1) & (stopped[rows] > longest)
-        left = going_on.nonzero().flatten()
-        if longest == max_new_tokens or not len(left):
+        ended = is_any(new, sampling.eos_token_ids).any(dim=1) | (stopped[rows] <= length)
+        left = (~ended).nonzero().flatten()
+        if length == longest or not len(left):
             break
         rows, ids, cache = rows[left], output.sequences[left], output.past_key_values
         mask = torch.cat([mask, torch.ones_like(new, dtype=mask.dtype)], dim=1)[left]
         cache.batch_select_indices(left)
     return drawn, stopped
+
+
+def _stop_strings(
+    sampling: Sampling, rows: int, width: int, device: torch.device
+) -> list[StopStrings]:
+    if not sampling.stop_strings or sampling.tokenizer is None:
+        return []
+    return [StopStrings(sampling.stop_strings, sampling.tokenizer, rows, width, device)]
+
+
+def _continue(
+    policy: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    cache: Cache | None,
+    sampling: Sampling,
+    width: int,
+    ending: list[StoppingCriteria],
+) -> Any:
+    """One call of transformers' `generate`; `width` is that of the prompts within `ids`."""
+    return policy.generate(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        past_key_values=cache,
+        generation_config=GenerationConfig(
+            max_new_tokens=width + sampling.max_new_tokens - ids.shape[1],
+            do_sample=False,  # the one token that Draw leaves is the best
+            eos_token_id=sampling.eos_token_ids,
+            pad_token_id=sampling.eos_token_ids[0],
+            return_dict_in_generate=True,
+        ),
+        logits_processor=LogitsProcessorList([Draw(sampling.temperature)]),
+        stopping_criteria=StoppingCriteriaList(ending),
+    )
 
 
 def read_prompts(policy: PreTrainedModel, ids: Tensor, mask: Tensor, copies: int) -> Cache | None:

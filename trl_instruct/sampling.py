@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_instruct.configs import PPOConfig
-from trl_instruct.drawing import NEVER, draw, plain_sampling
+from trl_instruct.drawing import NEVER, Sampling, draw, plain_sampling
 from trl_instruct.errors import InputError
 from trl_instruct.masking import completion_lengths, left_padded_mask
 from trl_instruct.models import context_length, evaluating
@@ -152,23 +152,15 @@ def generate(
     blank = torch.full((len(prompts), copies, max_new_tokens), eos_token_ids[0])
     completions = blank.to(policy.device)
     stopped = torch.full_like(completions[..., 0], NEVER)
+    sampling = Sampling(max_new_tokens, eos_token_ids, stop_strings, tokenizer, temperature)
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     at_once = max(1, batch_size // copies)
     with evaluating(policy), plain_sampling(policy):
         for start in range(0, len(prompts), at_once):
             rows = by_length[start : start + at_once]
             ids, lengths = pad_prompts([prompts[row] for row in rows], policy.device)
-            drawn, ends = draw(
-                policy,
-                ids,
-                left_padded_mask(lengths, ids.shape[1]),
-                copies,
-                max_new_tokens=max_new_tokens,
-                eos_token_ids=eos_token_ids,
-                stop_strings=stop_strings,
-                tokenizer=tokenizer,
-                temperature=temperature,
-            )
+            mask = left_padded_mask(lengths, ids.shape[1])
+            drawn, ends = draw(policy, ids, mask, copies, sampling)
             completions[rows] = drawn.view(len(rows), copies, -1)
             stopped[rows] = ends.view(len(rows), copies)
             if progress is not None:
