@@ -57,6 +57,7 @@ ARCHITECTURES = {
         "context_length": CONTEXT,
         "rescale_every": 1,
     },
+    "lfm2": {**LLAMA, "layer_types": ["conv", "full_attention"], "block_multiple_of": 1},
     "mamba": {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
 }
 CHAT_TEMPLATE = (

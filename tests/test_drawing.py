@@ -8,6 +8,7 @@ from trl_instruct.drawing import Draw
 from trl_instruct.recurrent import keeps_rows_apart
 from trl_instruct.sampling import generate
 
+KINDS = ["llama", "gpt2", "gpt_neox", "opt", "qwen3", "lfm2", "mamba", "rwkv"]
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12], [13], [14, 15, 16]]
 STOPS = [256, *range(0, 250, 3)]  # a third of all tokens, so that rows end one after the other
 LENGTH = 9
@@ -29,10 +30,10 @@ def test_each_token_is_drawn_as_often_as_its_probability_says():
         assert share[expect == 0] == 0
 
 
-def alone(policy, prompt):
+def alone(policy, prompt, stops=STOPS):
     """The likeliest tokens behind a prompt, one forward pass over all of the text for each."""
     text = list(prompt)
-    while len(text) < len(prompt) + LENGTH and not set(text[len(prompt) :]) & set(STOPS):
+    while len(text) < len(prompt) + LENGTH and not set(text[len(prompt) :]) & set(stops):
         text.append(policy(torch.tensor([text])).logits[0, -1].argmax().item())
     return text[len(prompt) :]
 
@@ -45,12 +46,25 @@ def likeliest(policy, prompts, **options):
 
 
 @pytest.mark.parametrize("copies", [1, 3])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "opt", "qwen3", "mamba", "rwkv"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_completions_are_those_of_each_prompt_alone(make_policy, kind, copies):
     policy = make_policy(kind).eval()
     drawn = likeliest(policy, PROMPTS, copies=copies, batch_size=4 * copies)
     expected = [alone(policy, prompt) for prompt in PROMPTS]
     assert len(set(map(len, expected))) > 1
+    assert drawn == [row for row in expected for _ in range(copies)]
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_stop_strings_end_completions_one_after_the_other(policy, tokenizer, copies):
+    policy.eval()
+    letters = {t: tokenizer.decode([t]) for t in range(256)}
+    stops = [t for t in STOPS if letters.get(t, "").isascii() and letters.get(t)]
+    given = {"stop_strings": [letters[t] for t in stops], "tokenizer": tokenizer}
+    prompts = [[n, n + 1] for n in range(40)]
+    drawn = likeliest(policy, prompts, eos_token_ids=[256], copies=copies, **given)
+    expected = [alone(policy, prompt, [*stops, 256]) for prompt in prompts]
+    assert len(set(map(len, expected))) > 3
     assert drawn == [row for row in expected for _ in range(copies)]
 
 
