@@ -102,24 +102,19 @@ class EnoughEnded(StoppingCriteria):
     """Ends all rows once a quarter of them has ended, so that these are not computed any further.
 
     Args:
-        eos_token_ids: tokens that end a completion; the first is the filler behind its end.
+        eos_token_ids: tokens that end a completion, one of which is the filler behind its end.
         stops: the stop strings, which have been looked for before.
     """
 
-    def __init__(self, eos_token_ids: list[int], stops: list[StopStrings]):
+    def __init__(self, eos_token_ids: Tensor, stops: list[StopStrings]):
         self.eos_token_ids, self.stops = eos_token_ids, stops
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """`(B,)` True for the rows that have ended, or for all."""
-        ended = is_any(input_ids[:, -1], self.eos_token_ids)
+        ended = torch.isin(input_ids[:, -1], self.eos_token_ids)
         for stop in self.stops:
             ended = ended | (stop.lengths < NEVER)
         return ended | (ended.float().mean() >= ENOUGH)
-
-
-def is_any(token_ids: Tensor, wanted: list[int]) -> Tensor:
-    """Where a token is one of those wanted: bool, of the shape of the tokens."""
-    return torch.isin(token_ids, torch.tensor(wanted, device=token_ids.device))
 
 
 class Sampling(NamedTuple):
@@ -155,18 +150,19 @@ def draw(
     cache = read_prompts(policy, ids, mask, copies) if apart and copies > 1 else None
     ids, mask = ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0)
     width, longest = ids.shape[1], sampling.max_new_tokens
-    drawn = torch.full((len(ids), longest), sampling.eos_token_ids[0], device=ids.device)
+    eos = torch.tensor(sampling.eos_token_ids, device=ids.device)
+    drawn = eos[:1].repeat(len(ids), longest)
     rows = torch.arange(len(ids), device=ids.device)
     stopped = torch.full_like(rows, NEVER)
     while len(rows):
         stops = _stop_strings(sampling, len(rows), width, ids.device)
-        ending = [*stops, EnoughEnded(sampling.eos_token_ids, stops)] if apart else stops
+        ending = [*stops, EnoughEnded(eos, stops)] if apart else stops
         output = _continue(policy, ids, mask, cache, sampling, width, ending)
         new, length = output.sequences[:, ids.shape[1] :], output.sequences.shape[1] - width
         drawn[rows, ids.shape[1] - width : length] = new
         for stop in stops:
             stopped[rows] = stop.lengths
-        ended = is_any(new, sampling.eos_token_ids).any(dim=1) | (stopped[rows] <= length)
+        ended = torch.isin(new, eos).any(dim=1) | (stopped[rows] <= length)
         left = (~ended).nonzero().flatten()
         if length == longest or not len(left):
             break
