@@ -57,6 +57,10 @@ ARCHITECTURES = {
         "context_length": CONTEXT,
         "rescale_every": 1,
     },
+    "falcon_h1": {
+        **{**LLAMA, "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
+        **{"mamba_n_groups": 1, "mamba_d_state": 4, "mamba_chunk_size": 4},
+    },
     "lfm2": {**LLAMA, "layer_types": ["conv", "full_attention"], "block_multiple_of": 1},
     "mamba": {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
 }

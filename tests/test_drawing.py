@@ -5,10 +5,10 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from trl_instruct.drawing import Draw
-from trl_instruct.recurrent import keeps_rows_apart
+from trl_instruct.recurrent import caches_rows
 from trl_instruct.sampling import generate
 
-KINDS = ["llama", "gpt2", "gpt_neox", "opt", "qwen3", "lfm2", "mamba", "rwkv"]
+KINDS = ["llama", "gpt2", "gpt_neox", "opt", "qwen3", "falcon_h1", "lfm2", "mamba", "rwkv"]
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12], [13], [14, 15, 16]]
 STOPS = [256, *range(0, 250, 3)]  # a third of all tokens, so that rows end one after the other
 LENGTH = 9
@@ -76,6 +76,13 @@ def test_a_window_that_slides_slides_on(make_policy, copies):
     assert likeliest(policy, prompts, copies=copies) == expected
 
 
+def test_no_more_rows_at_once_than_asked_for(policy):
+    expected = likeliest(policy, PROMPTS, copies=3)
+    shapes = rows_and_tokens(policy)
+    assert likeliest(policy, PROMPTS, copies=3, batch_size=2) == expected
+    assert max(rows for rows, _ in shapes) == 2
+
+
 def test_an_adapter_draws_in_the_same_way(policy):
     model = get_peft_model(policy, LoraConfig(target_modules="all-linear")).eval()
     assert likeliest(model, PROMPTS, copies=2)[::2] == [alone(policy, p) for p in PROMPTS]
@@ -83,7 +90,7 @@ def test_an_adapter_draws_in_the_same_way(policy):
 
 def test_prompt_tuning_draws_what_it_reads(policy):
     model = get_peft_model(policy, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    assert not keeps_rows_apart(model)
+    assert not caches_rows(model)
     model.eval()
     assert likeliest(model, PROMPTS[:1], copies=2) == [alone(model, PROMPTS[0])] * 2
 

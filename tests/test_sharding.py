@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from test_cli import ROOT, flags, write
 from test_processes import SCRIPT, launch, results
 from test_recipes import PROMPTS, QUICK_PPO
+from transformers import GenerationConfig
 
 from trl_instruct import sharding
 from trl_instruct.errors import InputError
@@ -68,10 +69,14 @@ def test_two_processes_do_what_one_does_and_can_be_resumed(kind, alone, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]])
 def test_ppo_from_the_command_line(kind, tmp_path, saved_policy, saved_reward_model):
+    """Completions end one after the other, so that each process has batches of its own number."""
+    policy = shutil.copytree(saved_policy, tmp_path / "policy")
+    GenerationConfig(eos_token_id=[256, *range(0, 250, 3)]).save_pretrained(policy)
     options = {
         **QUICK_PPO,
-        "per_device_train_batch_size": 2,
-        "model_name_or_path": saved_policy,
+        "per_device_train_batch_size": 8,
+        "response_length": 12,
+        "model_name_or_path": policy,
         "reward_model_path": saved_reward_model,
         "dataset_name": write(tmp_path / "prompts.jsonl", PROMPTS),
         "output_dir": tmp_path / "ppo",
@@ -80,7 +85,7 @@ def test_ppo_from_the_command_line(kind, tmp_path, saved_policy, saved_reward_mo
     ran = share(kind, ROOT / "recipes" / "ppo.py", *flags(options))
     assert ran.stdout.count("policy: ") == 1
     metrics = json.loads((tmp_path / "ppo" / "metrics.json").read_text(encoding="utf-8"))
-    assert metrics["episode"] == 4
+    assert metrics["episode"] == 16
     assert (tmp_path / "ppo" / "adapter_model.safetensors").is_file()
 
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from trl_instruct.masking import position_ids
 from trl_instruct.models import accepted, unwrapped
-from trl_instruct.recurrent import keeps_rows_apart
+from trl_instruct.recurrent import caches_rows
 
 NEVER = 2**31
 """The length of a completion that no stop string has ended."""
@@ -146,17 +146,17 @@ def draw(
         `(B, C)` tokens with B = R * copies, those of a prompt side by side, EOS or filler behind
         the end; and `(B,)` the length at which a stop string has ended it, or NEVER.
     """
-    apart = keeps_rows_apart(policy)
-    cache = read_prompts(policy, ids, mask, copies) if apart and copies > 1 else None
+    by_rows = caches_rows(policy)
+    cache = read_prompts(policy, ids, mask, copies) if by_rows and copies > 1 else None
     ids, mask = ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0)
     width, longest = ids.shape[1], sampling.max_new_tokens
     eos = torch.tensor(sampling.eos_token_ids, device=ids.device)
     drawn = eos[:1].repeat(len(ids), longest)
     rows = torch.arange(len(ids), device=ids.device)
     stopped = torch.full_like(rows, NEVER)
-    while len(rows):
+    while True:
         stops = _stop_strings(sampling, len(rows), width, ids.device)
-        ending = [*stops, EnoughEnded(eos, stops)] if apart else stops
+        ending = [*stops, EnoughEnded(eos, stops)] if by_rows else stops
         output = _continue(policy, ids, mask, cache, sampling, width, ending)
         new, length = output.sequences[:, ids.shape[1] :], output.sequences.shape[1] - width
         drawn[rows, ids.shape[1] - width : length] = new
@@ -203,6 +203,7 @@ def _continue(
         ),
         logits_processor=LogitsProcessorList([Draw(sampling.temperature)]),
         stopping_criteria=StoppingCriteriaList(ending),
+        synced_gpus=False,  # each process makes calls of its own number; it has all weights
     )
 
 
@@ -217,9 +218,9 @@ def read_prompts(policy: PreTrainedModel, ids: Tensor, mask: Tensor, copies: int
     """
     if ids.shape[1] == 1:
         return None
+    backbone = unwrapped(policy).base_model
     given = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position_ids(mask)}
     known = {name: tensor[:, :-1] for name, tensor in given.items()}
-    options = {"logits_to_keep": 1, "use_cache": True}
-    cache = policy(**accepted(unwrapped(policy), **known, **options)).past_key_values
+    cache = backbone(**accepted(backbone, **known, use_cache=True)).past_key_values
     cache.batch_repeat_interleave(copies)
     return cache

@@ -6,13 +6,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trl_instruct.masking import position_ids
 from trl_instruct.models import accepted, evaluating, unwrapped
 
-_known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-_apart: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_reads_padding: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_caches_rows: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def reads_padding(model: PreTrainedModel) -> bool:
@@ -23,9 +23,9 @@ def reads_padding(model: PreTrainedModel) -> bool:
     never matters to a causal model.
     """
     backbone = unwrapped(model).base_model
-    if backbone not in _known:
-        _known[backbone] = _try_padding(backbone)
-    return _known[backbone]
+    if backbone not in _reads_padding:
+        _reads_padding[backbone] = _try_padding(backbone)
+    return _reads_padding[backbone]
 
 
 @torch.no_grad()
@@ -50,21 +50,22 @@ def _last_state(backbone: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> T
 
 
 @torch.no_grad()
-def keeps_rows_apart(model: PreTrainedModel) -> bool:
+def caches_rows(model: PreTrainedModel) -> bool:
     """Whether a cache of past tokens can be cut to some of its rows: keys and values of each text.
 
-    Recurrent states cannot, and prompt tuning puts tokens into the cache that no text has. The
-    model is asked, once.
+    The model is asked, once. Recurrent states cannot be cut, nor what holds them beside keys and
+    values (Falcon-H1); and prompt tuning puts tokens into the cache that no text has.
     """
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return False
     backbone = unwrapped(model).base_model
-    if backbone not in _apart:
+    if backbone not in _caches_rows:
         with evaluating(backbone):
             ids = torch.tensor([[0, 1]], device=backbone.device)
             output = backbone(**accepted(backbone, input_ids=ids, use_cache=True))
         cache = getattr(output, "past_key_values", None)
-        _apart[backbone] = isinstance(cache, Cache) and all(
-            isinstance(layer, DynamicLayer) for layer in cache.layers
+        # Not their subclasses, which may remember more and leave that as it is.
+        _caches_rows[backbone] = isinstance(cache, Cache) and all(
+            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
         )
-    return _apart[backbone]
+    return _caches_rows[backbone]

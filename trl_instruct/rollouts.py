@@ -311,12 +311,13 @@ def _measured_at_once(
     rollout: Rollout, model: PolicyAndValue, ref_policy: nn.Module | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logprobs, ref_logprobs and values of a few episodes: `(B, C)` each."""
-    tokens, mask = rollout[:4], rollout.mask
+    tokens, completions = rollout[:4], rollout.completion_ids
+    mask = right_padded_mask(rollout.completion_lengths, completions.shape[1])
     # Past ZeRO-3's hook on the whole, which waits for the other processes: each has batches of its
     # own number here.
     read: Any = model.forward
     logits, values = read(join(*tokens))
-    logprobs = logprobs_in_parts(logits, rollout.completion_ids[mask], temperature=temperature)
+    logprobs = logprobs_in_parts(logits, completions[mask], temperature=temperature)
     del logits  # the reference's are as large
     with model.policy.disable_adapter() if ref_policy is None else nullcontext():
         reference = ref_policy or model.policy

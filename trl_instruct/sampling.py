@@ -130,7 +130,7 @@ def generate(
 
     Args:
         policy: the model; its sampling settings (top_p, ...) are not used.
-        prompts: B / copies token lists.
+        prompts: R token lists.
         max_new_tokens: C, the longest completion.
         eos_token_ids: tokens that end a completion.
         stop_strings: texts that end a completion, with the token that completes them.
@@ -142,19 +142,21 @@ def generate(
         progress: told the number of completions of each batch that is done.
 
     Returns:
-        completion_ids `(B, C)` (filler behind the end), completion_lengths `(B,)`, ended `(B,)`.
+        completion_ids `(B, C)` with B = R * copies (filler behind the end), completion_lengths
+        `(B,)`, ended `(B,)`.
     """
     if reads_padding(policy):
         # Not even prompts of equal length: RWKV's cached states mix the rows of a batch
         # (transformers 5.23), and without its cache it is slower than one by one.
-        prompts, copies = [prompt for prompt in prompts for _ in range(copies)], 1
         batch_size = 1
+    if copies > batch_size:
+        prompts, copies = [prompt for prompt in prompts for _ in range(copies)], 1
     blank = torch.full((len(prompts), copies, max_new_tokens), eos_token_ids[0])
     completions = blank.to(policy.device)
     stopped = torch.full_like(completions[..., 0], NEVER)
     sampling = Sampling(max_new_tokens, eos_token_ids, stop_strings, tokenizer, temperature)
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    at_once = max(1, batch_size // copies)
+    at_once = batch_size // copies
     with evaluating(policy), plain_sampling(policy):
         for start in range(0, len(prompts), at_once):
             rows = by_length[start : start + at_once]
