@@ -21,6 +21,7 @@ import trl_instruct.ppo_trainer as ours
 from trl_instruct import objective, ppo
 from trl_instruct.advantages import gae
 from trl_instruct.masking import completion_lengths, masked_whiten, right_padded_mask
+from trl_instruct.rollouts import spread
 from trl_instruct.sampling import tokenize_prompts
 from trl_instruct.shift import keep_shift
 
@@ -174,7 +175,7 @@ def watch_ours(monkeypatch, watch):
         return result, returns
 
     def ppo_sums(model, rollout, *given, **options):
-        watch.now = SimpleNamespace(rows=rows_of(rollout))
+        watch.now = SimpleNamespace(rows=rows_of(rollout), mask=rollout.mask)
         return original.ppo_sums(model, rollout, *given, **options)
 
     def policy_loss(logprobs, *given, **options):
@@ -186,7 +187,8 @@ def watch_ours(monkeypatch, watch):
         loss = original.value_loss(*given, **options)
         now = watch.now
         fields = {"logprobs": now.logprobs, "policy_loss": now.policy_loss, "value_loss": loss}
-        watch.note(watch.updates, now.rows, **fields)
+        spread_out = {name: spread(field, now.mask) for name, field in fields.items()}
+        watch.note(watch.updates, now.rows, **spread_out)
         return loss
 
     trainer = ours.PPOTrainer

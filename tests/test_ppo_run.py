@@ -159,8 +159,8 @@ def test_the_kl_penalty_pulls_the_policy_to_the_reference(make_trainer, make_pol
         reward_model=lambda prompts, completions: [0.0] * len(completions),
         ref_model=make_policy(seed=5),
         kl_coef=1.0,
-        max_steps=25,
+        max_steps=60,
         **LEARNING,
     )
     kl = logged(trainer, "objective/kl")
-    assert sum(kl[-3:]) < 0.5 * sum(kl[:3])
+    assert sum(kl[-10:]) / 10 < 0.5 * sum(kl[:3]) / 3
