@@ -110,20 +110,17 @@ def batched_logits(
     Returns:
         `(R, labels)` float32 on CPU.
     """
-    batches = similar_lengths([len(row) for row in rows], batch_size)
-    parts = [torch.zeros(0, model.config.num_labels)]
-    for chosen in batches:
+    logits = torch.zeros(len(rows), model.config.num_labels)
+    for chosen in similar_lengths([len(row) for row in rows], batch_size):
         batch = [rows[row] for row in chosen]
         lengths = torch.tensor([len(row) for row in batch])
         ids = pad_rows(batch, filler).to(model.device)
         mask = right_padded_mask(lengths, ids.shape[1]).long().to(ids.device)
         columns = score_positions(ids, mask, pad_token_of(model))
         with scores_at(model, columns, ids.shape[1]):
-            parts.append(
-                model(**accepted(model, input_ids=ids, attention_mask=mask)).logits.float().cpu()
-            )
-    order = [row for chosen in batches for row in chosen]
-    return torch.cat(parts)[torch.tensor(order, dtype=torch.long).argsort()]
+            output = model(**accepted(model, input_ids=ids, attention_mask=mask))
+        logits[chosen] = output.logits.float().cpu()
+    return logits
 
 
 def load_reward(
