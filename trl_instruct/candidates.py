@@ -71,16 +71,7 @@ def sample_candidates(
         InputError: num_candidates below 2, bad prompts, no policy there, or a tokenizer without
             EOS.
     """
-    if num_candidates < 2:
-        raise InputError(f"num_candidates is {num_candidates}; a ranking needs at least 2.")
-    if temperature <= 0:
-        raise InputError(
-            f"temperature is {temperature}; candidates are sampled, it must be above 0."
-        )
-    if policy is None:
-        raise InputError("No model was given: set model_name_or_path to a Hub id or a folder.")
-    if prompts is None:
-        raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
+    _check_request(policy, prompts, num_candidates, temperature)
     records = load_prompts(prompts, split)
     model = load_policy(policy, ModelConfig()).to(PartialState().device)
     tokenizer = check_tokenizer(processing_class or load_tokenizer(policy), model_name(policy))
@@ -117,6 +108,22 @@ def sample_candidates(
             if ranking is not None:
                 file.write(json.dumps(ranking, ensure_ascii=False) + "\n")
     return counts
+
+
+def _check_request(
+    policy: ModelSource | None, prompts: Any, num_candidates: int, temperature: float
+) -> None:
+    """InputError where something is missing, or there would be nothing to rank."""
+    if num_candidates < 2:
+        raise InputError(f"num_candidates is {num_candidates}; a ranking needs at least 2.")
+    if temperature <= 0:
+        raise InputError(
+            f"temperature is {temperature}; candidates are sampled, it must be above 0."
+        )
+    if policy is None:
+        raise InputError("No model was given: set model_name_or_path to a Hub id or a folder.")
+    if prompts is None:
+        raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
 
 
 def _ranking(
