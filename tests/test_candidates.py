@@ -9,6 +9,7 @@ from trl_instruct import sampling
 from trl_instruct.candidates import sample_candidates
 from trl_instruct.errors import InputError
 from trl_instruct.rankings import load_rankings
+from trl_instruct.rewards import load_reward
 
 PROMPTS = [{"prompt": f"Q{i}: ", "topic": f"t{i}"} for i in range(6)]
 
@@ -53,6 +54,14 @@ def test_a_simulated_labeler_scores_them(policy, tokenizer, tmp_path):
         assert row["scores"] == row["gold_scores"]
     _, rows = sample(policy, tokenizer, tmp_path / "c.jsonl", gold=length)
     assert any(row["scores"] != row["gold_scores"] for row in rows)
+
+
+def test_any_reward_can_stand_in_for_the_labeler(policy, tokenizer, saved_reward_model, tmp_path):
+    _, rows = sample(policy, tokenizer, tmp_path / "c.jsonl", gold=saved_reward_model)
+    judge = load_reward(saved_reward_model)
+    for row in rows:
+        scores = judge([row["prompt"]] * len(row["responses"]), row["responses"])
+        assert row["gold_scores"] == pytest.approx(scores)
 
 
 def test_the_seed_decides(policy, tokenizer, tmp_path):

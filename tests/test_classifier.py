@@ -11,6 +11,7 @@ from transformers import (
 
 from trl_instruct.classifier import ClassifierReward
 from trl_instruct.errors import InputError
+from trl_instruct.rewards import load_reward
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "good", "bad", "film", "the", "was"]
 LABELS = {0: "NEGATIVE", 1: "NEUTRAL", 2: "POSITIVE"}
@@ -135,3 +136,15 @@ def test_a_label_or_measure_that_is_not_there(folder):
         ClassifierReward(str(folder), {})
     with pytest.raises(InputError, match="measure is 'odds'; one of probability, logit, log_odds"):
         ClassifierReward(str(folder), "POSITIVE", measure="odds")
+
+
+def test_a_scalar_encoder_is_a_reward_model(folder, words, tmp_path):
+    config = AutoConfig.from_pretrained(folder, num_labels=1)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    texts = [prompt + completion for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True)]
+    expected = plain(tmp_path, words, texts).flatten().tolist()
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    for reward in (load_reward(tmp_path), load_reward(loaded), load_reward(model, words)):
+        assert reward(PROMPTS, COMPLETIONS) == pytest.approx(expected)

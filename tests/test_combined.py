@@ -5,7 +5,7 @@ import pytest
 
 from trl_instruct.combined import Clipped, LengthPenalty, Normalised, WeightedSum
 from trl_instruct.errors import InputError
-from trl_instruct.reward_function import RewardError, load_states, states_of
+from trl_instruct.reward_function import RewardError, load_states, states_of, try_reward
 
 PROMPTS = ["a ", "b ", "c "]
 COMPLETIONS = ["x", "xx", "xxxxx"]
@@ -87,3 +87,21 @@ def test_processes_share_what_they_saw():
     assert one.state_dict() == two.state_dict()
     given = (["d "], ["xxxx"])
     assert one(*given) == pytest.approx(all_(*given))
+
+
+def _raises(prompts, completions):
+    if "xx" in completions:
+        raise ValueError
+    return [0.0 for _ in completions]
+
+
+def _skips(prompts, completions):
+    return [math.nan if text == "xx" else float(len(text)) for text in completions]
+
+
+@pytest.mark.parametrize("parts", [[Normalised(length), _raises], [Normalised(_skips)]])
+def test_a_skipped_score_leaves_the_others_normalised_together(parts):
+    scores, faults = try_reward(WeightedSum(parts), PROMPTS, COMPLETIONS, {})
+    assert list(faults) == [1] and math.isnan(scores[1])
+    assert [scores[0], scores[2]] == pytest.approx([-2 / 8**0.5, 2 / 8**0.5])  # of 1 and 5
+    assert parts[0].state_dict()["own"] == [2, 3.0, 8.0]

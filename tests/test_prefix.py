@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trl_instruct.batching import pad_rows
 from trl_instruct.prefix import common_prefix, prefix_mask, share_prefix
-from trl_instruct.rewards import pad_rows
 
 
 def share(*rankings):

@@ -160,6 +160,20 @@ def test_a_run_that_skips_goes_on_and_counts(make_trainer):
         make_trainer(reward_model=Failing(math.nan, call=1), on_error="skip").train()
 
 
+def test_a_judge_that_is_not_trained_on_may_fail(make_trainer):
+    trainer = make_trainer(max_steps=3)
+    trainer.gold = Failing(ValueError("asleep"), call=2)
+    with pytest.warns(UserWarning, match="Iteration 2, gold: Reward 'Failing' raised .* asleep"):
+        trainer.train()
+    logs = [log for log in trainer.state.log_history if "objective/kl" in log]
+    assert ["objective/gold" in log for log in logs] == [True, False, True]
+    trainer = make_trainer(max_steps=1)
+    trainer.gold = Failing(math.nan, call=1, text="prompt 1")
+    trainer.train()
+    log = next(log for log in trainer.state.log_history if "objective/gold" in log)
+    assert math.isfinite(log["objective/gold"]) and 0 < log["objective/gold_failed"] < 8
+
+
 def test_a_fixed_score_without_eos(make_trainer):
     trainer = make_trainer(missing_eos_score=-5.0, on_error="skip", max_steps=1)
     rows = list(range(8))

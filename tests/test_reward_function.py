@@ -69,8 +69,7 @@ def test_the_others_keep_their_scores(fault):
     assert [*scores[:2], scores[3]] == [1.0, 2.0, 4.0]
     assert list(faults) == [2]
     assert "Lengths" in faults[2]
-    # A call that failed as a whole leaves no trace: one answer each.
-    assert reward.answered == (4 if fault is Exception else 1)
+    assert reward.answered == 1  # calls that failed, and those that looked for why, leave no trace
 
 
 def test_a_wrong_count_is_asked_for_again_one_by_one():
@@ -132,3 +131,18 @@ def test_an_async_function_with_columns():
 
     with pytest.raises(RewardError, match="'failing' raised ValueError: tired .completion 1"):
         call_reward(failing, PROMPTS, COMPLETIONS, {})
+
+
+def test_what_an_async_function_keeps_serves_all_calls():
+    gate = asyncio.Semaphore(1)  # belongs to the event loop in which it first makes anyone wait
+
+    async def one_at_a_time(prompts, completions):
+        async def score(text):
+            async with gate:
+                await asyncio.sleep(0)
+                return float(len(text))
+
+        return await asyncio.gather(*map(score, completions))
+
+    for _ in range(3):
+        assert call_reward(one_at_a_time, PROMPTS, COMPLETIONS, {}) == [1.0, 2.0, 3.0, 4.0]

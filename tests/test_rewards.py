@@ -210,12 +210,19 @@ def test_a_list_is_a_weighted_sum(saved_reward_model):
         load_reward([length], weights=[1.0, 2.0])
     with pytest.raises(InputError, match="belong to a list"):
         load_reward(length, weights=[1.0])
+    assert load_reward([length]) is length
 
 
 def test_a_name_in_a_python_file(tmp_path):
     file = tmp_path / "rules.py"
     file.write_text("def short(prompts, completions):\n    return [-len(c) for c in completions]\n")
     assert load_reward(f"{file}:short")(PROMPTS, COMPLETIONS) == [-3, -19, 0]
+    file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\n"
+        "class Constant:\n    value: float\n    def __call__(self, prompts, completions):\n"
+        "        return [self.value for _ in prompts]\nalways_two = Constant(2.0)\n"
+    )
+    assert load_reward(f"{file}:always_two")(PROMPTS, COMPLETIONS) == [2.0, 2.0, 2.0]
     with pytest.raises(InputError, match="defines no function or adapter 'long'"):
         load_reward(f"{file}:long")
     with pytest.raises(InputError, match=r"there is no file missing\.py \(looked in"):

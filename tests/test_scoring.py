@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from trl_instruct.batching import pad_rows
 from trl_instruct.masking import right_padded_mask
 from trl_instruct.prefix import share_prefix
-from trl_instruct.rewards import pad_rows
 from trl_instruct.scoring import (
     score_positions,
     scores_at,

@@ -3,6 +3,9 @@
 import random
 from collections.abc import Iterator, Sequence
 
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
 FULL = 0.8
@@ -73,3 +76,13 @@ class LengthBatchSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(length_batches(self.lengths, self.batch_size, seed=self.seed + self.epoch))
+
+
+def pad_rows(rows: list[list[int]], filler: int) -> Tensor:
+    """Rows of unequal length as one tensor, padded on the right.
+
+    >>> pad_rows([[1, 2], [3]], 0).tolist()
+    [[1, 2], [3, 0]]
+    """
+    tensors = [torch.tensor(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=filler)

@@ -13,7 +13,8 @@ from trl import ModelConfig
 from trl_instruct.data import load_prompts
 from trl_instruct.errors import InputError
 from trl_instruct.models import ModelSource, load_policy, model_name
-from trl_instruct.reward_function import RewardFunction, as_completions, call_reward
+from trl_instruct.reward_function import RewardFunction, as_completions, call_reward, place_on
+from trl_instruct.rewards import load_reward
 from trl_instruct.sampling import prompt_tokens, sample_several
 from trl_instruct.stage import progress_bar, written_at_once
 from trl_instruct.tiny import SimulatedLabeler
@@ -32,7 +33,7 @@ def sample_candidates(
     max_prompt_length: int | None = None,
     temperature: float = 1.0,
     stop_strings: Sequence[str] | None = None,
-    gold: RewardFunction | None = None,
+    gold: Any = None,
     labeler: Labeler | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -54,7 +55,7 @@ def sample_candidates(
         max_prompt_length: longer prompts lose their beginning; None: they are an error.
         temperature: sampling temperature.
         stop_strings: texts that end a completion, beside EOS; they do not stand in it.
-        gold: reward function that the simulated labeler goes by.
+        gold: what the simulated labeler goes by: a reward, as in `load_reward`.
         labeler: gold scores of one prompt's candidates -> its own scores; default: gaussian noise
             at which two labelers agree on 73 % of pairs.
         seed: of sampling and labeler.
@@ -82,8 +83,10 @@ def sample_candidates(
         max_prompt_length=max_prompt_length,
         response_length=response_length,
     )
-    if gold is not None and labeler is None:
-        labeler = SimulatedLabeler(seed=seed).label
+    if gold is not None:
+        gold = load_reward(gold, tokenizer, batch_size=batch_size)
+        place_on(gold, model.device)
+        labeler = labeler or SimulatedLabeler(seed=seed).label
     set_seed(seed)
     counts = {"prompts": len(records), "prompts_cut": cut}
     counts |= dict.fromkeys(("responses", "empty", "duplicates", "prompts_left_out"), 0)

@@ -16,7 +16,7 @@ from transformers import (
 from trl_instruct.errors import InputError
 from trl_instruct.models import context_length, model_name
 from trl_instruct.reward_function import as_text
-from trl_instruct.rewards import batched_logits
+from trl_instruct.scoring import batched_logits
 
 
 class ClassifierReward:

@@ -150,7 +150,7 @@ def candidates_command(arguments: list[str]) -> None:
                 max_prompt_length=config.max_prompt_length,
                 temperature=config.temperature,
                 stop_strings=config.stop_strings,
-                gold=load_reward(config.gold) if config.gold else None,
+                gold=config.gold,
                 seed=config.seed,
                 batch_size=config.per_device_eval_batch_size,
                 split=split,

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -267,12 +268,22 @@ class PPOTrainer(LoopTrainer):
         return prompts, as_completions(prompts, self.texts(rollout)), records
 
     def second_opinion(self, rollout: Rollout, rows: Sequence[int]) -> dict[str, float]:
-        """The mean score of a judge that is not trained on, over all processes, if there is one."""
+        """The mean score of a judge that is not trained on, over all processes, if there is one.
+
+        Nothing depends on it, so where it fails the run goes on and says so: on some completions,
+        counted in objective/gold_failed; on all, without the metric.
+        """
         if self.gold is None:
             return {}
-        scores, _ = rollout_scores(self.gold, *self.judged(rollout, rows), rows=rows, skip=True)
-        everywhere = self.accelerator.gather(torch.tensor(scores, device=rollout.scores.device))
-        return {"objective/gold": float(everywhere.nanmean())}
+        judged = self.judged(rollout, rows)
+        try:
+            given, failed = rollout_scores(self.gold, *judged, rows=rows, skip=True)
+        except RewardError as error:
+            warnings.warn(f"Iteration {self.state.global_step + 1}, gold: {error}", stacklevel=2)
+            return {}
+        everywhere = self.accelerator.gather(torch.tensor(given, device=rollout.scores.device))
+        counted = {"objective/gold_failed": failed} if failed else {}
+        return {"objective/gold": float(everywhere.nanmean()), **counted}
 
     def rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Per-token rewards with the KL penalty inside, and the KL itself: each `(B, C)`."""

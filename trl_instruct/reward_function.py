@@ -9,7 +9,8 @@ import asyncio
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from threading import Thread
 from typing import Any
 
 from trl_instruct.errors import InputError
@@ -99,7 +100,42 @@ def try_reward(
         load_states(reward, before)
         answers = list(_one_by_one(*given))
     faults = {row: fault for row, (_, fault) in enumerate(answers) if fault is not None}
-    return [score for score, _ in answers], faults
+    scores = [score for score, _ in answers]
+    if before and len(faults) < len(scores):
+        scores = _without(faults, scores, before, *given)
+    return scores, faults
+
+
+def _without(
+    faults: Mapping[int, str],
+    scores: list[float],
+    before: list[dict[str, Any]],
+    reward: RewardFunction,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: dict[str, Any],
+) -> list[float]:
+    """The scores, those without a fault as the reward gives them together.
+
+    One at a time a reward that remembers has scored each by those before it alone.
+    """
+    count, alone = len(scores), states_of(reward)
+    kept = [row for row in range(count) if row not in faults]
+
+    def those(values: Sequence[Any]) -> list[Any]:
+        return [values[row] for row in kept]
+
+    picked = {k: those(v) if is_column(v, count) else v for k, v in columns.items()}
+    load_states(reward, before)
+    try:
+        together, more = _ask(reward, those(prompts), those(completions), picked)
+    except RewardError:
+        together, more = [], dict(faults)
+    if more:
+        load_states(reward, alone)
+        return scores
+    given = dict(zip(kept, together, strict=True))
+    return [given.get(row, math.nan) for row in range(count)]
 
 
 def _located(error: RewardError, *given: Any) -> tuple[int, str | None]:
@@ -180,14 +216,23 @@ def _wanted(reward: RewardFunction, columns: Columns) -> dict[str, Any]:
     return {k: v for k, v in columns.items() if takes_all or k in parameters}
 
 
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """One for all calls, since what an async function keeps between them (a client, a semaphore)
+    belongs to the loop it was first used in; in a thread, since one may run already (a notebook).
+    """
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, daemon=True, name="async rewards").start()
+    return loop
+
+
 def _awaited(answer: Awaitable[Any]) -> Any:
-    """What an async function returns, also where an event loop runs already (a notebook)."""
+    """What an async function returns."""
 
     async def wait() -> Any:
         return await answer
 
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, wait()).result()
+    return asyncio.run_coroutine_threadsafe(wait(), _event_loop()).result()
 
 
 def _float(score: Any) -> float:

@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from trl_instruct.batching import LengthBatchSampler
+from trl_instruct.batching import LengthBatchSampler, pad_rows
 from trl_instruct.errors import InputError
 from trl_instruct.losses import pair_loss, pair_weights
 from trl_instruct.masking import right_padded_mask
 from trl_instruct.models import disable_dropout, evaluating
 from trl_instruct.prefix import share_prefix, sharing_pays
-from trl_instruct.rewards import cut_prompt, pad_rows, token_ids
+from trl_instruct.rewards import cut_prompt, token_ids
 from trl_instruct.scoring import (
     pad_token_of,
     score_positions,

@@ -2,6 +2,7 @@
 
 import importlib.util
 import statistics
+import sys
 from collections.abc import Sequence
 from itertools import combinations, takewhile
 from pathlib import Path
@@ -9,25 +10,22 @@ from types import ModuleType
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from trl_instruct.batching import similar_lengths
+from trl_instruct.classifier import ClassifierReward
 from trl_instruct.combined import WeightedSum
 from trl_instruct.errors import InputError
 from trl_instruct.http_reward import HTTPReward
-from trl_instruct.masking import right_padded_mask
 from trl_instruct.models import (
     ModelSource,
-    accepted,
     context_length,
     is_nameless,
     load_reward_model,
 )
 from trl_instruct.reward_function import RewardFunction, parts_of
-from trl_instruct.scoring import pad_token_of, score_positions, scores_at
+from trl_instruct.scoring import batched_logits
 from trl_instruct.shift import keep_shift, shift_of
 from trl_instruct.tiny import gold_score
 from trl_instruct.tokenizers import check_tokenizer, load_tokenizer
@@ -95,34 +93,6 @@ class RewardModel:
         return [float(score) - self.shift for score in logits.squeeze(-1)]
 
 
-@torch.no_grad()
-def batched_logits(
-    model: PreTrainedModel, rows: list[list[int]], filler: int, batch_size: int
-) -> Tensor:
-    """A classifier's logits for rows of unequal length, in batches of similar length.
-
-    Args:
-        model: a sequence classifier.
-        rows: R lists of token ids.
-        filler: token to pad with.
-        batch_size: most rows per forward pass.
-
-    Returns:
-        `(R, labels)` float32 on CPU.
-    """
-    logits = torch.zeros(len(rows), model.config.num_labels)
-    for chosen in similar_lengths([len(row) for row in rows], batch_size):
-        batch = [rows[row] for row in chosen]
-        lengths = torch.tensor([len(row) for row in batch])
-        ids = pad_rows(batch, filler).to(model.device)
-        mask = right_padded_mask(lengths, ids.shape[1]).long().to(ids.device)
-        columns = score_positions(ids, mask, pad_token_of(model))
-        with scores_at(model, columns, ids.shape[1]):
-            output = model(**accepted(model, input_ids=ids, attention_mask=mask))
-        logits[chosen] = output.logits.float().cpu()
-    return logits
-
-
 def load_reward(
     reward: Any,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -137,7 +107,8 @@ def load_reward(
         reward: a function, an adapter, a scalar reward model (folder, Hub id, loaded), `"tiny"`
             (the gold scorer), the address of a reward server (`http://...`), a function or adapter
             in a Python file of your own (`rewards.py:brevity`; the file is run), or a list of
-            these: their weighted sum.
+            these: their weighted sum. A scalar classifier of an encoder (BERT) is read as
+            `ClassifierReward` reads it, by its logit.
         tokenizer: for a model in memory that was not loaded from a folder with its own.
         weights: of a list; default: 1 each.
         batch_size: completions per forward pass of a model.
@@ -146,6 +117,8 @@ def load_reward(
     Raises:
         InputError: nothing there, a classifier of several labels, weights that do not fit.
     """
+    if isinstance(reward, list | tuple) and len(reward) == 1 and weights is None:
+        reward = reward[0]
     if isinstance(reward, list | tuple):
         options: Any = {"batch_size": batch_size, "model_config": model_config}
         parts = [load_reward(part, tokenizer, **options) for part in reward]
@@ -166,10 +139,22 @@ def load_reward(
     if is_python(reward):
         return _from_file(reward)
     _check_labels(reward)
-    model = load_reward_model(reward, model_config or ModelConfig())
-    if tokenizer is None or not is_nameless(reward):
+    model = reward
+    if not _is_encoder(reward):
+        model = load_reward_model(reward, model_config or ModelConfig())
+    own = tokenizer is None or not is_nameless(reward)
+    if _is_encoder(model):
+        label, given = model.config.id2label[0], None if own else tokenizer
+        return ClassifierReward(model, label, tokenizer=given, batch_size=batch_size)
+    if own:
         tokenizer = load_tokenizer(reward)
     return RewardModel(model, tokenizer, batch_size=batch_size)
+
+
+def _is_encoder(model: Any) -> bool:
+    """Whether it is a classifier that has no head `score` on every token (BERT, DeBERTa, ...)."""
+    kind = type(model).__name__
+    return kind.endswith("ForSequenceClassification") and not hasattr(model, "score")
 
 
 def _check_labels(source: ModelSource) -> None:
@@ -199,9 +184,10 @@ def _from_file(reward: str) -> RewardFunction:
     file, _, name = reward.rpartition(":")
     if not Path(file).is_file():
         raise InputError(f"Reward {reward!r}: there is no file {file} (looked in {Path.cwd()}).")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    spec = importlib.util.spec_from_file_location(f"trl_instruct_reward_{Path(file).stem}", file)
     assert spec is not None and spec.loader is not None  # the name ends in .py
     module: ModuleType = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses, among others, look for it
     spec.loader.exec_module(module)
     found = getattr(module, name, None)
     if not callable(found):
@@ -271,13 +257,3 @@ def cut_prompt(
     longest = max((len(row) for row in rows if len(row) - most <= max_length), default=0)
     cut = max(0, longest - max_length)
     return [row[cut:] for row in rows]
-
-
-def pad_rows(rows: list[list[int]], filler: int) -> Tensor:
-    """Rows of unequal length as one tensor, padded on the right.
-
-    >>> pad_rows([[1, 2], [3]], 0).tolist()
-    [[1, 2], [3, 0]]
-    """
-    tensors = [torch.tensor(row) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_value=filler)

@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from trl_instruct.models import unwrapped
+from trl_instruct.batching import pad_rows, similar_lengths
+from trl_instruct.masking import right_padded_mask
+from trl_instruct.models import accepted, unwrapped
 from trl_instruct.prefix import SharedRows, prefix_mask, share_prefix
 from trl_instruct.scalar_head import ScalarHead
 
@@ -192,3 +195,31 @@ def pad_token_of(model: Any) -> int | None:
     """The token that the classifier takes for padding; None: none, or it goes by the mask."""
     bare = unwrapped(model)
     return None if isinstance(bare, ScalarHead) else bare.config.get_text_config().pad_token_id
+
+
+@torch.no_grad()
+def batched_logits(
+    model: PreTrainedModel, rows: list[list[int]], filler: int, batch_size: int
+) -> Tensor:
+    """A classifier's logits for rows of unequal length, in batches of similar length.
+
+    Args:
+        model: a sequence classifier.
+        rows: R lists of token ids.
+        filler: token to pad with.
+        batch_size: most rows per forward pass.
+
+    Returns:
+        `(R, labels)` float32 on CPU.
+    """
+    logits = torch.zeros(len(rows), model.config.num_labels)
+    for chosen in similar_lengths([len(row) for row in rows], batch_size):
+        batch = [rows[row] for row in chosen]
+        lengths = torch.tensor([len(row) for row in batch])
+        ids = pad_rows(batch, filler).to(model.device)
+        mask = right_padded_mask(lengths, ids.shape[1]).long().to(ids.device)
+        columns = score_positions(ids, mask, pad_token_of(model))
+        with scores_at(model, columns, ids.shape[1]):
+            output = model(**accepted(model, input_ids=ids, attention_mask=mask))
+        logits[chosen] = output.logits.float().cpu()
+    return logits
