@@ -1,11 +1,15 @@
 """The code in docs/rewards.md runs."""
 
 import re
+import threading
 from pathlib import Path
 
 import pytest
+import torch
+from test_judge import endpoint
 
 import trl_instruct
+from trl_instruct import RewardServer
 from trl_instruct.reward_function import call_reward, reward_name
 
 PAGE = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
@@ -15,8 +19,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 def test_the_rules(monkeypatch):
     called = {}
     monkeypatch.setattr(trl_instruct, "ppo", lambda *args, **kwargs: called.update(kwargs))
-    names = {"ppo": trl_instruct.ppo}
-    exec(BLOCKS[0], names)
+    exec(BLOCKS[0], names := {})
     assert called == {"reward_weights": [1.0, 0.5]}
     texts = ["A rose is red.", "two words "]
     given = (["p", "p"], texts, {"words": [["rose", "lily"], ["two"]]})
@@ -31,13 +34,20 @@ def test_the_rules(monkeypatch):
 
 def test_the_adapters(make_reward_model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    labels = {0: "toxic", 1: "insult", 2: "POSITIVE"}
-    for name in ("sentiment", "toxic"):
-        make_reward_model(id2label=labels).save_pretrained(f"runs/{name}")
+    labels = {"id2label": {0: "toxic", 1: "insult", 2: "POSITIVE"}}
+    for name, fields in {"rm": {}, "sentiment": labels, "toxic": labels}.items():
+        make_reward_model(**fields).save_pretrained(f"runs/{name}")
         tokenizer.save_pretrained(f"runs/{name}")
-    adapters = ("ClassifierReward", "HTTPReward", "LLMJudge", "Clipped", "Normalised")
-    names = {n: getattr(trl_instruct, n) for n in (*adapters, "WeightedSum", "LengthPenalty")}
-    exec(BLOCKS[1], names | (ran := {"RUBRIC": "Rate {completion}"}), ran)
-    for name in ("sentiment", "clean"):
+    exec(BLOCKS[1], ran := {})
+    for name in ("model", "sentiment", "clean", "steady", "total"):
         assert len(call_reward(ran[name], ["a", "b"], ["c", "d"], {})) == 2
-    assert reward_name(ran["total"]).startswith("clipped normalised http://127.0.0.1:8000/score + ")
+    assert ran["model"].model.dtype == torch.bfloat16
+    assert reward_name(ran["total"]).startswith("clipped normalised runs/rm + ")
+    with endpoint(lambda question: f"It says {question.count('cat')} cats.\n7") as (url, _):
+        ran["judge"].url = f"{url}chat/completions"
+        assert ran["judge"](["Which?"], ["A cat."]) == [7.0]
+    with RewardServer(lambda prompts, completions: [2.0 for _ in prompts]) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        ran["remote"].url = server.url
+        assert ran["remote"](["a"], ["b"]) == [2.0]
+        server.shutdown()

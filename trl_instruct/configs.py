@@ -152,14 +152,18 @@ class RewardConfig(StageConfig, trl.RewardConfig):
 
 @dataclass
 class PPOConfig(StageConfig, TrainingArguments):
-    """Stage 3, PPO (InstructGPT 3.5, C.4). Field names are those of TRL's PPOConfig.
+    """Stage 3, PPO (InstructGPT 3.5, C.4). Fields that TRL's PPOConfig has too have its names.
 
     minibatch = one optimizer step = per_device_train_batch_size x gradient_accumulation_steps x
     processes; a rollout batch = num_mini_batches minibatches; num_ppo_epochs passes over it.
     The defaults are the paper's 512 = 8 x 64, one epoch.
     """
 
-    REFUSED: ClassVar[dict[str, str]] = dict.fromkeys(
+    REFUSED: ClassVar[dict[str, str]] = {
+        "sft_model_path": "the policy is model_name_or_path.",
+        "stop_token": "completions end at EOS, and at stop_strings.",
+        "stop_token_id": "completions end at EOS, and at stop_strings.",
+    } | dict.fromkeys(
         ("top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"),
         "PPO weighs each sampled token by the policy's own probability of it. Sampled from another "
         "distribution, the importance ratio and the KL would be wrong. Leave it out; temperature "
