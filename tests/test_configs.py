@@ -178,3 +178,8 @@ def test_sampling_settings_that_would_break_the_importance_ratio(name):
         resolve(PPOConfig, None, None, {"output_dir": "x", name: 0.9})
     with pytest.raises(InputError, match="Unknown option"):
         resolve(SFTConfig, None, None, {"output_dir": "x", name: 0.9})
+
+
+def test_options_of_trls_ppo_config_that_have_another_name_here():
+    with pytest.raises(InputError, match=r"sft_model_path is no option here: .*model_name_or_path"):
+        resolve(PPOConfig, None, None, {"output_dir": "x", "sft_model_path": "gpt2"})
