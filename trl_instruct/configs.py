@@ -224,7 +224,8 @@ class PPOConfig(StageConfig, TrainingArguments):
     on_error: Literal["stop", "skip"] = _option(
         "stop",
         "Where the reward raises or gives no finite number: stop, saved as before the iteration; "
-        "or skip the episode in the update, counted in objective/skipped.",
+        "or skip the episode in the update, counted in objective/skipped. Where it fails on all "
+        "episodes of a batch, the run stops in either case.",
     )
     kl_coef: float = _option(0.02, "beta of the KL penalty (C.4: 0.02; 0.01-0.02 best, E.7).")
     adaptive_kl_target: float | None = _option(

@@ -133,8 +133,9 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """Some completions of each prompt.
 
-    A prompt is read once for all its completions, and completions that have ended are taken out of
-    the batch now and then; where the model's cache of past tokens has a row a text.
+    Where the model's cache can be cut by rows (`caches_rows`), a prompt is read once for all its
+    completions, and `generate` is called again and again, without those that have ended by then;
+    elsewhere once.
 
     Args:
         policy: in eval mode, within `plain_sampling`.
@@ -166,6 +167,7 @@ def draw(
         left = (~ended).nonzero().flatten()
         if length == longest or not len(left):
             break
+        # The rest goes on from its cache: `ids` grow from call to call, as columns of `drawn`.
         rows, ids, cache = rows[left], output.sequences[left], output.past_key_values
         mask = torch.cat([mask, torch.ones_like(new, dtype=mask.dtype)], dim=1)[left]
         cache.batch_select_indices(left)

@@ -1,7 +1,7 @@
 """A transformers Trainer with a loop of its own: all that stands around an iteration.
 
 One `global_step` is one iteration. Callbacks, trackers, logs, checkpoints and their limits behave
-as in any Trainer. The Trainer's private methods are used here and nowhere else.
+as in any Trainer. What PPO needs of the Trainer's private methods is used here and nowhere else.
 """
 
 import math

@@ -55,7 +55,7 @@ def ptx_loss(model: nn.Module, ids: Tensor, *, with_values: bool = False) -> Ten
     Args:
         model: as in `ppo_sums`.
         ids: `(B, T)`, full rows.
-        with_values: take the value model along, for nothing.
+        with_values: run the value model too, its values unused (ZeRO-3 needs that).
 
     Returns:
         scalar, nats per token.

@@ -86,8 +86,8 @@ class PPOTrainer(LoopTrainer):
         reward_model: a function `f(prompts, completions, **columns) -> list[float]`, or a scalar
             sequence classifier with the policy's tokenizer.
         train_dataset: column `prompt` (text or messages); further columns reach the reward.
-        value_model: a scalar sequence classifier with the policy's tokenizer; its every weight
-            trains.
+        value_model: a scalar sequence classifier with the policy's tokenizer; it trains with every
+            weight that is not frozen.
         ptx_dataset: pretraining text (column `text`) for PPO-ptx, where `ptx_coef` is not 0.
         gold: a reward that is logged as objective/gold and not trained on: where it falls while
             the score rises, the policy exploits its reward.
@@ -150,7 +150,7 @@ class PPOTrainer(LoopTrainer):
             response_length=args.response_length,
         )
         self.minibatch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        load_whole_models()  # a checkpoint's, those that are compared afterwards
+        load_whole_models()  # those to come (a checkpoint's, the compared) are no ZeRO-3 shards
         prepare_sharing(
             self.accelerator, episodes=self.minibatch_size, max_grad_norm=args.max_grad_norm or 0.0
         )

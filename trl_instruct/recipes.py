@@ -243,8 +243,8 @@ def ppo(
         output_dir: folder for the policy.
         ptx_dataset: pretraining text (`text`) for PPO-ptx, named as in `sft`; with `ptx_coef`.
         value_model: what the value function starts from: a reward model, or `"policy"` (with a
-            head of zeros); default: the reward model where it has the policy's tokenizer, else the
-            policy.
+            head of zeros); `"value_head"`: a head on the policy itself; default: the reward model
+            where it has the policy's tokenizer, else the policy.
         processing_class, config, model_config, callbacks, options: as in `sft`, with `PPOConfig`.
 
     Returns:

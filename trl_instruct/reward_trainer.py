@@ -59,10 +59,11 @@ class RankingRewardTrainer(RewardTrainer):
     Predictions, what `compute_metrics` gets too, are one row of K scores a ranking, in the order of
     its responses, and -100 where it has fewer.
 
-    A response longer than `max_length` is left out of its ranking and counted in `overlong`; a
-    ranking without any comparison left is left out. With `truncate_prompt` in the arguments the
-    prompt loses its beginning first, in `truncated` rankings. Weights are scaled to mean 1 over the
-    dataset. (In a stream nothing is counted beforehand, and weights stay as they are.)
+    A response that is longer than `max_length` with its prompt is left out of its ranking and
+    counted in `overlong`; a ranking without any comparison left is left out. With `truncate_prompt`
+    in the arguments the prompt loses its beginning first, in `truncated` rankings. Weights are
+    scaled to mean 1 over the dataset. (In a stream nothing is counted beforehand, and weights stay
+    as they are.)
     """
 
     _signature_columns: list[str]

@@ -172,7 +172,7 @@ def unify_modes(model: PreTrainedModel) -> None:
 
 @contextmanager
 def last_hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Inside, each forward pass adds its `(B, T, H)`; not of models that pass by their backbone."""
+    """Inside, each pass of the backbone adds its `(B, T, H)`; a model may not call it."""
     seen: list[Tensor] = []
     backbone = unwrapped(model).base_model
     handle = backbone.register_forward_hook(
@@ -313,8 +313,8 @@ def _measured_at_once(
     """logprobs, ref_logprobs and values of a few episodes: `(B, C)` each."""
     tokens, completions = rollout[:4], rollout.completion_ids
     mask = right_padded_mask(rollout.completion_lengths, completions.shape[1])
-    # Past ZeRO-3's hook on the whole, which waits for the other processes: each has batches of its
-    # own number here.
+    # `forward` directly: ZeRO-3's hook on a call of the whole waits for the other processes, and
+    # each has its own number of batches here.
     read: Any = model.forward
     logits, values = read(join(*tokens))
     logprobs = logprobs_in_parts(logits, completions[mask], temperature=temperature)
