@@ -33,7 +33,7 @@ class HTTPReward:
         url: where the requests go, `http://127.0.0.1:8000/score`.
         token: sent as `Authorization: Bearer`; default: the environment's REWARD_SERVER_TOKEN.
         batch_size: completions in a request.
-        timeout: seconds that a request may take.
+        timeout: seconds without a byte from the server after which a request is given up.
         retries: further tries where nobody answers, or with 408, 429 or 5xx; they are 1, 2, 4, ...
             seconds apart, at most 30.
     """
@@ -100,7 +100,7 @@ def post_json(url: str, content: Any, *, token: str | None, timeout: float, retr
         url: never left for another: a redirection, which would carry the token along, is an error.
         content: what JSON can hold.
         token: for `Authorization: Bearer`.
-        timeout: seconds a try.
+        timeout: of a try, as in `HTTPReward`.
         retries: further tries, 1, 2, 4, ... seconds apart.
 
     Raises:
