@@ -1,11 +1,11 @@
 """The code in docs/rewards.md runs."""
 
 import re
-import threading
 from pathlib import Path
 
 import pytest
 import torch
+from test_http_reward import running
 from test_judge import endpoint
 
 import trl_instruct
@@ -46,8 +46,6 @@ def test_the_adapters(make_reward_model, tokenizer, tmp_path, monkeypatch):
     with endpoint(lambda question: f"It says {question.count('cat')} cats.\n7") as (url, _):
         ran["judge"].url = f"{url}chat/completions"
         assert ran["judge"](["Which?"], ["A cat."]) == [7.0]
-    with RewardServer(lambda prompts, completions: [2.0 for _ in prompts]) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with running(RewardServer(lambda prompts, completions: [2.0 for _ in prompts])) as server:
         ran["remote"].url = server.url
         assert ran["remote"](["a"], ["b"]) == [2.0]
-        server.shutdown()

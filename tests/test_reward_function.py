@@ -146,3 +146,10 @@ def test_what_an_async_function_keeps_serves_all_calls():
 
     for _ in range(3):
         assert call_reward(one_at_a_time, PROMPTS, COMPLETIONS, {}) == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_an_async_function_that_calls_another():
+    async def outer(prompts, completions):
+        return call_reward(slowly, prompts, completions, COLUMNS)
+
+    assert call_reward(outer, PROMPTS, COMPLETIONS, {}) == [119.0, 120.0, 121.0, 122.0]

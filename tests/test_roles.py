@@ -160,6 +160,14 @@ def test_several_rewards_over_one_base(chain, ppo_config, tokenizer):
     assert roles.reward(*given) == pytest.approx([3 * alone + 0.5], abs=1e-5)  # one vowel
 
 
+def test_a_list_of_one_reward_model_is_that_model(chain, ppo_config, tokenizer):
+    roles = roles_of(ppo_config, tokenizer, chain["sft"], [chain["rm"]], share_base=True)
+    alone = roles_of(ppo_config, tokenizer, chain["sft"], chain["rm"], share_base=True)
+    torch.testing.assert_close(score_head(roles.value).weight, score_head(alone.value).weight)
+    embeddings = [model.get_input_embeddings() for model in (roles.policy, roles.value)]
+    assert embeddings[0] is embeddings[1]  # the value model is over the shared base too
+
+
 def test_models_can_stay_apart(chain, ppo_config, tokenizer):
     together = roles_of(ppo_config, tokenizer, chain["sft"], chain["rm"])
     apart = roles_of(ppo_config, tokenizer, chain["sft"], chain["rm"], share_base=False)

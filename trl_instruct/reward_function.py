@@ -10,13 +10,15 @@ import inspect
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import cache
-from threading import Thread
+from threading import Thread, current_thread
 from typing import Any
 
 from trl_instruct.errors import InputError
 
 RewardFunction = Callable[..., Sequence[float] | Awaitable[Sequence[float]]]
 Columns = Mapping[str, Sequence[Any]]
+
+LOOP_THREAD = "async rewards"
 
 
 class RewardError(InputError):
@@ -121,14 +123,9 @@ def _without(
     """
     count, alone = len(scores), states_of(reward)
     kept = [row for row in range(count) if row not in faults]
-
-    def those(values: Sequence[Any]) -> list[Any]:
-        return [values[row] for row in kept]
-
-    picked = {k: those(v) if is_column(v, count) else v for k, v in columns.items()}
     load_states(reward, before)
     try:
-        together, more = _ask(reward, those(prompts), those(completions), picked)
+        together, more = _ask(reward, *_rows(kept, prompts, completions, columns))
     except RewardError:
         together, more = [], dict(faults)
     if more:
@@ -158,17 +155,31 @@ def _one_by_one(
     count, unreachable = len(completions), None
     for row in range(count):
         score, fault = math.nan, unreachable
-        one = slice(row, row + 1)
-        alone = {k: v[one] if is_column(v, count) else v for k, v in columns.items()}
         try:
             if unreachable is None:
-                (score,), faults = _ask(reward, prompts[one], completions[one], alone)
+                (score,), faults = _ask(reward, *_rows([row], prompts, completions, columns))
                 fault = faults.get(0)
         except RewardUnreachableError as error:
             fault = unreachable = error.fault
         except RewardError as error:
             fault = error.fault
         yield score, fault
+
+
+def _rows(
+    rows: Sequence[int],
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: dict[str, Any],
+) -> tuple[list[Any], list[Any], dict[str, Any]]:
+    """What a reward is given, for some of the completions."""
+
+    def those(values: Sequence[Any]) -> list[Any]:
+        return [values[row] for row in rows]
+
+    count = len(completions)
+    picked = {k: those(v) if is_column(v, count) else v for k, v in columns.items()}
+    return those(prompts), those(completions), picked
 
 
 def _ask(
@@ -217,12 +228,13 @@ def _wanted(reward: RewardFunction, columns: Columns) -> dict[str, Any]:
 
 
 @cache
-def _event_loop() -> asyncio.AbstractEventLoop:
+def _event_loop(within: Thread | None) -> asyncio.AbstractEventLoop:
     """One for all calls, since what an async function keeps between them (a client, a semaphore)
     belongs to the loop it was first used in; in a thread, since one may run already (a notebook).
+    An async reward that calls another has, in its loop's thread, a further one to wait for.
     """
     loop = asyncio.new_event_loop()
-    Thread(target=loop.run_forever, daemon=True, name="async rewards").start()
+    Thread(target=loop.run_forever, daemon=True, name=LOOP_THREAD).start()
     return loop
 
 
@@ -232,7 +244,9 @@ def _awaited(answer: Awaitable[Any]) -> Any:
     async def wait() -> Any:
         return await answer
 
-    return asyncio.run_coroutine_threadsafe(wait(), _event_loop()).result()
+    caller = current_thread()
+    loop = _event_loop(caller if caller.name == LOOP_THREAD else None)
+    return asyncio.run_coroutine_threadsafe(wait(), loop).result()
 
 
 def _float(score: Any) -> float:

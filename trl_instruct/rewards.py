@@ -117,8 +117,7 @@ def load_reward(
     Raises:
         InputError: nothing there, a classifier of several labels, weights that do not fit.
     """
-    if isinstance(reward, list | tuple) and len(reward) == 1 and weights is None:
-        reward = reward[0]
+    reward = sole_reward(reward, weights)
     if isinstance(reward, list | tuple):
         options: Any = {"batch_size": batch_size, "model_config": model_config}
         parts = [load_reward(part, tokenizer, **options) for part in reward]
@@ -149,6 +148,12 @@ def load_reward(
     if own:
         tokenizer = load_tokenizer(reward)
     return RewardModel(model, tokenizer, batch_size=batch_size)
+
+
+def sole_reward(reward: Any, weights: Sequence[float] | None) -> Any:
+    """The one reward of a list without weights; else what was given."""
+    alone = isinstance(reward, list | tuple) and len(reward) == 1 and weights is None
+    return reward[0] if alone else reward
 
 
 def _is_encoder(model: Any) -> bool:

@@ -20,7 +20,7 @@ from trl_instruct.models import (
     score_head,
 )
 from trl_instruct.reward_function import RewardFunction, parts_of
-from trl_instruct.rewards import RewardModel, load_reward
+from trl_instruct.rewards import RewardModel, load_reward, sole_reward
 from trl_instruct.sharding import load_whole_models, shares_weights
 from trl_instruct.shared_base import SharedBase, classifier_around, view_of
 from trl_instruct.tokenizers import check_same_tokens, load_tokenizer
@@ -63,6 +63,7 @@ def load_roles(
         InputError: as `load_policy` and `load_reward`; `share_base` where it is not possible.
     """
     load_whole_models()
+    reward = sole_reward(reward, config.reward_weights)
     trust, base = {"trust_remote_code": config.trust_remote_code}, None
     if _shares(model, config, model_config):
         base = SharedBase(model, model_config, **trust)
