@@ -1,16 +1,28 @@
-"""Which tokens a reward model reads: those that its tokenizer makes of the text, as in training."""
+"""Which tokens a reward model reads: the policy's own where they are known, else its text's."""
+
+import copy
+import pickle
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from trl_instruct.combined import Clipped, LengthPenalty, WeightedSum
+from trl_instruct.reward_tokens import SampledText, closing_ids, reward_rows, same_tokenizer
+from trl_instruct.rewards import RewardModel
+
 SIZES = {"vocab_size": 259, "eos_token_id": 257, "pad_token_id": 258}
 PAIR, EOS = 256, 257
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+)
+# As Qwen3's: the last answer opens with thoughts that the generation prompt does not hold.
+THINKING = TEMPLATE.replace("':' +", "':' + ('<think>' if m['role'] == 'assistant' else '') +")
 
 
-@pytest.fixture(scope="module")
-def merging():
+def merging_tokenizer(template=None):
     """The byte-level tokenizer of the other tests with one merge: "ab" is a token, 256."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {char: index for index, char in enumerate([*alphabet, "ab"])}
@@ -18,21 +30,30 @@ def merging():
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<eos>", "<pad>"])
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
+    tokens = {"eos_token": "<eos>", "pad_token": "<pad>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **tokens)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture
+def merging():
+    return merging_tokenizer()
 
 
 @pytest.fixture
 def scored(make_trainer, make_policy, make_reward_model, merging):
-    """scored(completions): PPO's scores of these token ids behind prompt 0, and what its reward
-    model gives the same ids."""
+    """scored(completions, wrap, **PPOConfig options): PPO's scores of these token ids behind prompt
+    0, and what its reward model gives the same ids; `wrap` makes the reward of the reward model."""
 
-    def run(completions):
+    def run(completions, wrap=lambda reward: reward, **options):
         judge = make_reward_model(seed=1, **SIZES)
         trainer = make_trainer(
             processing_class=merging,
             model=make_policy(**SIZES),
             value_model=make_reward_model(seed=2, **SIZES),
-            reward_model=judge,
+            reward_model=wrap(RewardModel(judge, merging_tokenizer())),
+            **options,
         )
         rows = [0] * len(completions)
         width = max(map(len, completions))
@@ -40,7 +61,7 @@ def scored(make_trainer, make_policy, make_reward_model, merging):
         rollout = trainer.sample(rows)._replace(
             completion_ids=torch.tensor(padded),
             completion_lengths=torch.tensor([len(ids) for ids in completions]),
-            ended=torch.tensor([True] * len(completions)),
+            ended=torch.tensor([ids[-1] == EOS for ids in completions]),
         )
         with torch.no_grad():
             own = [judge(torch.tensor([trainer.prompts[0] + ids])) for ids in completions]
@@ -49,16 +70,144 @@ def scored(make_trainer, make_policy, make_reward_model, merging):
     return run
 
 
-def test_ids_that_are_the_tokenizers_own_have_the_score_of_their_text(scored, merging):
+@pytest.fixture
+def spellings(merging):
+    """ "cab" in the tokenizer's tokens and in others, both ended."""
+    a, b, c = (merging(letter)["input_ids"][0] for letter in "abc")
+    assert merging("cab")["input_ids"] == [c, PAIR]
+    return [[c, PAIR, EOS], [c, a, b, EOS]]
+
+
+def assert_same(scores, expected):
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+
+
+def as_plain(reward):
+    """The reward, given texts that know nothing of tokens."""
+    return lambda prompts, completions: reward(prompts, [text[:] for text in completions])
+
+
+def test_the_ids_of_the_policy_have_the_score_of_their_text(scored, merging):
     texts = ["yes<eos>", "about a cab<eos>", "<eos>"]
-    scores, of_ids = scored([merging(text)["input_ids"] for text in texts])
-    torch.testing.assert_close(scores, of_ids, atol=1e-5, rtol=0)
+    completions = [merging(text)["input_ids"] for text in texts]
+    scores, of_ids = scored(completions)
+    assert_same(scores, of_ids)
+    of_texts, _ = scored(completions, as_plain)
+    assert_same(scores, of_texts)
     assert of_ids.std() > 0.1
 
 
-def test_a_score_does_not_depend_on_how_the_policy_spelt_the_text(scored, merging):
-    a, b, c = (merging(letter)["input_ids"][0] for letter in "abc")
-    assert merging("cab")["input_ids"] == [c, PAIR]
-    scores, of_ids = scored([[c, PAIR, EOS], [c, a, b, EOS]])
+def test_a_completion_without_end_is_read_with_one(scored, merging):
+    whole, _ = scored([merging("a cab<eos>")["input_ids"]])
+    cut, _ = scored([merging("a cab")["input_ids"]])
+    assert_same(cut, whole)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda reward: reward,
+        lambda reward: WeightedSum([Clipped(reward, low=-99.0)]),
+        lambda reward: WeightedSum([reward, LengthPenalty(0.0)]),
+    ],
+)
+def test_what_the_policy_wrote_is_read_and_not_written_anew(scored, spellings, wrap):
+    scores, of_ids = scored(spellings, wrap)
+    assert_same(scores, of_ids)
+    assert abs(of_ids[0] - of_ids[1]) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("wrap", "options"),
+    [
+        (as_plain, {}),
+        (lambda reward: reward, {"stop_strings": ["zzz"]}),
+        (lambda reward: reward, {"max_prompt_length": 12}),  # two of the prompts are longer
+    ],
+)
+def test_where_they_are_not_what_is_judged_the_text_is_read(scored, spellings, wrap, options):
+    scores, of_ids = scored(spellings, wrap, **options)
     assert scores[0] == scores[1] == pytest.approx(float(of_ids[0]), abs=1e-5)
-    assert abs(of_ids[0] - of_ids[1]) > 0.01  # what the sampled ids would have given
+
+
+def test_one_by_one_as_together(scored, spellings, merging):
+    """A reward that fails on one completion is asked for each alone."""
+
+    def failing(reward):
+        def judge(prompts, completions):
+            if "no" in completions:
+                raise ValueError("no")
+            return reward(prompts, completions)
+
+        return judge
+
+    no = merging("no<eos>")["input_ids"]
+    scores, of_ids = scored([*spellings, no], failing, on_error="skip")
+    assert scores[2].isnan()
+    assert_same(scores[:2], of_ids[:2])
+
+
+def sampled(tokenizer, text, prompt="one "):
+    """A completion in tokens that are not those of its text: every byte by itself."""
+    ids = [*tokenizer(prompt)["input_ids"], *spelt(tokenizer, text)]
+    return SampledText(text, prompt, ids, tokenizer)
+
+
+def spelt(tokenizer, text):
+    return [token for letter in text for token in tokenizer(letter)["input_ids"]]
+
+
+def test_another_prompt_is_another_text(merging):
+    rows = reward_rows(["two "], [sampled(merging, "cab")], merging)
+    assert rows == [merging("two cab<eos>")["input_ids"]]
+
+
+def test_another_tokenizer_reads_the_text(merging, tokenizer):
+    assert reward_rows(["one "], [sampled(merging, "cab")], tokenizer) == [
+        tokenizer("one cab<eos>")["input_ids"]
+    ]
+
+
+def test_each_completion_for_itself(merging):
+    start = merging("one ")["input_ids"]
+    rows = reward_rows(["one "] * 2, ["cab", sampled(merging, "cab")], merging)
+    assert rows == [merging("one cab<eos>")["input_ids"], [*start, *spelt(merging, "cab"), EOS]]
+    assert reward_rows([], [], merging) == []
+
+
+def test_messages_are_closed_by_the_template():
+    tokenizer = merging_tokenizer(TEMPLATE)
+    prompt = [{"role": "user", "content": "hi"}]
+    opening = tokenizer("u:hi<eos>\na:")["input_ids"]
+    text = SampledText("cab", prompt, [*opening, *spelt(tokenizer, "cab")], tokenizer)
+    rows = reward_rows([prompt], [[{"role": "assistant", "content": text}]], tokenizer)
+    assert rows == [[*opening, *spelt(tokenizer, "cab"), *tokenizer("<eos>\n")["input_ids"]]]
+
+
+def test_a_template_that_puts_something_between():
+    thinking = merging_tokenizer(THINKING)
+    assert closing_ids(thinking, messages=True) is None
+    prompt = [{"role": "user", "content": "hi"}]
+    text = SampledText("cab", prompt, spelt(thinking, "cab"), thinking)
+    rows = reward_rows([prompt], [[{"role": "assistant", "content": text}]], thinking)
+    assert thinking.decode(rows[0]) == "u:hi<eos>\na:<think>cab<eos>\n"
+    assert PAIR in rows[0]
+
+
+def test_which_tokenizers_are_the_same(merging, tokenizer, tmp_path):
+    merging.save_pretrained(tmp_path)
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    again(["a", "long one"], padding=True, truncation=True, max_length=2)
+    assert same_tokenizer(merging, merging)
+    assert same_tokenizer(merging, again)
+    assert not same_tokenizer(merging, tokenizer)
+    again.chat_template = TEMPLATE
+    assert not same_tokenizer(merging, again)
+
+
+def test_a_sampled_text_is_a_text_like_any_other(merging):
+    text = sampled(merging, "cab")
+    assert (text, len(text), text + "s", f"{text}") == ("cab", 3, "cabs", "cab")
+    for sent in (pickle.loads(pickle.dumps(text)), copy.deepcopy(text), text[:]):
+        assert type(sent) is str
+        assert sent == "cab"

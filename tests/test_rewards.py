@@ -11,7 +11,8 @@ from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 from trl_instruct.errors import InputError
 from trl_instruct.http_reward import HTTPReward
 from trl_instruct.reward_function import as_completions, call_reward, reward_name
-from trl_instruct.rewards import RewardModel, cut_prompt, load_reward, token_ids
+from trl_instruct.reward_tokens import cut_prompt, token_ids
+from trl_instruct.rewards import RewardModel, load_reward
 
 PROMPTS = ["one ", "a longer prompt ", "two "]
 COMPLETIONS = ["yes", "no, and never again", ""]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl_instruct.batching import pad_rows, similar_lengths
 from trl_instruct.errors import InputError
 from trl_instruct.models import context_length, evaluating
-from trl_instruct.rewards import token_ids
+from trl_instruct.reward_tokens import token_ids
 from trl_instruct.rollouts import completion_logprobs
 from trl_instruct.sampling import pad_prompts, tokenize_prompts
 from trl_instruct.sources import iterate

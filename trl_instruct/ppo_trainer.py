@@ -44,6 +44,7 @@ from trl_instruct.reward_function import (
     place_on,
     states_of,
 )
+from trl_instruct.reward_tokens import sampled_texts
 from trl_instruct.rewards import RewardModel, check_roles
 from trl_instruct.rollout_scores import rollout_scores
 from trl_instruct.rollouts import (
@@ -265,7 +266,11 @@ class PPOTrainer(LoopTrainer):
         """What a reward function sees: prompts, completions, further columns."""
         records = self.train_dataset.select(list(rows))[:]
         prompts = records.pop("prompt")
-        return prompts, as_completions(prompts, self.texts(rollout)), records
+        texts = self.texts(rollout)
+        if not self.cut_prompts and not self.args.stop_strings:  # else a reward reads other text
+            tokens = [self.prompts[row] for row in rows]
+            texts = sampled_texts(texts, prompts, tokens, *rollout[2:5], self.processing_class)
+        return prompts, as_completions(prompts, texts), records
 
     def second_opinion(self, rollout: Rollout, rows: Sequence[int]) -> dict[str, float]:
         """The mean score of a judge that is not trained on, over all processes, if there is one.

@@ -22,7 +22,7 @@ from trl_instruct.losses import pair_loss, pair_weights
 from trl_instruct.masking import right_padded_mask
 from trl_instruct.models import disable_dropout, evaluating
 from trl_instruct.prefix import share_prefix, sharing_pays
-from trl_instruct.rewards import cut_prompt, token_ids
+from trl_instruct.reward_tokens import cut_prompt, token_ids
 from trl_instruct.scoring import (
     pad_token_of,
     score_positions,

@@ -4,7 +4,7 @@ import importlib.util
 import statistics
 import sys
 from collections.abc import Sequence
-from itertools import combinations, takewhile
+from itertools import combinations
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -25,6 +25,7 @@ from trl_instruct.models import (
     load_reward_model,
 )
 from trl_instruct.reward_function import RewardFunction, parts_of
+from trl_instruct.reward_tokens import reward_rows
 from trl_instruct.scoring import batched_logits
 from trl_instruct.shift import keep_shift, shift_of
 from trl_instruct.tiny import gold_score
@@ -83,7 +84,7 @@ class RewardModel:
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> list[float]:
         """Scores of the completions, one float each."""
-        rows = [token_ids(p, c, self.tokenizer) for p, c in zip(prompts, completions, strict=True)]
+        rows = reward_rows(prompts, completions, self.tokenizer)
         context = context_length(self.model)
         if context is not None:
             self.truncated += sum(len(row) > context for row in rows)
@@ -215,50 +216,3 @@ def check_roles(
                 f"{name} and {other} are the same object, and training one would change the other. "
                 f"Load it twice, or pass copy.deepcopy({other}) as {other}."
             )
-
-
-def token_ids(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Prompt + completion as a reward model reads them, in training and in use.
-
-    Args:
-        prompt, completion: two texts (joined and ended with EOS, as TRL's RewardTrainer does), or
-            two lists of messages (in the chat template).
-        tokenizer: the reward model's.
-    """
-    if isinstance(prompt, str):
-        text = prompt + completion
-        if not text.endswith(tokenizer.eos_token):
-            text += tokenizer.eos_token
-        return tokenizer(text)["input_ids"]
-    return tokenizer.apply_chat_template([*prompt, *completion], return_dict=True)["input_ids"]
-
-
-def cut_prompt(
-    rows: list[list[int]],
-    prompt: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-) -> list[list[int]]:
-    """The rows of one prompt's responses without so much of the prompt's beginning that they fit.
-
-    All lose the same tokens, as many as the longest needs, so that the responses are still judged
-    behind one and the same prompt. A response is never cut and one token of the prompt stays: a
-    row that is too long even so comes back too long, and the others are not cut on its account.
-
-    Args:
-        rows: prompt + response, as `token_ids` gives them.
-        prompt: text or messages.
-        tokenizer: what made the rows.
-        max_length: tokens that a row may have.
-    """
-    if isinstance(prompt, str):
-        opening = tokenizer(prompt)["input_ids"]
-    else:
-        opening = tokenizer.apply_chat_template(prompt, return_dict=True)["input_ids"]
-    # A token may join the prompt's last letters and the response's first: what all rows share.
-    shared = takewhile(lambda tokens: len({*tokens}) == 1, zip(opening, *rows, strict=False))
-    most = max(0, len(list(shared)) - 1)
-    longest = max((len(row) for row in rows if len(row) - most <= max_length), default=0)
-    cut = max(0, longest - max_length)
-    return [row[cut:] for row in rows]
