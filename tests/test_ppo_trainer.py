@@ -395,9 +395,9 @@ def test_a_reward_model_scores_with_the_policys_tokenizer(
     trainer = make_trainer(reward_model=reward_model)
     rollout = trainer.score(trainer.sample([3]), [3])
     kept = rollout.completion_lengths[0] - int(rollout.ended[0])
-    text = prompts[3] + tokenizer.decode(rollout.completion_ids[0, :kept]) + "<eos>"
+    ids = tokenizer(prompts[3])["input_ids"] + rollout.completion_ids[0, :kept].tolist()
     with torch.no_grad():
-        expected = reward_model(**tokenizer(text, return_tensors="pt")).logits[0]
+        expected = reward_model(torch.tensor([[*ids, tokenizer.eos_token_id]])).logits[0]
     torch.testing.assert_close(rollout.scores, expected)
 
 
