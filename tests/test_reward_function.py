@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from trl_instruct.combined import WeightedSum
 from trl_instruct.errors import InputError
 from trl_instruct.reward_function import (
     RewardError,
@@ -70,6 +71,31 @@ def test_the_others_keep_their_scores(fault):
     assert list(faults) == [2]
     assert "Lengths" in faults[2]
     assert reward.answered == 1  # calls that failed, and those that looked for why, leave no trace
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_a_text_that_is_asked_about_again_is_counted_once(memory):
+    """One of two parts counts what it cuts and has answered before the other fails."""
+
+    class Cutting:
+        truncated = 0
+
+        def __call__(self, prompts, completions):
+            self.truncated += sum(len(text) > 1 for text in completions)
+            return [1.0] * len(completions)
+
+    cutting, failing = Cutting(), Lengths(Exception)
+    both = WeightedSum([cutting, failing] if memory else [cutting, no_c])
+    scores, faults = try_reward(both, PROMPTS, COMPLETIONS, COLUMNS)
+    assert list(faults) == [2]
+    assert cutting.truncated == 3 - memory  # of what is asked for together, without the fault
+    with pytest.raises(RewardError):
+        call_reward(both, PROMPTS, COMPLETIONS, COLUMNS)
+    assert cutting.truncated == 3 - memory
+
+
+def no_c(prompts, completions):
+    return [{"ccc": math.nan}.get(text, 1.0) for text in completions]
 
 
 def test_a_wrong_count_is_asked_for_again_one_by_one():

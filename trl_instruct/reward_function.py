@@ -11,7 +11,7 @@ import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import cache
 from threading import Thread, current_thread
-from typing import Any
+from typing import Any, NamedTuple
 
 from trl_instruct.errors import InputError
 
@@ -19,6 +19,8 @@ RewardFunction = Callable[..., Sequence[float] | Awaitable[Sequence[float]]]
 Columns = Mapping[str, Sequence[Any]]
 
 LOOP_THREAD = "async rewards"
+# Texts that a model's context has cut, answers of a judge without a score.
+COUNTED = ("truncated", "unparsable")
 
 
 class RewardError(InputError):
@@ -59,15 +61,15 @@ def call_reward(
             no finite number. What it remembers (`state_dict`) is then as before the call.
     """
     given = (reward, prompts, completions, _wanted(reward, columns))
-    before = states_of(reward)
+    before = _memory(reward)
     try:
         scores, faults = _ask(*given)
         for row, fault in faults.items():
             raise RewardError(fault, row)
     except RewardError as error:
-        load_states(reward, before)
+        _restore(reward, before)
         where, why = _located(error, *given)
-        load_states(reward, before)
+        _restore(reward, before)
         if why is not None:
             raise RewardError(why, where) from error.__cause__
         raise
@@ -91,19 +93,19 @@ def try_reward(
         InputError: parameters of other names.
     """
     given = (reward, prompts, completions, _wanted(reward, columns))
-    before = states_of(reward)
+    before = _memory(reward)
     try:
         return _ask(*given)
     except RewardUnreachableError as away:
-        load_states(reward, before)
+        _restore(reward, before)
         rows = range(len(completions))
         return [math.nan for _ in rows], dict.fromkeys(rows, away.fault)
     except RewardError:
-        load_states(reward, before)
+        _restore(reward, before)
         answers = list(_one_by_one(*given))
     faults = {row: fault for row, (_, fault) in enumerate(answers) if fault is not None}
     scores = [score for score, _ in answers]
-    if before and len(faults) < len(scores):
+    if before.states and len(faults) < len(scores):
         scores = _without(faults, scores, before, *given)
     return scores, faults
 
@@ -111,7 +113,7 @@ def try_reward(
 def _without(
     faults: Mapping[int, str],
     scores: list[float],
-    before: list[dict[str, Any]],
+    before: "_Memory",
     reward: RewardFunction,
     prompts: Sequence[Any],
     completions: Sequence[Any],
@@ -121,15 +123,15 @@ def _without(
 
     One at a time a reward that remembers has scored each by those before it alone.
     """
-    count, alone = len(scores), states_of(reward)
+    count, alone = len(scores), _memory(reward)
     kept = [row for row in range(count) if row not in faults]
-    load_states(reward, before)
+    _restore(reward, before)
     try:
         together, more = _ask(reward, *_rows(kept, prompts, completions, columns))
     except RewardError:
         together, more = [], dict(faults)
     if more:
-        load_states(reward, alone)
+        _restore(reward, alone)
         return scores
     given = dict(zip(kept, together, strict=True))
     return [given.get(row, math.nan) for row in range(count)]
@@ -313,3 +315,26 @@ def load_states(reward: RewardFunction, states: list[dict[str, Any]]) -> None:
         )
     for part, state in zip(remembering, states, strict=True):
         part.load_state_dict(state)
+
+
+def counts_of(reward: RewardFunction) -> list[dict[str, int]]:
+    """What each part of a reward has counted, by name."""
+    return [{k: getattr(p, k) for k in COUNTED if hasattr(p, k)} for p in parts_of(reward)]
+
+
+class _Memory(NamedTuple):
+    """What a call changes in a reward: a call that failed is taken back with it."""
+
+    states: list[dict[str, Any]]
+    counts: list[dict[str, int]]
+
+
+def _memory(reward: RewardFunction) -> _Memory:
+    return _Memory(states_of(reward), counts_of(reward))
+
+
+def _restore(reward: RewardFunction, memory: _Memory) -> None:
+    load_states(reward, memory.states)
+    for part, counts in zip(parts_of(reward), memory.counts, strict=True):
+        for name, count in counts.items():
+            setattr(part, name, count)

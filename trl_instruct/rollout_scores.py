@@ -6,11 +6,13 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from trl_instruct.reward_function import (
+    COUNTED,
     Columns,
     RewardError,
     RewardFunction,
     as_text,
     call_reward,
+    counts_of,
     load_states,
     parts_of,
     states_of,
@@ -18,8 +20,6 @@ from trl_instruct.reward_function import (
 )
 
 SHOWN = 80
-# Texts that a model's context has cut, answers of a judge without a score.
-COUNTED = ("truncated", "unparsable")
 
 
 def rollout_scores(
@@ -61,10 +61,8 @@ def rollout_scores(
 
 def reward_counts(reward: RewardFunction) -> dict[str, int]:
     """What the parts of a reward have counted, in all processes: `truncated`, `unparsable`."""
-    parts = list(parts_of(reward))
-    counts = {name: sum(getattr(part, name, 0) for part in parts) for name in COUNTED}
-    everywhere = gather_object([counts])
-    return {name: sum(process[name] for process in everywhere) for name in COUNTED}
+    everywhere = gather_object(counts_of(reward))
+    return {name: sum(part.get(name, 0) for part in everywhere) for name in COUNTED}
 
 
 def _scores(
