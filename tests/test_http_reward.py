@@ -78,6 +78,16 @@ def test_scores_and_columns_go_through_in_batches():
     ]
 
 
+def test_an_address_of_ip_6():
+    try:
+        server = RewardServer(length, host="::1")
+    except InputError as error:
+        pytest.skip(f"no IPv6 on this machine: {error}")
+    with running(server):
+        assert server.url.startswith("http://[::1]:")
+        assert HTTPReward(server.url)(["a"], ["four"]) == [4.0]
+
+
 def test_messages_and_other_alphabets_go_through():
     def judge(prompts, completions):
         return [

@@ -86,7 +86,7 @@ def test_a_text_that_is_asked_about_again_is_counted_once(memory):
 
     cutting, failing = Cutting(), Lengths(Exception)
     both = WeightedSum([cutting, failing] if memory else [cutting, no_c])
-    scores, faults = try_reward(both, PROMPTS, COMPLETIONS, COLUMNS)
+    _, faults = try_reward(both, PROMPTS, COMPLETIONS, COLUMNS)
     assert list(faults) == [2]
     assert cutting.truncated == 3 - memory  # of what is asked for together, without the fault
     with pytest.raises(RewardError):

@@ -1,5 +1,7 @@
 import copy
+import json
 import math
+import shutil
 from functools import partial
 
 import pytest
@@ -7,12 +9,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import normalizers
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+from trl import ModelConfig
 
 from trl_instruct.errors import InputError
 from trl_instruct.http_reward import HTTPReward
 from trl_instruct.reward_function import as_completions, call_reward, reward_name
 from trl_instruct.reward_tokens import cut_prompt, token_ids
 from trl_instruct.rewards import RewardModel, load_reward
+from trl_instruct.roles import load_roles
 
 PROMPTS = ["one ", "a longer prompt ", "two "]
 COMPLETIONS = ["yes", "no, and never again", ""]
@@ -244,6 +248,63 @@ def test_a_classifier_needs_to_be_told_which_label(make_reward_model, tokenizer,
     for source in (model, tmp_path, str(tmp_path)):
         with pytest.raises(InputError, match="labels NEGATIVE, POSITIVE .* ClassifierReward"):
             load_reward(source, tokenizer)
+
+
+def test_a_classifier_on_the_hub_needs_to_be_told_too(
+    make_reward_model, tokenizer, tmp_path, monkeypatch
+):
+    """By the config that the cache holds of it, as after a download."""
+    cached = tmp_path / "models--org--classifier"
+    folder = cached / "snapshots" / "0"
+    tokenizer.save_pretrained(folder)
+    make_reward_model(id2label={0: "NEGATIVE", 1: "POSITIVE"}).save_pretrained(folder)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.HF_HUB_CACHE", str(tmp_path), raising=False)
+    with pytest.raises(InputError, match="labels NEGATIVE, POSITIVE .* ClassifierReward"):
+        load_reward("org/classifier")
+
+
+OWN_CODE = """from transformers import AutoModel, LlamaConfig, LlamaModel
+from transformers import LlamaForSequenceClassification
+
+
+class OddConfig(LlamaConfig):
+    model_type = "odd"
+
+
+class OddModel(LlamaModel):
+    config_class = OddConfig
+
+
+class OddForSequenceClassification(LlamaForSequenceClassification):
+    config_class = OddConfig
+
+
+AutoModel.register(OddConfig, OddModel)
+"""
+
+
+def test_code_of_a_models_own_runs_where_it_is_trusted(
+    saved_reward_model, saved_policy, tokenizer, tmp_path, monkeypatch, ppo_config
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    folder = shutil.copytree(saved_reward_model, tmp_path / "odd")
+    (folder / "odd.py").write_text(OWN_CODE)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "OddConfig"}
+    names["AutoModelForSequenceClassification"] = "OddForSequenceClassification"
+    config |= {"model_type": "odd", "auto_map": {k: f"odd.{v}" for k, v in names.items()}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="trust_remote_code"):
+        load_reward(folder)
+    expected = load_reward(saved_reward_model)(PROMPTS, COMPLETIONS)
+    assert_same(load_reward(folder, trust_remote_code=True)(PROMPTS, COMPLETIONS), expected)
+    given = (saved_policy, [folder], None, tokenizer, ppo_config(trust_remote_code=True))
+    roles = load_roles(*given, ModelConfig())
+    assert type(roles.value).__name__ == "OddForSequenceClassification"
+    assert_same(roles.reward(PROMPTS, COMPLETIONS), expected)
 
 
 def test_a_lora_folder_is_read_with_its_own_tokenizer(saved_reward_model, tokenizer, tmp_path):

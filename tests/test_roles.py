@@ -14,11 +14,12 @@ from test_recipes import DEMONSTRATIONS, PROMPTS, QUICK, QUICK_PPO, RANKINGS, vo
 from transformers import AutoTokenizer
 from trl import ModelConfig
 
-from trl_instruct.adapters import adapter_config
+from trl_instruct.adapters import adapter_config, is_quantized
 from trl_instruct.errors import InputError
 from trl_instruct.merging import merge
 from trl_instruct.models import score_head
 from trl_instruct.recipes import ppo, rm, sft
+from trl_instruct.reward_function import parts_of
 from trl_instruct.rewards import RewardModel, load_reward
 from trl_instruct.roles import load_roles
 from trl_instruct.shift import shift_of
@@ -203,6 +204,23 @@ def test_a_quantised_reward_model_judges_only(
     run_ppo(saved_policy, judge, tmp_path / "x", share_base=None, value_model_path="policy")
     with pytest.raises(InputError, match="a value model that starts from them could not train"):
         run_ppo(saved_policy, judge, tmp_path / "y", share_base=None)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"load_in_8bit": True}])
+def test_a_reward_model_of_its_own_is_loaded_as_the_policy_is(
+    chain, saved_reward_model, ppo_config, tokenizer, options
+):
+    """As TRL's script does; the value model that starts from it trains in float32."""
+    exact = load_reward(saved_reward_model)
+    for reward in (saved_reward_model, [saved_reward_model, vowels]):
+        roles = roles_of(ppo_config, tokenizer, chain["sft"], reward, **options)
+        (judge,) = (part for part in parts_of(roles.reward) if isinstance(part, RewardModel))
+        assert judge.model.dtype is torch.bfloat16 or is_quantized(judge.model)
+        given = ["Q1: "], ["yes"]
+        assert judge(*given) == pytest.approx(exact(*given), abs=0.5)
+    start = roles_of(ppo_config, tokenizer, chain["sft"], saved_reward_model, **options).value
+    assert all(w.dtype is torch.float32 and w.requires_grad for w in start.parameters())
+    torch.testing.assert_close(logits(start), logits(exact.model))
 
 
 def test_sharing_that_is_not_possible(chain, saved_policy, saved_reward_model, tmp_path):

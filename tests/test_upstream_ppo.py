@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from trl.experimental.utils import get_reward
 
 from trl_instruct import InputError, RewardModel, RewardModule, ppo
+from trl_instruct.combined import Clipped, WeightedSum
 from trl_instruct.configs import PPOConfig
 from trl_instruct.pretraining import train_tokenizer
 from trl_instruct.sampling import tokenize_prompts
@@ -58,6 +59,12 @@ def test_trl_reads_the_same_scores(kind, tokenizer, reward_model, completions):
     rows, width = batch(module, tokenizer, completions)
     _, scores, _ = get_reward(module, rows, PAD, width)
     torch.testing.assert_close(scores, torch.tensor(reward(ASKED[:3], TEXTS)))
+
+
+def test_every_model_of_a_reward_moves_with_the_module(tokenizer, reward_model):
+    reward = WeightedSum([Clipped(RewardModel(reward_model, tokenizer)), letters])
+    RewardModule(reward, tokenizer).to("meta")
+    assert reward_model.device.type == "meta"
 
 
 def test_the_reward_gets_prompts_texts_and_columns_of_the_right_rows(tokenizer, completions):

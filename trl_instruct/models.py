@@ -388,6 +388,8 @@ def load_fault(path: str, error: Exception) -> str:
     """What the libraries say in one line; where nothing is there of that name, that first."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     told = " ".join(line.strip() for line in lines) if lines[0].endswith(":") else lines[0]
+    if "trust_remote_code" in str(error):
+        told += " Set trust_remote_code if you trust that code."
     if Path(path).exists():
         return told
     return f"there is no such folder (looked in {Path.cwd()}), and as a Hub id: {told}"

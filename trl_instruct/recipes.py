@@ -42,7 +42,7 @@ from trl_instruct.preparation import (
 )
 from trl_instruct.pretraining import tiny_base
 from trl_instruct.reward_evaluation import evaluate_reward, pair_accuracy
-from trl_instruct.reward_function import parts_of
+from trl_instruct.reward_function import RewardFunction, parts_of
 from trl_instruct.reward_report import FIGURE, draw, render
 from trl_instruct.reward_trainer import RankingRewardTrainer
 from trl_instruct.rewards import TINY, Reward, RewardModel, load_reward
@@ -283,7 +283,7 @@ def ppo(
             train_dataset=prompts,
             value_model=roles.value,
             ptx_dataset=texts,
-            gold=load_reward(config.gold, tokenizer) if config.gold else None,
+            gold=_gold(config, tokenizer),
             callbacks=callbacks,
         )
         if trainer.cut_prompts:
@@ -299,6 +299,13 @@ def ppo(
                 run.say(f"{count} of the texts that the reward was given were {name}")
                 metrics[f"reward_{name}"] = count
         return run.finish(trainer, metrics)
+
+
+def _gold(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> RewardFunction | None:
+    """The judge that nothing is trained on, if there is one."""
+    if config.gold is None:
+        return None
+    return load_reward(config.gold, tokenizer, trust_remote_code=config.trust_remote_code)
 
 
 def _roles_and_passes(roles: Roles, trainer: Any) -> tuple[dict[str, nn.Module | None], list[Work]]:

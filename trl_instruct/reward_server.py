@@ -3,6 +3,7 @@
 import hmac
 import json
 import re
+import socket
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -46,17 +47,19 @@ class RewardServer(ThreadingHTTPServer):
         max_bytes: int = MOST_BYTES,
     ):
         self.reward, self.token, self.max_bytes = reward, token, max_bytes
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.lock = threading.Lock()
         try:
             super().__init__((host, port), _Handler)
         except (OSError, OverflowError) as error:
-            raise InputError(f"No server can listen at {host}:{port}: {error}") from error
+            raise InputError(f"No server can listen at {host}, port {port}: {error}") from error
 
     @property
     def url(self) -> str:
         """Where scores are to be had."""
         host, port = self.server_address[:2]
-        return f"http://{host!s}:{port}/score"
+        shown = f"[{host!s}]" if self.address_family == socket.AF_INET6 else host
+        return f"http://{shown!s}:{port}/score"
 
     def score(self, request: dict[str, Any]) -> list[float]:
         """Scores of a request's completions.

@@ -101,6 +101,7 @@ def load_reward(
     weights: Sequence[float] | None = None,
     batch_size: int = 64,
     model_config: ModelConfig | None = None,
+    trust_remote_code: bool = False,
 ) -> RewardFunction:
     """A reward function from whatever `ppo` accepts as one.
 
@@ -114,6 +115,7 @@ def load_reward(
         weights: of a list; default: 1 each.
         batch_size: completions per forward pass of a model.
         model_config: how to load a model: dtype, `load_in_8bit`, `load_in_4bit`.
+        trust_remote_code: whether a model from the Hub may bring code of its own.
 
     Raises:
         InputError: nothing there, a classifier of several labels, weights that do not fit.
@@ -121,8 +123,8 @@ def load_reward(
     reward = sole_reward(reward, weights)
     if isinstance(reward, list | tuple):
         options: Any = {"batch_size": batch_size, "model_config": model_config}
-        parts = [load_reward(part, tokenizer, **options) for part in reward]
-        return WeightedSum(parts, weights)
+        options["trust_remote_code"] = trust_remote_code
+        return WeightedSum([load_reward(part, tokenizer, **options) for part in reward], weights)
     if weights is not None:
         raise InputError("reward_weights belong to a list of rewards; one reward was given.")
     if isinstance(reward, str) and reward == TINY:
@@ -138,16 +140,17 @@ def load_reward(
         return HTTPReward(reward)
     if is_python(reward):
         return _from_file(reward)
-    _check_labels(reward)
+    trust: Any = {"trust_remote_code": trust_remote_code}
+    _check_labels(reward, **trust)
     model = reward
     if not _is_encoder(reward):
-        model = load_reward_model(reward, model_config or ModelConfig())
+        model = load_reward_model(reward, model_config or ModelConfig(), **trust)
     own = tokenizer is None or not is_nameless(reward)
     if _is_encoder(model):
         label, given = model.config.id2label[0], None if own else tokenizer
         return ClassifierReward(model, label, tokenizer=given, batch_size=batch_size)
     if own:
-        tokenizer = load_tokenizer(reward)
+        tokenizer = load_tokenizer(reward, **trust)
     return RewardModel(model, tokenizer, batch_size=batch_size)
 
 
@@ -163,15 +166,16 @@ def _is_encoder(model: Any) -> bool:
     return kind.endswith("ForSequenceClassification") and not hasattr(model, "score")
 
 
-def _check_labels(source: ModelSource) -> None:
+def _check_labels(source: ModelSource, *, trust_remote_code: bool) -> None:
     """InputError for a classifier of several labels: which of them is the reward?"""
     config: Any = None
     if isinstance(source, nn.Module):
         config = source.config
-    elif (Path(source) / "config.json").is_file():
-        config = AutoConfig.from_pretrained(source)
     else:
-        return
+        try:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError):
+            return  # an adapter's folder, or nothing there: loading it will tell
     kind, labels = (config.architectures or [type(source).__name__])[0], config.id2label
     if kind.endswith("ForSequenceClassification") and len(labels) > 1:
         raise InputError(

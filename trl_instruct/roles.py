@@ -2,6 +2,7 @@
 
 import copy
 import os
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from peft import PeftModel
@@ -57,7 +58,8 @@ def load_roles(
             model where there is one with the policy's tokenizer, else the policy.
         tokenizer: the policy's.
         config: its `share_base`: None, share where possible; True, insist; False, do not.
-        model_config: for the policy, and for the base in all its roles.
+        model_config: for the policy, and for the base in all its roles; a reward model of its own
+            gets the precision and quantisation, as in TRL. A value model of full size has float32.
 
     Raises:
         InputError: as `load_policy` and `load_reward`; `share_base` where it is not possible.
@@ -76,6 +78,8 @@ def load_roles(
         tokenizer,
         weights=config.reward_weights,
         batch_size=config.local_rollout_forward_batch_size,
+        model_config=replace(model_config, use_peft=False, model_revision="main"),
+        **trust,
     )
     if value is None:
         value = reward if _reads_alike(judge, tokenizer) else FROM_POLICY
@@ -86,7 +90,7 @@ def load_roles(
     elif base is not None and base.holds(value):
         start = base.classifier(value)
     else:
-        start = _full_value_model(value, reward, judge, model, policy)
+        start = _full_value_model(value, reward, model, policy, **trust)
     roles = Roles(with_lora(policy, model_config), ref_policy, judge, start)
     if base is not None and config.share_base:
         _insist(base, roles)
@@ -140,21 +144,24 @@ def _head_on(
 
 
 def _full_value_model(
-    source: Any, reward: Any, judge: RewardFunction, model: ModelSource, policy: PreTrainedModel
+    source: Any, reward: Any, model: ModelSource, policy: PreTrainedModel, **trust: bool
 ) -> PreTrainedModel:
     """A value model of full size: from a reward model, or from the policy with a head of zeros."""
-    if source is reward and isinstance(judge, RewardModel):
-        if is_quantized(judge.model):
+    judge = reward.model if isinstance(reward, RewardModel) else reward
+    if source is reward and isinstance(judge, nn.Module):
+        if is_quantized(judge):
             raise InputError(
                 "The reward model's weights have 8 or 4 bit, and a value model that starts from "
                 "them could not train. Set value_model_path (`policy`, or the reward model's "
                 "folder), or give the folder of an adapter over the policy's base as the reward."
             )
-        return copy.deepcopy(judge.model).requires_grad_(True)
+        return load_reward_model(copy.deepcopy(judge).requires_grad_(True), ModelConfig())
     if source != FROM_POLICY:
-        return load_reward_model(source, ModelConfig())
+        value = load_reward_model(source, ModelConfig(), **trust)
+        return value if isinstance(source, nn.Module) else value.requires_grad_(True)
     plain = not isinstance(policy, PeftModel) and not is_quantized(policy)
-    value = load_reward_model(policy if plain else model, ModelConfig(), fresh_head=True)
+    start = policy if plain else model
+    value = load_reward_model(start, ModelConfig(), fresh_head=True, **trust)
     score_head(value).weight.data.zero_()
     return value
 

@@ -32,7 +32,7 @@ from trl_instruct.configs import PPOConfig, StageConfig
 from trl_instruct.errors import InputError
 from trl_instruct.masking import left_padded_mask
 from trl_instruct.models import accepted, score_head, unwrapped
-from trl_instruct.reward_function import RewardFunction, as_completions, call_reward
+from trl_instruct.reward_function import RewardFunction, as_completions, call_reward, parts_of
 from trl_instruct.rewards import RewardModel, check_roles
 from trl_instruct.rollouts import unify_modes
 from trl_instruct.sampling import pad_prompts, prompt_tokens
@@ -79,8 +79,9 @@ class RewardModule(nn.Module):
         super().__init__()
         self.reward = reward
         self.tokenizer = tokenizer
-        if isinstance(reward, RewardModel):
-            self.model = reward.model  # so that it moves to the device with this module
+        models = [getattr(part, "model", None) for part in parts_of(reward)]
+        # So that they move to the device with this module.
+        self.models = nn.ModuleList(m for m in models if isinstance(m, nn.Module))
         self.score = nn.Identity()
         self.pending: deque[_Prompt] = deque()
 
