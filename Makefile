@@ -126,10 +126,13 @@ check: install  ## format, lint, types, import contracts
 	mypy
 	lint-imports
 
-test: install  ## all tests
-	python -m pytest
+# A file stays in one process, for what its tests share; the long ones come early, by their names.
+AT_ONCE = -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-test-unit: install  ## the tests that take seconds
+test: install  ## all tests, on all cores
+	python -m pytest $(AT_ONCE)
+
+test-unit: install  ## the tests that take less than half a second each
 	python -m pytest -m "not slow"
 
 clean:  ## remove runs of this CONFIG and caches (the environment stays)

@@ -49,6 +49,7 @@ def lora_weights(model):
 # ---- going on ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [{}, {"load_in_8bit": True}, {"load_in_4bit": True}])
 def test_a_policy_goes_on_from_its_adapter(folders, bits):
     model = load_policy(folders["sft"], ModelConfig(use_peft=True, **bits))
@@ -62,6 +63,7 @@ def test_a_policy_goes_on_from_its_adapter(folders, bits):
         torch.testing.assert_close(logits(model), logits(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [{}, {"load_in_8bit": True}, {"load_in_4bit": True}])
 def test_a_reward_model_goes_on_from_a_policys_adapter(folders, bits):
     """The same hidden states, a head of the paper's scale, and both train."""
@@ -77,6 +79,7 @@ def test_a_reward_model_goes_on_from_a_policys_adapter(folders, bits):
     assert (kept.task_type, kept.base_model_name_or_path) == ("SEQ_CLS", str(folders["base"]))
 
 
+@pytest.mark.slow
 def test_adapters_and_head_are_float32_over_a_bfloat16_base(folders):
     """peft leaves the head in bfloat16, where an update of 1e-4 to a weight of 0.25 is lost."""
     half = ModelConfig(use_peft=True, dtype="bfloat16")
@@ -197,6 +200,7 @@ def test_a_broken_config(tmp_path, content, told):
             load_policy(tmp_path, config)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_base(folders, make_policy, tokenizer):
     """The folder that it names holds another model now."""
     told = f"adapter in '{re.escape(str(folders['sft']))}' does not fit the .* from '.*base'"
@@ -249,6 +253,7 @@ def test_what_was_trained_over_4_bit_is_merged_in_full_precision(folders):
     torch.testing.assert_close(logits(model), expected)
 
 
+@pytest.mark.slow
 def test_adapters_of_other_methods_are_merged_too(folders, tmp_path):
     config = json.loads((folders["sft"] / "adapter_config.json").read_text())
     assert config["task_type"] == "CAUSAL_LM"

@@ -56,6 +56,7 @@ def test_a_simulated_labeler_scores_them(policy, tokenizer, tmp_path):
     assert any(row["scores"] != row["gold_scores"] for row in rows)
 
 
+@pytest.mark.slow
 def test_any_reward_can_stand_in_for_the_labeler(policy, tokenizer, saved_reward_model, tmp_path):
     _, rows = sample(policy, tokenizer, tmp_path / "c.jsonl", gold=saved_reward_model)
     judge = load_reward(saved_reward_model)

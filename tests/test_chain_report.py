@@ -10,6 +10,8 @@ from trl_instruct import InputError, report
 from trl_instruct.chain import read_chain
 from trl_instruct.chain_report import read_evaluation, summary_lines
 
+pytestmark = pytest.mark.slow  # whole pages with figures
+
 EVIL = '<script>alert("x")</script><img src="http://evil/x.png">'
 PPO = {
     "objective/scores": 0.5,

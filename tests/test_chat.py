@@ -41,6 +41,7 @@ def asked(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_models_answer_side_by_side(folders):
     models = {"plain": folders / "plain", "lora": folders / "adapter"}
     lines = list(answer_prompts(models, ["Q1: ", "Q2: "], QUICK))
@@ -60,6 +61,7 @@ def test_several_completions_and_the_seed(folders):
     assert one == same != other
 
 
+@pytest.mark.slow
 def test_a_typed_text_is_a_message_to_a_model_with_a_template(folders, asked):
     models = {"plain": folders / "plain", "chat": folders / "chat"}
     list(answer_prompts(models, ["Hi"], QUICK, typed=True, suffix="\n"))

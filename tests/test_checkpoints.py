@@ -16,6 +16,8 @@ from trl_instruct.checkpoints import all_checkpoints, find_checkpoint, is_whole
 from trl_instruct.errors import InputError
 from trl_instruct.recipes import ppo, rm, sft
 
+pytestmark = pytest.mark.slow  # whole runs, cut and resumed
+
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
 
@@ -52,7 +54,6 @@ def test_no_checkpoint_to_go_on_from(tmp_path, checkpoint):
         find_checkpoint(tmp_path, checkpoint)
 
 
-@pytest.mark.slow
 def test_a_half_written_checkpoint_is_removed_and_not_resumed_from(saved_policy, tmp_path):
     data = Dataset.from_list(DEMONSTRATIONS)
     sft(saved_policy, data, tmp_path / "run", **{**QUICK, **SAVING})
@@ -239,7 +240,6 @@ def in_child(work):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("moment", KILLS)
 def test_killed_and_resumed(saved_policy, saved_reward_model, tmp_path, monkeypatch, moment):
     prompts = Dataset.from_list(PROMPTS)
@@ -276,7 +276,6 @@ STAGES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_sigterm_saves_and_exits(saved_policy, tmp_path, capsys, name):
     """The step in which the signal comes is finished; the stage does not count as done."""

@@ -45,6 +45,7 @@ def as_dict(config):
     return {k: v for k, v in config.to_dict().items() if k != "logging_dir"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config_class", CONFIGS)
 @pytest.mark.parametrize("options", [{}, CHANGED], ids=["defaults", "changed"])
 def test_a_saved_config_reads_back_equal(tmp_path, config_class, options):

@@ -91,6 +91,7 @@ CHAT_FAULTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     ("good", "bad", "message"),
@@ -210,6 +211,7 @@ def test_faulty_pairs(record, implicit, message):
         check_pair(record, form="text", implicit=implicit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rows", "load"),
     [

@@ -119,6 +119,7 @@ METRIC = re.compile(r"(?:objective|policy|loss|val)/\w+")
 CODE = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "trl_instruct").glob("*.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 def test_our_name_for_anothers_is_in_the_code(name):
     if METRIC.fullmatch(name):

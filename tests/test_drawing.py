@@ -45,6 +45,7 @@ def likeliest(policy, prompts, **options):
     return [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copies", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_completions_are_those_of_each_prompt_alone(make_policy, kind, copies):
@@ -55,6 +56,7 @@ def test_completions_are_those_of_each_prompt_alone(make_policy, kind, copies):
     assert drawn == [row for row in expected for _ in range(copies)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copies", [1, 3])
 def test_stop_strings_end_completions_one_after_the_other(policy, tokenizer, copies):
     policy.eval()

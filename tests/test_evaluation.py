@@ -20,6 +20,8 @@ from trl_instruct.fluency import repetition
 from trl_instruct.models import load_policy
 from trl_instruct.options import named_sources
 
+pytestmark = pytest.mark.slow  # every test samples from several models
+
 PROMPTS = [{"prompt": f"Q{i}: ", "number": i} for i in range(8)]
 DEMONSTRATIONS = [{"prompt": f"Q{i}: ", "completion": f"answer {i}"} for i in range(4)]
 NUMBERS = {
@@ -287,7 +289,6 @@ def test_the_bar_covers_all_work(folders, tmp_path, monkeypatch):
     assert bars[0].n == bars[0].total == (2 * 8 + 4 * 8) * 3 + 2 * 4
 
 
-@pytest.mark.slow
 def test_from_the_command_line(folders, tmp_path, saved_reward_model, capsys):
     prompts = write(tmp_path / "prompts.jsonl", PROMPTS)
     arguments = ["--models", str(folders["one"]), f"other={folders['two']}"]

@@ -70,6 +70,7 @@ def test_one_model_has_no_win_rate(evaluation):
     assert "win rate" not in text and "best of" not in text
 
 
+@pytest.mark.slow
 def test_the_figure(evaluation, tmp_path, monkeypatch):
     kept = []
     original = Figure.savefig
@@ -88,6 +89,7 @@ def test_the_figure(evaluation, tmp_path, monkeypatch):
     assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_figure_without_a_curve_or_a_judge(evaluation, tmp_path):
     draw({**evaluation, "best_of_n": None, "judges": ["rm"]}, tmp_path / "e.png")
     assert (tmp_path / "e.png").is_file()

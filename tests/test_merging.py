@@ -50,6 +50,7 @@ def test_the_command(policy_adapter, tmp_path, capsys):
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "<eos>"
 
 
+@pytest.mark.slow
 def test_a_reward_model_keeps_head_and_shift(saved_policy, tokenizer, tmp_path):
     classifier = load_reward_model(saved_policy, ModelConfig(), fresh_head=True)
     adapter(classifier, tmp_path / "rm", "SEQ_CLS", modules_to_save=["score"])

@@ -94,6 +94,7 @@ def test_chat_templates(tmp_path, tokenizer):
 # ---- loading -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_reward_model_from_a_language_model(kind, make_policy, tokenizer, tmp_path):
     policy = make_policy(kind)
@@ -107,6 +108,7 @@ def test_a_reward_model_from_a_language_model(kind, make_policy, tokenizer, tmp_
         assert logits(model).shape == (1, 1)
 
 
+@pytest.mark.slow
 def test_the_fresh_head_has_the_papers_scale(make_policy):
     torch.manual_seed(0)
     model = make_policy()
@@ -185,6 +187,7 @@ def test_corrupt_weights(saved_policy, tmp_path, tokenizer):
 # ---- adapters ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_on_loading(saved_policy, saved_reward_model, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(saved_policy)
     adapted = adapter(base, tmp_path / "policy")
@@ -280,6 +283,7 @@ def test_dropout_is_off(kind, make_policy):
     torch.testing.assert_close(model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_context_length(kind, make_policy):
     assert context_length(make_policy(kind)) == 128

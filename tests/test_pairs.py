@@ -102,6 +102,7 @@ def test_reversed_ranks_swap_chosen_and_rejected(ranks, which, ties):
     assert set(indices([7 - rank for rank in ranks], which=which, ties=ties)) == swapped
 
 
+@pytest.mark.slow
 @given(
     rank_lists,
     st.sampled_from(["all", "adjacent", "best_vs_rest"]),
@@ -137,6 +138,7 @@ def test_the_seed_draws():
     assert indices(ranks, max_pairs=4, seed=3) == indices(ranks, max_pairs=4, seed=3)
 
 
+@pytest.mark.slow
 def test_streaming_gives_the_same_pairs(tmp_path):
     rows = [{**RANKED, "prompt": f"{n}?", "labeler": "x"} for n in range(600)]
     path = tmp_path / "a.jsonl"

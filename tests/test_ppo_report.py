@@ -13,6 +13,7 @@ from trl_instruct.ppo_report import PANELS, draw
 from trl_instruct.recipes import ppo
 
 
+@pytest.mark.slow
 def test_the_figure_has_every_curve(tmp_path, monkeypatch):
     names = [name for _, first, second in PANELS for name in (first, second) if name]
     logs = [{"step": step, **dict.fromkeys(names, step / 2)} for step in (1, 2)]

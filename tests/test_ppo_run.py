@@ -13,6 +13,7 @@ def weights(trainer):
     return trainer.model.state_dict()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights(make_trainer):
     first, second = (weights(make_trainer(max_steps=2)) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
@@ -25,6 +26,7 @@ def test_data_seed_0_is_a_seed(make_trainer):
     assert orders[0] != orders[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "iterations"),
     [
@@ -59,6 +61,7 @@ class Recorder(TrainerCallback):
         self.calls.append("end")
 
 
+@pytest.mark.slow
 def test_callbacks_are_told_and_can_stop(make_trainer):
     recorder = Recorder()
     make_trainer(max_steps=4, callbacks=[recorder]).train()
@@ -69,6 +72,7 @@ def test_callbacks_are_told_and_can_stop(make_trainer):
     assert recorder.calls == ["begin", "step 0", "end"]
 
 
+@pytest.mark.slow
 def test_every_metric_is_logged_and_the_last_is_the_result(make_trainer):
     trainer = make_trainer(max_steps=3, logging_steps=2)
     output = trainer.train()
@@ -86,6 +90,7 @@ def test_every_metric_is_logged_and_the_last_is_the_result(make_trainer):
     assert all(math.isfinite(value) for value in output.metrics.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "rates"),
     [("constant_with_warmup", [0.5, 1.0, 1.0, 1.0]), ("linear", [0.5, 1.0, 2 / 3, 1 / 3])],
@@ -100,6 +105,7 @@ def test_the_learning_rate_follows_the_iterations(make_trainer, schedule, rates)
     assert logged == pytest.approx(rates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "folders"),
     [

@@ -62,6 +62,7 @@ def hand_made_rollout(trainer, completions, lengths, filler=0.0):
     return Rollout(*tokens, torch.tensor([True, False]), *fields, torch.tensor([1.0, 2.0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_mini_batches", [1, 2, 4])
 def test_a_minibatch_is_an_optimizer_step(make_trainer, num_mini_batches):
     trainer = make_trainer(
@@ -133,6 +134,7 @@ def test_the_update_has_the_gradients_norm_unless_clipped(make_trainer, max_grad
     assert moved == pytest.approx(max_grad_norm or logged, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_how_a_minibatch_is_cut_into_micro_batches_changes_nothing(make_trainer, epochs):
     options = {"num_ppo_epochs": epochs, "max_steps": 2, **SGD}
@@ -234,6 +236,7 @@ def test_rewards_hold_the_kl_penalty_and_the_score(make_trainer):
     torch.testing.assert_close(real.mean(), expected[rollout.mask].mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [
@@ -284,6 +287,7 @@ def test_a_given_reference_is_used_and_frozen(make_trainer, make_policy):
     assert not any(parameter.requires_grad for parameter in ref.parameters())
 
 
+@pytest.mark.slow
 def test_a_lora_policy_trains_its_adapter_against_its_own_base(make_trainer, make_policy):
     plain = make_policy()
     trainer = make_trainer(model=lora(make_policy()), max_steps=2)
@@ -306,6 +310,7 @@ def test_one_object_in_two_roles_is_an_error(make_trainer, policy, reward_model,
         make_trainer(**models)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [lambda policy: policy, lora], ids=["full", "lora"])
 @pytest.mark.parametrize("kwargs", [None, {"use_reentrant": False}])
 def test_gradient_checkpointing_gives_the_same_update(make_trainer, make_policy, wrap, kwargs):
@@ -322,6 +327,7 @@ def test_gradient_checkpointing_gives_the_same_update(make_trainer, make_policy,
     torch.testing.assert_close(trained(saving), after)
 
 
+@pytest.mark.slow
 def test_text_prompts_and_further_columns_reach_the_reward(make_trainer, prompts):
     calls = []
 
@@ -413,6 +419,7 @@ def test_a_bad_reward_or_prompt_is_an_error(make_trainer, make_policy):
 # ---- KL control ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_beta_follows_the_kl_to_its_target(make_trainer):
     """Against a reference that is no nearer than its own KL allows, beta rises by 0.2 * 8 / 40."""
     options = {"max_steps": 3, "kl_coef": 0.1, "adaptive_kl_horizon": 40}
@@ -442,6 +449,7 @@ def test_beta_is_what_the_rewards_are_made_with(make_trainer):
     torch.testing.assert_close(rewards, torch.tensor(expected))
 
 
+@pytest.mark.slow
 def test_an_iteration_ends_early_where_the_policy_has_moved_too_far(make_trainer):
     options = {"num_ppo_epochs": 3, "learning_rate": 0.01}
     steps = count_steps(make_trainer(target_kl=1e-5, **options))
@@ -454,6 +462,7 @@ def test_an_iteration_ends_early_where_the_policy_has_moved_too_far(make_trainer
 # ---- value model ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_value_function_has_its_own_learning_rate(make_trainer):
     trainer = make_trainer(value_learning_rate=0.0, max_steps=2)
     before = weights(trainer.model)

@@ -47,6 +47,7 @@ rankings = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(rankings)
 def test_a_token_sees_its_own_row_up_to_itself_and_nothing_else(drawn):

@@ -34,6 +34,7 @@ def texts(rows=TEXTS):
     return Dataset.from_dict({"text": rows})
 
 
+@pytest.mark.slow
 def test_a_base_model_from_text(tmp_path):
     result = pretrain(texts(), tmp_path / "base", **{**SMALL, "max_steps": 20})
     assert result.metrics["train_loss"] < 5.5
@@ -116,6 +117,7 @@ def test_missing_columns_and_data(tmp_path):
         pretrain(None, tmp_path / "base", **SMALL)
 
 
+@pytest.mark.slow
 def test_a_ready_config_takes_an_output_dir_beside_it(tmp_path):
     config = PretrainConfig(output_dir="elsewhere", **{**SMALL, "max_steps": 1})
     assert pretrain(texts(), tmp_path / "base", config=config).path == tmp_path / "base"

@@ -46,6 +46,7 @@ def test_every_pass_has_every_text_in_a_fresh_order(tokenizer):
     assert other[:7] != first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_go_on_where_they_were_left(tokenizer, streaming):
     rows = rows_of(tokenizer, streaming)
@@ -98,6 +99,7 @@ def test_a_step_descends_gamma_times_the_pretraining_loss_too(make_trainer, toke
         torch.testing.assert_close(after[name], expected)
 
 
+@pytest.mark.slow
 def test_the_pretraining_gradient_is_added_to_that_of_ppo(make_trainer):
     moved = {}
     for name, options in {

@@ -142,6 +142,7 @@ def test_pairs_and_ties_are_all_pairs(values):
     assert ranking.strict_pairs == len(values) * (len(values) - 1) // 2 - ties
 
 
+@pytest.mark.slow
 @given(ranks, st.randoms(use_true_random=False))
 def test_the_form_does_not_depend_on_the_order_of_responses(values, random):
     rows = [(f"r{index % 5}", value) for index, value in enumerate(values)]
@@ -221,6 +222,7 @@ def test_csv_and_parquet(tmp_path):
     assert load_rankings(tmp_path / "a.parquet").to_list() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     ("bad", "message"),
@@ -255,6 +257,7 @@ def test_wrong_columns():
         load_rankings(Dataset.from_list([{"prompt": "q", "completions": ["a", "b"]}]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -10,6 +10,7 @@ from trl_instruct.rollouts import PolicyAndValue, join
 from trl_instruct.sampling import pad_prompts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox", "gpt2", "opt", "mamba"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_with_a_mask_do_not_read_padding(make_policy, make_reward_model, kind, dtype):

@@ -163,6 +163,7 @@ def test_a_calibrated_model_has_no_error():
     assert calibration_error(calibration(pairs_of([margin] * 30 + [-margin] * 10))) < 1e-9
 
 
+@pytest.mark.slow
 def test_bins_hold_at_least_30_pairs_and_are_at_most_10():
     torch.manual_seed(0)
     for size, bins in ((1, 1), (59, 1), (60, 2), (3000, 10)):

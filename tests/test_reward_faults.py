@@ -13,6 +13,8 @@ from trl_instruct.combined import Normalised, WeightedSum
 from trl_instruct.errors import InputError
 from trl_instruct.http_reward import HTTPReward
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 def letters(prompts, completions):
     return [text.count("e") + 0.1 * len(text) for text in completions]
@@ -200,7 +202,6 @@ def test_what_normalisation_has_seen_is_saved(make_trainer, tmp_path):
         make_trainer(max_steps=2).train(resume_from_checkpoint=str(tmp_path / "ppo/checkpoint-1"))
 
 
-@pytest.mark.slow
 def test_a_server_killed_in_the_middle_of_a_rollout(make_trainer, tmp_path):
     """It comes back, and the run ends as one that was never cut."""
     file = tmp_path / "rules.py"

@@ -57,6 +57,7 @@ def test_the_table_leaves_out_what_was_not(evaluation, tmp_path):
     assert only_shift == "shift  +1.000  demonstrations: sd 0.500"
 
 
+@pytest.mark.slow
 def test_the_figure(evaluation, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
@@ -78,6 +79,7 @@ def test_the_figure(evaluation, tmp_path, monkeypatch):
     assert f"{evaluation.metrics['calibration_error']:.3f}" in calibration.get_title()
 
 
+@pytest.mark.slow
 def test_the_figure_is_a_png_whatever_is_unknown(evaluation, tmp_path):
     metrics = {k: v for k, v in evaluation.metrics.items() if k not in ("ceiling", "agreement")}
     cell = {"accuracy": 1.0, "accuracy_low": math.nan, "accuracy_high": math.nan}

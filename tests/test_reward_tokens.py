@@ -87,6 +87,7 @@ def as_plain(reward):
     return lambda prompts, completions: reward(prompts, [text[:] for text in completions])
 
 
+@pytest.mark.slow
 def test_the_ids_of_the_policy_have_the_score_of_their_text(scored, merging):
     texts = ["yes<eos>", "about a cab<eos>", "<eos>"]
     completions = [merging(text)["input_ids"] for text in texts]
@@ -103,6 +104,7 @@ def test_a_completion_without_end_is_read_with_one(scored, merging):
     assert_same(cut, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -117,6 +119,7 @@ def test_what_the_policy_wrote_is_read_and_not_written_anew(scored, spellings, w
     assert abs(of_ids[0] - of_ids[1]) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrap", "options"),
     [

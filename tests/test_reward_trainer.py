@@ -95,6 +95,7 @@ def log_sigmoid(x):
 # ---- the three forwards --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_three_forwards_give_the_same_loss_and_gradients(
@@ -128,6 +129,7 @@ def test_the_loss_is_that_of_each_text_scored_alone(reward_model, tokenizer, tmp
     assert loss == pytest.approx(sum(per_prompt) / 3, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forward", FORWARDS)
 def test_trls_own_trainer_gives_the_same_on_the_pairs(make_reward_model, tmp_path, forward):
     """With as many pairs for every prompt, its mean over pairs is the mean over prompts."""
@@ -167,6 +169,7 @@ def test_they_train_alike_with_checkpointing_and_adapters(make_reward_model, tmp
         torch.testing.assert_close(other, weights[0], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_in_bfloat16(make_reward_model, tmp_path, forwards):
     trainers = [
         trainer_for(make_reward_model(), tmp_path, forward=forward, bf16=True)
@@ -204,6 +207,7 @@ def classifier(kind, **options):
     return AutoModelForSequenceClassification.from_config(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bloom", "mistral"])
 def test_who_cannot_share_says_so_once_and_is_exact(tmp_path, caplog, kind):
     options = (
@@ -222,6 +226,7 @@ def test_who_cannot_share_says_so_once_and_is_exact(tmp_path, caplog, kind):
     assert_alike([*results, loss_and_gradients(pairs)])
 
 
+@pytest.mark.slow
 def test_the_check_uses_the_longest_ranking_of_training_and_evaluation(tmp_path, caplog):
     """A window that is long enough for the training data, and not for what is evaluated later."""
     long = [{**RANKINGS[0], "prompt": ASKED * 2}]
@@ -254,6 +259,7 @@ def test_the_check_leaves_the_mode_as_it_was(reward_model, tmp_path):
 # ---- weights, ties, averages ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_average_over_pairs_and_weights(reward_model, tokenizer, tmp_path):
     rankings = [{**r, "weight": w} for r, w in zip(RANKINGS, [1.0, 2.0, 5.0], strict=True)]
 
@@ -269,6 +275,7 @@ def test_average_over_pairs_and_weights(reward_model, tokenizer, tmp_path):
     assert measured(RANKINGS, average_over="pairs") == pytest.approx(over_pairs, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"average_over": "pairs"}])
 def test_how_a_step_is_cut_changes_nothing(make_reward_model, tmp_path, options):
     rankings = [
@@ -289,6 +296,7 @@ def test_how_a_step_is_cut_changes_nothing(make_reward_model, tmp_path, options)
         torch.testing.assert_close(other, weights[0], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forward", FORWARDS)
 def test_ties_can_count_half(make_reward_model, tmp_path, forward):
     tied = [{"prompt": ASKED, "responses": ["yes", "no"], "ranks": [1, 1]}]
@@ -386,6 +394,7 @@ def test_predictions_are_the_scores_of_the_responses(reward_model, tmp_path, for
         assert set(scores[count:].tolist()) <= {-100.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("records", [RANKINGS, PAIRS], ids=["rankings", "pairs"])
 def test_streams_train(reward_model, tmp_path, records):
     def stream():
@@ -406,6 +415,7 @@ def test_a_stream_does_not_tell_the_number_of_pairs(reward_model, tmp_path):
 # ---- use -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_learns_the_order(reward_model, tmp_path):
     options = {"learning_rate": 3e-3, "max_steps": 30, "logging_steps": 1}
     strict = [record for record in RANKINGS if len(set(record["ranks"])) == len(record["ranks"])]
@@ -446,6 +456,7 @@ def test_what_is_trained_is_what_plain_transformers_loads(make_reward_model, tmp
             plain(**batch)
 
 
+@pytest.mark.slow
 def test_trls_own_config_will_do(reward_model, tmp_path):
     trainer = trainer_for(reward_model, tmp_path, config_class=trl.RewardConfig, max_steps=1)
     assert trainer.train().training_loss > 0

@@ -286,6 +286,7 @@ AutoModel.register(OddConfig, OddModel)
 """
 
 
+@pytest.mark.slow
 def test_code_of_a_models_own_runs_where_it_is_trusted(
     saved_reward_model, saved_policy, tokenizer, tmp_path, monkeypatch, ppo_config
 ):
@@ -322,6 +323,7 @@ def test_a_lora_folder_is_read_with_its_own_tokenizer(saved_reward_model, tokeni
     assert_same(scores, RewardModel(lora, tokenizer)(PROMPTS, COMPLETIONS))
 
 
+@pytest.mark.slow
 def test_lora_and_quantised_reward_models(reward_model, saved_reward_model, tokenizer, tmp_path):
     torch.manual_seed(3)
     config = LoraConfig(

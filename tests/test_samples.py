@@ -26,6 +26,7 @@ def samples(policy, make_policy, tokenizer, prompts):
     return sample
 
 
+@pytest.mark.slow
 def test_samples_hold_scores_lengths_and_the_kl_of_each_completion(
     samples, policy, make_policy, tokenizer, prompts
 ):

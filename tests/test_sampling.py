@@ -23,6 +23,7 @@ def sample(model, prompts, **options):
     return generate(model, prompts, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("temperature", "copies"), [(1.0, 1), (0.5, 1), (1.0, 64)])
 def test_sampling_is_from_the_full_distribution_at_its_temperature(policy, temperature, copies):
     """The mean log-probability of samples is minus the entropy, whatever the model's own taste."""
@@ -116,6 +117,7 @@ def test_the_eos_of_tokenizer_and_model_both_end_a_completion(policy, tokenizer)
 # ---- stop strings --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stop_string_ends_a_completion_with_its_last_token(policy, tokenizer):
     """One token a byte, so lengths are letters. The prompts hold the string and end in half of it:
     only the completion counts."""

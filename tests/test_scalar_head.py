@@ -86,6 +86,7 @@ def rwkv_folder(make_policy, tokenizer, folder):
 # ---- the score -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("filler", [0, 256, 257], ids=["text", "eos", "pad"])
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -290,6 +291,7 @@ def test_it_learns_the_order(make_reward_model, eos_padded_tokenizer, tmp_path):
     assert history[-1]["loss"] < 0.1 < 0.5 < history[0]["loss"]
 
 
+@pytest.mark.slow
 def test_trls_own_reward_trainer_takes_its_folder(make_policy, tokenizer, tmp_path):
     rows = [{"prompt": "Q: ", "chosen": "good", "rejected": "bad"}] * 4
     folder = str(rwkv_folder(make_policy, tokenizer, tmp_path / "policy"))

@@ -26,6 +26,8 @@ from trl_instruct.rewards import RewardModel
 from trl_instruct.shared_base import SharedBase, classifier_over, view_of
 from trl_instruct.shift import SHIFT_FILE
 
+pytestmark = pytest.mark.slow  # every test trains, or loads, four models
+
 LORA = ModelConfig(use_peft=True, lora_r=4)
 BITS = [{}, {"load_in_8bit": True}, {"load_in_4bit": True}]
 KINDS = ["llama", "gpt2"]

@@ -107,6 +107,7 @@ def test_rm_measures_it(saved_policy, tmp_path, rows):
     assert mean(load_reward(result)(*GIVEN)) == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_rm_without_demonstrations_drops_what_its_start_had(reward_model, tokenizer, tmp_path):
     keep_shift(reward_model, 1.5, 1.0)
     reward_model.save_pretrained(tmp_path / "start")

@@ -22,6 +22,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     ("name", "text"),
@@ -95,6 +96,7 @@ def test_where_counts_lines_with_blank_ones(tmp_path):
     assert Source.of(Dataset.from_list(ROWS)).where(0) == "the given Dataset, row 1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     ("name", "text", "message"),
@@ -114,6 +116,7 @@ def test_unreadable_files(tmp_path, name, text, message, streaming):
         load_records(write(tmp_path / name, text), streaming=streaming)
 
 
+@pytest.mark.slow
 def test_a_late_fault_of_a_stream_names_its_line(tmp_path):
     rows = [json.dumps({"prompt": "x" * 1000}) for _ in range(12_000)]
     path = write(tmp_path / "a.jsonl", "\n".join([*rows, '{"prompt": ']))
@@ -190,6 +193,7 @@ def test_faults_of_the_hub(monkeypatch, error, message):
         load_records("someone/data")
 
 
+@pytest.mark.slow
 def test_the_tiny_world():
     tiny = pytest.importorskip("trl_instruct.tiny")
     if not hasattr(tiny, "split"):

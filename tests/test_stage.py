@@ -105,6 +105,7 @@ def test_another_run_is_replaced_only_on_demand(saved_policy, tmp_path):
     assert {"model.safetensors", "metrics.json", "notes.txt"} <= left
 
 
+@pytest.mark.slow
 def test_a_mistake_found_early_costs_no_earlier_run(saved_policy, tmp_path):
     folder = tmp_path / "run"
     sft(saved_policy, DATA, folder, **QUICK)
@@ -140,6 +141,7 @@ def test_an_early_failure_leaves_no_folder(saved_policy, tmp_path):
     assert not list((tmp_path / "empty").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
 def test_a_reward_that_fails_leaves_no_folder(policy, tokenizer, tmp_path, options):
     def broken(prompts, completions):
@@ -190,6 +192,7 @@ def test_the_folder_tells_running_from_done(tmp_path):
     assert json.loads((folder / "metrics.json").read_text())["x"] == 1.0
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_makes_it_unfinished_until_it_ends(saved_policy, tmp_path):
     folder = tmp_path / "run"
     saving = {**QUICK, "save_strategy": "steps", "save_steps": 1}
@@ -208,6 +211,7 @@ def test_nothing_to_resume_from(saved_policy, tmp_path, checkpoint):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_the_progress_bar_and_the_lines_for_the_user(saved_policy, tmp_path, capsys):
     sft(saved_policy, DATA, tmp_path / "x", **{**QUICK, "disable_tqdm": False})
     told = capsys.readouterr()

@@ -31,6 +31,7 @@ def mean_score(reply, count: int = 500) -> float:
     return sum(score(task, reply(task)) for task in tasks) / count
 
 
+@pytest.mark.slow
 def test_good_replies_score_one():
     rng = random.Random(0)
     for _ in range(5000):
@@ -160,6 +161,7 @@ EXPLOITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPLOITS)
 def test_exploits_score_low(name):
     assert mean_score(EXPLOITS[name]) < 0.3
@@ -191,6 +193,7 @@ def test_always_yes_earns_half_of_an_honest_question():
     assert sum(always_yes) / len(always_yes) == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.slow
 def test_more_text_never_helps_a_good_reply():
     rng = random.Random(8)
     for _ in range(300):

@@ -91,6 +91,7 @@ def test_texts_are_short_ascii_and_meet_at_a_newline(tasks):
         assert len(good_reply(task, rng).split()) <= 20
 
 
+@pytest.mark.slow
 def test_byte_level_pieces_do_not_cross_into_the_reply(tasks):
     pre_tokenizers = pytest.importorskip("tokenizers").pre_tokenizers
     cut = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str

@@ -41,6 +41,7 @@ def test_the_interval_is_that_of_the_binomial():
     assert interval.high == pytest.approx(0.6 + half, abs=0.015)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_what_is_drawn(contest):
     assert win_rate(*contest, seed=1) == win_rate(*contest, seed=1)
     values = torch.linspace(0, 1, 50, dtype=torch.float64)
