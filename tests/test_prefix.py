@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_mask
 
 from trl_instruct.batching import pad_rows
-from trl_instruct.prefix import common_prefix, prefix_mask, share_prefix
+from trl_instruct.prefix import common_prefix, prefix_blocks, prefix_mask, share_prefix
 
 
 def share(*rankings):
@@ -63,6 +64,16 @@ def test_a_token_sees_its_own_row_up_to_itself_and_nothing_else(drawn):
             seen = visible[where, column].nonzero().flatten().tolist()
             assert seen == columns[: position + 1].tolist()
     assert visible.any(dim=2).all()  # padding too: softmax over nothing is not a number
+    blocks = prefix_blocks(shared.segments)
+    assert torch.equal(create_mask(blocks.mask_mod, *visible[:, None].shape, "cpu")[:, 0], visible)
+
+
+def test_blocks_that_nothing_is_seen_in():
+    """Of a prompt and two responses of 128 tokens each, the second does not see the first."""
+    prompt, one, two = (torch.arange(128) + start for start in (0, 200, 400))
+    rows = [torch.cat([prompt, response]).tolist() for response in (one, two)]
+    blocks = prefix_blocks(share(rows).segments).to_dense()[0, 0]
+    assert blocks.tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
 
 
 @settings(max_examples=50)

@@ -74,9 +74,9 @@ def forwards(monkeypatch):
     seen = []
     real = scoring._forward_shared
 
-    def spy(model, shared, dtype):
+    def spy(model, bare, shared, dtype):
         seen.append(tuple(shared.input_ids.shape))
-        return real(model, shared, dtype)
+        return real(model, bare, shared, dtype)
 
     monkeypatch.setattr(scoring, "_forward_shared", spy)
     return seen

@@ -1,12 +1,14 @@
 """A response's score: the same in a row of its own, in a batch, behind a shared prompt."""
 
 import re
+import shutil
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from trl_instruct import scoring
 from trl_instruct.batching import pad_rows
 from trl_instruct.masking import right_padded_mask
 from trl_instruct.prefix import share_prefix
@@ -69,6 +71,17 @@ def test_the_score_stands_at_the_last_token_that_is_no_padding():
     assert score_positions(ids, mask, 9).tolist() == [2, 4]
     # Where the model calls the EOS padding, its score stands before it, as it was trained.
     assert score_positions(ids, mask, 2).tolist() == [1, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("c++"), reason="FlexAttention on CPU needs a C++ compiler")
+def test_a_shared_prompt_with_flex_attention(make_reward_model, monkeypatch):
+    """Forward alone: on CPU torch has no backward pass for it."""
+    model = make_reward_model().eval()
+    expected = shared(model)
+    model.set_attn_implementation("flex_attention")
+    monkeypatch.setattr(scoring, "prefix_mask", None)
+    torch.testing.assert_close(shared(model), expected)
 
 
 @pytest.mark.parametrize("kind", SHARES)

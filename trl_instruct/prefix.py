@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
 class SharedRows(NamedTuple):
@@ -107,12 +108,25 @@ def prefix_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     >>> (prefix_mask(torch.tensor([[0, 1, 1, 2]]), torch.float32) == 0).int().tolist()
     [[[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]]]
     """
-    width = segments.shape[1]
-    query, key = segments.unsqueeze(2), segments.unsqueeze(1)
-    causal = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
-    visible = ((key == 0) | (key == query)) & causal
+    place = torch.arange(segments.shape[1], device=segments.device)
+    visible = _visible(segments.unsqueeze(2), segments.unsqueeze(1), place.unsqueeze(1), place)
     mask = torch.zeros(visible.shape, dtype=dtype, device=segments.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def prefix_blocks(segments: Tensor) -> BlockMask:
+    """The same for FlexAttention, which passes over blocks of 128 x 128 that nothing is seen in."""
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return _visible(segments[row, query], segments[row, key], query, key)
+
+    rows, width = segments.shape
+    return create_block_mask(visible, rows, None, width, width, device=str(segments.device))
+
+
+def _visible(query: Tensor, key: Tensor, query_place: Tensor, key_place: Tensor) -> Tensor:
+    """Whether a token sees another, by segment and place of both."""
+    return ((key == 0) | (key == query)) & (key_place <= query_place)
 
 
 def sharing_pays(shared: Sequence[int], separate: Sequence[int], hidden_size: int) -> bool:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from trl_instruct.batching import pad_rows, similar_lengths
 from trl_instruct.masking import right_padded_mask
 from trl_instruct.models import accepted, unwrapped
-from trl_instruct.prefix import SharedRows, prefix_mask, share_prefix
+from trl_instruct.prefix import SharedRows, prefix_blocks, prefix_mask, share_prefix
 from trl_instruct.scalar_head import ScalarHead
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]
@@ -134,16 +134,18 @@ def shared_scores(
         dtype: that the model computes in.
     """
     with token_scores(bare) as seen:
-        outputs = _forward_shared(model, shared, dtype)
+        outputs = _forward_shared(model, bare, shared, dtype)
     (_, scores), *_ = seen
     where = shared.columns.gather(1, columns.unsqueeze(1)).squeeze(1)
     return scores[shared.rows, where], outputs
 
 
-def _forward_shared(model: Any, shared: SharedRows, dtype: torch.dtype) -> Any:
+def _forward_shared(model: Any, bare: Any, shared: SharedRows, dtype: torch.dtype) -> Any:
+    flex = bare.config.get_text_config()._attn_implementation == "flex_attention"
+    segments = shared.segments
     return model(
         input_ids=shared.input_ids,
-        attention_mask=prefix_mask(shared.segments, dtype),
+        attention_mask=prefix_blocks(segments) if flex else prefix_mask(segments, dtype),
         position_ids=shared.position_ids,
         use_cache=False,
     )
@@ -178,7 +180,7 @@ def sharing_fault(
     try:
         with token_scores(bare) as seen:
             model(input_ids=input_ids, attention_mask=real.long(), use_cache=False)
-            _forward_shared(model, shared, dtype)
+            _forward_shared(model, bare, shared, dtype)
         (separate, _), (together, _) = seen
         expected = separate[own].float()
         difference = float((together[place][own] - expected).norm())
