@@ -12,7 +12,8 @@ from trl_instruct import scoring
 from trl_instruct.configs import RewardConfig
 from trl_instruct.errors import InputError
 from trl_instruct.pairs import rankings_to_pairs
-from trl_instruct.reward_trainer import RankingCollator, RankingRewardTrainer
+from trl_instruct.ranking_batches import RankingCollator
+from trl_instruct.reward_trainer import RankingRewardTrainer
 from trl_instruct.rewards import RewardModel
 
 ASKED = "what would you answer to that, or to this? "

@@ -316,16 +316,17 @@ class PPOTrainer(LoopTrainer):
         """The PPO epochs: a fresh shuffle each, one optimizer step a minibatch. Mean statistics."""
         self.model.train()
         steps: list[dict[str, float]] = []
-        for rows in self.minibatches():
-            if self.skipped and not self.accelerator.reduce(rollout.select(rows).mask.sum(), "sum"):
+        for part in self.minibatches():
+            episodes = rollout.select(part)
+            if self.skipped and not self.accelerator.reduce(episodes.mask.sum(), "sum"):
                 continue
-            steps.append(self.step(rollout.select(rows), advantages[rows], returns[rows]))
+            steps.append(self.step(episodes, advantages[part], returns[part]))
             if steps[-1]["policy/approxkl"] > (self.args.target_kl or math.inf):
                 break
         return mean_over_steps(steps)
 
     def minibatches(self) -> Iterator[Tensor]:
-        """Rows of this process's rollouts, a minibatch at a time."""
+        """Episodes of this process's rollout, a minibatch at a time."""
         for _ in range(self.args.num_ppo_epochs):
             yield from torch.randperm(self.local_batch_size).split(self.minibatch_size)
 
@@ -339,12 +340,7 @@ class PPOTrainer(LoopTrainer):
         weight = self.accelerator.num_processes / tokens  # processes average their gradients
         stats: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=tokens.device))
         if self.pretraining is not None:
-            # Every process reads all rows and keeps its own, so that all stand at the same place.
-            count = self.args.ptx_rows_per_episode * len(rollout.scores)
-            mine, processes = self.accelerator.process_index, self.accelerator.num_processes
-            rows = self.pretraining.take(count * processes)[mine::processes]
-            ptx = add_ptx_gradient(self.accelerator, self.model_wrapped, rows, args=self.args)
-            stats["loss/ptx"] = ptx / weight
+            stats["loss/ptx"] = self.add_ptx(self.pretraining, len(rollout.scores)) / weight
         micro_batches = rollout.lengths.argsort().split(self.args.per_device_train_batch_size)
         for index, part in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
@@ -366,6 +362,14 @@ class PPOTrainer(LoopTrainer):
             self.average.update()
         means["grad_norm"] = grad_norm
         return {name: float(value) for name, value in means.items()}
+
+    def add_ptx(self, pretraining: PretrainingRows, episodes: int) -> Tensor:
+        """Add the gradient of the PPO-ptx term for so many episodes; returns its loss."""
+        count = self.args.ptx_rows_per_episode * episodes
+        # Every process reads all texts and keeps its own, so that all stand at the same place.
+        mine, processes = self.accelerator.process_index, self.accelerator.num_processes
+        texts = pretraining.take(count * processes)[mine::processes]
+        return add_ptx_gradient(self.accelerator, self.model_wrapped, texts, args=self.args)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's optimizer; the value function may have a learning rate of its own."""

@@ -1,9 +1,7 @@
 """TRL's RewardTrainer with the paper's batch element: all comparisons of one prompt together."""
 
 import logging
-from dataclasses import dataclass
 from functools import partial
-from itertools import combinations, takewhile
 from typing import Any
 
 import torch
@@ -14,15 +12,13 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import RewardTrainer
-from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from trl_instruct.batching import LengthBatchSampler, pad_rows
 from trl_instruct.errors import InputError
 from trl_instruct.losses import pair_loss, pair_weights
-from trl_instruct.masking import right_padded_mask
 from trl_instruct.models import disable_dropout, evaluating
 from trl_instruct.prefix import share_prefix, sharing_pays
-from trl_instruct.reward_tokens import cut_prompt, token_ids
+from trl_instruct.ranking_batches import RankingCollator, tokenize_rankings
 from trl_instruct.scoring import (
     pad_token_of,
     score_positions,
@@ -110,17 +106,8 @@ class RankingRewardTrainer(RewardTrainer):
         columns = dataset.column_names or list(next(iter(dataset)))
         if "longest" in columns:  # prepared before
             return dataset
-        sized = not isinstance(dataset, IterableDataset)
         if "responses" not in columns:
-            before = len(dataset) if sized else 0
-            dataset = super()._prepare_dataset(dataset, processing_class, args, name)
-            self.overlong += before - len(dataset) if sized else 0
-            return dataset
-        if not sized and self.average_over == "pairs":
-            raise InputError(
-                "average_over='pairs' needs the number of all pairs, which a stream does not tell. "
-                "Load the rankings with streaming=False, or average over prompts."
-            )
+            return self._prepare_pairs(dataset, processing_class, args, name)
         tokenize = partial(
             tokenize_rankings,
             tokenizer=check_tokenizer(processing_class, "processing_class"),
@@ -128,19 +115,12 @@ class RankingRewardTrainer(RewardTrainer):
             truncate_prompt=getattr(args, "truncate_prompt", False),
             ties=self.ties,
         )
-        if not sized:
-            dataset = dataset.map(tokenize, batched=True, remove_columns=columns)
-            dataset = dataset.filter(lambda record: record["comparisons"] > 0)
-            self._probe_with(list(dataset.take(READ_AHEAD)))
-            return dataset
+        options = {"batched": True, "remove_columns": columns}
+        if isinstance(dataset, IterableDataset):
+            return self._prepare_stream(dataset.map(tokenize, **options))
+        options |= {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {name} dataset"}
         with PartialState().main_process_first():
-            dataset = dataset.map(
-                tokenize,
-                batched=True,
-                remove_columns=columns,
-                num_proc=args.dataset_num_proc,
-                desc=f"Tokenizing {name} dataset",
-            )
+            dataset = dataset.map(tokenize, **options)
         self.overlong += sum(dataset["overlong"])
         self.truncated += sum(dataset["truncated"])
         kept = [row for row, count in enumerate(dataset["comparisons"]) if count]
@@ -149,6 +129,24 @@ class RankingRewardTrainer(RewardTrainer):
             longest = dataset["longest"][:]
             self._probe_with([dataset[longest.index(max(longest))]])
         return self._with_mean_weight_1(dataset)
+
+    def _prepare_pairs(self, dataset: Any, *given: Any) -> Any:
+        """TRL's own preparation; it leaves overlong pairs out."""
+        prepared = super()._prepare_dataset(dataset, *given)
+        if not isinstance(dataset, IterableDataset):
+            self.overlong += len(dataset) - len(prepared)
+        return prepared
+
+    def _prepare_stream(self, dataset: IterableDataset) -> IterableDataset:
+        """Tokenised rankings that are counted as they come, and not before."""
+        if self.average_over == "pairs":
+            raise InputError(
+                "average_over='pairs' needs the number of all pairs, which a stream does not tell. "
+                "Load the rankings with streaming=False, or average over prompts."
+            )
+        dataset = dataset.filter(lambda record: record["comparisons"] > 0)
+        self._probe_with(list(dataset.take(READ_AHEAD)))
+        return dataset
 
     def _probe_with(self, records: list[dict[str, Any]]) -> None:
         """Have the model checked with the longest ranking, if it is the longest so far."""
@@ -318,83 +316,3 @@ class _NoPadTokenWhereItIsEos(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.settle(kwargs["model"])
-
-
-def tokenize_rankings(
-    batch: dict[str, list[Any]],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-    truncate_prompt: bool = False,
-    ties: str = "drop",
-) -> dict[str, list[Any]]:
-    """A batch of rankings as token rows, one a response, as a reward model reads them.
-
-    Args:
-        batch: columns `prompt`, `responses`, `ranks` and perhaps `weight`.
-        tokenizer: the reward model's.
-        max_length: longer responses, with their prompt, are left out; None: none is.
-        truncate_prompt: whether the prompt loses its beginning first.
-        ties: whether ties are comparisons: "half" or "drop".
-
-    Returns:
-        Columns response_ids; ranks; weight; comparisons, their number; overlong, responses left
-        out; truncated, whether the prompt was; longest, tokens of the longest row; length, tokens
-        of the row they would share.
-    """
-    weights = batch.get("weight") or [None] * len(batch["prompt"])
-    table: dict[str, list[Any]] = {
-        name: []
-        for name in (
-            *("response_ids", "ranks", "weight"),
-            *("comparisons", "overlong", "truncated", "longest", "length"),
-        )
-    }
-    records = zip(batch["prompt"], batch["responses"], batch["ranks"], weights, strict=True)
-    for prompt, responses, ranks, weight in records:
-        rows = [token_ids(prompt, response, tokenizer) for response in responses]
-        whole = len(rows[0])
-        if max_length is not None and truncate_prompt:
-            rows = cut_prompt(rows, prompt, tokenizer, max_length=max_length)
-        fits = [max_length is None or len(row) <= max_length for row in rows]
-        kept = [row for row, fit in zip(rows, fits, strict=True) if fit]
-        order = [rank for rank, fit in zip(ranks, fits, strict=True) if fit]
-        alike = takewhile(lambda column: len(set(column)) == 1, zip(*kept, strict=False))
-        shared = sum(1 for _ in alike)
-        values = (
-            *(kept, order, 1.0 if weight is None else float(weight)),
-            sum(a != b or ties == "half" for a, b in combinations(order, 2)),
-            len(rows) - len(kept),
-            len(rows[0]) < whole,
-            max(map(len, kept), default=0),
-            sum(map(len, kept)) - max(len(kept) - 1, 0) * shared,
-        )
-        for column, value in zip(table.values(), values, strict=True):
-            column.append(value)
-    return table
-
-
-@dataclass
-class RankingCollator:
-    """A batch of B rankings with R responses in all; pairs become a batch of TRL's.
-
-    input_ids, attention_mask `(R, T)`, padded on the right; ranks `(B, K)`, 0 where a ranking has
-    fewer than K responses; weight `(B,)` where the rankings have one.
-    """
-
-    pad_token_id: int
-    pad_to_multiple_of: int | None = None
-
-    def __call__(self, records: list[dict[str, Any]]) -> dict[str, Any]:
-        if "response_ids" not in records[0]:
-            return DataCollatorForPreference(self.pad_token_id, self.pad_to_multiple_of)(records)
-        rows = [row for record in records for row in record["response_ids"]]
-        ids = pad_rows(rows, self.pad_token_id)
-        short = -ids.shape[1] % (self.pad_to_multiple_of or 1)
-        ids = torch.nn.functional.pad(ids, (0, short), value=self.pad_token_id)
-        mask = right_padded_mask(torch.tensor([len(row) for row in rows]), ids.shape[1])
-        ranks = pad_rows([record["ranks"] for record in records], 0)
-        batch = {"input_ids": ids, "attention_mask": mask.long(), "ranks": ranks}
-        if "weight" in records[0]:
-            batch["weight"] = torch.tensor([record["weight"] for record in records])
-        return batch
