@@ -20,6 +20,8 @@ TEMPLATE = (
 )
 # As Qwen3's: the last answer opens with thoughts that the generation prompt does not hold.
 THINKING = TEMPLATE.replace("':' +", "':' + ('<think>' if m['role'] == 'assistant' else '') +")
+# The answer's role stands there otherwise than in the generation prompt.
+SHOUTING = TEMPLATE.replace("m['role'][0] +", "m['role'][0].replace('a', 'A') +")
 
 
 def merging_tokenizer(template=None):
@@ -166,9 +168,9 @@ def test_another_prompt_is_another_text(merging):
 
 
 def test_another_tokenizer_reads_the_text(merging, tokenizer):
-    assert reward_rows(["one "], [sampled(merging, "cab")], tokenizer) == [
-        tokenizer("one cab<eos>")["input_ids"]
-    ]
+    text = SampledText("cab", "one ", merging("one cab")["input_ids"], merging)
+    assert PAIR in text.token_ids  # the byte tokenizer's EOS
+    assert reward_rows(["one "], [text], tokenizer) == [tokenizer("one cab<eos>")["input_ids"]]
 
 
 def test_each_completion_for_itself(merging):
@@ -187,14 +189,17 @@ def test_messages_are_closed_by_the_template():
     assert rows == [[*opening, *spelt(tokenizer, "cab"), *tokenizer("<eos>\n")["input_ids"]]]
 
 
-def test_a_template_that_puts_something_between():
-    thinking = merging_tokenizer(THINKING)
-    assert closing_ids(thinking, messages=True) is None
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [(THINKING, "u:hi<eos>\na:<think>cab<eos>\n"), (SHOUTING, "u:hi<eos>\nA:cab<eos>\n")],
+)
+def test_a_template_that_writes_more_or_otherwise(template, text):
+    tokenizer = merging_tokenizer(template)
+    assert closing_ids(tokenizer, messages=True) is None
     prompt = [{"role": "user", "content": "hi"}]
-    text = SampledText("cab", prompt, spelt(thinking, "cab"), thinking)
-    rows = reward_rows([prompt], [[{"role": "assistant", "content": text}]], thinking)
-    assert thinking.decode(rows[0]) == "u:hi<eos>\na:<think>cab<eos>\n"
-    assert PAIR in rows[0]
+    sampled = SampledText("cab", prompt, spelt(tokenizer, "cab"), tokenizer)
+    rows = reward_rows([prompt], [[{"role": "assistant", "content": sampled}]], tokenizer)
+    assert rows == [tokenizer(text)["input_ids"]]
 
 
 def test_which_tokenizers_are_the_same(merging, tokenizer, tmp_path):
