@@ -126,7 +126,7 @@ check: install  ## format, lint, types, import contracts
 	mypy
 	lint-imports
 
-# A file stays in one process, for what its tests share; the long ones come early, by their names.
+# A file stays in one process, for the models that its tests share.
 AT_ONCE = -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test: install  ## all tests, on all cores

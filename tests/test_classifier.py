@@ -76,6 +76,18 @@ def test_the_measures_of_a_label(folder, words):
     assert reward.__name__ == f"{folder} POSITIVE"
 
 
+def test_the_measures_of_the_only_label(folder, words):
+    config = AutoConfig.from_pretrained(folder, num_labels=1)
+    model = AutoModelForSequenceClassification.from_config(config)
+    given = {"model": model, "labels": "LABEL_0", "tokenizer": words}
+    logits = torch.tensor(ClassifierReward(**given)(PROMPTS, COMPLETIONS), dtype=torch.float64)
+    assert logits.std() > 0.01
+    odds = ClassifierReward(**given, measure="log_odds")(PROMPTS, COMPLETIONS)
+    assert odds == pytest.approx(logits.tolist())
+    chance = ClassifierReward(**given, measure="probability")(PROMPTS, COMPLETIONS)
+    assert chance == pytest.approx(logits.sigmoid().tolist())
+
+
 def test_several_labels_weighted_and_the_completion_alone(folder, words):
     weights = {"POSITIVE": 1.0, "NEGATIVE": -0.5}
     reward = ClassifierReward(str(folder), weights, with_prompt=False)

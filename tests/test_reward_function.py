@@ -5,12 +5,13 @@ import math
 
 import pytest
 
-from trl_instruct.combined import WeightedSum
+from trl_instruct.combined import Clipped, WeightedSum
 from trl_instruct.errors import InputError
 from trl_instruct.reward_function import (
     RewardError,
     RewardUnreachableError,
     call_reward,
+    counts_of,
     try_reward,
 )
 
@@ -96,6 +97,37 @@ def test_a_text_that_is_asked_about_again_is_counted_once(memory):
 
 def no_c(prompts, completions):
     return [{"ccc": math.nan}.get(text, 1.0) for text in completions]
+
+
+def test_a_part_that_stands_twice_in_a_sum_counts_once():
+    class Cutting:
+        truncated = 0
+
+        def __call__(self, prompts, completions):
+            self.truncated += 1
+            return [1.0] * len(completions)
+
+    part = Cutting()
+    both = WeightedSum([part, Clipped(part)])
+    call_reward(both, PROMPTS, COMPLETIONS, {})
+    assert sum(counts.get("truncated", 0) for counts in counts_of(both)) == 2
+
+
+def test_a_fault_is_told_whatever_the_reward_calls_truncated():
+    class Odd:
+        truncated = property(lambda self: 3)
+
+        def __call__(self, prompts, completions):
+            raise ValueError("odd")
+
+    with pytest.raises(RewardError, match="'Odd' raised ValueError: odd"):
+        call_reward(Odd(), PROMPTS, COMPLETIONS, {})
+
+
+def test_a_score_that_no_float32_holds():
+    with pytest.raises(RewardError, match=r"gave the score 1e\+39.*completion 1"):
+        call_reward(lambda prompts, completions: [1e39, 1.0], *["ab"] * 2, {})
+    assert call_reward(lambda prompts, completions: [-3e38], ["a"], ["b"], {}) == [-3e38]
 
 
 def test_a_wrong_count_is_asked_for_again_one_by_one():

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trl_instruct.combined import Clipped, LengthPenalty, WeightedSum
-from trl_instruct.reward_tokens import SampledText, closing_ids, reward_rows, same_tokenizer
+from trl_instruct.reward_tokens import SampledText, reward_rows, same_tokenizer
 from trl_instruct.rewards import RewardModel
 
 SIZES = {"vocab_size": 259, "eos_token_id": 257, "pad_token_id": 258}
@@ -20,6 +20,9 @@ TEMPLATE = (
 )
 # As Qwen3's: the last answer opens with thoughts that the generation prompt does not hold.
 THINKING = TEMPLATE.replace("':' +", "':' + ('<think>' if m['role'] == 'assistant' else '') +")
+# As Llama-3's, and as R1's: thoughts of earlier turns are left out.
+TRIMMING = TEMPLATE.replace("m['content']", "m['content'] | trim")
+FORGETTING = TEMPLATE.replace("m['content']", "m['content'].split('</think>')[-1]")
 # The answer's role stands there otherwise than in the generation prompt.
 SHOUTING = TEMPLATE.replace("m['role'][0] +", "m['role'][0].replace('a', 'A') +")
 
@@ -153,9 +156,10 @@ def test_one_by_one_as_together(scored, spellings, merging):
 
 
 def sampled(tokenizer, text, prompt="one "):
-    """A completion in tokens that are not those of its text: every byte by itself."""
-    ids = [*tokenizer(prompt)["input_ids"], *spelt(tokenizer, text)]
-    return SampledText(text, prompt, ids, tokenizer)
+    """A completion in tokens that are not those of its text: every letter by itself."""
+    return SampledText(
+        text, prompt, tokenizer(prompt)["input_ids"], spelt(tokenizer, text), tokenizer
+    )
 
 
 def spelt(tokenizer, text):
@@ -168,8 +172,7 @@ def test_another_prompt_is_another_text(merging):
 
 
 def test_another_tokenizer_reads_the_text(merging, tokenizer):
-    text = SampledText("cab", "one ", merging("one cab")["input_ids"], merging)
-    assert PAIR in text.token_ids  # the byte tokenizer's EOS
+    text = SampledText("cab", "one ", merging("one ")["input_ids"], [PAIR], merging)
     assert reward_rows(["one "], [text], tokenizer) == [tokenizer("one cab<eos>")["input_ids"]]
 
 
@@ -180,26 +183,57 @@ def test_each_completion_for_itself(merging):
     assert reward_rows([], [], merging) == []
 
 
-def test_messages_are_closed_by_the_template():
-    tokenizer = merging_tokenizer(TEMPLATE)
+def row_of(template, text, ids=None, role="assistant", before=()):
+    """What a reward model reads of one message behind "hi", and its tokenizer."""
+    tokenizer = merging_tokenizer(template)
     prompt = [{"role": "user", "content": "hi"}]
     opening = tokenizer("u:hi<eos>\na:")["input_ids"]
-    text = SampledText("cab", prompt, [*opening, *spelt(tokenizer, "cab")], tokenizer)
-    rows = reward_rows([prompt], [[{"role": "assistant", "content": text}]], tokenizer)
-    assert rows == [[*opening, *spelt(tokenizer, "cab"), *tokenizer("<eos>\n")["input_ids"]]]
+    ids = spelt(tokenizer, text) if ids is None else ids
+    answer = {"role": role, "content": SampledText(text, prompt, opening, ids, tokenizer)}
+    (row,) = reward_rows([prompt], [[*before, answer]], tokenizer)
+    return row, tokenizer
+
+
+def test_messages_are_closed_by_the_template():
+    row, tokenizer = row_of(TEMPLATE, "cab")
+    assert tokenizer.decode(row) == "u:hi<eos>\na:cab<eos>\n"
+    assert PAIR not in row
 
 
 @pytest.mark.parametrize(
-    ("template", "text"),
-    [(THINKING, "u:hi<eos>\na:<think>cab<eos>\n"), (SHOUTING, "u:hi<eos>\nA:cab<eos>\n")],
+    ("template", "text", "read"),
+    [
+        (THINKING, "cab", "u:hi<eos>\na:<think>cab<eos>\n"),
+        (SHOUTING, "cab", "u:hi<eos>\nA:cab<eos>\n"),
+        (TRIMMING, " cab ", "u:hi<eos>\na:cab<eos>\n"),
+        (FORGETTING, "hm</think>cab", "u:hi<eos>\na:cab<eos>\n"),
+    ],
 )
-def test_a_template_that_writes_more_or_otherwise(template, text):
-    tokenizer = merging_tokenizer(template)
-    assert closing_ids(tokenizer, messages=True) is None
-    prompt = [{"role": "user", "content": "hi"}]
-    sampled = SampledText("cab", prompt, spelt(tokenizer, "cab"), tokenizer)
-    rows = reward_rows([prompt], [[{"role": "assistant", "content": sampled}]], tokenizer)
-    assert rows == [tokenizer(text)["input_ids"]]
+def test_a_template_that_shows_a_completion_otherwise(template, text, read):
+    row, tokenizer = row_of(template, text)
+    assert row == tokenizer(read)["input_ids"]
+    assert PAIR in row
+
+
+def test_more_than_the_assistants_message():
+    system = {"role": "system", "content": "ab"}
+    for changed in ({"role": "user"}, {"before": [system]}):
+        row, tokenizer = row_of(TEMPLATE, "cab", **changed)
+        opening = "u:hi<eos>\n" + ("s:ab<eos>\na:" if "before" in changed else "u:")
+        assert row == tokenizer(f"{opening}cab<eos>\n")["input_ids"]
+
+
+def test_special_tokens_that_the_text_does_not_show(scored, merging):
+    pad = merging.pad_token_id
+    shown = merging("cab")["input_ids"]
+    scores, of_ids = scored([[*shown, EOS], [*shown, pad, pad, EOS]])
+    assert scores[0] == scores[1] == pytest.approx(float(of_ids[0]), abs=1e-5)
+    assert abs(of_ids[0] - of_ids[1]) > 0.01
+
+
+def test_a_tokenizer_that_ends_a_prompt_with_eos(merging):
+    text = SampledText("cab", "one ", [*merging("one ")["input_ids"], EOS], [PAIR], merging)
+    assert reward_rows(["one "], [text], merging) == [merging("one cab<eos>")["input_ids"]]
 
 
 def test_which_tokenizers_are_the_same(merging, tokenizer, tmp_path):
@@ -210,6 +244,13 @@ def test_which_tokenizers_are_the_same(merging, tokenizer, tmp_path):
     assert same_tokenizer(merging, again)
     assert not same_tokenizer(merging, tokenizer)
     again.chat_template = TEMPLATE
+    assert not same_tokenizer(merging, again)
+    again.chat_template = None
+    assert same_tokenizer(merging, again)
+    again.bos_token = "<eos>"
+    assert not same_tokenizer(merging, again)
+    again.bos_token = None
+    again.add_tokens(["new"])
     assert not same_tokenizer(merging, again)
 
 

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from conftest import tiny_model
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
 from test_models import logits, save
@@ -221,6 +222,46 @@ def test_a_reward_model_of_its_own_is_loaded_as_the_policy_is(
     start = roles_of(ppo_config, tokenizer, chain["sft"], saved_reward_model, **options).value
     assert all(w.dtype is torch.float32 and w.requires_grad for w in start.parameters())
     torch.testing.assert_close(logits(start), logits(exact.model))
+
+
+@pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
+def test_a_folder_of_quantised_weights(
+    saved_policy, saved_reward_model, tokenizer, ppo_config, tmp_path, bits
+):
+    loaded = load_reward(saved_reward_model, model_config=ModelConfig(**{bits: True}))
+    loaded.model.save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    given = (["Q1: ", "Q2: "], ["yes", "no"])
+    again = load_reward(tmp_path / "rm")
+    assert is_quantized(again.model)
+    assert again(*given) == pytest.approx(loaded(*given), abs=1e-4)
+    for reward in (tmp_path / "rm", again):
+        with pytest.raises(InputError, match="a value model that starts from them could not train"):
+            load_roles(saved_policy, reward, None, tokenizer, ppo_config(), ModelConfig())
+
+
+def test_a_reward_model_in_a_python_file(saved_policy, saved_reward_model, ppo_config, tokenizer):
+    """The value function starts from it."""
+    file = saved_reward_model.parent / "judges.py"
+    file.write_text(
+        f"from trl_instruct import load_reward\nmodel = load_reward({str(saved_reward_model)!r})\n"
+    )
+    named = f"{file}:model"
+    roles = load_roles(saved_policy, named, None, tokenizer, ppo_config(), ModelConfig())
+    start = load_reward(saved_reward_model).model
+    torch.testing.assert_close(logits(roles.value), logits(start))
+    assert roles.value is not roles.reward.model
+    assert all(weight.requires_grad for weight in roles.value.parameters())
+
+
+def test_an_attention_of_the_policys_is_its_own(make_reward_model, tokenizer, tmp_path, ppo_config):
+    """RWKV has no attention to choose."""
+    reward = save(make_reward_model("rwkv"), tokenizer, tmp_path / "rwkv")
+    policy = save(tiny_model(), tokenizer, tmp_path / "policy")
+    config = ModelConfig(attn_implementation="eager")
+    roles = load_roles(policy, reward, None, tokenizer, ppo_config(), config)
+    assert roles.policy.config._attn_implementation == "eager"
+    assert type(roles.reward.model).__name__.startswith("Rwkv")
 
 
 def test_sharing_that_is_not_possible(chain, saved_policy, saved_reward_model, tmp_path):

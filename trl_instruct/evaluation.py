@@ -87,18 +87,20 @@ def evaluate(
     _check_names(models, judges, config)
     config.models, config.judges = _as_listed(models), _as_listed(judges)
     source = named_source(demonstrations, config, "demonstrations_name")
+    trust: Any = {"trust_remote_code": config.trust_remote_code}
     subject = Subject(
         config,
         model_config,
         dict(models),
-        _tokenizers(models, processing_class),
+        _tokenizers(models, processing_class, **trust),
         load_prompts(dataset, config.dataset_train_split),
         None if source is None else load_demonstrations(source),
         config.best_of_n if judges and config.best_of_n > 1 else 0,
     )
     with stage("evaluate", config, model_config) as run:
+        size = config.per_device_eval_batch_size
         rewards = {
-            name: load_reward(judge, processing_class, batch_size=config.per_device_eval_batch_size)
+            name: load_reward(judge, processing_class, batch_size=size, **trust)
             for name, judge in judges.items()
         }
         run.begin()
@@ -152,7 +154,10 @@ def _same_folder(one: str, other: str) -> bool:
 
 
 def _tokenizers(
-    models: Mapping[str, ModelSource], processing_class: PreTrainedTokenizerBase | None
+    models: Mapping[str, ModelSource],
+    processing_class: PreTrainedTokenizerBase | None,
+    *,
+    trust_remote_code: bool,
 ) -> dict[str, PreTrainedTokenizerBase]:
     """Each model's tokenizer; one without a chat template takes the first other model's.
 
@@ -161,8 +166,10 @@ def _tokenizers(
     tokenizers = {}
     for name, source in models.items():
         given = processing_class if is_nameless(source) else None
-        found = load_tokenizer(source) if given is None else copy.copy(given)
-        tokenizers[name] = check_tokenizer(found, model_name(source))
+        if given is None:
+            tokenizers[name] = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        else:
+            tokenizers[name] = check_tokenizer(copy.copy(given), model_name(source))
     templates = (t.chat_template for t in tokenizers.values() if t.chat_template)
     template = next(templates, None)
     for tokenizer in tokenizers.values():

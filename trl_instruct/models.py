@@ -303,7 +303,9 @@ def _load(
 ) -> PreTrainedModel:
     path = os.fspath(source)
     check_finished(Path(path))
-    quantization = get_quantization_config(model_config)
+    if (quantization := get_quantization_config(model_config)) is not None:
+        # Where none is asked for, a folder's own must hold: None would be read as "there is none".
+        kwargs["quantization_config"] = quantization
     hub = {"revision": model_config.model_revision, "trust_remote_code": trust_remote_code}
     with quiet_loading():
         try:
@@ -313,7 +315,6 @@ def _load(
                 path,
                 dtype=_dtype(model_config),
                 attn_implementation=model_config.attn_implementation,
-                quantization_config=quantization,
                 output_loading_info=True,
                 **hub,
                 **kwargs,

@@ -19,6 +19,7 @@ RewardFunction = Callable[..., Sequence[float] | Awaitable[Sequence[float]]]
 Columns = Mapping[str, Sequence[Any]]
 
 LOOP_THREAD = "async rewards"
+LARGEST = 3.4028234663852886e38  # float32
 # Texts that a model's context has cut, answers of a judge without a score.
 COUNTED = ("truncated", "unparsable")
 
@@ -252,12 +253,12 @@ def _awaited(answer: Awaitable[Any]) -> Any:
 
 
 def _float(score: Any) -> float:
-    """NaN where it is no finite number."""
+    """NaN where it is no finite number, as the tensors that scores go into hold them."""
     try:
         value = float(score)
     except (TypeError, ValueError, RuntimeError):
         return math.nan
-    return value if math.isfinite(value) else math.nan
+    return value if abs(value) <= LARGEST else math.nan
 
 
 def is_column(value: Any, count: int) -> bool:
@@ -318,8 +319,15 @@ def load_states(reward: RewardFunction, states: list[dict[str, Any]]) -> None:
 
 
 def counts_of(reward: RewardFunction) -> list[dict[str, int]]:
-    """What each part of a reward has counted, by name."""
-    return [{k: getattr(p, k) for k in COUNTED if hasattr(p, k)} for p in parts_of(reward)]
+    """What each part of a reward has counted, by name; a part that stands there twice, once."""
+    return [
+        {name: count for name in COUNTED if isinstance(count := getattr(part, name, None), int)}
+        for part in _different_parts(reward)
+    ]
+
+
+def _different_parts(reward: RewardFunction) -> list[Any]:
+    return list({id(part): part for part in parts_of(reward)}.values())
 
 
 class _Memory(NamedTuple):
@@ -335,6 +343,7 @@ def _memory(reward: RewardFunction) -> _Memory:
 
 def _restore(reward: RewardFunction, memory: _Memory) -> None:
     load_states(reward, memory.states)
-    for part, counts in zip(parts_of(reward), memory.counts, strict=True):
+    for part, counts in zip(_different_parts(reward), memory.counts, strict=True):
         for name, count in counts.items():
-            setattr(part, name, count)
+            if getattr(part, name) != count:  # a reward of the user's may not let it be set
+                setattr(part, name, count)

@@ -3,15 +3,13 @@
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from hashlib import sha256
 from itertools import takewhile
 from typing import Any
 
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-from trl_instruct.reward_function import as_completions
-from trl_instruct.sampling import tokenize_prompts
 
 
 class SampledText(str):
@@ -23,19 +21,26 @@ class SampledText(str):
     Args:
         text: the completion.
         prompt: text or messages.
-        token_ids: of the prompt and of the completion, without what ended it.
+        prompt_ids, completion_ids: their tokens, without what ended the completion.
         tokenizer: the policy's.
     """
 
     prompt: Any
-    token_ids: list[int]
+    prompt_ids: list[int]
+    completion_ids: list[int]
     tokenizer: PreTrainedTokenizerBase
 
     def __new__(
-        cls, text: str, prompt: Any, token_ids: list[int], tokenizer: PreTrainedTokenizerBase
+        cls,
+        text: str,
+        prompt: Any,
+        prompt_ids: list[int],
+        completion_ids: list[int],
+        tokenizer: PreTrainedTokenizerBase,
     ) -> "SampledText":
         self = super().__new__(cls, text)
-        self.prompt, self.token_ids, self.tokenizer = prompt, token_ids, tokenizer
+        self.prompt, self.tokenizer = prompt, tokenizer
+        self.prompt_ids, self.completion_ids = prompt_ids, completion_ids
         return self
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
@@ -53,16 +58,24 @@ def sampled_texts(
 ) -> list[str]:
     """B completions as text, each with the tokens it was decoded from.
 
+    One that holds special tokens, which its text does not show, is plain text: a reward model that
+    read them would judge what nobody sees.
+
     Args:
         texts, prompts: B each, `prompt_ids` the prompts' tokens, of which none is cut.
         completion_ids, lengths, ended: `(B, C)`, `(B,)`, `(B,)`, as in `Rollout`.
         tokenizer: what decoded them.
     """
+    added = tokenizer.added_tokens_decoder.items()
+    special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
     counts = (lengths - ended.long()).tolist()
-    rows = zip(prompt_ids, completion_ids.tolist(), counts, strict=True)
-    tokens = [[*prompt, *ids[:count]] for prompt, ids, count in rows]
-    given = zip(texts, prompts, tokens, strict=True)
-    return [SampledText(text, prompt, ids, tokenizer) for text, prompt, ids in given]
+    sampled: list[str] = []
+    rows = zip(texts, prompts, prompt_ids, completion_ids.tolist(), counts, strict=True)
+    for text, prompt, opening, ids, count in rows:
+        own = ids[:count]
+        plain = special.isdisjoint(own)
+        sampled.append(SampledText(text, prompt, opening, own, tokenizer) if plain else text)
+    return sampled
 
 
 def reward_rows(
@@ -71,24 +84,59 @@ def reward_rows(
     """The tokens a reward model reads, a row for each completion.
 
     Those that were sampled, where they were sampled behind this prompt with the reward model's
-    tokenizer and chat template; else those that its tokenizer makes of the text.
+    tokenizer and chat template, and are what it reads of the text; else those that its tokenizer
+    makes of the text.
 
     Args:
-        prompts, completions: texts, or lists of messages; completions of one policy.
+        prompts, completions: texts, or lists of messages.
         tokenizer: the reward model's.
     """
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    sampled = next((text for text in texts if isinstance(text, SampledText)), None)
-    closing = None
-    if sampled is not None and same_tokenizer(sampled.tokenizer, tokenizer):
-        closing = closing_ids(tokenizer, messages=not isinstance(completions[0], str))
-    rows = []
-    for prompt, completion, text in zip(prompts, completions, texts, strict=True):
-        if closing is not None and isinstance(text, SampledText) and text.prompt == prompt:
-            rows.append([*text.token_ids, *closing])
-        else:
-            rows.append(token_ids(prompt, completion, tokenizer))
-    return rows
+    return [
+        _sampled_row(prompt, completion, tokenizer) or token_ids(prompt, completion, tokenizer)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+
+
+def _sampled_row(
+    prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase
+) -> list[int] | None:
+    """The tokens that were sampled, closed as the text is; None where the text is to be read."""
+    text = _answer(completion)
+    if not isinstance(text, SampledText) or text.prompt != prompt:
+        return None
+    if not same_tokenizer(text.tokenizer, tokenizer):
+        return None
+    closing = _closing(prompt, completion, text, tokenizer)
+    if closing is None:
+        return None
+    end = tokenizer(closing, add_special_tokens=False)["input_ids"]
+    return [*text.prompt_ids, *text.completion_ids, *end]
+
+
+def _answer(completion: Any) -> Any:
+    """The text of a completion that is a text, or one message of the assistant's."""
+    if isinstance(completion, list):
+        roles = [message.get("role") for message in completion]
+        return completion[0].get("content") if roles == ["assistant"] else None
+    return completion
+
+
+def _closing(
+    prompt: Any, completion: Any, text: SampledText, tokenizer: PreTrainedTokenizerBase
+) -> str | None:
+    """What stands behind the completion where a reward model reads it: EOS, or the template's end.
+
+    Returns:
+        None where something else stands before it than the prompt and the completion, as they are:
+        thoughts that a template puts in or leaves out, a text that it trims, an EOS behind the
+        prompt.
+    """
+    if isinstance(prompt, str):
+        return None if text.prompt_ids[-1] == tokenizer.eos_token_id else tokenizer.eos_token
+    opening = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+    before = opening + text
+    return whole[len(before) :] if whole.startswith(before) else None
 
 
 def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
@@ -97,39 +145,26 @@ def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase)
         return True
     # One written in Python shows no rules to compare.
     fast = isinstance(one, PreTrainedTokenizerFast) and isinstance(other, PreTrainedTokenizerFast)
-    own = (one.chat_template, one.eos_token) == (other.chat_template, other.eos_token)
-    return fast and own and _same_rules(one.backend_tokenizer, other.backend_tokenizer)
+    return fast and _shown(one) == _shown(other) and _rules(one) == _rules(other)
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
+    """What a chat template may write: itself and the special tokens but padding."""
+    tokens = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if k != "pad_token"}
+    return tokenizer.chat_template, tokens
+
+
+def _rules(tokenizer: Any) -> tuple[int, str]:
+    """Vocabulary, merges and the rest, as a digest."""
+    return len(tokenizer), _digest(tokenizer.backend_tokenizer, len(tokenizer))
 
 
 @lru_cache(maxsize=8)
-def _same_rules(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether two tokenizers have the same vocabulary, merges, ...: megabytes of JSON, so once.
-
-    Padding and truncation are left out: they are those of the last call.
-    """
-    rules = [json.loads(tokenizer.to_str()) | _OF_A_CALL for tokenizer in (one, other)]
-    return rules[0] == rules[1]
-
-
-_OF_A_CALL = {"padding": None, "truncation": None}
-
-
-def closing_ids(tokenizer: PreTrainedTokenizerBase, *, messages: bool) -> list[int] | None:
-    """What a reward model reads behind a completion: EOS, or the end of the template's turn.
-
-    Returns:
-        None where prompt and completion are not all there is before it: a template that puts
-        something between them, or that writes a prompt otherwise once it is answered.
-    """
-    prompt: Any = [{"role": "user", "content": "a"}] if messages else "a\n"
-    (opening,) = tokenize_prompts([prompt], tokenizer)
-    answers = as_completions([prompt] * 2, ["b", "c"])
-    one, two = (token_ids(prompt, answer, tokenizer) for answer in answers)
-    alike = takewhile(lambda tokens: len({*tokens}) == 1, zip(one[::-1], two[::-1], strict=False))
-    end = len(one) - len(list(alike))
-    whole = one[: len(opening)] == opening
-    whole = whole and tokenizer.decode(one[len(opening) : end]).strip() == "b"
-    return one[end:] if whole else None
+def _digest(core: Tokenizer, size: int) -> str:
+    """Megabytes of JSON, so once for a vocabulary of this size; padding and truncation are left
+    out: they are those of the last call."""
+    rules = json.loads(core.to_str()) | {"padding": None, "truncation": None}
+    return sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
 
 def token_ids(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -174,7 +174,7 @@ def _check_labels(source: ModelSource, *, trust_remote_code: bool) -> None:
     else:
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError):
+        except (OSError, ValueError, ImportError):
             return  # an adapter's folder, or nothing there: loading it will tell
     kind, labels = (config.architectures or [type(source).__name__])[0], config.id2label
     if kind.endswith("ForSequenceClassification") and len(labels) > 1:

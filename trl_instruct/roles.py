@@ -21,7 +21,7 @@ from trl_instruct.models import (
     score_head,
 )
 from trl_instruct.reward_function import RewardFunction, parts_of
-from trl_instruct.rewards import RewardModel, load_reward, sole_reward
+from trl_instruct.rewards import RewardModel, is_python, load_reward, sole_reward
 from trl_instruct.sharding import load_whole_models, shares_weights
 from trl_instruct.shared_base import SharedBase, classifier_around, view_of
 from trl_instruct.tokenizers import check_same_tokens, load_tokenizer
@@ -30,6 +30,10 @@ FROM_POLICY = "policy"
 """As value_model: the policy itself, with a head of zeros."""
 VALUE_HEAD = "value_head"
 """As value_model: a head of zeros on the policy, which is then trained by both losses."""
+
+
+# What a reward model of its own does not take over from the policy's ModelConfig.
+_OF_THE_POLICY: Any = {"use_peft": False, "model_revision": "main", "attn_implementation": None}
 
 
 class Roles(NamedTuple):
@@ -59,7 +63,8 @@ def load_roles(
         tokenizer: the policy's.
         config: its `share_base`: None, share where possible; True, insist; False, do not.
         model_config: for the policy, and for the base in all its roles; a reward model of its own
-            gets the precision and quantisation, as in TRL. A value model of full size has float32.
+            gets its precision and quantisation, as in TRL. A value model that is loaded by its name
+            has float32.
 
     Raises:
         InputError: as `load_policy` and `load_reward`; `share_base` where it is not possible.
@@ -78,7 +83,7 @@ def load_roles(
         tokenizer,
         weights=config.reward_weights,
         batch_size=config.local_rollout_forward_batch_size,
-        model_config=replace(model_config, use_peft=False, model_revision="main"),
+        model_config=replace(model_config, **_OF_THE_POLICY),
         **trust,
     )
     if value is None:
@@ -90,7 +95,13 @@ def load_roles(
     elif base is not None and base.holds(value):
         start = base.classifier(value)
     else:
-        start = _full_value_model(value, reward, model, policy, **trust)
+        loaded = (
+            judge
+            if value is reward
+            and (is_python(reward) or isinstance(reward, nn.Module | RewardModel))
+            else value
+        )
+        start = _full_value_model(loaded, model, policy, **trust)
     roles = Roles(with_lora(policy, model_config), ref_policy, judge, start)
     if base is not None and config.share_base:
         _insist(base, roles)
@@ -119,7 +130,7 @@ def _over(
         return [_over(base, part, tokenizer, config) for part in reward]
     if base is None or not base.holds(reward):
         return reward
-    own = load_tokenizer(reward)
+    own = load_tokenizer(reward, trust_remote_code=config.trust_remote_code)
     check_same_tokens(own, tokenizer, (f"The reward model {os.fspath(reward)!r}", "the policy"))
     size = config.local_rollout_forward_batch_size
     return RewardModel(base.classifier(reward), own, batch_size=size)
@@ -144,26 +155,32 @@ def _head_on(
 
 
 def _full_value_model(
-    source: Any, reward: Any, model: ModelSource, policy: PreTrainedModel, **trust: bool
+    source: Any, model: ModelSource, policy: PreTrainedModel, **trust: bool
 ) -> PreTrainedModel:
     """A value model of full size: from a reward model, or from the policy with a head of zeros."""
-    judge = reward.model if isinstance(reward, RewardModel) else reward
-    if source is reward and isinstance(judge, nn.Module):
-        if is_quantized(judge):
-            raise InputError(
-                "The reward model's weights have 8 or 4 bit, and a value model that starts from "
-                "them could not train. Set value_model_path (`policy`, or the reward model's "
-                "folder), or give the folder of an adapter over the policy's base as the reward."
-            )
-        return load_reward_model(copy.deepcopy(judge).requires_grad_(True), ModelConfig())
+    if isinstance(source, RewardModel):
+        _check_trainable(source.model)
+        return copy.deepcopy(source.model).requires_grad_(True)
     if source != FROM_POLICY:
         value = load_reward_model(source, ModelConfig(), **trust)
+        _check_trainable(value)
         return value if isinstance(source, nn.Module) else value.requires_grad_(True)
     plain = not isinstance(policy, PeftModel) and not is_quantized(policy)
     start = policy if plain else model
     value = load_reward_model(start, ModelConfig(), fresh_head=True, **trust)
     score_head(value).weight.data.zero_()
     return value
+
+
+def _check_trainable(model: nn.Module) -> None:
+    """InputError for a value model's start whose weights are quantised."""
+    if is_quantized(model):
+        raise InputError(
+            "The reward model's weights have 8 or 4 bit, and a value model that starts from them "
+            "could not train. Set value_model_path (`policy`, or the folder of a reward model that "
+            "is not quantised), or give the folder of an adapter over the policy's base as the "
+            "reward."
+        )
 
 
 def _insist(base: SharedBase, roles: Roles) -> None:
