@@ -4,8 +4,10 @@ import json
 import pytest
 from datasets import Dataset
 from test_recipes import chat
+from trl import ModelConfig
 
-from trl_instruct import sampling
+from trl_instruct import candidates, sampling
+from trl_instruct.adapters import is_quantized
 from trl_instruct.candidates import sample_candidates
 from trl_instruct.errors import InputError
 from trl_instruct.rankings import load_rankings
@@ -125,3 +127,20 @@ def test_bad_input_leaves_no_file(policy, tokenizer, tmp_path):
     with pytest.raises(InputError, match="No model could be loaded"):
         sample(tmp_path / "nowhere", tokenizer, tmp_path / "c.jsonl")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_policy_is_loaded_as_the_model_config_says(
+    saved_policy, tokenizer, tmp_path, monkeypatch
+):
+    seen = []
+
+    def spy(policy, *given, **options):
+        seen.append(is_quantized(policy))
+        return sampling.sample_several(policy, *given, **options)
+
+    monkeypatch.setattr(candidates, "sample_several", spy)
+    sample(saved_policy, tokenizer, tmp_path / "a.jsonl")
+    sample(
+        saved_policy, tokenizer, tmp_path / "b.jsonl", model_config=ModelConfig(load_in_8bit=True)
+    )
+    assert seen == [False, True]

@@ -39,6 +39,8 @@ def sample_candidates(
     batch_size: int = 64,
     split: str = "train",
     processing_class: PreTrainedTokenizerBase | None = None,
+    model_config: ModelConfig | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, int]:
     """Draw K completions per prompt into a file that is ready to be ranked (InstructGPT 3.5).
 
@@ -62,6 +64,8 @@ def sample_candidates(
         batch_size: completions per forward pass.
         split: split of the prompts.
         processing_class: the policy's tokenizer, where it does not lie beside it.
+        model_config: how to load the policy: dtype, `load_in_8bit`, ...
+        trust_remote_code: whether models from the Hub may bring code of their own.
 
     Returns:
         Counts: prompts, prompts_cut (at max_prompt_length), responses, empty (completions without
@@ -74,8 +78,10 @@ def sample_candidates(
     """
     _check_request(policy, prompts, num_candidates, temperature)
     records = load_prompts(prompts, split)
-    model = load_policy(policy, ModelConfig()).to(PartialState().device)
-    tokenizer = check_tokenizer(processing_class or load_tokenizer(policy), model_name(policy))
+    trust: Any = {"trust_remote_code": trust_remote_code}
+    model = load_policy(policy, model_config or ModelConfig(), **trust).to(PartialState().device)
+    own = processing_class or load_tokenizer(policy, **trust)
+    tokenizer = check_tokenizer(own, model_name(policy))
     token_lists, cut = prompt_tokens(
         records["prompt"][:],
         tokenizer,
@@ -84,7 +90,7 @@ def sample_candidates(
         response_length=response_length,
     )
     if gold is not None:
-        gold = load_reward(gold, tokenizer, batch_size=batch_size)
+        gold = load_reward(gold, tokenizer, batch_size=batch_size, **trust)
         place_on(gold, model.device)
         labeler = labeler or SimulatedLabeler(seed=seed).label
     set_seed(seed)

@@ -154,6 +154,8 @@ def candidates_command(arguments: list[str]) -> None:
                 seed=config.seed,
                 batch_size=config.per_device_eval_batch_size,
                 split=split,
+                model_config=model_config,
+                trust_remote_code=config.trust_remote_code,
             )
             for name, (source, split) in sources.items()
         }
@@ -174,6 +176,9 @@ def serve_reward_command(arguments: list[str]) -> None:
     parser = _Parser([], prog="trl-instruct serve-reward", allow_abbrev=False)
     parser.add_argument("--reward_model_path", nargs="+", required=True, help="As in `ppo`.")
     parser.add_argument("--reward_weights", nargs="+", type=float, help="As in `ppo`.")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="Allow a model's own code from the Hub."
+    )
     parser.add_argument("--host", default=LOOPBACK, help="Where to listen (%(default)s).")
     parser.add_argument("--port", type=int, default=8000, help="Its port (%(default)s).")
     parser.add_argument(
@@ -182,7 +187,11 @@ def serve_reward_command(arguments: list[str]) -> None:
     parser.epilog = f"With {TOKEN_VARIABLE} in the environment, requests must carry that token."
     options = parser.parse_args(arguments)
     named = options.reward_model_path
-    reward = load_reward(named if len(named) > 1 else named[0], weights=options.reward_weights)
+    reward = load_reward(
+        named if len(named) > 1 else named[0],
+        weights=options.reward_weights,
+        trust_remote_code=options.trust_remote_code,
+    )
     place_on(reward, PartialState().device)
     where = {"host": options.host, "port": options.port, "max_bytes": options.max_bytes}
     with RewardServer(reward, token=os.environ.get(TOKEN_VARIABLE), **where) as server:
@@ -289,7 +298,7 @@ def ppo_command(arguments: list[str]) -> None:
     result = ppo(model, reward, config.dataset_name, config=config, model_config=model_config)
     _tell(f"policy: {result}")
     if config.eval_dataset_name and PartialState().is_main_process:
-        compare(result, reward=reward)
+        compare(result, reward=reward, trust_remote_code=config.trust_remote_code)
     _report("ppo", result)
 
 

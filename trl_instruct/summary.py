@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from trl_instruct.tokenizers import load_tokenizer
 SHOWN_SAMPLES = 5
 
 
-def compare(policy: str | os.PathLike, *, reward: Any = None) -> dict[str, Any]:
+def compare(
+    policy: str | os.PathLike, *, reward: Any = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Measure a PPO policy beside what it came from; print the table and save it.
 
     What it came from stands in each stage's config: the SFT policy it started from, the base model
@@ -35,6 +38,7 @@ def compare(policy: str | os.PathLike, *, reward: Any = None) -> dict[str, Any]:
         policy: a folder that `ppo` left, with eval_dataset_name and a reward in its config.
         reward: the reward, as `ppo` was given it; default: what the config names. Only where it is
             given may reward or gold be Python code: a folder from elsewhere must not run any.
+        trust_remote_code: whether models from the Hub may bring code of their own.
 
     Returns:
         The summary, as saved to `summary_file` (default: summary.json in the folder): per model
@@ -55,16 +59,17 @@ def compare(policy: str | os.PathLike, *, reward: Any = None) -> dict[str, Any]:
     base = chain["sft"].config.get("model_name_or_path") if "sft" in chain else None
     paths = {"base": base, "sft": started_from, "ppo": folder}
     named = config["reward_model_path"] if reward is None else reward
-    trusted = reward is not None
-    rewards = {"rm": _judge(named, config.get("reward_weights"), allow_python=trusted)}
+    trust: Any = {"trust_remote_code": trust_remote_code}
+    judge: Any = partial(_judge, allow_python=reward is not None, **trust)
+    rewards = {"rm": judge(named, config.get("reward_weights"))}
     if "gold" in config:
-        rewards["gold"] = _judge(config["gold"], allow_python=trusted)
-    tokenizer = load_tokenizer(folder)
+        rewards["gold"] = judge(config["gold"])
+    tokenizer = load_tokenizer(folder, **trust)
     prompts = _held_out(config, tokenizer)
-    reference = _policy(started_from)
+    reference = _policy(started_from, **trust)
     samples = {
         name: sample_and_score(
-            reference if name == "sft" else _policy(path),
+            reference if name == "sft" else _policy(path, **trust),
             tokenizer,
             prompts,
             rewards,
@@ -101,12 +106,12 @@ def _held_out(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Dat
     return load_prompts(source, split)
 
 
-def _policy(source: str | os.PathLike) -> PreTrainedModel:
-    return load_policy(source, ModelConfig()).to(PartialState().device)
+def _policy(source: str | os.PathLike, **trust: bool) -> PreTrainedModel:
+    return load_policy(source, ModelConfig(), **trust).to(PartialState().device)
 
 
 def _judge(
-    source: Any, weights: list[float] | None = None, *, allow_python: bool = False
+    source: Any, weights: list[float] | None = None, *, allow_python: bool, **trust: bool
 ) -> RewardFunction:
     named = source if isinstance(source, list) else [source]
     if not allow_python and any(map(is_python, named)):
@@ -114,7 +119,7 @@ def _judge(
             f"The config names the reward {source!r}, which is Python code to be run. If you trust "
             "it, pass it to compare(..., reward=)."
         )
-    reward = load_reward(source, weights=weights)
+    reward = load_reward(source, weights=weights, **trust)
     place_on(reward, PartialState().device)
     return reward
 
