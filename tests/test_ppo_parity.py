@@ -242,12 +242,17 @@ def assert_moved(watch, *parts):
 SGD = {"optim": "sgd", "learning_rate": 0.01}
 TWO_EPOCHS = {
     **{"optim": "sgd", "learning_rate": 0.004, "num_ppo_epochs": 2},
-    **{"cliprange": 0.05, "cliprange_value": 0.02},
+    **{"cliprange": 0.05, "cliprange_value": 0.01},
 }
 SETTINGS = {
     "adamw": {"learning_rate": 1e-3, "adam_epsilon": 1e-5},
     "two epochs, clipped": {**TWO_EPOCHS, "temperature": 0.7},
-    "whitened rewards, k3": {**SGD, "whiten_rewards": True, "kl_estimator": "k3"},
+    "whitened rewards, k3": {
+        **SGD,
+        "learning_rate": 0.007,
+        "whiten_rewards": True,
+        "kl_estimator": "k3",
+    },
     "function, discount": {**SGD, "gamma": 0.9, "lam": 0.8, "missing_eos_penalty": 0.5},
 }
 

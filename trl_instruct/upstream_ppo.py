@@ -33,9 +33,10 @@ from trl_instruct.errors import InputError
 from trl_instruct.masking import left_padded_mask
 from trl_instruct.models import accepted, score_head, unwrapped
 from trl_instruct.reward_function import RewardFunction, as_completions, call_reward, parts_of
+from trl_instruct.reward_tokens import sampled_texts
 from trl_instruct.rewards import RewardModel, check_roles
 from trl_instruct.rollouts import unify_modes
-from trl_instruct.sampling import pad_prompts, prompt_tokens
+from trl_instruct.sampling import pad_prompts, prompt_tokens, tokenize_prompts
 from trl_instruct.shift import shift_of
 
 # Options of ours that are done with before or after the training itself.
@@ -123,10 +124,7 @@ class RewardModule(nn.Module):
         """
         prompts = self._remembered(input_ids.cpu())
         width = len(prompts[0].ids)
-        counts = attention_mask[:, width:].bool().cumprod(dim=1).sum(dim=1).tolist()
-        answers = input_ids[:, width:].tolist()
-        kept = [ids[:count] for ids, count in zip(answers, counts, strict=True)]
-        texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
+        texts = self._texts(prompts, input_ids[:, width:], attention_mask[:, width:])
         names = [name for name in prompts[0].record if name not in ("prompt", "input_ids")]
         columns = {name: [prompt.record[name] for prompt in prompts] for name in names}
         asked = [prompt.record["prompt"] for prompt in prompts]
@@ -134,6 +132,19 @@ class RewardModule(nn.Module):
         scores = torch.tensor(given, device=input_ids.device).view(-1, 1, 1)
         hidden = scores.expand(-1, input_ids.shape[1], 1)
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=(hidden,))
+
+    def _texts(self, prompts: list[_Prompt], ids: Tensor, mask: Tensor) -> list[str]:
+        """The completions; behind a prompt that was not cut they know their tokens."""
+        counts = mask.bool().cumprod(dim=1).sum(dim=1)
+        kept = [row[:count] for row, count in zip(ids.tolist(), counts.tolist(), strict=True)]
+        texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
+        asked = [prompt.record["prompt"] for prompt in prompts]
+        openings = [list(prompt.record["input_ids"]) for prompt in prompts]
+        if tokenize_prompts(asked, self.tokenizer) != openings:
+            return texts
+        ended = torch.tensor([row[-1:] == [self.tokenizer.eos_token_id] for row in kept])
+        given = (ids.cpu(), counts.cpu(), ended, self.tokenizer)
+        return sampled_texts(texts, asked, openings, *given)
 
     def _remembered(self, input_ids: Tensor) -> list[_Prompt]:
         """The prompts of the next rows, after a look at whether they are these rows'."""
