@@ -241,6 +241,7 @@ def test_which_tokenizers_are_the_same(merging, tokenizer, tmp_path):
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     again(["a", "long one"], padding=True, truncation=True, max_length=2)
     assert same_tokenizer(merging, merging)
+    again.pad_token = "<eos>"  # no text or message has any
     assert same_tokenizer(merging, again)
     assert not same_tokenizer(merging, tokenizer)
     again.chat_template = TEMPLATE
