@@ -132,7 +132,7 @@ AT_ONCE = -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 test: install  ## all tests, on all cores
 	python -m pytest $(AT_ONCE)
 
-test-unit: install  ## the tests that take less than half a second each
+test-unit: install  ## the quick tests, in less than a minute
 	python -m pytest -m "not slow"
 
 clean:  ## remove runs of this CONFIG and caches (the environment stays)

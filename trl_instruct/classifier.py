@@ -83,9 +83,9 @@ class ClassifierReward:
         rows = [self._ids(prompt, completion) for prompt, completion in pairs]
         filler = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
         logits = batched_logits(self.model, rows, filler, self.batch_size).double()
-        # A label that stands alone excludes none: its probability is the sigmoid.
-        alone = self.model.config.problem_type == "multi_label_classification"
-        together = logits.shape[1] > 1 and not alone
+        # A label that stands alone excludes none: its probability is the sigmoid, too.
+        one_of_many = self.model.config.problem_type != "multi_label_classification"
+        together = one_of_many and logits.shape[1] > 1
         measured = MEASURES[self.measure](logits, together)
         return (measured @ self.weights).tolist()
 

@@ -154,15 +154,17 @@ def _shown(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
     return tokenizer.chat_template, tokens
 
 
-def _rules(tokenizer: Any) -> tuple[int, str]:
+def _rules(tokenizer: Any) -> str:
     """Vocabulary, merges and the rest, as a digest."""
-    return len(tokenizer), _digest(tokenizer.backend_tokenizer, len(tokenizer))
+    return _digest(tokenizer.backend_tokenizer, len(tokenizer))
 
 
 @lru_cache(maxsize=8)
 def _digest(core: Tokenizer, size: int) -> str:
-    """Megabytes of JSON, so once for a vocabulary of this size; padding and truncation are left
-    out: they are those of the last call."""
+    """Of megabytes of JSON, so once, and again where tokens have been added (`size`).
+
+    Padding and truncation are left out: they are those of the last call.
+    """
     rules = json.loads(core.to_str()) | {"padding": None, "truncation": None}
     return sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 

@@ -121,9 +121,9 @@ def load_reward(
         InputError: nothing there, a classifier of several labels, weights that do not fit.
     """
     reward = sole_reward(reward, weights)
+    trust: Any = {"trust_remote_code": trust_remote_code}
     if isinstance(reward, list | tuple):
-        options: Any = {"batch_size": batch_size, "model_config": model_config}
-        options["trust_remote_code"] = trust_remote_code
+        options: Any = {"batch_size": batch_size, "model_config": model_config, **trust}
         return WeightedSum([load_reward(part, tokenizer, **options) for part in reward], weights)
     if weights is not None:
         raise InputError("reward_weights belong to a list of rewards; one reward was given.")
@@ -140,7 +140,6 @@ def load_reward(
         return HTTPReward(reward)
     if is_python(reward):
         return _from_file(reward)
-    trust: Any = {"trust_remote_code": trust_remote_code}
     _check_labels(reward, **trust)
     model = reward
     if not _is_encoder(reward):

@@ -33,7 +33,7 @@ VALUE_HEAD = "value_head"
 
 
 # What a reward model of its own does not take over from the policy's ModelConfig.
-_OF_THE_POLICY: Any = {"use_peft": False, "model_revision": "main", "attn_implementation": None}
+_ITS_OWN: Any = {"use_peft": False, "model_revision": "main", "attn_implementation": None}
 
 
 class Roles(NamedTuple):
@@ -78,16 +78,18 @@ def load_roles(
     # An adapter to go on from is not yet a fresh one: what it was given is the reference.
     goes_on = base.adapter is not None if base else isinstance(policy, PeftModel)
     ref_policy = view_of(policy).requires_grad_(False) if goes_on else None
-    judge = load_reward(
+    judge: Any = load_reward(
         _over(base, reward, tokenizer, config),
         tokenizer,
         weights=config.reward_weights,
         batch_size=config.local_rollout_forward_batch_size,
-        model_config=replace(model_config, **_OF_THE_POLICY),
+        model_config=replace(model_config, **_ITS_OWN),
         **trust,
     )
     if value is None:
         value = reward if _reads_alike(judge, tokenizer) else FROM_POLICY
+    if value is reward and (is_python(reward) or isinstance(reward, nn.Module)):
+        value = judge  # what has no folder to be loaded from again
     if value == VALUE_HEAD:
         start = _head_on(policy, config, model_config)
     elif base is not None and value == FROM_POLICY:
@@ -95,13 +97,7 @@ def load_roles(
     elif base is not None and base.holds(value):
         start = base.classifier(value)
     else:
-        loaded = (
-            judge
-            if value is reward
-            and (is_python(reward) or isinstance(reward, nn.Module | RewardModel))
-            else value
-        )
-        start = _full_value_model(loaded, model, policy, **trust)
+        start = _full_value_model(value, model, policy, **trust)
     roles = Roles(with_lora(policy, model_config), ref_policy, judge, start)
     if base is not None and config.share_base:
         _insist(base, roles)

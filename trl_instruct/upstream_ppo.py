@@ -36,7 +36,7 @@ from trl_instruct.reward_function import RewardFunction, as_completions, call_re
 from trl_instruct.reward_tokens import sampled_texts
 from trl_instruct.rewards import RewardModel, check_roles
 from trl_instruct.rollouts import unify_modes
-from trl_instruct.sampling import pad_prompts, prompt_tokens, tokenize_prompts
+from trl_instruct.sampling import decode, pad_prompts, prompt_tokens, tokenize_prompts
 from trl_instruct.shift import shift_of
 
 # Options of ours that are done with before or after the training itself.
@@ -136,15 +136,14 @@ class RewardModule(nn.Module):
     def _texts(self, prompts: list[_Prompt], ids: Tensor, mask: Tensor) -> list[str]:
         """The completions; behind a prompt that was not cut they know their tokens."""
         counts = mask.bool().cumprod(dim=1).sum(dim=1)
-        kept = [row[:count] for row, count in zip(ids.tolist(), counts.tolist(), strict=True)]
-        texts = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
+        last = ids.gather(1, (counts - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
+        ended = (counts > 0) & (last == self.tokenizer.eos_token_id)
+        texts = decode(ids, counts, ended, self.tokenizer)
         asked = [prompt.record["prompt"] for prompt in prompts]
         openings = [list(prompt.record["input_ids"]) for prompt in prompts]
         if tokenize_prompts(asked, self.tokenizer) != openings:
             return texts
-        ended = torch.tensor([row[-1:] == [self.tokenizer.eos_token_id] for row in kept])
-        given = (ids.cpu(), counts.cpu(), ended, self.tokenizer)
-        return sampled_texts(texts, asked, openings, *given)
+        return sampled_texts(texts, asked, openings, ids, counts, ended, self.tokenizer)
 
     def _remembered(self, input_ids: Tensor) -> list[_Prompt]:
         """The prompts of the next rows, after a look at whether they are these rows'."""
