@@ -28,7 +28,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             path, padding_side="left", revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(
             f"No tokenizer could be loaded from {path!r}: {load_fault(path, error)} Give a Hub "
             "id or a folder that holds one, or pass processing_class=."
