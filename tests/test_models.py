@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig
 
 from trl_instruct.adapters import is_adapter, peft_config_of
@@ -79,6 +79,15 @@ def test_no_tokenizer_there(tmp_path):
     absent = r"'runs/nowhere': there is no such folder \(looked in .*\), and as a Hub id: .*Give a"
     with pytest.raises(InputError, match=absent):
         load_tokenizer("runs/nowhere")
+
+
+def test_a_tokenizer_that_needs_a_library(tmp_path, monkeypatch):
+    def lacks_a_package(*args, **kwargs):
+        raise ImportError("\n requires the protobuf library.")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lacks_a_package)
+    with pytest.raises(InputError, match="No tokenizer could be loaded.*requires the protobuf"):
+        load_tokenizer(tmp_path)
 
 
 def test_chat_templates(tmp_path, tokenizer):

@@ -124,26 +124,27 @@ class RewardModule(nn.Module):
         """
         prompts = self._remembered(input_ids.cpu())
         width = len(prompts[0].ids)
-        texts = self._texts(prompts, input_ids[:, width:], attention_mask[:, width:])
+        asked = [prompt.record["prompt"] for prompt in prompts]
+        openings = [list(prompt.record["input_ids"]) for prompt in prompts]
+        texts = self._texts(asked, openings, input_ids[:, width:], attention_mask[:, width:])
         names = [name for name in prompts[0].record if name not in ("prompt", "input_ids")]
         columns = {name: [prompt.record[name] for prompt in prompts] for name in names}
-        asked = [prompt.record["prompt"] for prompt in prompts]
         given = call_reward(self.reward, asked, as_completions(asked, texts), columns)
         scores = torch.tensor(given, device=input_ids.device).view(-1, 1, 1)
         hidden = scores.expand(-1, input_ids.shape[1], 1)
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=(hidden,))
 
-    def _texts(self, prompts: list[_Prompt], ids: Tensor, mask: Tensor) -> list[str]:
+    def _texts(
+        self, prompts: list[Any], prompt_ids: list[list[int]], ids: Tensor, mask: Tensor
+    ) -> list[str]:
         """The completions; behind a prompt that was not cut they know their tokens."""
         counts = mask.bool().cumprod(dim=1).sum(dim=1)
         last = ids.gather(1, (counts - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
         ended = (counts > 0) & (last == self.tokenizer.eos_token_id)
         texts = decode(ids, counts, ended, self.tokenizer)
-        asked = [prompt.record["prompt"] for prompt in prompts]
-        openings = [list(prompt.record["input_ids"]) for prompt in prompts]
-        if tokenize_prompts(asked, self.tokenizer) != openings:
+        if tokenize_prompts(prompts, self.tokenizer) != prompt_ids:
             return texts
-        return sampled_texts(texts, asked, openings, ids, counts, ended, self.tokenizer)
+        return sampled_texts(texts, prompts, prompt_ids, ids, counts, ended, self.tokenizer)
 
     def _remembered(self, input_ids: Tensor) -> list[_Prompt]:
         """The prompts of the next rows, after a look at whether they are these rows'."""
