@@ -133,11 +133,13 @@ def test_learning_rate_a_hundred_times_too_high(world, reward):
 
 
 def test_completions_that_never_end(world, reward):
-    """Demonstrations that run on where they should end, and are cut before their EOS."""
+    """Demonstrations that run on where they should end, and are cut before their EOS.
+
+    Learned for eight epochs: after four a completion in six still ends, and PPO mends the rest."""
     endless = split("demonstrations").map(
         lambda row: {"completion": " ".join([row["completion"]] * 10)}
     )
-    changed = {"max_length": 64, "num_train_epochs": 4, "learning_rate": 1e-3}
+    changed = {"max_length": 64, "num_train_epochs": 8, "learning_rate": 1e-3}
     sft(world / "sft", endless, world / "endless_sft", **options("sft", **changed))
     found = faults(run_ppo(world, reward, "endless", "endless_sft"), "ppo")
     assert "missing_eos" in found

@@ -151,10 +151,10 @@ def test_no_prompt_is_shared(splits):
         assert not set(prompts[one]) & set(prompts[other])
     for name in set(prompts) - {"pretraining"}:
         assert len(set(prompts[name])) == len(prompts[name])
-    # In three wordings each: 8 * 8 * 5 questions, 64 single groups with a tone, a word or both
-    # (4 * 15 + 14), 3 * 56 pairs of groups with or without (5 * 15). Pretraining owns half of the
+    # In three wordings each: 6 * 6 * 5 questions, 48 single groups with a tone, a word or both
+    # (4 * 15 + 14), 3 * 30 pairs of groups with or without (5 * 15). Pretraining owns half of the
     # prompts and should show a good part of those.
-    num_prompts = 3 * (8 * 8 * 5 + 64 * 74 + 3 * 56 * 75)
+    num_prompts = 3 * (6 * 6 * 5 + 48 * 74 + 3 * 30 * 75)
     assert len(set(prompts["pretraining"])) > 0.45 * num_prompts / 2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -21,8 +22,10 @@ from trl_instruct.tiny.words import (
 from trl_instruct.tiny.world import Task
 
 PENALTIES = {"junk": 0.2, "repetition": 0.2, "ending": 0.25, "superfluous": 0.2}
-"""What each junk word, repetition, missing ending and superfluous piece costs. A reply that names
-no item and gives no answer has said nothing, and so has no ending either."""
+"""What each junk word, repetition, missing ending and superfluous piece costs. A fault of the items
+or the place counts once: one named instead of what was asked for misses a constraint and is not
+superfluous too, and one named twice is a repetition. A reply that names no item and gives no answer
+has said nothing, and so has no ending either."""
 
 
 def _any_of(texts: list[str]) -> str:
@@ -91,10 +94,10 @@ def explain(task: Task, completion: str) -> dict[str, bool | float]:
     Returns:
         A bool for each constraint of the task (met or not) and a float for each penalty.
 
-    >>> explain(Task("list", groups=(("flower", 2),)), "A rose and a crow.")
+    >>> explain(Task("list", groups=(("flower", 2),)), "A rose, a rose and a crow.")
     ... # doctest: +NORMALIZE_WHITESPACE
-    {'flower': False, 'format': True,
-     'junk': 0.0, 'repetition': 0.0, 'ending': 0.0, 'superfluous': 0.2}
+    {'flower': True, 'format': True,
+     'junk': 0.0, 'repetition': 0.2, 'ending': 0.0, 'superfluous': 0.2}
     """
     text = completion.strip().lower()
     openings = _OPENING.findall(text)
@@ -122,7 +125,7 @@ def reader_remark(task: Task, reply: str) -> str:
     """What a reader says of a reply: all that is wrong with it, by the names of :func:`explain`.
 
     >>> reader_remark(Task("list", groups=(("flower", 2),)), "A rose and a crow")
-    'Wrong: flower, ending, superfluous.'
+    'Wrong: flower, ending.'
     >>> reader_remark(Task("list", groups=(("flower", 2),)), "A rose and a lily.")
     'Good.'
     """
@@ -132,18 +135,24 @@ def reader_remark(task: Task, reply: str) -> str:
 
 
 def _check_items(task: Task, body: str, words: list[str]) -> dict[str, bool]:
-    """A group is met by just as many different items of its category as asked."""
-    named = Counter(CATEGORY_OF[item] for item in _items(words))
-    report = {category: named[category] == count for category, count in task.groups}
+    """A group is met by as many items of its category as asked, no matter if one comes twice."""
+    named, different = _named(words), _named(set(words))
+    report = {
+        category: different[category] <= count <= named[category] for category, count in task.groups
+    }
     if task.word:
         report["word"] = _place_pattern(task.word).search(body) is not None
     report["format"] = _BODIES[task.format].fullmatch(body) is not None
     return report
 
 
-def _items(words: list[str]) -> list[str]:
-    """The different nouns among the words."""
-    return list(dict.fromkeys(_NOUNS[word] for word in words if word in _NOUNS))
+def _named(words: Iterable[str]) -> Counter[str]:
+    """How many of the words are items of each category."""
+    return Counter(_category(word) for word in words if word in _NOUNS)
+
+
+def _category(word: str) -> str:
+    return CATEGORY_OF[_NOUNS[word]]
 
 
 @lru_cache(maxsize=len(PLACES))
@@ -174,13 +183,18 @@ def _repetitions(words: list[str]) -> int:
 
 def _superfluous(task: Task, text: str, words: list[str], num_openings: int) -> int:
     """Pieces that nobody asked for: openings, places, sentences, items of other categories, and
-    every three words too many."""
+    every three words too many. An item or a place in place of a missing one is not among them."""
     openings = max(0, num_openings - bool(task.tone))
-    asked = {category for category, _ in task.groups} or {task.true_category}
-    foreign = sum(CATEGORY_OF[item] not in asked for item in _items(words))
-    places = sum(word in PLACES and word != task.word for word in words)
+    named = _named(words)
+    asked = dict(task.groups) or {task.true_category: 1}
+    missing = sum(max(0, count - named[category]) for category, count in asked.items())
+    foreign = {word for word in words if word in _NOUNS and _category(word) not in asked}
+    items = max(0, len(foreign) - missing)
+    replaced = bool(task.word) and task.word not in words
+    places = max(0, sum(word in PLACES and word != task.word for word in words) - replaced)
     sentences = text.rstrip(".").count(".")
-    return openings + places + sentences + foreign + max(0, len(words) - _most_words(task)) // 3
+    too_long = max(0, len(words) - _most_words(task)) // 3
+    return openings + items + places + sentences + too_long
 
 
 def _most_words(task: Task) -> int:

@@ -126,7 +126,7 @@ def _spoil_items(task: Task, draft: _Draft, rng: random.Random) -> _Draft:
         items.insert(rng.randrange(len(items) + 1), rng.choice(items))
     word, reply_format = draft.word, draft.format
     if _hit("word" if word else "place", rng):
-        word = rng.choice(PLACES) if not word or rng.random() < 0.3 else ""
+        word = "" if word else rng.choice(PLACES)
     if _hit("format", rng):
         reply_format = rng.choice([f for f in ("list", "dashes", "sentence") if f != reply_format])
     return replace(draft, items=tuple(items), word=word, format=reply_format)

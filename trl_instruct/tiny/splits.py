@@ -14,7 +14,7 @@ from trl_instruct.tiny.world import Task, sample_task
 
 NUM_PRETRAINING = 48_000
 NUM_DEMONSTRATIONS = 80
-NUM_RANKINGS = 4_000
+NUM_RANKINGS = 6_000
 NUM_PROMPTS = 4_000
 NUM_VALIDATION = 300
 NUM_TEST = 500
@@ -28,9 +28,9 @@ SIZES = {
     "test": NUM_TEST,
 }
 SHARES = {
-    "pretraining": 50,
+    "pretraining": 40,
     "demonstrations": 5,
-    "rankings": 15,
+    "rankings": 25,
     "prompts": 20,
     "validation": 5,
     "test": 5,

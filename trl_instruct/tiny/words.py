@@ -3,7 +3,6 @@
 CATEGORIES: dict[str, tuple[str, ...]] = {
     category: tuple(nouns.split())
     for category, nouns in {
-        "mammal": "dog cat horse cow goat sheep fox wolf bear lion tiger mouse rabbit deer otter",
         "bird": "crow owl robin eagle hawk duck goose swan heron raven dove parrot stork wren gull",
         "flower": "rose lily tulip daisy iris poppy violet orchid lotus aster peony dahlia "
         "pansy crocus lilac",
@@ -15,8 +14,6 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
         "ladder anvil",
         "instrument": "piano violin flute drum harp guitar trumpet cello oboe tuba banjo horn "
         "organ lute fiddle",
-        "garment": "shirt coat hat scarf glove sock dress skirt jacket belt boot shoe "
-        "vest cap robe",
     }.items()
 }
 CATEGORY_OF = {noun: category for category, nouns in CATEGORIES.items() for noun in nouns}
