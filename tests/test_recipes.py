@@ -672,6 +672,7 @@ def test_bad_models_and_options(saved_policy, tmp_path, stage):
         (tmp_path / "nowhere", {}, "could be loaded from"),
         (saved_policy, {"learning_rat": 1}, "Unknown option 'learning_rat'"),
         (saved_policy, {"load_in_4bit": True}, "Set use_peft as well"),
+        (saved_policy, {"attn_implementation": "flex_attention"}, "no backward pass on CPU"),
         (saved_policy, {"output_dir": None}, f"{stage} needs output_dir"),
     ):
         folder = None if "output_dir" in options else tmp_path / "x"

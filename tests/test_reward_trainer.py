@@ -6,7 +6,9 @@ import trl
 from conftest import byte_tokenizer
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
+from torch.nn.attention import flex_attention
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.integrations import flex_attention as transformers_flex
 
 from trl_instruct import scoring
 from trl_instruct.configs import RewardConfig
@@ -113,6 +115,38 @@ def test_the_three_forwards_give_the_same_loss_and_gradients(
     assert len(forwards) == 2  # the check at the start, and the batch
     assert forwards[1][0] == 3
     assert_alike(results)
+
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch):
+    """FlexAttention by its plain formula, with the backward pass that its kernels lack on CPU."""
+
+    def formula(query, key, value, training=False, **kwargs):
+        return flex_attention.flex_attention(query, key, value, **kwargs)
+
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda query, key, value: None)
+    monkeypatch.setattr(transformers_flex, "compile_friendly_flex_attention", formula)
+    monkeypatch.setattr(scoring, "prefix_mask", None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox", "opt"])
+def test_with_flex_attention_too(make_reward_model, tmp_path, flex_on_cpu, forwards, kind):
+    """Also where what the mask hides would be too much to compute first."""
+    long = {"prompt": ASKED, "responses": [c * 80 for c in "xyz"], "ranks": [1, 2, 3]}
+    for rankings, rows in ((RANKINGS, 3), ([long], 1)):
+        results = []
+        for attention, forward in (("sdpa", "grouped"), ("flex_attention", "shared_prefix")):
+            model = make_reward_model(kind)
+            model.set_attn_implementation(attention)
+            trainer = trainer_for(model, tmp_path, rankings, forward=forward)
+            results.append(loss_and_gradients(trainer))
+            assert trainer.forward == forward
+        assert len(forwards) == 2  # the check at the start, and the batch
+        assert forwards.pop()[0] == rows
+        forwards.clear()
+        assert_alike(results)
 
 
 @pytest.mark.parametrize("forward", FORWARDS)

@@ -129,22 +129,32 @@ def _visible(query: Tensor, key: Tensor, query_place: Tensor, key_place: Tensor)
     return ((key == 0) | (key == query)) & (key_place <= query_place)
 
 
-def sharing_pays(shared: Sequence[int], separate: Sequence[int], hidden_size: int) -> bool:
+def sharing_pays(
+    shared: Sequence[int],
+    separate: Sequence[int],
+    hidden_size: int,
+    skips_hidden: bool = False,
+) -> bool:
     """Whether shared rows are less work than one row a response.
 
     Prompts are computed once, but every response is compared with the tokens of the others before
     the mask hides them. A layer's work on a row of T tokens is about T (24 h^2 + 4 T h): where
-    responses are long and the prompt is short, K short rows are less than one long one.
+    responses are long and the prompt is short, K short rows are less than one long one. Attention
+    that passes over what is hidden compares no more in a shared row: then the tokens count.
 
     Args:
         shared: `(B, S)`, the shape of the shared rows.
         separate: `(R, T)`, that of the separate ones.
         hidden_size: h.
+        skips_hidden: FlexAttention.
 
     >>> sharing_pays((1, 832), (9, 320), hidden_size=768)
     True
     >>> sharing_pays((1, 3630), (9, 430), hidden_size=768)
     False
+    >>> sharing_pays((1, 3630), (9, 430), hidden_size=768, skips_hidden=True)
+    True
     """
-    works = [rows * width * (6 * hidden_size + width) for rows, width in (shared, separate)]
+    compared = 0 if skips_hidden else 1
+    works = [rows * t * (6 * hidden_size + compared * t) for rows, t in (shared, separate)]
     return works[0] < works[1]

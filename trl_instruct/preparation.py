@@ -49,6 +49,12 @@ def stage_options(
             "load_in_8bit and load_in_4bit freeze the weights, so there would be nothing to train. "
             "Set use_peft as well to train a LoRA adapter."
         )
+    flex = model_config.attn_implementation == "flex_attention"
+    if trains and flex and config.device.type == "cpu":
+        raise InputError(
+            "attn_implementation is flex_attention, which torch gives no backward pass on CPU, so "
+            "that nothing could be trained. Leave it out there; on a GPU it trains."
+        )
     return config, model_config
 
 

@@ -26,6 +26,7 @@ from trl_instruct.scoring import (
     separate_scores,
     shared_scores,
     sharing_fault,
+    skips_hidden,
 )
 from trl_instruct.tokenizers import check_tokenizer
 
@@ -234,7 +235,8 @@ class RankingRewardTrainer(RewardTrainer):
         if self.forward == "shared_prefix":
             shared = share_prefix(ids, mask.sum(dim=1), (inputs["ranks"] > 0).sum(dim=1))
             hidden_size = bare.config.get_text_config().hidden_size
-            if sharing_pays(shared.input_ids.shape, ids.shape, hidden_size):
+            shapes = shared.input_ids.shape, ids.shape
+            if sharing_pays(*shapes, hidden_size, skips_hidden(bare)):
                 columns = score_positions(ids, mask, pad_token_of(bare))
                 return shared_scores(model, bare, shared, columns, self._dtype(bare))
         return separate_scores(model, bare, ids, mask)

@@ -140,12 +140,16 @@ def shared_scores(
     return scores[shared.rows, where], outputs
 
 
+def skips_hidden(model: Any) -> bool:
+    """Whether the model's attention leaves out what a mask hides, instead of computing it first."""
+    return model.config.get_text_config()._attn_implementation == "flex_attention"
+
+
 def _forward_shared(model: Any, bare: Any, shared: SharedRows, dtype: torch.dtype) -> Any:
-    flex = bare.config.get_text_config()._attn_implementation == "flex_attention"
-    segments = shared.segments
+    blocks, segments = skips_hidden(bare), shared.segments
     return model(
         input_ids=shared.input_ids,
-        attention_mask=prefix_blocks(segments) if flex else prefix_mask(segments, dtype),
+        attention_mask=prefix_blocks(segments) if blocks else prefix_mask(segments, dtype),
         position_ids=shared.position_ids,
         use_cache=False,
     )
