@@ -144,6 +144,14 @@ def test_ppo(changed, expected):
     assert names(ppo(**changed)) == expected
 
 
+@pytest.mark.parametrize(("kl", "expected"), [(2.4, []), (2.6, ["kl_blow_up"])])
+def test_less_is_much_without_a_penalty(kl, expected):
+    free = ppo(objective__kl=kl)["ppo"]._replace(config={"kl_coef": 0.0})
+    held = free._replace(config={"kl_coef": 0.1})
+    assert names({"ppo": free}) == expected
+    assert names({"ppo": held}) == []
+
+
 def test_few_iterations_are_too_few():
     assert names(ppo(iterations=9)) == ["too_few_episodes"]
     assert names(ppo(iterations=10)) == []

@@ -13,6 +13,7 @@ from trl_instruct.finding import Finding
 
 # PPO, from the first to the last tenth of the iterations.
 MOST_KL = 0.5  # nats per token
+MOST_FREE_KL = 0.25  # the same where no penalty holds it: it has not come to rest
 LEAST_KL = -0.02  # nats per token; it is a mean over samples, and only that can go below 0
 LEAST_ENTROPY = 0.25  # of what it was
 MOST_LENGTH = 1.5  # times as long, or as short
@@ -75,7 +76,9 @@ def _kl(run: StageRun) -> Iterator[Finding]:
     per_token = _kl_per_token(run)
     figure = f"KL to the reference {_last(run, 'objective/kl'):.2f} nats per completion, "
     figure += f"{per_token:.2f} per token"
-    if per_token > MOST_KL:
+    free = run.config.get("kl_coef") == 0
+    most = MOST_FREE_KL if free else MOST_KL
+    if per_token > most:
         yield Finding(
             "ppo",
             "kl_blow_up",
@@ -83,7 +86,7 @@ def _kl(run: StageRun) -> Iterator[Finding]:
             "The policy has left the reference far behind; the reward model was never shown texts "
             "like its.",
             figure,
-            f"above {MOST_KL} per token",
+            f"above {most} per token" + " where kl_coef is 0" * free,
             "A higher kl_coef, adaptive_kl_target, or a lower learning_rate.",
         )
     elif per_token < LEAST_KL:
