@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from transformers import SchedulerType
 from trl import ModelConfig
@@ -12,6 +13,7 @@ from trl_instruct.configs import (
     PretrainConfig,
     RewardConfig,
     SFTConfig,
+    has_bf16,
 )
 from trl_instruct.errors import InputError
 from trl_instruct.options import resolve, save_config
@@ -84,6 +86,14 @@ def test_the_papers_values_are_the_defaults():
     assert (ppo.kl_coef, ppo.cliprange, ppo.gamma, ppo.num_ppo_epochs) == (0.02, 0.2, 1.0, 1)
     minibatch = ppo.per_device_train_batch_size * ppo.gradient_accumulation_steps
     assert (minibatch, minibatch * ppo.num_mini_batches) == (64, 512)
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_bfloat16_that_is_imitated_is_no_default(monkeypatch, real):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    imitated = {"including_emulation": False}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **given: real or given != imitated)
+    assert has_bf16() is real
 
 
 def test_a_scheduler_without_a_floor_gets_none():

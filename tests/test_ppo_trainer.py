@@ -8,6 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from trl_instruct import rollouts
 from trl_instruct.advantages import kl_per_token
 from trl_instruct.errors import InputError
 from trl_instruct.masking import right_padded_mask
@@ -60,6 +61,24 @@ def hand_made_rollout(trainer, completions, lengths, filler=0.0):
     fields = (logprobs, logprobs - 0.5, logprobs * 0.3)
     fields = (torch.where(behind, filler, field) for field in fields)
     return Rollout(*tokens, torch.tensor([True, False]), *fields, torch.tensor([1.0, 2.0]))
+
+
+def test_bf16_holds_while_sampling_and_measuring(make_trainer, monkeypatch):
+    """And the logits stay as they are, twice as small as in float32, until they are read."""
+    trainer, seen, read = make_trainer(bf16=True, max_steps=1), [], []
+    real = rollouts.logprobs_in_parts
+
+    def spy(logits, *given, **options):
+        read.append(logits.dtype)
+        return real(logits, *given, **options)
+
+    monkeypatch.setattr(rollouts, "logprobs_in_parts", spy)
+    head = trainer.policy.lm_head
+    head.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
+    trainer.train()
+    assert set(seen) == {torch.bfloat16}
+    assert set(read) == {torch.bfloat16}
+    assert trainer.state.log_history[0]["objective/kl"] == 0
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     TrainerCallback,
+    TrainingArguments,
     pipeline,
 )
 
@@ -682,6 +683,14 @@ def test_bad_models_and_options(saved_policy, tmp_path, stage):
         assert not (tmp_path / "x").exists()
     with pytest.raises(InputError, match="No dataset was given"):
         run_stage(stage, None, tmp_path / "x", saved_policy)
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_several_gpus_and_one_process(saved_policy, tmp_path, monkeypatch, stage):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(InputError, match="2 GPUs are there and one process.*accelerate launch"):
+        run_stage(stage, GOOD[stage], tmp_path / "x", saved_policy)
+    assert not (tmp_path / "x").exists()
 
 
 def test_models_in_the_wrong_place(saved_policy, saved_reward_model, tmp_path):

@@ -13,6 +13,7 @@ from trl_instruct.batching import pad_rows
 from trl_instruct.masking import right_padded_mask
 from trl_instruct.prefix import share_prefix
 from trl_instruct.scoring import (
+    batched_logits,
     score_positions,
     scores_at,
     separate_scores,
@@ -164,6 +165,21 @@ class Deaf(nn.Module):
         if inputs["attention_mask"].dim() == 4:
             inputs[self.argument] = None
         return self.model(**inputs)
+
+
+def test_flash_attention_is_not_even_tried(reward_model):
+    """On a GPU its kernels would read beyond the keys, and end the process's use of the device."""
+    reward_model.config._attn_implementation = "flash_attention_2"
+    reward_model.register_forward_pre_hook(lambda *_: pytest.fail("it was tried"))
+    assert "flash_attention_2 knows no mask" in fault(reward_model)
+
+
+def test_scores_in_batches_keep_nothing_for_generation(reward_model):
+    expected, outputs = alone(reward_model.eval()), []
+    reward_model.register_forward_hook(lambda module, given, output: outputs.append(output))
+    logits = batched_logits(reward_model, ROWS, 257, batch_size=8)
+    torch.testing.assert_close(logits.squeeze(-1), expected, atol=1e-5, rtol=1e-5)
+    assert [output.past_key_values for output in outputs] == [None] * len(outputs)
 
 
 @pytest.mark.parametrize("argument", ["attention_mask", "position_ids"])

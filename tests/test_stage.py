@@ -1,8 +1,11 @@
 import json
 import os
 import pickle
+import weakref
+from functools import partial
 
 import pytest
+import torch
 from datasets import Dataset
 from test_recipes import DEMONSTRATIONS, LORA, PAIRS, PROMPTS, QUICK, QUICK_PPO, vowels
 from transformers import AutoModelForCausalLM
@@ -22,6 +25,15 @@ def new_stage(folder, **options):
 
 def listing(folder):
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+def test_a_stage_begins_without_what_the_one_before_left_in_memory(tmp_path):
+    module = torch.nn.Linear(2, 2)
+    module.forward = partial(lambda own, x: x, module)  # a circle, as accelerate makes one
+    left = weakref.ref(module)
+    del module
+    with new_stage(tmp_path / "sft"):
+        assert left() is None
 
 
 def test_a_result_is_a_path(tmp_path):

@@ -48,8 +48,7 @@ class StageConfig(_Mixin):
         resume: str | bool | None = self.resume_from_checkpoint
         self.resume_from_checkpoint: str | bool | None = switches.get(str(resume).lower(), resume)
         if self.bf16 is None:
-            cpu = self.use_cpu or not torch.accelerator.is_available()
-            self.bf16 = not self.fp16 and not cpu
+            self.bf16 = not self.fp16 and not self.use_cpu and has_bf16()
         floored = SchedulerType(self.lr_scheduler_type) is SchedulerType.COSINE_WITH_MIN_LR
         self.lr_scheduler_kwargs: dict[str, Any] | str | None = self.lr_scheduler_kwargs or (
             {"min_lr_rate": 0.1} if floored else None
@@ -64,6 +63,13 @@ class StageConfig(_Mixin):
             raise InputError(
                 f"num_train_epochs is {epochs}; make it more than 0, or set max_steps."
             )
+
+
+def has_bf16() -> bool:
+    """Whether there is an accelerator that computes in bfloat16 (a T4 or V100 imitates it)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.accelerator.is_available()
 
 
 def check_counts(config: StageConfig, *names: str) -> None:

@@ -33,6 +33,7 @@ def ppo_sums(
     tokens = (rollout.prompt_ids, rollout.prompt_lengths, rollout.completion_ids)
     logits, values = model(join(*tokens, rollout.counted_lengths))
     log_probs = log_distribution(logits, temperature=args.temperature)
+    del logits  # as large, and not needed for the gradient
     logprobs = token_logprobs(log_probs, rollout.completion_ids[mask])
     policy = (logprobs, rollout.logprobs[mask], advantages[mask])
     value = (values, rollout.values[mask], returns[mask])

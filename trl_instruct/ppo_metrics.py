@@ -84,7 +84,8 @@ def mean_over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def check_finite(means: Mapping[str, Tensor], iteration: int) -> None:
-    """FloatingPointError at a loss that is no finite number, before it reaches the weights.
+    """FloatingPointError at a loss that is no finite number, before it reaches the weights (but
+    DeepSpeed's, which takes the step in its backward pass), or anything is saved.
 
     Args:
         means: over all processes, so that all of them stop.

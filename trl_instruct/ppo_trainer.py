@@ -217,16 +217,17 @@ class PPOTrainer(LoopTrainer):
         prompts = [self.prompts[row] for row in rows]
         model = self.accelerator.unwrap_model(self.model)
         with whole_weights(self.accelerator, self.model_wrapped):
-            completions, lengths, ended = generate(
-                self.policy,
-                prompts,
-                max_new_tokens=self.args.response_length,
-                eos_token_ids=self.eos_token_ids,
-                stop_strings=self.args.stop_strings,
-                tokenizer=self.processing_class,
-                temperature=self.args.temperature,
-                batch_size=self.args.local_rollout_forward_batch_size,
-            )
+            with self.accelerator.autocast():
+                completions, lengths, ended = generate(
+                    self.policy,
+                    prompts,
+                    max_new_tokens=self.args.response_length,
+                    eos_token_ids=self.eos_token_ids,
+                    stop_strings=self.args.stop_strings,
+                    tokenizer=self.processing_class,
+                    temperature=self.args.temperature,
+                    batch_size=self.args.local_rollout_forward_batch_size,
+                )
             prompt_ids, prompt_lengths = pad_prompts(prompts, completions.device)
             tokens = (prompt_ids, prompt_lengths, completions, lengths, ended)
             with evaluating(model), self.accelerator.autocast():

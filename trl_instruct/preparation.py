@@ -49,6 +49,12 @@ def stage_options(
             "load_in_8bit and load_in_4bit freeze the weights, so there would be nothing to train. "
             "Set use_peft as well to train a LoRA adapter."
         )
+    if trains and config.n_gpu > 1:
+        raise InputError(
+            f"{config.n_gpu} GPUs are there and one process, which trains on one of them. Start it "
+            "with accelerate launch (make LAUNCH='accelerate launch') to use all, or set "
+            "CUDA_VISIBLE_DEVICES to the one to use."
+        )
     flex = model_config.attn_implementation == "flex_attention"
     if trains and flex and config.device.type == "cpu":
         raise InputError(

@@ -313,10 +313,10 @@ def _measured_at_once(
     """logprobs, ref_logprobs and values of a few episodes: `(B, C)` each."""
     tokens, completions = rollout[:4], rollout.completion_ids
     mask = right_padded_mask(rollout.completion_lengths, completions.shape[1])
-    # `forward` directly: ZeRO-3's hook on a call of the whole waits for the other processes, and
-    # each has its own number of batches here.
-    read: Any = model.forward
-    logits, values = read(join(*tokens))
+    # The class's `forward`: ZeRO-3's hook on a call of the whole waits for the other processes, and
+    # each has its own number of batches here; accelerate's in its place makes all logits float32.
+    read: Any = type(model).forward
+    logits, values = read(model, join(*tokens))
     logprobs = logprobs_in_parts(logits, completions[mask], temperature=temperature)
     del logits  # the reference's are as large
     with model.policy.disable_adapter() if ref_policy is None else nullcontext():

@@ -26,6 +26,7 @@ Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]
 
 # Attention that looks back a number of tokens only: columns of a shared row are further apart.
 WINDOWS = ("sliding_window", "attention_chunk_size")
+MASKED = (None, "eager", "sdpa", "flex_attention")  # None: no attention, or one of its own
 
 
 def score_positions(input_ids: Tensor, attention_mask: Tensor, pad_token_id: int | None) -> Tensor:
@@ -173,6 +174,9 @@ def sharing_fault(
     if not isinstance(getattr(bare, "score", None), nn.Module):
         return "it has no head `score` on every token"
     config, longest = bare.config.get_text_config(), int(lengths.max())
+    if (attention := config._attn_implementation) not in MASKED:
+        # Not to be tried: flash kernels take such a mask for positions, beyond the end of the keys.
+        return f"{attention} knows no mask like that of a shared prompt, as sdpa does"
     for window in (getattr(config, name, None) for name in WINDOWS):
         # In half precision the comparison below could overlook a token or two.
         if window is not None and window < longest:
@@ -226,6 +230,7 @@ def batched_logits(
         mask = right_padded_mask(lengths, ids.shape[1]).long().to(ids.device)
         columns = score_positions(ids, mask, pad_token_of(model))
         with scores_at(model, columns, ids.shape[1]):
-            output = model(**accepted(model, input_ids=ids, attention_mask=mask))
+            arguments = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+            output = model(**accepted(model, **arguments))
         logits[chosen] = output.logits.float().cpu()
     return logits

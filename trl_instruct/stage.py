@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
 from huggingface_hub import ModelCard, ModelCardData
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
@@ -95,6 +96,7 @@ def stage(name: str, config: StageConfig, model_config: ModelConfig) -> Iterator
     """
     run = Stage(name, config, model_config)
     run.check_folder()
+    clear_device_cache(garbage_collection=True)  # an earlier stage's models: accelerate ties knots
     PartialState().wait_for_everyone()
     set_seed(config.seed)
     try:
