@@ -1,8 +1,8 @@
 """PPO on the same rollouts in one process or several: python tests/processes.py FOLDER [HOW].
 
 torchrun --nproc_per_node 2 tests/processes.py FOLDER [HOW]; HOW is what is done where the reward
-fails on a prompt that one process has (skip, stop), one_base: the models are adapters over one, or
-no_average: without a moving average of the policy.
+fails on a prompt that one process has (skip, stop), one_base: the models are adapters over one,
+no_average: without a moving average of the policy, or bf16: in that, and without one too.
 """
 
 import math
@@ -72,6 +72,7 @@ def main(folder, how=None):
         PPOConfig(
             output_dir=str(folder),
             use_cpu=True,
+            bf16=how == "bf16",
             per_device_train_batch_size=2 // processes,
             gradient_accumulation_steps=2,
             num_mini_batches=2,
@@ -84,7 +85,7 @@ def main(folder, how=None):
             missing_eos_penalty=0.5,
             adaptive_kl_target=0.001,
             adaptive_kl_horizon=40,
-            ema_decay=None if how == "no_average" else 0.5,
+            ema_decay=None if how in ("no_average", "bf16") else 0.5,
             ptx_coef=0.1,
             ptx_max_length=8,
             ptx_rows_per_episode=1,

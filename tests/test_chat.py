@@ -1,6 +1,7 @@
 import io
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from test_recipes import PROMPTS, chat, write
 from transformers import AutoModelForCausalLM
@@ -111,6 +112,13 @@ def test_given_prompts(folders, capsys):
     assert [line for line in told if line.startswith(">")] == ["> Q:", "> R:"]
     assert sum(line.startswith("  plain  ") for line in told) == 2
     assert sum(line.startswith("  b      ") for line in told) == 2
+
+
+def test_weights_of_half_the_size(folders, monkeypatch):
+    loaded, load = [], chat_module.load_policy
+    monkeypatch.setattr(chat_module, "load_policy", lambda *a: loaded.append(load(*a)) or loaded[0])
+    generate("--models", folders / "plain", "--prompts", "Q: ", "--dtype", "bfloat16")
+    assert loaded[0].dtype == torch.bfloat16
 
 
 def test_prompts_of_a_file(folders, tmp_path, capsys, asked):

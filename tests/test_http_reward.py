@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from trl_instruct import http_reward
+from trl_instruct import cli, http_reward
 from trl_instruct.errors import InputError
 from trl_instruct.http_reward import HTTPReward, is_loopback
 from trl_instruct.reward_function import RewardError, RewardUnreachableError, call_reward
@@ -318,6 +318,15 @@ def serve_reward(*arguments, **environment):
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def test_the_served_model_is_loaded_as_asked(monkeypatch):
+    def load(reward, *, model_config, **options):
+        raise InputError(f"{reward} in {model_config.dtype}")
+
+    monkeypatch.setattr(cli, "load_reward", load)
+    with pytest.raises(InputError, match="runs/rm in bfloat16"):
+        cli.serve_reward_command(["--reward_model_path", "runs/rm", "--dtype", "bfloat16"])
 
 
 @pytest.mark.slow

@@ -67,6 +67,14 @@ def test_two_processes_do_what_one_does_and_can_be_resumed(kind, alone, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_bf16_the_reference_is_still_the_policy_at_first(kind, tmp_path):
+    share(kind, SCRIPT, tmp_path, "bf16")
+    logs = json.loads((tmp_path / "logs.json").read_text(encoding="utf-8"))["logs"]
+    assert [log["objective/kl"] == 0 for log in logs] == [True, False]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]])
 def test_ppo_from_the_command_line(kind, tmp_path, saved_policy, saved_reward_model):
     """Completions end one after the other, so that each process has batches of its own number."""

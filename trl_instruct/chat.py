@@ -14,13 +14,15 @@ from trl_instruct.tokenizers import load_tokenizer
 
 
 class Sampling(NamedTuple):
-    """How completions are drawn, as in `generate`; `num_completions` of each prompt."""
+    """How completions are drawn, as in `generate`; `num_completions` of each prompt, `dtype`: of
+    the weights."""
 
     response_length: int = 128
     temperature: float = 1.0
     stop_strings: Sequence[str] | None = None
     num_completions: int = 1
     seed: int = 0
+    dtype: str = "float32"
 
 
 class Speaker:
@@ -40,7 +42,8 @@ class Speaker:
         self, source: ModelSource, sampling: Sampling, *, suffix: str = "", chat: bool = True
     ):
         self.tokenizer = load_tokenizer(source)
-        self.policy = load_policy(source, ModelConfig()).to(PartialState().device)
+        policy = load_policy(source, ModelConfig(dtype=sampling.dtype))
+        self.policy = policy.to(PartialState().device)
         self.sampling = sampling
         self.suffix = suffix
         self.chat = chat and self.tokenizer.chat_template is not None
@@ -62,7 +65,7 @@ class Speaker:
         Raises:
             InputError: a prompt that does not fit into the context.
         """
-        length, temperature, stop_strings, count, _ = self.sampling
+        length, temperature, stop_strings, count = self.sampling[:4]
         token_lists, _ = prompt_tokens(
             prompts,
             self.tokenizer,

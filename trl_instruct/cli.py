@@ -6,7 +6,7 @@ clone, for `accelerate launch`.
 
 import os
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -179,6 +179,7 @@ def serve_reward_command(arguments: list[str]) -> None:
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="Allow a model's own code from the Hub."
     )
+    _add_dtype(parser)
     parser.add_argument("--host", default=LOOPBACK, help="Where to listen (%(default)s).")
     parser.add_argument("--port", type=int, default=8000, help="Its port (%(default)s).")
     parser.add_argument(
@@ -190,6 +191,7 @@ def serve_reward_command(arguments: list[str]) -> None:
     reward = load_reward(
         named if len(named) > 1 else named[0],
         weights=options.reward_weights,
+        model_config=ModelConfig(dtype=options.dtype),
         trust_remote_code=options.trust_remote_code,
     )
     place_on(reward, PartialState().device)
@@ -197,6 +199,10 @@ def serve_reward_command(arguments: list[str]) -> None:
     with RewardServer(reward, token=os.environ.get(TOKEN_VARIABLE), **where) as server:
         _tell(f"scores of {reward_name(reward)}: {server.url}")
         server.serve_forever()
+
+
+def _add_dtype(parser: ArgumentParser) -> None:
+    parser.add_argument("--dtype", default="float32", help="Of the weights (%(default)s).")
 
 
 def report_command(arguments: list[str]) -> None:
@@ -238,6 +244,7 @@ def generate_command(arguments: list[str]) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="Above 0 (%(default)s).")
     parser.add_argument("--stop_strings", nargs="+", help="Texts that end one, beside EOS.")
     parser.add_argument("--seed", type=int, default=0, help="Of sampling (%(default)s).")
+    _add_dtype(parser)
     options = parser.parse_args(arguments)
     for name in ("num_completions", "response_length", "temperature"):
         if getattr(options, name) <= 0:
@@ -252,6 +259,7 @@ def _generate(options: Namespace, models: dict[str, str]) -> None:
         options.stop_strings,
         options.num_completions,
         options.seed,
+        options.dtype,
     )
     if options.prompts and options.dataset_name:
         raise InputError("prompts and dataset_name were both given; one of them is needed.")
@@ -318,7 +326,7 @@ def merge_command(arguments: list[str]) -> None:
     parser = _Parser([], prog="trl-instruct merge", allow_abbrev=False)
     parser.add_argument("adapter", help="Folder of the adapter.")
     parser.add_argument("output_dir", help="A new folder for the merged model.")
-    parser.add_argument("--dtype", default="float32", help="Of its weights (%(default)s).")
+    _add_dtype(parser)
     options = parser.parse_args(arguments)
     _tell(f"merged: {merge(options.adapter, options.output_dir, dtype=options.dtype)}")
 

@@ -62,6 +62,7 @@ from trl_instruct.sharding import (
     load_whole_models,
     micro_batch,
     prepare_sharing,
+    round_alike,
     whole_states,
     whole_weights,
 )
@@ -496,6 +497,7 @@ class PPOTrainer(LoopTrainer):
         if self.ref_model is not None:
             unify_modes(self.ref_model)
             self.ref_model.eval().requires_grad_(False).to(self.accelerator.device)
+            round_alike(self.accelerator, self.ref_model)
         place_on(self.reward, self.accelerator.device)
         if self.gold is not None:
             place_on(self.gold, self.accelerator.device)

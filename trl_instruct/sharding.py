@@ -109,6 +109,22 @@ def prepare_sharing(accelerator: Accelerator, *, episodes: int, max_grad_norm: f
         )
 
 
+def round_alike(accelerator: Accelerator, frozen: nn.Module) -> None:
+    """Round a whole model's weights as FSDP and DeepSpeed round those they share out.
+
+    Under mixed precision these compute with weights of 16 bits, where a whole model keeps float32
+    ones: the reference would not be the policy that it is a copy of.
+
+    Args:
+        accelerator: of the run.
+        frozen: its buffers stay as they are, as the policy's do.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    if accelerator.distributed_type in SHARING and dtype is not None:
+        for weight in frozen.parameters():
+            weight.data = weight.data.to(dtype)
+
+
 def find_root(model: nn.Module) -> None:
     """Let FSDP know which module is the whole: it takes the first that is called for it.
 
