@@ -65,23 +65,23 @@ class Speaker:
         Raises:
             InputError: a prompt that does not fit into the context.
         """
-        length, temperature, stop_strings, count = self.sampling[:4]
+        sampling = self.sampling
         token_lists, _ = prompt_tokens(
             prompts,
             self.tokenizer,
             self.policy,
             max_prompt_length=max_prompt_length,
-            response_length=length,
+            response_length=sampling.response_length,
         )
         return list(
             sample_several(
                 self.policy,
                 self.tokenizer,
                 token_lists,
-                count,
-                max_new_tokens=length,
-                temperature=temperature,
-                stop_strings=stop_strings,
+                sampling.num_completions,
+                max_new_tokens=sampling.response_length,
+                temperature=sampling.temperature,
+                stop_strings=sampling.stop_strings,
             )
         )
 

@@ -43,25 +43,30 @@ def stage_options(
     if dataset is None:
         raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
     config.dataset_name = name_of(dataset) or config.dataset_name
+    if trains:
+        _check_trainable(config, model_config)
+    return config, model_config
+
+
+def _check_trainable(config: StageConfig, model_config: ModelConfig) -> None:
+    """InputError where nothing could be trained, or on one of several GPUs alone."""
     frozen = model_config.load_in_8bit or model_config.load_in_4bit
-    if trains and frozen and not model_config.use_peft:
+    if frozen and not model_config.use_peft:
         raise InputError(
             "load_in_8bit and load_in_4bit freeze the weights, so there would be nothing to train. "
             "Set use_peft as well to train a LoRA adapter."
         )
-    if trains and config.n_gpu > 1:
+    if config.n_gpu > 1:
         raise InputError(
             f"{config.n_gpu} GPUs are there and one process, which trains on one of them. Start it "
             "with accelerate launch (make LAUNCH='accelerate launch') to use all, or set "
             "CUDA_VISIBLE_DEVICES to the one to use."
         )
-    flex = model_config.attn_implementation == "flex_attention"
-    if trains and flex and config.device.type == "cpu":
+    if model_config.attn_implementation == "flex_attention" and config.device.type == "cpu":
         raise InputError(
             "attn_implementation is flex_attention, which torch gives no backward pass on CPU, so "
             "that nothing could be trained. Leave it out there; on a GPU it trains."
         )
-    return config, model_config
 
 
 def named_source(given: Any, config: StageConfig, option: str = "eval_dataset_name") -> Any:
