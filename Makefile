@@ -78,7 +78,7 @@ $(1): install $(call metrics,$(1))
 	@$$(if $$(filter $(1),$$(built)),:,echo "$(1): done and unchanged ($(call folder,$(1)))")
 $(call metrics,$(1)): $(call config,$(1)) $(call inputs,$(1)) $(call forced,$(1)) | install
 	$$(eval built += $(1))$$(LAUNCH) recipes/$(subst base,pretrain,$(1)).py \
-	  --config $(call config,$(1)) $(if $(filter base,$(1)),--output_dir $(call folder,base)) \
+	  --config $(call config,$(1))$(if $(filter base,$(1)), --output_dir $(call folder,base)) \
 	  --overwrite_output_dir $$(ARGS)
 endef
 $(foreach stage,$(STAGES),$(eval $(call stage_rules,$(stage))))
