@@ -30,11 +30,11 @@ from transformers import (
 from trl import ModelConfig
 
 from trl_instruct import ClassifierReward, ppo, pretrain
-from trl_instruct.data import load_texts, openings
+from trl_instruct.data.records import load_texts, openings
+from trl_instruct.evaluation.samples import Samples, sample_and_score
 from trl_instruct.intervals import Interval, mean_interval
-from trl_instruct.models import load_policy
-from trl_instruct.samples import Samples, sample_and_score
-from trl_instruct.tokenizers import load_tokenizer
+from trl_instruct.models.load import load_policy
+from trl_instruct.models.tokenizers import load_tokenizer
 
 RUNS = Path(__file__).parents[1] / "runs" / "bench" / "imdb"
 FILE = "imdb_reviews_5k.jsonl.gz"

@@ -49,7 +49,7 @@ from transformers import (
     TrainerCallback,
 )
 
-import trl_instruct.ppo_trainer as ours
+import trl_instruct.ppo_trainer.trainer as ours
 from trl_instruct import ppo
 
 RESULT = Path(__file__).parents[1] / "runs" / "bench" / "ppo.json"

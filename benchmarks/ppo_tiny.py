@@ -22,9 +22,9 @@ from datasets import disable_progress_bars
 from trl import ModelConfig
 
 from trl_instruct import load_prompts, load_reward, ppo
-from trl_instruct.models import load_policy
-from trl_instruct.samples import sample_and_score, summarize
-from trl_instruct.tokenizers import load_tokenizer
+from trl_instruct.evaluation.samples import sample_and_score, summarize
+from trl_instruct.models.load import load_policy
+from trl_instruct.models.tokenizers import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "runs" / "tiny"

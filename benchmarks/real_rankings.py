@@ -18,7 +18,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from trl_instruct import load_rankings, pretrain, rm, split_by_prompt
-from trl_instruct.sources import load_records
+from trl_instruct.data.sources import load_records
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "bench" / "real_rankings"

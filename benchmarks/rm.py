@@ -32,9 +32,9 @@ from datasets import Dataset, disable_progress_bars
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from trl_instruct.configs import RewardConfig
-from trl_instruct.pairs import rankings_to_pairs
-from trl_instruct.pretraining import train_tokenizer
-from trl_instruct.reward_trainer import RankingRewardTrainer
+from trl_instruct.data.pairs import rankings_to_pairs
+from trl_instruct.recipes.pretrain import train_tokenizer
+from trl_instruct.reward_trainer.trainer import RankingRewardTrainer
 
 RESULT = Path(__file__).parents[1] / "runs" / "bench" / "rm.json"
 PROMPTS = (64, 256)

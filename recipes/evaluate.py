@@ -8,7 +8,7 @@
 It prints the tables and leaves evaluation.json and evaluation.png.
 
 Options: `--help`; trl_instruct/configs.py explains them. What happens: `evaluate` in
-trl_instruct/evaluation.py. From Python: `from trl_instruct import evaluate`.
+trl_instruct/evaluation/evaluate.py. From Python: `from trl_instruct import evaluate`.
 """
 
 import sys

@@ -8,7 +8,7 @@ Without prompts it reads them from the keyboard, a line each, until Ctrl-D. A mo
 template is given messages and remembers the conversation; any other goes on with the text as it
 stands, so that `--prompt_suffix` gives what a prompt of its records ends with.
 
-Options: `--help`. What happens: trl_instruct/chat.py.
+Options: `--help`. What happens: trl_instruct/evaluation/answers.py.
 """
 
 import sys

@@ -3,7 +3,7 @@
     python recipes/ppo.py --config recipes/configs/tiny/ppo.yaml
 
 Options: `--help`; trl_instruct/configs.py explains them. What happens: `ppo` in
-trl_instruct/recipes.py. From Python: `from trl_instruct import ppo`.
+trl_instruct/recipes/ppo.py. From Python: `from trl_instruct import ppo`.
 """
 
 import sys

@@ -3,7 +3,7 @@
     python recipes/pretrain.py --config trl_instruct/tiny/pretrain.yaml
 
 Options: `--help`; trl_instruct/configs.py explains them. What happens: `pretrain` in
-trl_instruct/pretraining.py. From Python: `from trl_instruct import pretrain`.
+trl_instruct/recipes/pretrain.py. From Python: `from trl_instruct import pretrain`.
 """
 
 import sys

@@ -6,7 +6,7 @@ It leaves the model, metrics.json and a figure of them, rm.png. With `--demonstr
 score is shifted so that demonstrations have 0 on average.
 
 Options: `--help`; trl_instruct/configs.py explains them. What happens: `rm` in
-trl_instruct/recipes.py. From Python: `from trl_instruct import rm`.
+trl_instruct/recipes/rm.py. From Python: `from trl_instruct import rm`.
 """
 
 import sys

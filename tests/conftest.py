@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from trl_instruct.configs import PPOConfig
-from trl_instruct.ppo_trainer import PPOTrainer
-from trl_instruct.quiet import silence_harmless_warnings
+from trl_instruct.console import silence_harmless_warnings
+from trl_instruct.ppo_trainer.trainer import PPOTrainer
 
 CONTEXT = 128
 PROMPTS = [f"{'long ' * (row % 3)}prompt {row}: " for row in range(16)]

@@ -15,13 +15,13 @@ from conftest import PROMPTS, byte_tokenizer, letters, tiny_model
 from datasets import Dataset
 from trl import ModelConfig
 
-from trl_instruct import ppo_trainer
 from trl_instruct.configs import PPOConfig
-from trl_instruct.models import score_head
-from trl_instruct.ppo_trainer import PPOTrainer
-from trl_instruct.rewards import RewardModel
-from trl_instruct.shared_base import SharedBase, view_of
-from trl_instruct.stage import write_json
+from trl_instruct.files import write_json
+from trl_instruct.models.shared_base import SharedBase, view_of
+from trl_instruct.ppo_trainer import trainer as ppo_trainer
+from trl_instruct.ppo_trainer.trainer import PPOTrainer
+from trl_instruct.rewards.reward_model import RewardModel
+from trl_instruct.scalar_head import score_head
 
 ITERATIONS = 2
 

@@ -3,7 +3,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_instruct.batching import LengthBatchSampler, length_batches, similar_lengths
+from trl_instruct.padding import LengthBatchSampler, length_batches, similar_lengths
 
 
 @given(st.lists(st.integers(1, 500), max_size=40), st.integers(1, 9))

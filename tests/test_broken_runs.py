@@ -11,10 +11,10 @@ import yaml
 
 import trl_instruct
 from trl_instruct import sample_candidates, sft
-from trl_instruct.chain import read_chain
-from trl_instruct.diagnosis import diagnose
-from trl_instruct.pretraining import tiny_base
-from trl_instruct.rewards import load_reward
+from trl_instruct.diagnosis.page import diagnose
+from trl_instruct.recipes.chain import read_chain
+from trl_instruct.recipes.pretrain import tiny_base
+from trl_instruct.rewards.load import load_reward
 from trl_instruct.tiny import split
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,7 @@ from trl_instruct.configs import (
     has_bf16,
 )
 from trl_instruct.errors import InputError
-from trl_instruct.options import resolve, save_config
+from trl_instruct.recipes.options import resolve, save_config
 
 CONFIGS = [PretrainConfig, SFTConfig, CandidatesConfig, RewardConfig, PPOConfig]
 # What differs from the defaults of transformers, of TRL, of ours; back to another's default; null.

@@ -88,10 +88,10 @@ def test_references_are_found(notation):
     ("reference", "message"),
     [
         ("loses.py: pair_loss", "there is no"),
-        ("losses.py: pair_los", "losses.py defines no pair_los"),
-        ("losses.py: Tensor", "losses.py defines no Tensor"),  # imported there
-        ("ppo_trainer.py: step", "ppo_trainer.py defines no step"),
-        ("ppo_trainer.py: PPOTrainer.stop", "defines no PPOTrainer.stop"),
+        ("reward_trainer/losses.py: pair_los", "losses.py defines no pair_los"),
+        ("ppo_trainer/losses.py: Tensor", "losses.py defines no Tensor"),  # imported there
+        ("ppo_trainer/trainer.py: step", "trainer.py defines no step"),
+        ("ppo_trainer/trainer.py: PPOTrainer.stop", "defines no PPOTrainer.stop"),
         ("PPOConfg.kl_coef = 0.02", "this is none"),
         ("PPOConfig.kl_coef", "this is none"),  # without its default
         ("NoConfig.kl_coef = 0.02", "NoConfig has no kl_coef"),
@@ -116,7 +116,7 @@ OURS += [
     q for *_, differs in CELLS for q in re.findall(r"`([^`]+)`", differs) if re.search(r"[:=] ", q)
 ]
 METRIC = re.compile(r"(?:objective|policy|loss|val)/\w+")
-CODE = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "trl_instruct").glob("*.py"))
+CODE = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "trl_instruct").rglob("*.py"))
 
 
 @pytest.mark.slow
@@ -156,3 +156,19 @@ def test_links_lead_to_files(page):
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8"))
     local = [link for link in links if "://" not in link]
     assert [link for link in local if not (path.parent / link).exists()] == []
+
+
+def test_the_readme_lists_the_package():
+    """Folders and files below trl_instruct/, in at most 30 lines."""
+    blocks = (ROOT / "README.md").read_text(encoding="utf-8").split("```")
+    (tree,) = (block for block in blocks if "\ntrl_instruct/\n" in block)
+    inside = tree.partition("\ntrl_instruct/\n")[2].partition("\ntests/")[0]
+    listed = re.findall(r"^  ([\w.]+/?) ", inside, re.MULTILINE)
+    package = ROOT / "trl_instruct"
+    there = [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
+    there += [path.name for path in package.glob("*.py") if not path.name.startswith("__")]
+    assert sorted(listed) == sorted(there)
+    assert len(tree.splitlines()) <= 30
+    stages = ("pretrain", "sft", "candidates", "rm", "ppo")
+    assert "  ".join(stages) in inside
+    assert all((package / "recipes" / f"{stage}.py").is_file() for stage in stages)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_http_reward import running
+from test_http import running
 from test_judge import endpoint
 
 import trl_instruct
 from trl_instruct import RewardServer
-from trl_instruct.reward_function import call_reward, reward_name
+from trl_instruct.rewards.function import call_reward, reward_name
 
 PAGE = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

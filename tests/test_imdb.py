@@ -11,8 +11,9 @@ import yaml
 from datasets import ClassLabel, Dataset, Features, Value
 
 import trl_instruct
-from trl_instruct import cli, sources
-from trl_instruct.classifier import ClassifierReward
+from trl_instruct import cli
+from trl_instruct.data import sources
+from trl_instruct.rewards.classifier import ClassifierReward
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "configs" / "gpt2-imdb" / "ppo.yaml"

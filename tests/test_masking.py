@@ -4,14 +4,13 @@ import statistics
 import pytest
 import torch
 
-from trl_instruct.masking import (
+from trl_instruct.padding import (
     completion_lengths,
     left_padded_mask,
-    masked_mean,
-    masked_whiten,
     position_ids,
     right_padded_mask,
 )
+from trl_instruct.ppo_trainer.advantages import masked_mean, masked_whiten
 
 VALUES = torch.tensor([[1.0, 2.0, 6.0], [4.0, math.nan, math.inf]])
 MASK = torch.tensor([[True, True, True], [True, False, False]])

@@ -99,7 +99,7 @@ def test_a_fault_in_one_of_two_processes_stops_both(tmp_path):
         timeout=300,
     )
     assert ran.returncode != 0
-    assert ran.stderr.count("trl_instruct.reward_function.RewardError: Iteration ") == 2
+    assert ran.stderr.count("trl_instruct.rewards.function.RewardError: Iteration ") == 2
 
 
 def test_ppo_in_two_processes_from_the_command_line(tmp_path, saved_policy, saved_reward_model):

@@ -26,12 +26,14 @@ from trl import ModelConfig, RewardTrainer
 
 from trl_instruct.configs import RewardConfig
 from trl_instruct.errors import InputError
-from trl_instruct.models import load_policy, load_reward_model, score_head
-from trl_instruct.pretraining import pretrain
-from trl_instruct.recipes import ppo, rm, sft
-from trl_instruct.reward_trainer import RankingRewardTrainer
-from trl_instruct.rewards import RewardModel
-from trl_instruct.scalar_head import ScalarHead, keep_weights, register_scalar_head
+from trl_instruct.models.load import load_policy, load_reward_model
+from trl_instruct.recipes.ppo import ppo
+from trl_instruct.recipes.pretrain import pretrain
+from trl_instruct.recipes.rm import rm
+from trl_instruct.recipes.sft import sft
+from trl_instruct.reward_trainer.trainer import RankingRewardTrainer
+from trl_instruct.rewards.reward_model import RewardModel
+from trl_instruct.scalar_head import ScalarHead, keep_weights, register_scalar_head, score_head
 
 KINDS = ["rwkv", "mamba"]
 PLAIN = ModelConfig()

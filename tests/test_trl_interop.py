@@ -3,20 +3,20 @@
 import pytest
 import trl
 from datasets import Dataset
-from test_http_reward import running
+from test_http import running
 from test_judge import endpoint
 from test_recipes import RANKINGS, chat, vowels
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-from trl_instruct.classifier import ClassifierReward
-from trl_instruct.combined import Clipped, LengthPenalty, Normalised, WeightedSum
-from trl_instruct.http_reward import HTTPReward
-from trl_instruct.judge import LLMJudge
-from trl_instruct.pairs import load_pairs, rankings_to_pairs
-from trl_instruct.rankings import load_rankings
-from trl_instruct.reward_function import call_reward, reward_name
-from trl_instruct.reward_server import RewardServer
-from trl_instruct.rewards import RewardModel
+from trl_instruct.data.pairs import load_pairs, rankings_to_pairs
+from trl_instruct.data.rankings import load_rankings
+from trl_instruct.rewards.classifier import ClassifierReward
+from trl_instruct.rewards.combined import Clipped, LengthPenalty, Normalised, WeightedSum
+from trl_instruct.rewards.function import call_reward, reward_name
+from trl_instruct.rewards.http import HTTPReward
+from trl_instruct.rewards.judge import LLMJudge
+from trl_instruct.rewards.reward_model import RewardModel
+from trl_instruct.rewards.server import RewardServer
 
 pytestmark = pytest.mark.slow  # whole stages
 

@@ -15,10 +15,6 @@ import yaml
 from accelerate import PartialState
 from trl import ModelConfig, TrlParser
 
-from trl_instruct.candidates import sample_candidates
-from trl_instruct.chain import read_chain
-from trl_instruct.chain_report import read_evaluation, report, summary_lines
-from trl_instruct.chat import Sampling, answer_prompts, converse
 from trl_instruct.configs import (
     CandidatesConfig,
     EvaluateConfig,
@@ -27,21 +23,33 @@ from trl_instruct.configs import (
     RewardConfig,
     SFTConfig,
 )
-from trl_instruct.data import load_prompts
+from trl_instruct.console import one_line
+from trl_instruct.data.records import load_prompts
+from trl_instruct.data.sources import kind_of
+from trl_instruct.diagnosis.page import read_evaluation, report, summary_lines
 from trl_instruct.errors import InputError
-from trl_instruct.evaluation import evaluate
-from trl_instruct.http_reward import TOKEN_VARIABLE
-from trl_instruct.merging import merge
-from trl_instruct.options import Config, check_names, check_types, named_sources, option_errors
-from trl_instruct.pretraining import pretrain
-from trl_instruct.printable import one_line
-from trl_instruct.recipes import ppo, rm, sft
-from trl_instruct.reward_function import place_on, reward_name
-from trl_instruct.reward_server import LOOPBACK, MOST_BYTES, RewardServer
-from trl_instruct.rewards import load_reward
-from trl_instruct.sources import kind_of
-from trl_instruct.stage import StageResult, stage
-from trl_instruct.summary import compare
+from trl_instruct.evaluation.answers import Sampling, answer_prompts, converse
+from trl_instruct.evaluation.compare import compare
+from trl_instruct.evaluation.evaluate import evaluate
+from trl_instruct.models.merging import merge
+from trl_instruct.recipes.candidates import sample_candidates
+from trl_instruct.recipes.chain import read_chain
+from trl_instruct.recipes.options import (
+    Config,
+    check_names,
+    check_types,
+    named_sources,
+    option_errors,
+)
+from trl_instruct.recipes.ppo import ppo
+from trl_instruct.recipes.pretrain import pretrain
+from trl_instruct.recipes.rm import rm
+from trl_instruct.recipes.sft import sft
+from trl_instruct.recipes.stage import StageResult, stage
+from trl_instruct.rewards.function import place_on, reward_name
+from trl_instruct.rewards.http import TOKEN_VARIABLE
+from trl_instruct.rewards.load import load_reward
+from trl_instruct.rewards.server import LOOPBACK, MOST_BYTES, RewardServer
 
 
 def main(argv: Sequence[str] | None = None) -> None:

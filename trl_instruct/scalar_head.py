@@ -6,9 +6,12 @@ same names for the weights (`<backbone>.*`, `score.weight`), and registered with
 it is a checkpoint of the backbone's own `model_type`, in safetensors, without code.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -24,7 +27,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import logging
 
 from trl_instruct.errors import InputError
-from trl_instruct.masking import padding_before, roll_rows
+from trl_instruct.padding import padding_before, roll_rows
 
 logger = logging.get_logger(__name__)
 
@@ -143,3 +146,56 @@ def keep_weights(model: PreTrainedModel) -> None:
 # At import, so that AutoModelForSequenceClassification.from_pretrained finds them from then on.
 for _model_type in ("rwkv", "mamba", "mamba2", "falcon_mamba"):
     register_scalar_head(type(AutoConfig.for_model(_model_type)))
+
+
+SHIFT, STD = "reward_shift", "reward_std"
+
+
+# In an adapter's folder, where a config.json would make transformers look for full weights.
+SHIFT_FILE = "reward_config.json"
+
+
+def shift_of(model: PreTrainedModel) -> float:
+    """The shift in the model's config; 0 where there is none."""
+    return float(getattr(model.config, SHIFT, None) or 0.0)
+
+
+def keep_shift(model: PreTrainedModel, shift: float, std: float) -> None:
+    """Put the demonstrations' mean score and its standard deviation in the model's config."""
+    setattr(model.config, SHIFT, shift)
+    setattr(model.config, STD, std)
+
+
+def forget_shift(model: PreTrainedModel) -> None:
+    """Remove the shift of a head that is gone."""
+    for name in (SHIFT, STD):
+        if hasattr(model.config, name):
+            delattr(model.config, name)
+
+
+def save_beside_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Write the shift into an adapter's folder; nothing where the model has none."""
+    values = {name: getattr(model.config, name, None) for name in (SHIFT, STD)}
+    if values[SHIFT] is not None:
+        (folder / SHIFT_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def read_beside_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Give a model with a merged adapter the shift in the adapter's folder, not its base's."""
+    forget_shift(model)
+    if (folder / SHIFT_FILE).is_file():
+        values = json.loads((folder / SHIFT_FILE).read_text(encoding="utf-8"))
+        keep_shift(model, values[SHIFT], values[STD])
+
+
+def score_head(model: PreTrainedModel) -> nn.Linear:
+    """The scalar head of a sequence classifier; InputError where it has another kind of head."""
+    head = getattr(model, "score", None)
+    if isinstance(head, ModulesToSaveWrapper):
+        head = head.modules_to_save[head.active_adapter]
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise InputError(
+            f"{type(model).__name__} has no scalar head `score`. A reward or value model is an "
+            "AutoModelForSequenceClassification with num_labels=1, as `rm` trains it."
+        )
+    return head

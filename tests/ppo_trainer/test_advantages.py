@@ -1,0 +1,80 @@
+import math
+
+import pytest
+import torch
+
+from trl_instruct.padding import right_padded_mask
+from trl_instruct.ppo_trainer.advantages import adapted_kl_coef, gae, kl_per_token, token_rewards
+
+
+def test_kl_by_hand():
+    logprobs, ref_logprobs = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]])
+    k1 = kl_per_token(logprobs, ref_logprobs)
+    k3 = kl_per_token(logprobs, ref_logprobs, estimator="k3")
+    torch.testing.assert_close(k1, torch.tensor([[0.5, -1.0]]))  # not clamped at 0
+    torch.testing.assert_close(
+        k3, torch.tensor([[math.exp(-0.5) - 1 + 0.5, math.exp(1.0) - 1 - 1.0]])
+    )
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_both_estimators_are_the_kl_in_expectation(estimator):
+    policy, ref = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
+    kl = kl_per_token(policy.log(), ref.log(), estimator=estimator)
+    exact = 0.7 * math.log(0.7 / 0.3) + 0.2 * math.log(0.2 / 0.3) + 0.1 * math.log(0.1 / 0.4)
+    torch.testing.assert_close((policy * kl).sum(), torch.tensor(exact))
+
+
+def test_an_unknown_estimator_is_an_error():
+    with pytest.raises(ValueError, match="'k2'; it must be 'k1' or 'k3'"):
+        kl_per_token(torch.zeros(1, 1), torch.zeros(1, 1), estimator="k2")
+
+
+def test_the_score_falls_on_the_last_token_and_nowhere_else():
+    kl = torch.tensor([[1.0, 2.0, 3.0], [-1.0, math.nan, math.nan]])
+    rewards = token_rewards(torch.tensor([10.0, -5.0]), kl, torch.tensor([3, 1]), kl_coef=0.1)
+    expected = torch.tensor([[-0.1, -0.2, 10.0 - 0.3], [-5.0 + 0.1, 0.0, 0.0]])
+    torch.testing.assert_close(rewards, expected)
+
+
+def advantage(rewards, values, t, gamma, lam):
+    """Equation 16 of Schulman et al. 2016 as it stands: a discounted sum of TD errors."""
+    values = [*values, 0.0]
+    errors = [r + gamma * values[i + 1] - values[i] for i, r in enumerate(rewards)]
+    return sum((gamma * lam) ** (i - t) * errors[i] for i in range(t, len(rewards)))
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (0.8, 0.0)])
+def test_gae_equals_the_naive_sum(gamma, lam):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([1, 4, 6])
+    mask = right_padded_mask(lengths, 6)
+    rewards, values = torch.randn(2, 3, 6, generator=generator)
+    junk = torch.where(mask, 0.0, math.nan)
+    advantages, returns = gae(rewards + junk, values + junk, mask, gamma=gamma, lam=lam)
+    for row, length in enumerate(lengths.tolist()):
+        row_rewards, row_values = rewards[row, :length].tolist(), values[row, :length].tolist()
+        expected = [advantage(row_rewards, row_values, t, gamma, lam) for t in range(length)]
+        torch.testing.assert_close(advantages[row, :length], torch.tensor(expected))
+        torch.testing.assert_close(
+            returns[row, :length], torch.tensor(expected) + values[row, :length]
+        )
+    assert not advantages[~mask].any()
+    assert not returns[~mask].any()
+
+
+def test_without_discount_and_lambda_1_the_return_is_the_reward_to_come():
+    rewards, mask = torch.tensor([[1.0, -2.0, 5.0]]), torch.ones(1, 3, dtype=torch.bool)
+    _, returns = gae(rewards, torch.tensor([[7.0, 8.0, 9.0]]), mask, gamma=1.0, lam=1.0)
+    torch.testing.assert_close(returns, torch.tensor([[4.0, 3.0, 5.0]]))
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [(6.0, 0.1), (6.6, 0.105), (60.0, 0.11), (5.4, 0.095), (-1.0, 0.09)],
+    ids=["at its target", "above", "far above", "below", "far below"],
+)
+def test_beta_by_hand(kl, expected):
+    """Half a horizon: an error of 10 % changes beta by 5 %, one above 20 % by 10 %."""
+    adapted = adapted_kl_coef(0.1, kl, target=6.0, horizon=1000, episodes=500)
+    assert adapted == pytest.approx(expected)

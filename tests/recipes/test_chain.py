@@ -1,0 +1,83 @@
+"""Stages found by what their configs name."""
+
+import json
+import math
+
+import pytest
+import yaml
+
+from trl_instruct import InputError
+from trl_instruct.files import write_json
+from trl_instruct.recipes.chain import read_chain
+
+
+def stage(folder, name, logs=(), **config):
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "metrics.json").write_text(json.dumps({"stage": name, "seconds": 1.0}))
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": list(logs)}))
+    return str(folder)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    base = stage(tmp_path / "base", "pretrain", dataset_name="tiny:pretraining")
+    sft = stage(tmp_path / "sft", "sft", model_name_or_path=base, dataset_name="d.jsonl")
+    data = stage(tmp_path / "candidates", "candidates", model_name_or_path=sft)
+    named = {"model_name_or_path": sft, "dataset_name": f"{data}/train.jsonl"}
+    rm = stage(tmp_path / "rm", "rm", **named)
+    named = {"model_name_or_path": sft, "reward_model_path": rm, "dataset_name": None}
+    logs = [{"step": 1, "loss": 2.0}, {"step": 2, "other": 3.0}]
+    stage(tmp_path / "ppo", "ppo", logs, **named)
+    return tmp_path
+
+
+def test_all_stages_in_the_order_they_ran(folders):
+    chain = read_chain(folders / "ppo")
+    assert list(chain) == ["pretrain", "sft", "candidates", "rm", "ppo"]
+    assert chain["rm"].folder == folders / "rm"
+    assert chain["ppo"].curve("loss") == [(1, 2.0)]
+    assert list(read_chain(folders / "sft")) == ["pretrain", "sft"]
+
+
+def test_null_in_metrics_is_nan_again(tmp_path):
+    stage(tmp_path / "rm", "rm")
+    metrics = {"stage": "rm", "accuracy_low": math.nan, "by_k": {"2": {"accuracy_low": math.nan}}}
+    write_json(tmp_path / "rm" / "metrics.json", metrics)
+    assert "null" in (tmp_path / "rm" / "metrics.json").read_text()
+    read = read_chain(tmp_path / "rm")["rm"].metrics
+    assert math.isnan(read["accuracy_low"]) and math.isnan(read["by_k"]["2"]["accuracy_low"])
+
+
+def test_the_nearest_stage_of_a_name_counts(folders):
+    sft = folders / "sft"
+    stage(folders / "again", "ppo", model_name_or_path=str(folders / "ppo"))
+    chain = read_chain(folders / "again")
+    assert chain["ppo"].folder == folders / "again"
+    assert chain["sft"].folder == sft
+
+
+def test_a_stage_that_names_itself_ends_the_search(tmp_path):
+    stage(tmp_path / "sft", "sft", model_name_or_path=str(tmp_path / "sft"))
+    assert list(read_chain(tmp_path / "sft")) == ["sft"]
+
+
+def test_several_rewards_and_hub_ids_are_no_folders(tmp_path):
+    named = {"model_name_or_path": "gpt2", "reward_model_path": ["a", "b"]}
+    stage(tmp_path / "ppo", "ppo", **named)
+    assert list(read_chain(tmp_path / "ppo")) == ["ppo"]
+
+
+def test_metrics_of_something_else_beside_the_data_are_passed_over(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "metrics.json").write_text("[1, 2]")
+    stage(tmp_path / "rm", "rm", dataset_name=f"{tmp_path}/data/rankings.jsonl")
+    assert list(read_chain(tmp_path / "rm")) == ["rm"]
+
+
+def test_a_folder_without_a_finished_stage_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="holds no finished stage"):
+        read_chain(tmp_path)
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    with pytest.raises(InputError, match="holds no finished stage"):
+        read_chain(tmp_path)

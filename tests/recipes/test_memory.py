@@ -1,0 +1,123 @@
+"""Bytes by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
+from transformers import LlamaConfig
+
+from trl_instruct.recipes.memory import (
+    Estimate,
+    Work,
+    activation_bytes,
+    estimate,
+    holdings,
+    memory_table,
+    optimizer_bytes,
+)
+
+SIZES = {"hidden": 10, "layers": 3, "vocabulary": 100, "width": 4}
+
+
+class Model(nn.Module):
+    """20 frozen weights that others may hold as well, and 6 of its own."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.own = nn.Linear(3, 2, bias=False)
+        sizes = {"hidden_size": 10, "num_hidden_layers": 3, "vocab_size": 100}
+        self.config = LlamaConfig(**sizes, num_attention_heads=1)
+
+
+@pytest.fixture
+def base():
+    return nn.Linear(5, 4, bias=False).requires_grad_(False)
+
+
+def arguments(**options):
+    defaults = {"bf16": False, "fp16": False, "optim": "adamw_torch"}
+    return SimpleNamespace(**{**defaults, "gradient_checkpointing": False, **options})
+
+
+def test_what_each_role_holds(base):
+    rows = holdings({"policy": Model(base), "value": Model(base), "ref": None})
+    assert [tuple(row) for row in rows] == [
+        ("shared", 20, 0, 80, "float32"),
+        ("policy", 6, 6, 24, "float32"),
+        ("value", 6, 6, 24, "float32"),
+    ]
+
+
+def test_models_apart(base):
+    policy, reward = Model(base).half(), Model(nn.Linear(5, 4, bias=False))
+    assert [tuple(row) for row in holdings({"policy": policy, "reward": reward})] == [
+        ("policy", 26, 6, 52, "float16"),
+        ("reward", 26, 26, 104, "float32"),
+    ]
+
+
+def test_packed_weights():
+    """64 x 64 numbers of 4 bit are 2048 bytes; their absolute maxima are no parameters."""
+    packed = Linear4bit(64, 64, bias=False, quant_type="nf4").to("cpu")
+    packed.weight = packed.weight.to("cpu") if packed.weight.bnb_quantized else packed.weight
+    packed(torch.zeros(1, 64))
+    (row,) = holdings({"base": packed.requires_grad_(False)})
+    assert tuple(row) == ("base", 4096, 0, 2048, "nf4")
+
+
+@pytest.mark.parametrize(
+    ("optim", "size"),
+    [
+        ("adamw_torch", 8),
+        ("adamw_torch_fused", 8),
+        ("adamw_bnb_8bit", 2),
+        ("paged_adamw_8bit", 2),
+        ("paged_adamw_32bit", 8),
+        ("paged_lion_8bit", 1),
+        ("lion_32bit", 4),
+        ("sgd", 0),
+        ("adafactor", 0),
+    ],
+)
+def test_the_state_of_optimizers(optim, size):
+    assert optimizer_bytes(optim, 1000) == size * 1000
+
+
+def test_activations():
+    """2 rows of 8 tokens: 16 x 10 numbers a layer of 4 bytes; logits of 5 tokens, three times."""
+    work = Work(rows=2, length=8, predicted=5)
+    logits = 2 * 5 * 100 * 4
+    plain = activation_bytes(work, **SIZES, checkpointing=False)
+    assert plain == 16 * (3 * 16 * 10) * 4 + 3 * logits
+    spared = activation_bytes(work, **SIZES, checkpointing=True)
+    assert spared == 16 * ((3 + 16) * 10) * 4 + 3 * logits
+    two = activation_bytes(work._replace(models=2), **SIZES, checkpointing=True)
+    assert two == 2 * 16 * ((3 + 16) * 10) * 4 + 3 * logits
+    read = activation_bytes(work._replace(backward=False), **SIZES, checkpointing=False)
+    assert read == 16 * (2 * 3 * 10) * 4 + 2 * logits
+
+
+def test_an_estimate(base):
+    roles = {"policy": Model(base), "value": Model(base)}
+    works = [Work(1, 4, 0), Work(2, 4, 0)]
+    assert estimate(roles, works, arguments()) == Estimate(
+        weights=80 + 2 * 24, gradients=2 * 24, optimizer=12 * 8, activations=8 * 3 * 16 * 10 * 4
+    )
+    spared = estimate(roles, works, arguments(bf16=True, optim="adamw_bnb_8bit"))
+    assert (spared.optimizer, spared.activations) == (12 * 2, 8 * 3 * 16 * 10 * 2)
+    assert spared.total == 128 + 48 + 24 + 8 * 3 * 16 * 10 * 2
+
+
+def test_the_table(base):
+    big = nn.Linear(2000, 1000, bias=False).requires_grad_(False)
+    shown = memory_table({"policy": Model(big), "ref": big}, [Work(8, 64, 0)], arguments())
+    assert shown == (
+        "memory\n"
+        "role    parameters  trainable   MB\n"
+        "shared          2M          0  7.6  float32\n"
+        "policy           6          6  0.0  float32\n"
+        "about 8.6 MB at 8 x 64 tokens: weights 7.6, gradients 0.0, optimizer 0.0, activations 0.9"
+    )

@@ -1,0 +1,270 @@
+"""Held-out evaluation: every number by hand."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+from trl_instruct.errors import InputError
+from trl_instruct.intervals import mean_interval
+from trl_instruct.reward_trainer.evaluation import (
+    agreement,
+    calibration,
+    calibration_error,
+    comparisons,
+    evaluate_reward,
+    numbered,
+    token_lengths,
+    within_prompt_correlation,
+)
+
+SCORES = {"aaa": 2.0, "bb": 1.0, "c": 3.0, "dddd": 1.0}
+RANKINGS = [
+    {"prompt": "p", "responses": ["aaa", "bb", "c"], "ranks": [1, 2, 3]},
+    {"prompt": "q", "responses": ["c", "dddd"], "ranks": [1, 2]},
+    {"prompt": "r", "responses": ["aaa", "bb", "dddd"], "ranks": [2, 1, 1]},
+]
+
+
+def judge(prompts, completions):
+    return [SCORES[text] for text in completions]
+
+
+def log_loss(*margins):
+    return sum(math.log1p(math.exp(-margin)) for margin in margins) / len(margins)
+
+
+def measure(rows, tokenizer, reward=judge):
+    return evaluate_reward(reward, Dataset.from_list(rows), tokenizer).metrics
+
+
+@pytest.fixture
+def measured(tokenizer):
+    return measure(RANKINGS, tokenizer)
+
+
+def test_accuracy_and_log_loss(measured):
+    """p: a>b right (+1), a>c wrong (-1), b>c wrong (-2); q: right (+2); r: b>a, d>a wrong (-1)."""
+    assert measured["accuracy"] == pytest.approx(2 / 6)
+    assert measured["log_loss"] == pytest.approx(log_loss(1, -1, -2, 2, -1, -1))
+    sizes = [measured[f"eval_{what}"] for what in ("prompts", "rankings", "pairs")]
+    assert sizes == [3, 3, 6]
+
+
+def test_the_interval_is_over_prompts(measured):
+    """Deviations from the mean 1/3 by prompt: 1 - 1, 1 - 1/3, 0 - 2/3."""
+    half = 1.96 * math.sqrt(3 / 2 * (0 + 4 / 9 + 4 / 9)) / 6
+    assert measured["accuracy_low"] == pytest.approx(1 / 3 - half)
+    assert measured["accuracy_high"] == pytest.approx(1 / 3 + half)
+
+
+def test_the_longer_answer_on_the_same_pairs(measured):
+    """p: all three right (3 > 2 > 1 tokens); q: wrong; r: b > a wrong, d > a right."""
+    assert measured["length_accuracy"] == pytest.approx(4 / 6)
+    assert measured["length_accuracy_low"] < 4 / 6 < measured["length_accuracy_high"]
+
+
+def test_what_the_scores_add_to_the_length(measured):
+    """p: 1 - 3, q: 1 - 0, r: 0 - 1 right; a mean of -2/6, so deviations -1, 4/3, -1/3 by prompt."""
+    half = 1.96 * math.sqrt(3 / 2 * (1 + 16 / 9 + 1 / 9)) / 6
+    added = [measured[f"above_length{end}"] for end in ("", "_low", "_high")]
+    assert added == pytest.approx([-1 / 3, -1 / 3 - half, -1 / 3 + half])
+
+
+def test_ties_of_score_and_length_count_one_half(tokenizer):
+    rows = [{"prompt": "p", "responses": ["dddd", "bb"], "ranks": [1, 2]}]
+    assert measure(rows, tokenizer)["accuracy"] == 0.5
+    rows = [{"prompt": "p", "responses": ["x", "y"], "ranks": [1, 2]}]
+    constant = measure(rows, tokenizer, lambda prompts, completions: [0.0] * len(completions))
+    assert (constant["accuracy"], constant["length_accuracy"]) == (0.5, 0.5)
+    assert constant["log_loss"] == pytest.approx(math.log(2))
+
+
+def test_by_size_and_by_distance(measured):
+    by_k = {k: (cell["accuracy"], cell["pairs"]) for k, cell in measured["by_k"].items()}
+    assert by_k == {"2": (1.0, 1), "3": (pytest.approx(1 / 5), 5)}
+    cells = measured["by_distance"]
+    assert {k: cell["pairs"] for k, cell in cells.items()} == {"1": 5, "2": 1}
+    assert (cells["1"]["accuracy"], cells["2"]["accuracy"]) == (pytest.approx(2 / 5), 0.0)
+    assert cells["1"]["length_accuracy"] == pytest.approx(3 / 5)
+    assert measured["by_k"]["3"]["length_accuracy"] == pytest.approx(4 / 5)
+
+
+def test_the_order_of_responses_does_not_matter(measured, tokenizer):
+    turned = [{**row, **{f: row[f][::-1] for f in ("responses", "ranks")}} for row in RANKINGS]
+    again = measure(turned, tokenizer)
+    for name in ("accuracy", "accuracy_low", "log_loss", "length_accuracy", "length_correlation"):
+        assert again[name] == pytest.approx(measured[name])
+
+
+def test_a_response_is_scored_once_however_often_it_is_ranked(tokenizer):
+    asked = []
+
+    def reward(prompts, completions):
+        asked.extend(zip(prompts, completions, strict=True))
+        return judge(prompts, completions)
+
+    both = [
+        {**RANKINGS[0], "labeler": "x"},
+        {"prompt": "p", "responses": ["c", "aaa", "dddd"], "ranks": [1, 2, 3], "labeler": "y"},
+    ]
+    result = evaluate_reward(reward, Dataset.from_list(both), tokenizer)
+    assert asked == [("p", "aaa"), ("p", "bb"), ("p", "c"), ("p", "dddd")]
+    assert result.scores == [2.0, 1.0, 3.0, 1.0]
+    assert result.lengths == [3, 2, 1, 4]
+    assert result.metrics["eval_prompts"] == 1
+
+
+def test_a_ranking_counts_with_its_weight(tokenizer):
+    rows = [{**row, "weight": weight} for row, weight in zip(RANKINGS, (1, 4, None), strict=True)]
+    weighted = measure(rows, tokenizer)
+    assert weighted["accuracy"] == pytest.approx((1 + 4) / (3 + 4 + 2))
+    expected = (log_loss(1, -1, -2) * 3 + log_loss(2) * 4 + log_loss(-1) * 2) / 9
+    assert weighted["log_loss"] == pytest.approx(expected)
+
+
+def test_nothing_to_compare(tokenizer):
+    rows = [{"prompt": "p", "responses": ["aaa", "bb"], "ranks": [1, 1]}]
+    with pytest.raises(InputError, match="has a pair with a winner"):
+        measure(rows, tokenizer)
+
+
+# ---- calibration ---------------------------------------------------------------------------------
+
+
+def pairs_of(margins):
+    """One ranking of K = 2 a margin, each of its own prompt."""
+    scores = [score for margin in margins for score in (margin, 0.0)]
+    rows = [
+        {"prompt": f"p{i}", "responses": [f"a{i}", f"b{i}"], "ranks": [1, 2]}
+        for i in range(len(margins))
+    ]
+    labeled = numbered(Dataset.from_list(rows)).rankings
+    return comparisons(labeled, scores, [1] * len(scores))
+
+
+def test_calibration_compares_what_is_expected_with_what_is_observed():
+    """30 pairs at |margin| 0.1, 20 of them right, and 30 at 2, 27 of them right: two bins."""
+    margins = [2.0] * 27 + [-2.0] * 3 + [0.1] * 20 + [-0.1] * 10
+    near, far = calibration(pairs_of(margins))
+    sure = [1 / (1 + math.exp(-margin)) for margin in (0.1, 2.0)]
+    assert (near["expected"], far["expected"]) == pytest.approx(sure)
+    assert (near["observed"], far["observed"]) == pytest.approx((20 / 30, 27 / 30))
+    assert (near["pairs"], far["pairs"]) == (30, 30)
+    interval = mean_interval([1.0] * 20 + [0.0] * 10)
+    assert (near["low"], near["high"]) == pytest.approx((interval.low, interval.high))
+    error = (abs(20 / 30 - sure[0]) + abs(27 / 30 - sure[1])) / 2
+    assert calibration_error([near, far]) == pytest.approx(error)
+
+
+def test_a_calibrated_model_has_no_error():
+    margin = math.log(3)  # sigmoid 0.75
+    assert calibration_error(calibration(pairs_of([margin] * 30 + [-margin] * 10))) < 1e-9
+
+
+@pytest.mark.slow
+def test_bins_hold_at_least_30_pairs_and_are_at_most_10():
+    torch.manual_seed(0)
+    for size, bins in ((1, 1), (59, 1), (60, 2), (3000, 10)):
+        result = calibration(pairs_of(torch.randn(size).tolist()))
+        assert len(result) == bins
+        assert sum(one["pairs"] for one in result) == size
+        expected = [one["expected"] for one in result]
+        assert expected == sorted(expected)
+
+
+# ---- length --------------------------------------------------------------------------------------
+
+
+def test_length_correlation_is_within_prompts():
+    """Prompts that ask for longer answers get higher scores; within each, longer is worse."""
+    scores = [2.0, 1.0, 12.0, 11.0]
+    lengths = [10, 20, 100, 200]
+    assert within_prompt_correlation(scores, lengths, [0, 0, 1, 1]) == pytest.approx(-1.0)
+    assert within_prompt_correlation(scores, lengths, [0, 0, 0, 0]) > 0
+
+
+def test_length_correlation_by_hand():
+    """Ranks of scores 0, 1, 2; of lengths 0.5, 0.5, 2; their means taken off."""
+    value = within_prompt_correlation([1.0, 5.0, 6.0], [7, 7, 9], [0, 0, 0])
+    assert value == pytest.approx(1.5 / math.sqrt(2 * 1.5))
+
+
+def test_length_correlation_of_equal_lengths_is_unknown():
+    assert math.isnan(within_prompt_correlation([1.0, 2.0], [3, 3], [0, 0]))
+
+
+def test_length_is_in_tokens_of_the_response(tokenizer):
+    assert token_lengths(["abc", "ü"], tokenizer) == [3, 2]
+    assert token_lengths([[{"role": "assistant", "content": "abc"}]], tokenizer) == [3]
+
+
+# ---- ceilings ------------------------------------------------------------------------------------
+
+
+def labeled(*rows):
+    return numbered(
+        Dataset.from_list(
+            [
+                {"prompt": p, "responses": list(r), "ranks": ranks, "labeler": labeler}
+                for p, r, ranks, labeler in rows
+            ]
+        )
+    ).rankings
+
+
+def test_agreement_of_two_labelers_by_hand():
+    """p: ab alike, ac and bc against each other; q: ab is a tie for y, ac alike, bc alike."""
+    agreed = agreement(
+        labeled(
+            ("p", "abc", [1, 2, 3], "x"),
+            ("p", "cab", [1, 2, 3], "y"),
+            ("q", "abc", [1, 2, 3], "x"),
+            ("q", "bca", [1, 2, 1], "y"),
+        )
+    )
+    half = 1.96 * math.sqrt(2 * ((1 - 3 * 0.6) ** 2 + (2 - 2 * 0.6) ** 2)) / 5
+    assert agreed == pytest.approx(
+        {"mean": 3 / 5, "low": 0.6 - half, "high": 0.6 + half, "pairs": 5}
+    )
+
+
+def test_three_labelers_are_three_couples_and_share_some_responses_only():
+    agreed = agreement(
+        labeled(("p", "ab", [1, 2], "x"), ("p", "abc", [1, 2, 3], "y"), ("p", "ba", [1, 2], "z"))
+    )
+    assert (agreed["mean"], agreed["pairs"]) == (pytest.approx(1 / 3), 3)
+
+
+def test_one_labeler_twice_and_labelers_without_a_name_tell_nothing():
+    assert agreement(labeled(("p", "ab", [1, 2], "x"), ("p", "ab", [1, 2], "x"))) is None
+    for second in (None, "x"):
+        assert agreement(labeled(("p", "ab", [1, 2], None), ("p", "ab", [1, 2], second))) is None
+    assert agreement(labeled(("p", "ab", [1, 2], "x"), ("q", "ab", [1, 2], "y"))) is None
+
+
+def test_ceilings_are_measured_where_they_can_be(tokenizer, measured):
+    assert not {"ceiling", "agreement"} & measured.keys()
+    rows = [
+        {**RANKINGS[1], "labeler": name, "scores": [1.0, 0.0], "gold_scores": gold}
+        for name, gold in (("x", [2.0, 1.0]), ("y", [1.0, 2.0]))
+    ]
+    known = measure(rows, tokenizer)
+    assert known["ceiling"] == 0.5
+    assert known["agreement"]["mean"] == 1.0
+
+
+def test_the_noise_ceiling_is_the_accuracy_of_the_gold_scores(tokenizer):
+    """p: a pair right, one tied, one wrong by gold; q, whose ranking lost a response: unknown."""
+    gold = [0.2, 0.2, 0.8]
+    rows = [
+        {**RANKINGS[0], "ranks": [1, 3, 2], "gold_scores": gold},
+        {**RANKINGS[1], "gold_scores": [0.0, 1.0, 1.0]},
+    ]
+    known = measure(rows, tokenizer)
+    assert known["ceiling"] == pytest.approx((0.5 + 0 + 1) / 3)
+    assert known["by_k"]["3"]["ceiling"] == known["ceiling"]
+    assert "ceiling" not in known["by_k"]["2"]
+    cells = known["by_distance"]
+    assert (cells["1"]["ceiling"], cells["2"]["ceiling"]) == (0.5, 0.5)

@@ -1,0 +1,344 @@
+"""The client and the server of a reward, with each other and each alone."""
+
+import http.client
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from trl_instruct import cli
+from trl_instruct.errors import InputError
+from trl_instruct.rewards import http as http_reward
+from trl_instruct.rewards.function import RewardError, RewardUnreachableError, call_reward
+from trl_instruct.rewards.http import HTTPReward, is_loopback
+from trl_instruct.rewards.server import RewardServer
+
+MAIN = "from trl_instruct.__main__ import main; main()"
+PROMPTS = ["one ", "two ", "three "]
+COMPLETIONS = ["a", "bb", "ccc"]
+
+
+def length(prompts, completions, extra=(0, 0, 0)):
+    return [float(len(c)) + e for c, e in zip(completions, extra, strict=False)]
+
+
+@contextmanager
+def running(server):
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch):
+    """No waiting between tries; how long it would have been."""
+    seen = []
+    monkeypatch.setattr(http_reward.time, "sleep", seen.append)
+    monkeypatch.delenv("REWARD_SERVER_TOKEN", raising=False)
+    return seen
+
+
+def ask(url, body=None, **headers):
+    """Status and content of an answer."""
+    request = urllib.request.Request(url, body, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def test_scores_and_columns_go_through_in_batches():
+    seen = []
+
+    def judge(prompts, completions, extra, **columns):
+        seen.append((prompts, completions, extra, columns))
+        return length(prompts, completions, extra)
+
+    with running(RewardServer(judge)) as server:
+        assert server.url.startswith("http://127.0.0.1:")
+        reward = HTTPReward(server.url, batch_size=2)
+        columns = {"extra": [10, 20, 30], "trainer_state": object(), "word": "abc"}
+        assert call_reward(reward, PROMPTS, COMPLETIONS, columns) == [11.0, 22.0, 33.0]
+    assert seen == [
+        (["one ", "two "], ["a", "bb"], [10, 20], {}),
+        (["three "], ["ccc"], [30], {}),
+    ]
+
+
+def test_an_address_of_ip_6():
+    try:
+        server = RewardServer(length, host="::1")
+    except InputError as error:
+        pytest.skip(f"no IPv6 on this machine: {error}")
+    with running(server):
+        assert server.url.startswith("http://[::1]:")
+        assert HTTPReward(server.url)(["a"], ["four"]) == [4.0]
+
+
+def test_messages_and_other_alphabets_go_through():
+    def judge(prompts, completions):
+        return [
+            len(p[0]["content"]) + len(c[0]["content"])
+            for p, c in zip(prompts, completions, strict=True)
+        ]
+
+    with running(RewardServer(judge)) as server:
+        prompt, reply = [{"role": "user", "content": "\u4f60\u597d"}], [{"content": "\U0001f642"}]
+        assert HTTPReward(server.url)([prompt], [reply]) == [3]
+
+
+def test_a_reward_that_fails_on_the_server_is_a_fault_of_the_sample(waits):
+    def judge(prompts, completions):
+        return [math.nan if "b" in c else 1.0 for c in completions]
+
+    with running(RewardServer(judge)) as server:
+        reward = HTTPReward(server.url)
+        with pytest.raises(RewardError, match="'judge' gave the score nan.*completion 2"):
+            call_reward(reward, PROMPTS, COMPLETIONS, {})
+    assert waits == []
+
+
+def test_a_server_that_stays_away_is_named(waits):
+    server = RewardServer(length)
+    server.server_close()
+    message = f"The server {server.url} gave no answer in 4 tries of 60 seconds: .*refused"
+    with pytest.raises(RewardUnreachableError, match=message):
+        call_reward(HTTPReward(server.url, retries=3), PROMPTS, COMPLETIONS, {})
+    assert waits == [1, 2, 4]
+
+
+def answering(*answers):
+    """A server that gives these (status, body, headers) one after the other."""
+    left = list(answers)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            status, body, *headers = left.pop(0)
+            self.send_response(status)
+            for name, value in dict(*headers).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    return HTTPServer(("127.0.0.1", 0), Handler)
+
+
+def asked(*answers, **options):
+    with running(answering(*answers)) as server:
+        url = f"http://127.0.0.1:{server.server_port}/score"
+        return HTTPReward(url, **options)(PROMPTS, COMPLETIONS)
+
+
+def test_what_may_pass_is_tried_again(waits):
+    good = (200, b'{"scores": [1, 2, 3]}')
+    assert asked((503, b""), (429, b""), (408, b""), (500, b""), good) == [1, 2, 3]
+    assert waits == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((422, b"too long"), "HTTP 422 .*too long"),
+        ((200, b"hello"), "answered with no JSON: b'hello'"),
+        ((200, b'{"score": [1]}'), r'answered \{"score": \[1\]\}; .* with 3 numbers is needed'),
+        ((200, b'{"scores": [1, 2]}'), "with 3 numbers is needed"),
+        ((200, b"[1, 2, 3]"), "with 3 numbers is needed"),
+        ((404, b""), "HTTP 404"),
+        ((401, b""), "HTTP 401 .*Set REWARD_SERVER_TOKEN"),
+        ((302, b"", {"Location": "http://127.0.0.1:1/"}), "HTTP 302"),
+    ],
+)
+def test_what_is_wrong_is_told_at_once(answer, message, waits):
+    with pytest.raises(RewardError, match=message):
+        asked(answer)
+    assert waits == []
+
+
+@pytest.fixture
+def proxied(monkeypatch):
+    """proxied(url): the environment sends everything through that proxy."""
+
+    def set_proxy(url):
+        for name in ("no_proxy", "NO_PROXY", "HTTP_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("http_proxy", url)
+
+    return set_proxy
+
+
+def test_no_proxy_stands_between_a_run_and_its_own_machine(proxied):
+    with running(RewardServer(length)) as server:
+        proxied("http://127.0.0.1:1")
+        for host in ("127.0.0.1", "localhost"):
+            url = f"http://{host}:{server.server_port}/score"
+            assert HTTPReward(url, retries=0)(PROMPTS, COMPLETIONS) == [1, 2, 3]
+
+
+def test_a_server_elsewhere_is_reached_through_the_proxy(proxied):
+    with running(answering((200, b'{"scores": [1, 2, 3]}'))) as proxy:
+        proxied(f"http://127.0.0.1:{proxy.server_port}")
+        reward = HTTPReward("http://reward.invalid/score", retries=0)
+        assert reward(PROMPTS, COMPLETIONS) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [
+        ("127.0.0.1:80", True),
+        ("127.8.9.1", True),
+        ("[::1]:80", True),
+        ("LocalHost", True),
+        ("reward.localhost", True),
+        ("10.0.0.1", False),
+        ("[2001:db8::1]", False),
+        ("notlocalhost", False),
+        ("127.0.0.1.example", False),
+    ],
+)
+def test_which_addresses_are_the_machines_own(host, own):
+    assert is_loopback(f"http://{host}/score") == own
+
+
+def test_an_answer_may_not_be_endless(monkeypatch):
+    monkeypatch.setattr(http_reward, "MOST_BYTES", 10)
+    with pytest.raises(RewardError, match="more than 10 bytes"):
+        asked((200, b'{"scores": [1, 2, 3]}'))
+
+
+def test_what_json_cannot_hold_is_an_error():
+    with pytest.raises(RewardError, match="cannot be written as JSON"):
+        HTTPReward("http://127.0.0.1:1")(["a"], ["b"], column=[object()])
+    with pytest.raises(InputError, match="'127.0.0.1:80' is no address"):
+        HTTPReward("127.0.0.1:80")
+
+
+def test_the_token_is_asked_for(monkeypatch):
+    with running(RewardServer(length, token="secret")) as server:
+        assert ask(server.url.replace("score", "health"))[0] == 200
+        for token in (None, "Secret", "\xe9"):
+            with pytest.raises(RewardUnreachableError, match="HTTP 401"):
+                HTTPReward(server.url, token=token)(PROMPTS, COMPLETIONS)
+        assert HTTPReward(server.url, token="secret")(PROMPTS, COMPLETIONS) == [1, 2, 3]
+        monkeypatch.setenv("REWARD_SERVER_TOKEN", "secret")
+        assert HTTPReward(server.url)(PROMPTS, COMPLETIONS) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (b"{", 400, "no JSON"),
+        (b"[1]", 400, "an object is needed"),
+        (b"[" * 100_000, 400, "no JSON"),
+        (b'{"prompts": ["a"]}', 422, "needs the lists"),
+        (b'{"prompts": ["a"], "completions": []}', 422, "`prompts` must be a list as long"),
+        (b'{"prompts": ["a"], "completions": ["b"], "x": "c"}', 422, "`x` must be a list"),
+        (b'{"prompts": [1], "completions": [2]}', 422, "TypeError"),
+        (b'{"prompts": [], "completions": []}', 200, ""),
+        (b" " * 200_001, 413, "200000 are allowed"),
+    ],
+)
+def test_what_a_server_refuses(body, status, message):
+    def judge(prompts, completions):
+        return [float(len(p + c)) for p, c in zip(prompts, completions, strict=True)]
+
+    with running(RewardServer(judge, max_bytes=200_000)) as server:
+        told, content = ask(server.url, body)
+        assert (told, message in content.get("error", "")) == (status, True)
+        assert ask(server.url, b'{"prompts": ["a"], "completions": ["b"]}')[0] == 200
+
+
+def test_a_request_without_a_size_and_paths_that_are_not_there():
+    with running(RewardServer(length)) as server:
+        assert ask(server.url)[0] == 404
+        assert ask(server.url + "s", b"{}")[0] == 404
+        health = ask(server.url.replace("score", "health"))
+        assert health == (200, {"status": "ok", "reward": "length"})
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+        connection.putrequest("POST", "/score")
+        connection.putheader("Content-Length", "-1")
+        connection.endheaders()
+        assert connection.getresponse().status == 411
+        connection.close()
+        with pytest.raises(InputError, match="No server can listen at 127.0.0.1"):
+            RewardServer(length, port=server.server_port)
+
+
+def test_requests_are_scored_one_at_a_time():
+    inside = []
+
+    def judge(prompts, completions):
+        inside.append(1)
+        threading.Event().wait(0.05)
+        assert inside == [1]
+        inside.pop()
+        return [1.0] * len(completions)
+
+    with running(RewardServer(judge)) as server:
+        threads = [
+            threading.Thread(target=HTTPReward(server.url), args=(PROMPTS, COMPLETIONS))
+            for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert HTTPReward(server.url)(PROMPTS, COMPLETIONS) == [1.0] * 3
+    assert inside == []
+
+
+@contextmanager
+def serve_reward(*arguments, **environment):
+    """`trl-instruct serve-reward` as a process of its own; its first line."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", MAIN, "serve-reward", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+    )
+    try:
+        yield process, process.stdout.readline()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_the_served_model_is_loaded_as_asked(monkeypatch):
+    def load(reward, *, model_config, **options):
+        raise InputError(f"{reward} in {model_config.dtype}")
+
+    monkeypatch.setattr(cli, "load_reward", load)
+    with pytest.raises(InputError, match="runs/rm in bfloat16"):
+        cli.serve_reward_command(["--reward_model_path", "runs/rm", "--dtype", "bfloat16"])
+
+
+@pytest.mark.slow
+def test_the_command_serves_any_reward(tmp_path):
+    file = tmp_path / "rules.py"
+    file.write_text(
+        "def short(prompts, completions):\n    return [-len(c) for c in completions]\n"
+        "def one(prompts, completions):\n    return [1] * len(completions)\n"
+    )
+    arguments = ["--reward_model_path", f"{file}:short", f"{file}:one", "--reward_weights", 2, 1]
+    with serve_reward(*arguments, "--port", 0, REWARD_SERVER_TOKEN="t") as (_, line):
+        url = line.rpartition(" ")[2].strip()
+        assert line.startswith("scores of short + one: http://127.0.0.1:")
+        assert HTTPReward(url, token="t")(PROMPTS, COMPLETIONS) == [-1, -3, -5]

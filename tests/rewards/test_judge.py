@@ -1,0 +1,123 @@
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from trl_instruct.errors import InputError
+from trl_instruct.rewards.function import RewardError, RewardUnreachableError, try_reward
+from trl_instruct.rewards.judge import LLMJudge, parsed_score
+
+RUBRIC = 'Rate {"this"}: {completion} (asked: {prompt}). End with a line "Score: 0 to 10".'
+
+
+@contextmanager
+def endpoint(answer):
+    """An OpenAI-compatible endpoint that gives answer(question); the requests it has had."""
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append((self.path, self.headers["Authorization"], request))
+            told = answer(request["messages"][0]["content"])
+            status, content = told if isinstance(told, tuple) else (200, told)
+            if isinstance(content, str):
+                content = {"choices": [{"message": {"role": "assistant", "content": content}}]}
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1/", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def judge(url, **options):
+    return LLMJudge(url, "small", RUBRIC, low=0, high=10, **options)
+
+
+def test_the_judge_is_asked_with_the_rubric_and_its_last_line_counts():
+    with endpoint(lambda question: f"9 is tempting.\nScore: {question.count('x')}\n") as (
+        url,
+        seen,
+    ):
+        reward = judge(url, token="key", workers=2)
+        scores = reward(["a{completion}"] * 3, ["x", "xxx{prompt}", "xx"])
+    assert scores == [1.0, 3.0, 2.0]
+    assert reward.__name__ == "judge small"
+    path, token, request = sorted(seen, key=lambda s: s[2]["messages"][0]["content"])[0]
+    assert (path, token) == ("/v1/chat/completions", "Bearer key")
+    assert (request["model"], request["temperature"], request["max_tokens"]) == ("small", 0, 512)
+    questions = sorted(s[2]["messages"][0]["content"] for s in seen)
+    assert questions[2].startswith('Rate {"this"}: xxx{prompt} (asked: a{completion}).')
+
+
+def test_messages_are_put_in_as_text():
+    with endpoint(lambda question: "1" if "hello (asked: hi)" in question else "0") as (url, _):
+        prompt, reply = [{"role": "user", "content": "hi"}], [{"content": "hello"}]
+        assert judge(url)([prompt], [reply]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("7", 7.0),
+        ("score: 7.5", 7.5),
+        ("Reasons.\n\n  Score:  +3  \n", 3.0),
+        ("10", 10.0),
+        ("0", 0.0),
+        ("11", None),
+        ("-1", None),
+        ("7/10", None),
+        ("Score: 7\nThank you!", None),
+        ("seven", None),
+        ("nan", None),
+        ("1e1", None),
+        ("7.", None),
+        ("\u0667", None),
+        ("", None),
+    ],
+)
+def test_a_score_is_parsed_strictly(answer, score):
+    assert parsed_score(answer, low=0, high=10) == score
+
+
+def test_an_answer_without_a_score_is_an_error_or_the_default():
+    with endpoint(lambda question: "5" if "good" in question else "I cannot say.") as (url, _):
+        given = (["p"] * 3, ["good", "bad", "good"])
+        reward = judge(url)
+        with pytest.raises(RewardError, match=r"'I cannot say\.'; a last line .*completion 2"):
+            reward(*given)
+        scores, faults = try_reward(reward, *given, {})
+        assert (scores[0], scores[2], list(faults)) == (5.0, 5.0, [1])
+        lenient = judge(url, default=0)
+        assert lenient(*given) == [5.0, 0.0, 5.0]
+        assert lenient.unparsable == 1
+
+
+def test_an_endpoint_that_answers_otherwise_or_not_at_all():
+    with (
+        endpoint(lambda question: (200, {"choices": []})) as (url, _),
+        pytest.raises(RewardError, match="without choices"),
+    ):
+        judge(url)(["p"], ["c"])
+    with pytest.raises(RewardUnreachableError, match=f"{url}chat/completions gave no answer in 1"):
+        judge(url, retries=0)(["p"], ["c"])
+
+
+def test_a_rubric_and_bounds_that_make_sense():
+    with pytest.raises(InputError, match="no {completion}"):
+        LLMJudge("http://x", "m", "Rate it.", low=0, high=1)
+    with pytest.raises(InputError, match="from 1 to 1; low must be below"):
+        LLMJudge("http://x", "m", RUBRIC, low=1, high=1)

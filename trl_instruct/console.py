@@ -1,0 +1,139 @@
+"""What reaches a terminal: known harmless output hidden, untrusted text escaped, progress bars.
+
+The libraries' messages that are known to be harmless here are hidden; anything else still shows.
+The package hides them when it is imported: one of them comes with the import of bitsandbytes.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tqdm.auto import tqdm
+
+# Tokenizers warn about forks of data workers, and fall back to one thread by themselves.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+HARMLESS_WARNINGS = (
+    # TRL's own option names, deprecated by newer transformers, renamed alike in every TRL release.
+    r".*gradient_checkpointing.* is deprecated",
+    # GPT-2's linear layers have their weights the other way round, which peft sees by itself.
+    r"fan_in_fan_out is set to False but the target module is `Conv1D`",
+    # CPU machines: pinned memory is an option for accelerators.
+    r".*pin_memory.* argument is set as true but no accelerator is found",
+)
+
+
+# By the logger that gives them: a filter sees only what is logged on its own logger.
+HARMLESS_LOGS = {
+    # A file of faulty JSON: our loader says in which line.
+    "datasets.packaged_modules.json.json": r"Failed to load JSON from file",
+    # On import: an optional kernel package for CPU.
+    "bitsandbytes.backends.cpu.ops": r"Failed to load CPU gemm_4bit_forward",
+    # At every product: how 8-bit weights are multiplied, whatever the input comes in.
+    "bitsandbytes.autograd._functions": r"MatMul8bitLt: inputs will be cast from",
+    # Every stage counts, or refuses, what is too long for its model.
+    "transformers.tokenization_utils_base": r"Token indices sequence length is longer than",
+    # Trainer aligning pad / EOS ids of a model's config with the tokenizer's: what we want.
+    "transformers.trainer_utils": r"The tokenizer has new PAD/BOS/EOS tokens",
+    # RWKV: it is given no row with padding in front (token_sampling.py, scalar_head.py).
+    "transformers.models.rwkv.modeling_rwkv": r"`attention_mask` was passed, but it is unused",
+}
+
+
+# Bars over the files of a model; loading and saving a small one would flood the screen with them.
+MODEL_FILE_BARS = ("Writing model shards", "Loading weights")
+
+
+class _Without(logging.Filter):
+    """Drops the messages that begin with the pattern."""
+
+    def __init__(self, pattern: str):
+        super().__init__()
+        self.pattern = re.compile(pattern, re.DOTALL)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not self.pattern.match(record.getMessage())
+
+
+_FILTERS = {name: _Without(pattern) for name, pattern in HARMLESS_LOGS.items()}
+
+
+def silence_harmless_warnings() -> None:
+    """Hide the known ones, from the warnings module and from the libraries' loggers."""
+    for text in HARMLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=text)
+    for name, harmless in _FILTERS.items():
+        logging.getLogger(name).addFilter(harmless)
+
+
+def silence_model_file_bars() -> None:
+    """Hide the progress bars of model files (those of downloads and of training stay)."""
+    from transformers.utils import logging as transformers_logging
+
+    if hasattr(transformers_logging, "set_tqdm_hook"):  # transformers of early 2026 on
+        transformers_logging.set_tqdm_hook(_without_model_files)
+
+
+def _without_model_files(bar: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    return bar(*args, **{**kwargs, "disable": kwargs.get("desc") in MODEL_FILE_BARS})
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence the report on a head that is missing because it is about to be made.
+
+    Nothing is lost: who loads a model under it reads the same report and turns every other gap into
+    an error.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def printable(text: str) -> str:
+    """The text with all but printable characters and line breaks escaped.
+
+    >>> print(printable("a\\x1b[2J\\nb"))
+    a\\x1b[2J
+    b
+    """
+    return "\n".join(
+        "".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in text.splitlines()
+    )
+
+
+def one_line(content: Any) -> str:
+    """A text, or messages, on one line, escaped as in `printable`.
+
+    >>> one_line("An owl.\\nA crow.\\t\\n")
+    'An owl. | A crow.'
+    """
+    text = content if isinstance(content, str) else " / ".join(m["content"] for m in content)
+    return printable(" | ".join(text.strip().splitlines()))
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of rows whose columns stand below each other.
+
+    >>> table([["", "mean"], ["base", "0.5"]])
+    ['      mean', 'base  0.5']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+
+
+def progress_bar(name: str, total: int, **options: Any) -> tqdm:
+    """A bar over so many steps; `options` of tqdm."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
+    return tqdm(desc=name, total=total, mininterval=interval, dynamic_ncols=True, **options)

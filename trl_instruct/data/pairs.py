@@ -1,0 +1,396 @@
+"""Pairs in TRL's preference format: from rankings, from pairs files, and back to rankings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+from datasets import Dataset, Features, IterableDataset, List, Value
+
+from trl_instruct.data.rankings import (
+    MESSAGE,
+    Ranking,
+    RankingReport,
+    canonical_ranking,
+    dense_ranks,
+    plural,
+)
+from trl_instruct.data.records import (
+    AnyDataset,
+    Record,
+    Source,
+    check_pair,
+    check_prompt,
+    check_records,
+    extract_prompt,
+    first_record,
+    form_of,
+    iterate,
+    load_records,
+    map_records,
+    require_columns,
+)
+from trl_instruct.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+WHICH = ("all", "adjacent", "best_vs_rest")
+TIES = ("drop", "half")
+
+
+def rankings_to_pairs(
+    dataset: AnyDataset,
+    *,
+    which: str = "all",
+    ties: str = "drop",
+    margin: bool = False,
+    max_pairs: int | None = None,
+    seed: int = 0,
+    report: RankingReport | None = None,
+) -> AnyDataset:
+    """Rankings -> pairs `prompt`, `chosen`, `rejected` for TRL's RewardTrainer and DPOTrainer.
+
+    All C(K,2) pairs with ties dropped is what InstructGPT trains on (3.5, C.2). Runs as a
+    batched map with flat memory. Only the columns named here come out: TRL's pairs have no place
+    for `labeler` and `weight`.
+
+    Args:
+        dataset: rankings, as `load_rankings` gives them (numbers, not labels); an `IterableDataset`
+            gives an `IterableDataset`.
+        which: "all"; "adjacent", responses of neighbouring ranks; "best_vs_rest", the best response
+            (each of them, if they tie) against every other.
+        ties: "drop", or "half": a tie gives two rows, one in either order, so that its target is
+            one half. Ties between neighbours and among the best belong to the other `which` too.
+        margin: add `margin`, the difference of the two scores (0 for a tie).
+        max_pairs: at most this many comparisons of a ranking, drawn with `seed` whatever the order
+            of rows and responses; a tie counts as one.
+        report: the counts of the rankings are added to it (when streaming: while rows are read).
+
+    Raises:
+        InputError: an unknown option; a faulty ranking; a margin without scores; no pair at all.
+
+    >>> pairs = rankings_to_pairs(Dataset.from_list([
+    ...     {"prompt": "2+2=", "responses": ["5", "4", "22"], "ranks": [2, 1, 3]}
+    ... ]))
+    >>> [(pair["chosen"], pair["rejected"]) for pair in pairs]
+    [('4', '5'), ('5', '22'), ('4', '22')]
+    """
+    _check_options(which, ties, max_pairs)
+    where = Source.of(dataset)
+    first = first_record(dataset, where)
+    columns = dataset.column_names or list(first)
+    require_columns(columns, where, ("prompt", "responses"), "A ranking")
+    counts = RankingReport() if report is None else report
+    form, start = form_of(first), (counts.records, counts.ties)
+    options: dict[str, Any] = {"which": which, "ties": ties, "max_pairs": max_pairs, "seed": seed}
+    pairs = map_records(
+        dataset,
+        partial(_expand, where=where, form=form, report=counts, margin=margin, **options),
+        with_indices=True,
+        batched=True,
+        batch_size=250,
+        remove_columns=columns,
+        features=dataset.features and _pair_features(dataset.features, form, margin),
+    )
+    if isinstance(pairs, Dataset):
+        done = plural(counts.records - start[0], "ranking"), plural(len(pairs), "pair")
+        tied = plural(counts.ties - start[1], "tie")
+        logger.info("%s -> %s (%s; %s: %s)", *done, which, tied, ties)
+        if not len(pairs):
+            raise InputError(f"{where.name}: no ranking has a pair with a winner ({counts}).")
+    return pairs
+
+
+def ranking_to_pairs(
+    ranking: Ranking,
+    *,
+    which: str = "all",
+    ties: str = "drop",
+    max_pairs: int | None = None,
+    seed: int = 0,
+) -> list[tuple[int, int]]:
+    """The pairs (chosen, rejected) of one ranking, as indices into its responses.
+
+    Arguments as `rankings_to_pairs`.
+
+    >>> ranking = canonical_ranking({"prompt": "?", "responses": list("abc"), "ranks": [1, 1, 2]})
+    >>> ranking_to_pairs(ranking), ranking_to_pairs(ranking, ties="half")
+    ([(0, 2), (1, 2)], [(0, 1), (1, 0), (0, 2), (1, 2)])
+    """
+    ranks = ranking.ranks
+    reach = 1 if which == "adjacent" else len(ranks)
+    compared = []
+    for i, j in combinations(range(len(ranks)), 2):
+        chosen, rejected = (i, j) if ranks[i] <= ranks[j] else (j, i)
+        distance = ranks[rejected] - ranks[chosen]
+        if which == "best_vs_rest" and ranks[chosen] != 1:
+            continue
+        if distance <= reach and (distance > 0 or ties == "half"):
+            compared.append((chosen, rejected))
+    if max_pairs is not None and len(compared) > max_pairs:
+        drawn = sorted(compared, key=lambda pair: _draw(ranking, pair, seed))[:max_pairs]
+        compared = [pair for pair in compared if pair in drawn]
+    return [pair for i, j in compared for pair in ([(i, j), (j, i)][: 1 + (ranks[i] == ranks[j])])]
+
+
+def load_pairs(
+    source: Any,
+    split: str = "train",
+    streaming: bool = False,
+    *,
+    report: RankingReport | None = None,
+) -> AnyDataset:
+    """Load pairs: `prompt`, `chosen`, `rejected`, optional `margin`; text or messages.
+
+    Without `prompt` it is what chosen and rejected begin with, as in TRL's implicit-prompt format:
+    the messages they share; in text, all up to the last shared "\\n\\nAssistant:" of a
+    dialogue, otherwise all they share. Further columns are kept. Arguments as `load_records`.
+
+    A pair whose chosen and rejected are the same is left out, counted in `report` and logged.
+
+    Raises:
+        InputError: a missing column; a field null, empty, malformed or of two formats; no shared
+            prompt; a margin that is no finite number; no pair left.
+
+    >>> pair = load_pairs(Dataset.from_list([{
+    ...     "chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello!",
+    ...     "rejected": "\\n\\nHuman: Hi\\n\\nAssistant: Hey.",
+    ... }]))[0]
+    >>> pair["prompt"], pair["chosen"], pair["rejected"]
+    ('\\n\\nHuman: Hi\\n\\nAssistant:', ' Hello!', ' Hey.')
+    """
+    dataset, where = load_records(source, split, streaming), Source.of(source, split)
+    first = first_record(dataset, where)
+    columns = dataset.column_names or list(first)
+    require_columns(columns, where, ("chosen", "rejected"), "A pair")
+    implicit = "prompt" not in columns
+    form = "messages" if isinstance(first["chosen"], list) else "text"
+    check = partial(check_pair, form=form, implicit=implicit)
+    dataset = check_records(dataset, where, check)
+    counts = RankingReport() if report is None else report
+    differs = partial(_differs, report=counts, where=where)
+    if isinstance(dataset, IterableDataset):
+        dataset = dataset.filter(differs, with_indices=True)
+    else:
+        rows, records = len(dataset), enumerate(iterate(dataset))
+        kept = [row for row, record in records if differs(record, row)]
+        if not kept:
+            raise InputError(f"{where.name}: chosen is the same as rejected in all {rows} pairs.")
+        dataset = dataset if len(kept) == rows else dataset.select(kept)
+        logger.info("%s: %s, %d left out", where.name, plural(rows, "pair"), rows - len(kept))
+    if not implicit:
+        return dataset
+    features = dataset.features
+    if features is not None:
+        features = Features({**features, "prompt": features["chosen"]})
+    return map_records(dataset, extract_prompt, features=features)
+
+
+def pairs_to_rankings(dataset: Dataset) -> Dataset:
+    """Group the pairs of each prompt back into rankings (the reverse of `rankings_to_pairs`).
+
+    Pairs of a prompt that share responses form a group. Where a group is exactly the strict pairs
+    of one ranking, each once, that ranking is given back; two responses without a pair are then a
+    tie. Otherwise (contradictions, repetitions, comparisons left out) each pair stays a ranking of
+    K = 2, so that none is lost or made up. Further columns, `margin` too, do not come along.
+
+    Returns:
+        A dataset of `prompt`, `responses` (best first) and `ranks`.
+
+    Raises:
+        InputError: a streamed dataset; a faulty pair.
+
+    >>> pairs = [("a", "b"), ("a", "c"), ("b", "c")]
+    >>> rankings = pairs_to_rankings(Dataset.from_list(
+    ...     [{"prompt": "?", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    ... ))
+    >>> rankings[0]
+    {'prompt': '?', 'responses': ['a', 'b', 'c'], 'ranks': [1, 2, 3]}
+    """
+    _refuse_stream(dataset, "pairs_to_rankings")
+    dataset = load_pairs(dataset).select_columns(["prompt", "chosen", "rejected"])
+    kinds = dataset.features
+    reply, ranks = List(kinds["chosen"]), List(Value("int64"))
+    rows_of: defaultdict[bytes, list[int]] = defaultdict(list)
+    for row, prompt in enumerate(iterate(dataset, "prompt")):
+        rows_of[_digest(0, as_text(prompt))].append(row)
+    groups = list(rows_of.values())
+    return map_records(
+        dataset.select([rows[0] for rows in groups]),
+        partial(_regroup, dataset=dataset, groups=groups),
+        with_indices=True,
+        batched=True,
+        batch_size=250,
+        remove_columns=["chosen", "rejected"],
+        features=Features({"prompt": kinds["prompt"], "responses": reply, "ranks": ranks}),
+    )
+
+
+def group_pairs(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[list[Any], list[int]]]:
+    """The rankings (responses best first, ranks) that the (chosen, rejected) of a prompt amount to.
+
+    >>> group_pairs([("a", "c"), ("b", "c"), ("y", "z")])
+    [(['a', 'b', 'c'], [1, 1, 2]), (['y', 'z'], [1, 2])]
+    >>> group_pairs([("a", "b"), ("b", "a")])
+    [(['a', 'b'], [1, 2]), (['b', 'a'], [1, 2])]
+    """
+    group_of: dict[str, set[str]] = {}
+    for chosen, rejected in pairs:
+        keys = as_text(chosen), as_text(rejected)
+        joined = set(keys).union(*(group_of.get(key, ()) for key in keys))
+        group_of.update(dict.fromkeys(joined, joined))
+    groups: defaultdict[int, list[tuple[Any, Any]]] = defaultdict(list)
+    for pair in pairs:
+        groups[id(group_of[as_text(pair[0])])].append(pair)
+    return [ranking for group in groups.values() for ranking in _rank_group(group)]
+
+
+def _rank_group(pairs: list[tuple[Any, Any]]) -> list[tuple[list[Any], list[int]]]:
+    """One ranking where the pairs are exactly its strict pairs, each once; else one for each."""
+    responses = {as_text(response): response for pair in pairs for response in pair}
+    keys = [(as_text(chosen), as_text(rejected)) for chosen, rejected in pairs]
+    losses = Counter(rejected for _, rejected in keys)
+    ranks = dict(zip(responses, dense_ranks([losses[r] for r in responses]), strict=True))
+    expected = {(a, b) for a in ranks for b in ranks if ranks[a] < ranks[b]}
+    if len(keys) != len(expected) or set(keys) != expected:
+        return [(list(pair), [1, 2]) for pair in pairs]
+    order = sorted(ranks, key=lambda response: ranks[response])
+    return [([responses[r] for r in order], [ranks[r] for r in order])]
+
+
+def split_by_prompt(
+    dataset: Dataset, test_size: float | int, seed: int = 0
+) -> tuple[Dataset, Dataset]:
+    """Split rankings, pairs or any records into train and test with no prompt on both sides.
+
+    Which prompts are tested depends on their text and the seed alone, not on the order of rows; of
+    a messages prompt roles and contents count. White space around a text is ignored.
+
+    Args:
+        dataset: rows with `prompt`, text or messages.
+        test_size: the share of distinct prompts to test on (0 < share < 1), or their number.
+        seed: another seed draws other prompts.
+
+    Raises:
+        InputError: a streamed dataset; no `prompt`; a side would be empty.
+
+    >>> rows = Dataset.from_list([{"prompt": p, "n": n} for n, p in enumerate("abcabc")])
+    >>> train, test = split_by_prompt(rows, test_size=1)
+    >>> len(train), len(test), set(train["prompt"]) & set(test["prompt"])
+    (4, 2, set())
+    """
+    _refuse_stream(dataset, "split_by_prompt")
+    require_columns(dataset.column_names, Source.of(dataset), ("prompt",), "A split by prompt")
+    keys = [_digest(seed, as_text(prompt).strip()) for prompt in iterate(dataset, "prompt")]
+    prompts = sorted(set(keys))
+    wanted = test_size if isinstance(test_size, int) else round(test_size * len(prompts))
+    if not 0 < wanted < len(prompts):
+        raise InputError(
+            f"test_size={test_size} puts {wanted} of {plural(len(prompts), 'distinct prompt')} on "
+            "the test side; both sides need at least one. Change test_size or give more prompts."
+        )
+    tested = set(prompts[:wanted])
+    rows: dict[bool, list[int]] = {False: [], True: []}
+    for row, key in enumerate(keys):
+        rows[key in tested].append(row)
+    return dataset.select(rows[False]), dataset.select(rows[True])
+
+
+def _expand(
+    batch: dict[str, list[Any]],
+    rows: list[int],
+    *,
+    where: Source,
+    form: str,
+    report: RankingReport,
+    margin: bool,
+    **options: Any,
+) -> dict[str, list[Any]]:
+    """A batch of rankings as a batch of pairs."""
+    table: dict[str, list[Any]] = {name: [] for name in ("prompt", "chosen", "rejected")}
+    if margin:
+        table["margin"] = []
+    for row, values in zip(rows, zip(*batch.values(), strict=True), strict=True):
+        record = dict(zip(batch, values, strict=True))
+        with where.located(row):
+            check_prompt(record, form=form)
+            ranking = canonical_ranking(record)
+            if margin and ranking.scores is None:
+                raise InputError("margin=True needs `scores`; this ranking has only an order.")
+        report.add(ranking)
+        for chosen, rejected in ranking_to_pairs(ranking, **options):
+            table["prompt"].append(ranking.prompt)
+            table["chosen"].append(ranking.responses[chosen])
+            table["rejected"].append(ranking.responses[rejected])
+            if margin and ranking.scores:
+                table["margin"].append(ranking.scores[chosen] - ranking.scores[rejected])
+    return table
+
+
+def _check_options(which: str, ties: str, max_pairs: int | None) -> None:
+    if which not in WHICH:
+        raise InputError(f"which={which!r}; one of {', '.join(WHICH)} is needed.")
+    if ties not in TIES:
+        raise InputError(f"ties={ties!r}; one of {', '.join(TIES)} is needed.")
+    if max_pairs is not None and max_pairs < 1:
+        raise InputError(f"max_pairs={max_pairs}; a number >= 1 is needed, or None for all.")
+
+
+def _pair_features(features: Features, form: str, margin: bool) -> Features:
+    reply = getattr(features["responses"], "feature", Value("string"))
+    if form == "messages" and not isinstance(reply, List):
+        reply = List(MESSAGE)
+    kinds = {"prompt": features["prompt"], "chosen": reply, "rejected": reply}
+    return Features({**kinds, "margin": Value("float64")} if margin else kinds)
+
+
+def _differs(record: Record, row: int, *, report: RankingReport, where: Source) -> bool:
+    """Whether a pair has a winner; it is counted as a ranking of K = 2."""
+    same = record["chosen"] == record["rejected"]
+    if same and not report.duplicates:
+        logger.warning("%s: chosen is rejected; such pairs are left out", where.where(row))
+    report.update(RankingReport(1, 2 - same, 1 - same, 0, int(same), int(same)))
+    return not same
+
+
+def _regroup(
+    batch: dict[str, list[Any]], indices: list[int], *, dataset: Dataset, groups: list[list[int]]
+) -> dict[str, list[Any]]:
+    """For a batch of prompts, the rankings of all their pairs."""
+    table: dict[str, list[Any]] = {"prompt": [], "responses": [], "ranks": []}
+    for prompt, index in zip(batch["prompt"], indices, strict=True):
+        records = dataset[groups[index]]
+        for ranking in group_pairs(list(zip(records["chosen"], records["rejected"], strict=True))):
+            for name, value in zip(table, (prompt, *ranking), strict=True):
+                table[name].append(value)
+    return table
+
+
+def _refuse_stream(dataset: AnyDataset, name: str) -> None:
+    if isinstance(dataset, IterableDataset):
+        raise InputError(f"{name} needs all rows at once: load the data with streaming=False.")
+
+
+def as_text(content: Any) -> str:
+    """Text, or messages as text: what counts when two contents are compared."""
+    if isinstance(content, str):
+        return content
+    return json.dumps([[message["role"], message["content"]] for message in content])
+
+
+def _digest(seed: int, *texts: str) -> bytes:
+    return hashlib.blake2b(json.dumps([seed, *texts]).encode(), digest_size=8).digest()
+
+
+def _draw(ranking: Ranking, pair: tuple[int, int], seed: int) -> bytes:
+    """The lot of a pair; a tie draws the same whichever of the two comes first."""
+    texts = [as_text(ranking.responses[index]) for index in pair]
+    if ranking.ranks[pair[0]] == ranking.ranks[pair[1]]:
+        texts.sort()
+    return _digest(seed, as_text(ranking.prompt), *texts)

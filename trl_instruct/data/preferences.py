@@ -1,0 +1,131 @@
+"""What the reward model learns from and is measured on: rankings or pairs, split by prompt."""
+
+from itertools import combinations
+from typing import Any, NamedTuple
+
+from datasets import Dataset, Features, List, Value
+
+from trl_instruct.configs import RewardConfig
+from trl_instruct.data.pairs import load_pairs, split_by_prompt
+from trl_instruct.data.rankings import RankingReport, load_rankings
+from trl_instruct.data.records import form_of, load_demonstrations
+from trl_instruct.data.sources import Source, first_record, iterate, load_records, map_records
+from trl_instruct.errors import InputError
+
+
+class Preferences(NamedTuple):
+    """Rankings or pairs to train on, rankings to measure on, demonstrations that are to score 0.
+
+    report: what the source of the first holds.
+    """
+
+    train: Dataset
+    held_out: Dataset | None
+    demonstrations: Dataset | None
+    report: RankingReport
+
+
+def load_preferences(
+    dataset: Any, held_out: Any, demonstrations: Any, config: RewardConfig
+) -> Preferences:
+    """Load what to train on and what to measure on.
+
+    For training rankings stay rankings and pairs stay pairs; held-out pairs, and all whose prompts
+    may be cut, become rankings of K = 2. Several labelers' rankings of one prompt stay on one side.
+
+    Args:
+        dataset: rankings or pairs, by name or in memory.
+        held_out: the same to measure on; None: `config.eval_size` of the prompts.
+        demonstrations: by name or in memory; None: no shift.
+        config: split, seed, rating_order, truncate_prompt.
+
+    Raises:
+        InputError: bad records, neither rankings nor pairs, none with a winner, too few prompts to
+            hold any out; demonstrations of another format than the rest.
+    """
+    report = RankingReport()
+    train = _load(dataset, config, config.dataset_train_split, report)
+    test = None
+    if held_out is not None:
+        test = _load(held_out, config, config.eval_dataset_split)
+    elif config.eval_size:
+        try:
+            train, test = split_by_prompt(train, config.eval_size, seed=config.seed)
+        except InputError as error:
+            raise InputError(
+                f"eval_size holds out prompts to measure the accuracy on: {error} Or give an "
+                "eval_dataset, or set eval_size to 0."
+            ) from None
+    for purpose, rows in (("to train on", train), ("held out", test)):
+        if rows is not None and not count_pairs(rows):
+            raise InputError(
+                f"Of the {len(rows)} rankings {purpose} no ranking has a pair with a winner: all "
+                "are ties. Give more rankings."
+            )
+    if config.truncate_prompt:
+        if "margin" in train.column_names:
+            raise InputError(
+                "truncate_prompt and pairs with a `margin` do not go together: TRL, which trains "
+                "with margins, cuts no prompts. Remove the column or the option."
+            )
+        train = as_rankings(train)
+    shown = None if demonstrations is None else _demonstrations(demonstrations, train)
+    return Preferences(train, None if test is None else as_rankings(test), shown, report)
+
+
+def count_pairs(preferences: Dataset) -> int:
+    """Comparisons with a winner: C(K,2) of each ranking, ties left out."""
+    if "ranks" not in preferences.column_names:
+        return len(preferences)
+    every = iterate(preferences, "ranks")
+    return sum(a != b for ranks in every for a, b in combinations(ranks, 2))
+
+
+def most_responses(preferences: Dataset) -> int:
+    """K of the largest ranking; 2 for pairs."""
+    if "ranks" not in preferences.column_names:
+        return 2
+    return max(map(len, iterate(preferences, "ranks")))
+
+
+def as_rankings(preferences: Dataset) -> Dataset:
+    """Pairs as rankings of K = 2, the chosen response first; rankings as they are."""
+    if "responses" in preferences.column_names:
+        return preferences
+    kinds = preferences.features
+    kept = {name: kind for name, kind in kinds.items() if name not in ("chosen", "rejected")}
+    return map_records(
+        preferences,
+        lambda pair: {"responses": [pair["chosen"], pair["rejected"]], "ranks": [1, 2]},
+        remove_columns=["chosen", "rejected"],
+        features=Features(
+            {**kept, "responses": List(kinds["chosen"]), "ranks": List(Value("int64"))}
+        ),
+    )
+
+
+def _demonstrations(source: Any, train: Dataset) -> Dataset:
+    demonstrations = load_demonstrations(source)
+    forms = form_of(demonstrations[0]), form_of(train[0])
+    if forms[0] != forms[1]:
+        raise InputError(
+            f"The demonstrations are {forms[0]} and the preferences {forms[1]}, so their scores "
+            "could not be compared. Write both in one format."
+        )
+    return demonstrations
+
+
+def _load(
+    source: Any, config: RewardConfig, split: str, report: RankingReport | None = None
+) -> Dataset:
+    """Rankings or pairs, whichever the columns say."""
+    columns = list(first_record(load_records(source, split), Source.of(source, split)))
+    if "responses" in columns:
+        return load_rankings(source, split, rating_order=config.rating_order, report=report)
+    if "chosen" in columns:
+        return load_pairs(source, split, report=report)
+    raise InputError(
+        f"{Source.of(source, split).name}: the reward model needs rankings (`prompt`, `responses` "
+        "and `ranks` or `scores`) or pairs (`prompt`, `chosen`, `rejected`). Columns found: "
+        f"{', '.join(columns)}. Rename them."
+    )

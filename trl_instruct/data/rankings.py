@@ -1,0 +1,395 @@
+"""Rankings of K responses: ranks, scores, ratings and plain order become one canonical form."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from numbers import Real
+from typing import Any, NamedTuple
+
+from datasets import Dataset, Features, IterableDataset, List, Value
+
+from trl_instruct.data.records import (
+    AnyDataset,
+    Record,
+    Source,
+    check_prompt,
+    check_reply,
+    first_record,
+    form_of,
+    iterate,
+    kind_of,
+    load_records,
+    map_records,
+    require_columns,
+)
+from trl_instruct.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+ORDERS = ("ranks", "scores", "ratings")
+MESSAGE = {"role": Value("string"), "content": Value("string")}
+
+
+class Ranking(NamedTuple):
+    """A validated ranking of K distinct responses."""
+
+    prompt: Any
+    responses: list[Any]
+    ranks: list[int]
+    scores: list[float] | None
+    duplicates: int
+
+    @property
+    def strict_pairs(self) -> int:
+        """Pairs with a winner: C(K,2) minus the ties."""
+        return math.comb(len(self.ranks), 2) - self.ties
+
+    @property
+    def ties(self) -> int:
+        """Pairs of equal rank."""
+        return sum(math.comb(count, 2) for count in Counter(self.ranks).values())
+
+
+@dataclass
+class RankingReport:
+    """What a set of rankings holds: nothing is left out without being counted here.
+
+    Fields: `records` read; their distinct `responses`; `pairs` with a winner; `ties`; `duplicates`,
+    responses that repeat another of the same ranking; `records_without_pair`.
+
+    >>> report = RankingReport()
+    >>> report.add(canonical_ranking({"prompt": "2+2=", "responses": ["4", "four", "5", "4"],
+    ...                               "ranks": [1, 1, 2, 1]}))
+    >>> print(report)
+    1 ranking of 3 responses: 2 strict pairs, 1 tie, 1 repeated response, 0 rankings without a pair
+    """
+
+    records: int = 0
+    responses: int = 0
+    pairs: int = 0
+    ties: int = 0
+    duplicates: int = 0
+    records_without_pair: int = 0
+
+    def add(self, ranking: Ranking) -> None:
+        """Count one ranking."""
+        strict, ties = ranking.strict_pairs, ranking.ties
+        k, without = len(ranking.responses), int(strict == 0)
+        self.update(RankingReport(1, k, strict, ties, ranking.duplicates, without))
+
+    def update(self, other: RankingReport) -> None:
+        """Add the counts of another report."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def __str__(self) -> str:
+        return (
+            f"{plural(self.records, 'ranking')} of {plural(self.responses, 'response')}: "
+            f"{plural(self.pairs, 'strict pair')}, {plural(self.ties, 'tie')}, "
+            f"{plural(self.duplicates, 'repeated response')}, "
+            f"{plural(self.records_without_pair, 'ranking')} without a pair"
+        )
+
+
+def load_rankings(
+    source: Any,
+    split: str = "train",
+    streaming: bool = False,
+    *,
+    rating_order: Sequence[Any] | None = None,
+    report: RankingReport | None = None,
+) -> AnyDataset:
+    """Load rankings and bring them to one form.
+
+    A record has `prompt` (text or messages), `responses` (K >= 2; text, or for a prompt of messages
+    also messages) and one of
+
+    - `ranks`: 1 = best, equal = tie;
+    - `scores` or `ratings`: higher = better, equal = tie; numbers, or labels whose order is given;
+    - neither: the responses are already best first;
+
+    and optionally `labeler` and `weight` (> 0). Several labelers' rankings of one prompt stand side
+    by side. Further columns are kept. A field that is there but null is an error, not an order.
+    Ranking K = 4 to 9 responses: InstructGPT, section 3.5.
+
+    Args:
+        source, split, streaming: as `load_records`.
+        rating_order: the labels of `ratings`, best first: `["good", "ok", "fair", "poor"]`.
+        report: counts are added to it (when streaming: while rows are read).
+
+    Returns:
+        A dataset with `prompt`, `responses` (in a conversational dataset each a list of messages),
+        `ranks` (dense, 1 = best), `scores` where the record had numbers or labels (labels count
+        from 0 = worst), and the further columns. A response that repeats another of its ranking
+        keeps the better of the two ranks. The report, which counts them, is logged.
+
+    Raises:
+        InputError: a faulty record, with file, line and field.
+
+    >>> load_rankings(Dataset.from_list([
+    ...     {"prompt": "2+2=", "responses": ["5", "4", "four"], "scores": [0.0, 2.5, 1.5]}
+    ... ]))[0]["ranks"]
+    [3, 1, 2]
+    """
+    dataset, where = load_records(source, split, streaming), Source.of(source, split)
+    first = first_record(dataset, where)
+    columns = dataset.column_names or list(first)
+    require_columns(columns, where, ("prompt", "responses"), "A ranking")
+    report, before = (RankingReport() if report is None else report), RankingReport()
+    form = form_of(first)
+    options: dict[str, Any] = {"rating_order": rating_order, "where": where, "form": form}
+    streamed = isinstance(dataset, IterableDataset)
+    scored = True if streamed else _check_all(dataset, before, options)
+    dataset = map_records(
+        dataset,
+        partial(_convert, **options, scored=scored, report=report if streamed else None),
+        with_indices=True,
+        batched=True,
+        batch_size=250,
+        remove_columns=columns,
+        features=dataset.features and _canonical_features(dataset.features, form, scored),
+    )
+    if isinstance(dataset, Dataset):
+        _log(before, where)
+        report.update(before)
+    return dataset
+
+
+def canonical_ranking(record: Record, rating_order: Sequence[Any] | None = None) -> Ranking:
+    """Validate a record and bring it to distinct responses with dense ranks.
+
+    Of identical responses the one with the better rank stays; `duplicates` counts the others.
+    Text responses to a prompt of messages become assistant messages.
+
+    Raises:
+        InputError: any fault of the record, named by field; all responses are identical.
+
+    >>> canonical_ranking({"prompt": "2+2=", "responses": ["4", "5", "4"], "ranks": [3, 2, 1]})
+    Ranking(prompt='2+2=', responses=['5', '4'], ranks=[2, 1], scores=None, duplicates=1)
+    """
+    form = form_of(record)
+    check_prompt(record, form=form)
+    ranks = canonical_ranks(record, rating_order)
+    responses = [_reply(index, r, form) for index, r in enumerate(record["responses"])]
+    _check_weight(record.get("weight"))
+    best: dict[str, int] = {}
+    keys = [r if isinstance(r, str) else repr(r) for r in responses]
+    for index, key in enumerate(keys):
+        if key not in best or ranks[index] < ranks[best[key]]:
+            best[key] = index
+    kept = sorted(best.values())
+    if len(kept) < 2:
+        raise InputError(
+            f"`responses` are {len(keys)} times the same, {kind_of(responses[0])}; a ranking needs "
+            "at least 2 that differ. Delete the record."
+        )
+    scores = _scores(record, rating_order)
+    return Ranking(
+        prompt=record["prompt"],
+        responses=[responses[index] for index in kept],
+        ranks=dense_ranks([ranks[index] for index in kept]),
+        scores=scores and [scores[index] for index in kept],
+        duplicates=len(responses) - len(kept),
+    )
+
+
+def canonical_ranks(record: Record, rating_order: Sequence[Any] | None = None) -> list[int]:
+    """The dense ranks of the K `responses`, 1 = best, equal = tie, from whichever field gives them.
+
+    Raises:
+        InputError: K < 2; `ranks`, `scores` or `ratings` null, of another length than `responses`,
+            NaN, infinite, or contradicting each other; ranks that are not whole numbers >= 1; a
+            label that is not in `rating_order`.
+
+    >>> canonical_ranks({"responses": ["a", "b", "c"], "ratings": ["ok", "good", "ok"]},
+    ...                 rating_order=["good", "ok", "poor"])
+    [2, 1, 2]
+    >>> canonical_ranks({"responses": ["a", "b"]})
+    [1, 2]
+    """
+    responses = record.get("responses")
+    if not isinstance(responses, list):
+        raise InputError(f"`responses` is {kind_of(responses)}; a list of K >= 2 is needed.")
+    if len(responses) < 2:
+        raise InputError(
+            f"`responses` has K = {len(responses)}; a ranking needs at least 2. Add another "
+            "response or delete the record."
+        )
+    present = [field for field in ORDERS if field in record]
+    given = {f: _order(record, f, rating_order) for f in present if record[f] is not None}
+    if present and not given:
+        raise InputError(
+            f"`{'`, `'.join(present)}` null: the ranking is not filled in. Write one number per "
+            "response, or delete the record; only a file without such a field is best first."
+        )
+    (first, ranks), *others = given.items() or [("responses", list(range(1, len(responses) + 1)))]
+    for field, other in others:
+        if other != ranks:
+            raise InputError(
+                f"`{first}` and `{field}` contradict each other: {first} {record[first]} put the "
+                f"responses in the order {ranks}, {field} {record[field]} in {other}. Keep one."
+            )
+    return ranks
+
+
+def dense_ranks(values: Sequence[float]) -> list[int]:
+    """Ranks without gaps, the smallest value first.
+
+    >>> dense_ranks([1, 1, 3]), dense_ranks([-0.5, -2.0, -0.5])
+    ([1, 1, 2], [2, 1, 2])
+    """
+    position = {value: rank for rank, value in enumerate(sorted(set(values)), start=1)}
+    return [position[value] for value in values]
+
+
+def plural(count: int, noun: str) -> str:
+    """A count with its noun.
+
+    >>> plural(1, "tie"), plural(1200, "tie")
+    ('1 tie', '1,200 ties')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _order(record: Record, field: str, rating_order: Sequence[Any] | None) -> list[int]:
+    """The dense ranks that one of the fields `ranks`, `scores`, `ratings` gives."""
+    if field == "ranks":
+        return dense_ranks(
+            [_rank(index, rank) for index, rank in enumerate(_values(record, field))]
+        )
+    return dense_ranks([-score for score in _numbers(record, field, rating_order)])
+
+
+def _values(record: Record, field: str) -> list[Any]:
+    values, needed = record[field], len(record["responses"])
+    if not isinstance(values, list):
+        raise InputError(f"`{field}` is {kind_of(values)}; a list of {needed} is needed.")
+    if len(values) != needed:
+        raise InputError(
+            f"`{field}` has {len(values)} values for {needed} responses: {values}; one value per "
+            "response is needed."
+        )
+    return values
+
+
+def _rank(index: int, rank: Any) -> int:
+    whole = isinstance(rank, Real) and not isinstance(rank, bool) and float(rank).is_integer()
+    if not whole or rank < 1:
+        raise InputError(
+            f"`ranks[{index}]` is {kind_of(rank)}; a whole number >= 1 is needed (1 = best, equal "
+            "ranks are a tie)."
+        )
+    return int(rank)
+
+
+def _numbers(record: Record, field: str, rating_order: Sequence[Any] | None) -> list[float]:
+    """`scores` or `ratings` as numbers; labels count from 0 = worst in `rating_order`."""
+    values = _values(record, field)
+    if any(isinstance(v, str) for v in values) or (field == "ratings" and rating_order is not None):
+        return [_level(f"{field}[{index}]", v, rating_order) for index, v in enumerate(values)]
+    for index, value in enumerate(values):
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if not number or not math.isfinite(value):
+            raise InputError(f"`{field}[{index}]` is {kind_of(value)}; a finite number is needed.")
+    return [float(value) for value in values]
+
+
+def _level(field: str, label: Any, rating_order: Sequence[Any] | None) -> float:
+    if rating_order is None:
+        raise InputError(
+            f"`{field}` is the label {label!r}, and the order of labels is not known. Give it, "
+            'best first: rating_order=["good", "ok", "fair", "poor"].'
+        )
+    if label not in rating_order:
+        raise InputError(f"`{field}` is {kind_of(label)}; rating_order has {list(rating_order)}.")
+    return float(len(rating_order) - 1 - list(rating_order).index(label))
+
+
+def _scores(record: Record, rating_order: Sequence[Any] | None) -> list[float] | None:
+    for field in ("scores", "ratings"):
+        if record.get(field) is not None:
+            return _numbers(record, field, rating_order)
+    return None
+
+
+def _reply(index: int, response: Any, form: str) -> Any:
+    field = f"responses[{index}]"
+    if form == "messages" and isinstance(response, str):
+        check_reply(field, response, form="text")
+        return [{"role": "assistant", "content": response}]
+    check_reply(field, response, form=form)
+    return response
+
+
+def _check_weight(weight: Any) -> None:
+    if weight is None:
+        return
+    number = isinstance(weight, Real) and not isinstance(weight, bool)
+    if not number or not 0 < weight < math.inf:
+        raise InputError(f"`weight` is {kind_of(weight)}; a finite number > 0 is needed.")
+
+
+def _canonical(record: Record, row: int, *, rating_order: Any, where: Source, form: str) -> Ranking:
+    with where.located(row):
+        check_prompt(record, form=form)
+        return canonical_ranking(record, rating_order)
+
+
+def _check_all(dataset: Dataset, report: RankingReport, options: dict[str, Any]) -> bool:
+    """Check every record before anything is written; whether any has scores."""
+    scored = False
+    for row, record in enumerate(iterate(dataset)):
+        ranking = _canonical(record, row, **options)
+        report.add(ranking)
+        scored = scored or ranking.scores is not None
+    return scored
+
+
+def _convert(
+    batch: dict[str, list[Any]],
+    rows: list[int],
+    *,
+    scored: bool,
+    report: RankingReport | None,
+    **options: Any,
+) -> dict[str, list[Any]]:
+    """A batch of records in canonical form."""
+    kept = [name for name in batch if name not in ORDERS]
+    table: dict[str, list[Any]] = {name: [] for name in (*kept, "ranks", *["scores"] * scored)}
+    for row, values in zip(rows, zip(*batch.values(), strict=True), strict=True):
+        record = dict(zip(batch, values, strict=True))
+        ranking = _canonical(record, row, **options)
+        if report is not None:
+            _warn_first(report, ranking, options["where"], row)
+            report.add(ranking)
+        for name in table:
+            table[name].append(getattr(ranking, name) if name in ranking._fields else record[name])
+    return table
+
+
+def _warn_first(report: RankingReport, ranking: Ranking, where: Source, row: int) -> None:
+    """A stream has no end to report at: say so at its first repetition and ranking of ties."""
+    if ranking.duplicates and not report.duplicates:
+        logger.warning("%s: repeated responses are left out and counted", where.where(row))
+    if not ranking.strict_pairs and not report.records_without_pair:
+        logger.warning("%s: no strict pair; such rankings are counted", where.where(row))
+
+
+def _log(report: RankingReport, where: Source) -> None:
+    noteworthy = report.duplicates or report.records_without_pair
+    logger.log(logging.WARNING if noteworthy else logging.INFO, "%s: %s", where.name, report)
+
+
+def _canonical_features(features: Features, form: str, scored: bool) -> Features:
+    """The column types of canonical rankings; replies in messages where the prompt is."""
+    kept = {name: kind for name, kind in features.items() if name not in ORDERS}
+    responses = kept["responses"]
+    if form == "messages" and not isinstance(getattr(responses, "feature", None), List):
+        kept["responses"] = List(List(MESSAGE))
+    scores = {"scores": List(Value("float64"))} if scored else {}
+    return Features({**kept, "ranks": List(Value("int64")), **scores})

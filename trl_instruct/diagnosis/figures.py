@@ -1,0 +1,180 @@
+"""The figures of the report: each a small one of its own, so that a phone shows them one by one."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+from trl_instruct.ppo_trainer.curves import FAINT, LINE, PANELS, draw_panel
+from trl_instruct.recipes.chain import StageRun
+from trl_instruct.reward_trainer.tables import draw_accuracy, draw_calibration
+
+THIRD = "#009e73"
+COLOURS = ("#888888", LINE, FAINT, THIRD)
+MOST_POINTS = 1000
+
+
+class Figure(NamedTuple):
+    """What a page shows: a title, a sentence, an SVG as the address of an image."""
+
+    title: str
+    caption: str
+    source: str
+
+
+def figures(chain: Mapping[str, StageRun], evaluation: Mapping[str, Any]) -> list[Figure]:
+    """All figures that the measurements allow.
+
+    Args:
+        chain: as `read_chain` gives it.
+        evaluation: what `evaluate` saved; empty where it has not run.
+    """
+    drawn = [*_results(chain, evaluation)]
+    if "sft" in chain:
+        drawn += _sft(chain["sft"])
+    if "rm" in chain:
+        drawn += _rm(chain["rm"])
+    if "ppo" in chain:
+        drawn += _ppo(chain["ppo"])
+    return drawn
+
+
+def _results(chain: Mapping[str, StageRun], evaluation: Mapping[str, Any]) -> Iterator[Figure]:
+    if "ppo" in chain and chain["ppo"].curve("objective/kl"):
+        yield _drawn(
+            "Reward against KL",
+            "Where PPO went, iteration by iteration: what it gained, and how far from the "
+            "reference it went for it. Best-of-n of the SFT model is what the reward model allows "
+            "without any training.",
+            lambda axes: _draw_frontier(axes, chain["ppo"], evaluation.get("best_of_n")),
+        )
+    if evaluation.get("judges"):
+        yield _drawn(
+            "Scores on held-out prompts",
+            "Mean with its 95 % interval, by every judge.",
+            lambda axes: _draw_scores(axes, evaluation),
+        )
+        yield _drawn(
+            "Score against length",
+            "One point a completion. A cloud that only moves to the right has learnt to be long.",
+            lambda axes: _draw_lengths(axes, evaluation),
+        )
+
+
+def _sft(run: StageRun) -> Iterator[Figure]:
+    if run.curve("loss"):
+        yield _drawn(
+            "SFT: loss",
+            "Nats per token of the completions: in training, and held out (base and fine-tuned).",
+            lambda axes: _draw_sft(axes, run),
+        )
+
+
+def _rm(run: StageRun) -> Iterator[Figure]:
+    if run.curve("accuracy"):
+        yield _drawn(
+            "Reward model: training",
+            "Loss and accuracy on the batch at hand, before it is learnt from.",
+            lambda axes: _draw_lines(axes, run, "step", loss=LINE, accuracy=FAINT),
+        )
+    if "accuracy" in run.metrics:
+        yield _drawn(
+            "Reward model: accuracy by difference of rank",
+            "Held-out pairs. Responses of like quality are hard to tell apart for people too.",
+            lambda axes: draw_accuracy(
+                axes, run.metrics, "by_distance", "difference of the two ranks"
+            ),
+        )
+        yield _drawn(
+            "Reward model: calibration",
+            "Whether a difference of scores means what it says.",
+            lambda axes: draw_calibration(axes, run.metrics),
+        )
+
+
+def _ppo(run: StageRun) -> Iterator[Figure]:
+    for panel in PANELS:
+        if run.curve(panel[1]):
+            yield _drawn(f"PPO: {panel[0]}", "", partial(_draw_panel, run, panel))
+
+
+def _draw_panel(run: StageRun, panel: tuple[str, str, str], axes: Any) -> None:
+    draw_panel(axes, run.logs, *panel)
+
+
+def _draw_frontier(axes: Any, run: StageRun, best_of_n: Mapping[str, Any] | None) -> None:
+    kl = [value for _, value in run.curve("objective/kl")]
+    for name, colour, label in (("scores", LINE, "score"), ("gold", FAINT, "gold")):
+        values = [value for _, value in run.curve(f"objective/{name}")]
+        if len(values) == len(kl):
+            axes.plot(kl, values, "-", lw=0.6, alpha=0.5, color=colour)
+            axes.scatter(kl, values, s=12, color=colour, label=f"PPO, {label}")
+    if best_of_n:
+        judges = (best_of_n["judge"], *(j for j in best_of_n["points"][0]["scores"]))
+        for judge, colour in zip(dict.fromkeys(judges), (LINE, FAINT, THIRD), strict=False):
+            points = [(p["kl"], p["scores"][judge]) for p in best_of_n["points"]]
+            axes.plot(*zip(*points, strict=True), "x--", color=colour, label=f"best of n, {judge}")
+    axes.set(xlabel="KL to the reference, nats per completion", ylabel="mean score")
+    axes.legend(fontsize="small")
+
+
+def _draw_scores(axes: Any, evaluation: Mapping[str, Any]) -> None:
+    models, judges = evaluation["models"], evaluation["judges"]
+    for offset, judge in enumerate(judges):
+        scores = [model["scores"][judge] for model in models.values()]
+        means = [score["mean"] for score in scores]
+        halves = [score["high"] - score["mean"] for score in scores]
+        places = [place + 0.12 * (offset - (len(judges) - 1) / 2) for place in range(len(models))]
+        colour = (LINE, FAINT, THIRD)[offset % 3]
+        axes.errorbar(places, means, yerr=halves, fmt="o", capsize=3, color=colour, label=judge)
+    axes.set_xticks(range(len(models)), list(models))
+    axes.set_ylabel("mean score (95 %)")
+    axes.legend(fontsize="small")
+
+
+def _draw_lengths(axes: Any, evaluation: Mapping[str, Any]) -> None:
+    judge = evaluation["judges"][0]
+    for (name, points), colour in zip(evaluation["points"].items(), COLOURS, strict=False):
+        step = -(-len(points["lengths"]) // MOST_POINTS)
+        lengths, scores = points["lengths"][::step], points["scores"][judge][::step]
+        axes.plot(lengths, scores, ".", ms=4, alpha=0.4, color=colour, label=name)
+    axes.set(xlabel="tokens of the completion", ylabel=f"score ({judge})")
+    axes.legend(fontsize="small")
+
+
+def _draw_sft(axes: Any, run: StageRun) -> None:
+    held_out = run.curve("eval_loss")
+    if run.metrics.get("base_loss") is not None:
+        held_out = [(0, run.metrics["base_loss"]), *held_out]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o:", color=FAINT, label="held out")
+    _draw_lines(axes, run, "step", loss=LINE)
+
+
+def _draw_lines(axes: Any, run: StageRun, label: str, **colours: str) -> None:
+    for name, colour in colours.items():
+        points = run.curve(name)
+        if points:
+            axes.plot(*zip(*points, strict=True), color=colour, label=name.replace("_", " "))
+    axes.set_xlabel(label)
+    axes.legend(fontsize="small")
+
+
+def _drawn(title: str, caption: str, draw: Callable[[Any], Any]) -> Figure:
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas  # takes a second; needs no screen
+
+    canvas = Canvas(figsize=(4.6, 3.3), layout="constrained")
+    axes = canvas.subplots()
+    draw(axes)
+    axes.set_title("")
+    axes.grid(alpha=0.3)
+    file = io.BytesIO()
+    # Without a date and with fixed names the same run gives the same page.
+    with matplotlib.rc_context({"svg.hashsalt": "trl-instruct", "font.size": 9}):
+        canvas.savefig(file, format="svg", metadata={"Date": None})
+    encoded = base64.b64encode(file.getvalue()).decode()
+    return Figure(title, caption, f"data:image/svg+xml;base64,{encoded}")

@@ -1,0 +1,187 @@
+"""One page that says how the stages went: diagnosis, table, figures, completions."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from trl_instruct.console import one_line
+from trl_instruct.diagnosis.figures import figures
+from trl_instruct.diagnosis.ppo import diagnose_ppo
+from trl_instruct.diagnosis.stages import Finding, _rm, _sft
+from trl_instruct.errors import InputError
+from trl_instruct.evaluation.tables import tables
+from trl_instruct.files import nulls_as_nan, read_json, written_at_once
+from trl_instruct.recipes.chain import StageRun, read_chain
+
+REPORT = "report.html"
+
+
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+MOST_SAMPLES = 12
+
+
+def report(
+    folder: str | os.PathLike,
+    *,
+    evaluation: str | os.PathLike | None = None,
+    output_file: str | os.PathLike | None = None,
+) -> Path:
+    """Write one self-contained HTML page on a finished stage and those it came from.
+
+    On top stands what is at fault, if anything is: each line with the figure it rests on, its
+    threshold and what to do. Below, the stages side by side, figures, completions. Texts of models
+    and data are escaped, and the page loads and runs nothing.
+
+    Args:
+        folder: what `sft`, `rm` or `ppo` left.
+        evaluation: the JSON that `evaluate` saved: models side by side, best-of-n, completions.
+        output_file: default: report.html in the folder.
+
+    Returns:
+        Where the page lies.
+
+    Raises:
+        InputError: no finished stage in the folder; an evaluation that is none.
+    """
+    chain, compared = read_chain(folder), read_evaluation(evaluation)
+    path = Path(output_file or Path(folder) / REPORT)
+    findings = diagnose(chain)
+    page = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    text = page.render(
+        title=f"How {Path(folder)} was made",
+        verdict=verdict(findings),
+        faulty=any(finding.level == "fault" for finding in findings),
+        findings=findings,
+        stages=[
+            {
+                "name": name,
+                "measured": measured(name, run),
+                "seconds": run.metrics.get("seconds", ""),
+                "folder": run.folder,
+            }
+            for name, run in chain.items()
+        ],
+        tables=tables(compared) if compared else [],
+        prompts=compared.get("prompts"),
+        figures=figures(chain, compared),
+        samples=_samples(compared),
+    )
+    with written_at_once(path) as file:
+        file.write(text)
+    return path
+
+
+def summary_lines(
+    chain: Mapping[str, StageRun], evaluation: Mapping[str, Any] | None = None
+) -> Iterator[str]:
+    """The page in a few lines: the verdict, what was measured of stages and models, what was found.
+
+    Args:
+        chain: as `read_chain` gives it, or some stages of it.
+        evaluation: as `read_evaluation` gives it.
+    """
+    findings = diagnose(chain)
+    yield verdict(findings)
+    for name, run in chain.items():
+        yield f"{name:<10} {measured(name, run)}"
+    for name, model in (evaluation or {}).get("models", {}).items():
+        scores = [f"{judge} {score['mean']:.3f}" for judge, score in model["scores"].items()]
+        yield f"{one_line(name):<10} held out: {', '.join(scores)}"
+    for finding in findings:
+        yield f"{finding.stage}: {finding.told} ({finding.figure})"
+        if finding.level != "fine":
+            yield f"    {finding.advice}"
+
+
+def measured(name: str, run: StageRun) -> str:
+    """The few figures that matter of a stage, in one line."""
+    metrics = run.metrics
+    if name == "rm" and "accuracy" in metrics:
+        limit = f", ceiling {metrics['ceiling']:.3f}" if "ceiling" in metrics else ""
+        longer = f"longer answer wins {metrics['length_accuracy']:.3f}"
+        return f"held-out accuracy {metrics['accuracy']:.3f} ({longer}{limit})"
+    if name == "ppo" and run.curve("objective/kl"):
+        shown = {"score": "scores", "gold": "gold", "KL": "kl", "length": "length"}
+        curves = {label: run.curve(f"objective/{key}") for label, key in shown.items()}
+        ends = [f"{n} {c[0][1]:.2f} -> {c[-1][1]:.2f}" for n, c in curves.items() if c]
+        return ", ".join(ends)
+    if name == "sft" and metrics.get("eval_loss") is not None and "base_loss" in metrics:
+        return f"held-out loss {metrics['base_loss']:.3f} -> {metrics['eval_loss']:.3f}"
+    if name == "candidates":
+        return ", ".join(f"{part}: {n['responses']:,} responses" for part, n in _counts(metrics))
+    return f"training loss {metrics['train_loss']:.3f}" if "train_loss" in metrics else ""
+
+
+def _counts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    return ((part, counts) for part, counts in metrics.items() if isinstance(counts, dict))
+
+
+def read_evaluation(path: str | os.PathLike | None) -> dict[str, Any]:
+    """What `evaluate` saved; nothing for None. InputError where it is something else."""
+    if path is None:
+        return {}
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"evaluation {str(file)!r}: there is no such file. Run evaluate first.")
+    try:
+        content = read_json(file)
+    except json.JSONDecodeError as error:
+        raise InputError(f"evaluation {str(file)!r} is no JSON: {error}") from error
+    if not isinstance(content, dict) or not {"models", "judges", "points"} <= set(content):
+        raise InputError(f"evaluation {str(file)!r} is not what `evaluate` saves.")
+    return {**content, "models": nulls_as_nan(content["models"])}
+
+
+def _samples(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Prompts with what each model said and its scores, as text."""
+    shown = []
+    for sample in evaluation.get("samples", [])[:MOST_SAMPLES]:
+        said = [
+            (name, text["completion"], _scores(text, evaluation["judges"]))
+            for name, text in sample.items()
+            if name != "prompt"
+        ]
+        shown.append({"prompt": _as_text(sample["prompt"]), "said": said})
+    return shown
+
+
+def _scores(sample: Mapping[str, Any], judges: Sequence[str]) -> str:
+    return ", ".join(f"{judge} {sample[judge]:.2f}" for judge in judges)
+
+
+def _as_text(prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt.strip()
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def diagnose(chain: Mapping[str, StageRun]) -> list[Finding]:
+    """What the stages' own measurements say, faults and all, in the order the stages ran.
+
+    Args:
+        chain: finished stages by name, as `read_chain` gives them; those missing are passed over.
+    """
+    checks = {"sft": _sft, "rm": _rm, "ppo": diagnose_ppo}
+    return [f for name, check in checks.items() if name in chain for f in check(chain[name])]
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """The findings in one sentence: an earlier stage's fault reaches the later ones.
+
+    >>> verdict([])
+    'No fault found.'
+    """
+    faulty = [finding.stage for finding in findings if finding.level == "fault"]
+    if not faulty:
+        return "No fault found."
+    count = "1 fault" if len(faulty) == 1 else f"{len(faulty)} faults"
+    later = "" if faulty[0] == "ppo" else ": what is wrong there reaches the stages after it"
+    return f"{count} found. Begin with {faulty[0]}{later}."

@@ -1,0 +1,276 @@
+"""What a PPO run's own logs say of it, against thresholds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from trl_instruct.diagnosis.stages import Finding
+from trl_instruct.recipes.chain import StageRun
+
+# PPO, from the first to the last tenth of the iterations.
+MOST_KL = 0.5  # nats per token
+MOST_FREE_KL = 0.25  # the same where no penalty holds it: it has not come to rest
+LEAST_KL = -0.02  # nats per token; it is a mean over samples, and only that can go below 0
+LEAST_ENTROPY = 0.25  # of what it was
+MOST_LENGTH = 1.5  # times as long, or as short
+LEAST_ENDED = 0.9
+LEAST_EXPLAINED = 0.05
+MOST_CLIPPED = 0.3
+LEAST_MOVED = 0.01  # nats per token, from the reference
+LEAST_ITERATIONS = 10
+STILL_RISING = 0.15  # share of the whole gain that came in the last fifth
+STANDARD_ERRORS = 3.0
+
+
+def diagnose_ppo(run: StageRun) -> Iterator[Finding]:
+    """Exploited reward, KL, entropy, length, EOS, value function, clipping, number of episodes.
+
+    Args:
+        run: a finished `ppo`. What it has not logged is not looked at: gold without `gold` in its
+            config, length and some others by TRL's own trainer.
+    """
+    if not run.curve("objective/kl"):
+        yield Finding(
+            "ppo",
+            "ppo_unmeasured",
+            "unknown",
+            "How PPO went is not known.",
+            "no logs in its folder",
+            "",
+            "Leave logging_steps at 1.",
+        )
+        return
+    for check, *needed in CHECKS:
+        if all(run.curve(name) for name in needed):
+            yield from check(run)
+
+
+def _over_optimisation(run: StageRun) -> Iterator[Finding]:
+    steps = [step for step, _ in run.curve("objective/gold")]
+    if len(steps) < LEAST_ITERATIONS:
+        return
+    gold, scores = (_smooth(_values(run, f"objective/{n}")) for n in ("gold", "scores"))
+    best = max(range(len(gold)), key=gold.__getitem__)
+    fall = gold[best] - gold[-1]
+    if fall > STANDARD_ERRORS * _error(_values(run, "objective/gold")) and scores[-1] > scores[0]:
+        turned = steps[best]
+        yield Finding(
+            "ppo",
+            "over_optimised",
+            "fault",
+            "The policy exploits the reward: its score rises while the judge it was not trained "
+            f"on falls. It turned at iteration {turned}.",
+            f"score {scores[0]:.2f} -> {scores[-1]:.2f}, gold {gold[best]:.3f} in iteration "
+            f"{turned} -> {gold[-1]:.3f}",
+            f"a fall by more than {STANDARD_ERRORS:g} standard errors",
+            f"A higher kl_coef, fewer episodes (stop near iteration {turned}), or a better reward "
+            "model.",
+        )
+
+
+def _kl(run: StageRun) -> Iterator[Finding]:
+    per_token = _kl_per_token(run)
+    figure = f"KL to the reference {_last(run, 'objective/kl'):.2f} nats per completion, "
+    figure += f"{per_token:.2f} per token"
+    free = run.config.get("kl_coef") == 0
+    most = MOST_FREE_KL if free else MOST_KL
+    if per_token > most:
+        yield Finding(
+            "ppo",
+            "kl_blow_up",
+            "fault",
+            "The policy has left the reference far behind; the reward model was never shown texts "
+            "like its.",
+            figure,
+            f"above {most} per token" + " where kl_coef is 0" * free,
+            "A higher kl_coef, adaptive_kl_target, or a lower learning_rate.",
+        )
+    elif per_token < LEAST_KL:
+        yield Finding(
+            "ppo",
+            "kl_negative",
+            "fault",
+            "The KL is negative, which no true KL is: the completions were not sampled from the "
+            "distribution that the log-probabilities assume.",
+            figure,
+            f"below {LEAST_KL} per token",
+            "Check generation settings and dropout of the policy.",
+        )
+
+
+def _entropy(run: StageRun) -> Iterator[Finding]:
+    entropy, was = _last(run, "policy/entropy"), _first(run, "policy/entropy")
+    if entropy < LEAST_ENTROPY * was:
+        yield Finding(
+            "ppo",
+            "entropy_collapse",
+            "fault",
+            "The policy has all but stopped to vary: one prompt, one completion.",
+            f"entropy {was:.2f} -> {entropy:.2f} nats per token",
+            f"below {LEAST_ENTROPY:.0%} of what it was",
+            "A higher kl_coef, a lower learning_rate, or fewer episodes.",
+        )
+
+
+def _length(run: StageRun) -> Iterator[Finding]:
+    length, was = _last(run, "objective/length"), _first(run, "objective/length")
+    if not 1 / MOST_LENGTH <= length / was <= MOST_LENGTH:
+        yield Finding(
+            "ppo",
+            "length_drift",
+            "fault",
+            f"Completions have become much {'longer' if length > was else 'shorter'}: the reward "
+            "may pay for length itself.",
+            f"{was:.1f} -> {length:.1f} tokens",
+            f"{MOST_LENGTH} times as long, or as short",
+            "Look at score against length in the reward model's figure; a length penalty "
+            "(docs/rewards.md), or a higher kl_coef.",
+        )
+
+
+def _ended(run: StageRun) -> Iterator[Finding]:
+    ended, was = _last(run, "objective/ended"), _first(run, "objective/ended")
+    if ended < LEAST_ENDED:
+        yield Finding(
+            "ppo",
+            "missing_eos",
+            "fault",
+            "Many completions do not end: they are cut at response_length.",
+            f"ended {was:.0%} -> {ended:.0%}",
+            f"below {LEAST_ENDED:.0%}",
+            "Set missing_eos_penalty, or raise response_length; if the SFT policy does not end "
+            "either, its demonstrations lack the EOS token.",
+        )
+
+
+def _value(run: StageRun) -> Iterator[Finding]:
+    explained = [value for _, value in run.curve("val/explained_variance")]
+    late = statistics.fmean(explained[len(explained) // 2 :])
+    if late < LEAST_EXPLAINED:
+        yield Finding(
+            "ppo",
+            "value_useless",
+            "fault",
+            "The value function explains nothing of the returns: the advantages are as noisy as "
+            "without one.",
+            f"explained variance {late:.2f} in the second half",
+            f"below {LEAST_EXPLAINED}",
+            "A higher value_learning_rate or vf_coef, more num_ppo_epochs, or start the value "
+            "from the reward model.",
+        )
+
+
+def _steps(run: StageRun) -> Iterator[Finding]:
+    clipped = statistics.fmean(_values(run, "policy/clipfrac"))
+    moved = _kl_per_token(run)
+    if clipped > MOST_CLIPPED:
+        yield Finding(
+            "ppo",
+            "clipped_much",
+            "fault",
+            "The optimizer's steps are too large: much of each batch is clipped and teaches "
+            "nothing.",
+            f"{clipped:.0%} of the tokens clipped",
+            f"above {MOST_CLIPPED:.0%}",
+            "A lower learning_rate, fewer num_ppo_epochs, or target_kl.",
+        )
+    elif clipped == 0 and abs(moved) < LEAST_MOVED:
+        yield Finding(
+            "ppo",
+            "hardly_moved",
+            "fault",
+            "The policy has hardly moved from where it began.",
+            f"no token ever clipped, KL to the reference {moved:.4f} nats per token",
+            f"none clipped and below {LEAST_MOVED} per token",
+            "A higher learning_rate, more episodes, or a lower kl_coef.",
+        )
+
+
+def _episodes(run: StageRun) -> Iterator[Finding]:
+    curve = run.curve("objective/rlhf_reward")
+    rewards, iterations = [reward for _, reward in curve], curve[-1][0]
+    fifth = len(rewards) // 5
+    if iterations >= LEAST_ITERATIONS > len(rewards):
+        return  # logged too seldom to tell
+    if iterations >= LEAST_ITERATIONS:
+        late, before = rewards[-fifth:], rewards[-2 * fifth : -fifth]
+        rise = statistics.fmean(late) - statistics.fmean(before)
+        gain = statistics.fmean(late) - statistics.fmean(rewards[:fifth])
+        if rise <= max(STILL_RISING * gain, STANDARD_ERRORS * _error(rewards)):
+            return
+        figure = f"of {gain:.2f} gained, {rise:.2f} in the last fifth of the iterations"
+    else:
+        figure = f"{iterations} iterations"
+    yield Finding(
+        "ppo",
+        "too_few_episodes",
+        "fault",
+        "PPO was stopped early: there is more to gain.",
+        figure,
+        f"fewer than {LEAST_ITERATIONS} iterations, or more than {STILL_RISING:.0%} of the gain in "
+        "the last fifth",
+        "A higher total_episodes (or num_train_epochs).",
+    )
+
+
+# Each with the metrics that it goes by.
+CHECKS: tuple[tuple[Any, ...], ...] = (
+    (_over_optimisation, "objective/gold", "objective/scores"),
+    (_kl, "objective/kl", "objective/length"),
+    (_entropy, "policy/entropy"),
+    (_length, "objective/length"),
+    (_ended, "objective/ended"),
+    (_value, "val/explained_variance"),
+    (_steps, "policy/clipfrac", "objective/kl", "objective/length"),
+    (_episodes, "objective/rlhf_reward"),
+)
+
+
+def _kl_per_token(run: StageRun) -> float:
+    return _last(run, "objective/kl") / max(_last(run, "objective/length"), 1.0)
+
+
+def _values(run: StageRun, name: str) -> list[float]:
+    return [value for _, value in run.curve(name)]
+
+
+def _tenth(run: StageRun, name: str) -> int:
+    return max(1, len(run.curve(name)) // 10)
+
+
+def _first(run: StageRun, name: str) -> float:
+    return statistics.fmean(_values(run, name)[: _tenth(run, name)])
+
+
+def _last(run: StageRun, name: str) -> float:
+    return statistics.fmean(_values(run, name)[-_tenth(run, name) :])
+
+
+def _window(values: Sequence[float]) -> int:
+    return max(3, len(values) // 6)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Mean over a sixth of the curve (3 at least) that ends at each point, or as much as there is.
+
+    >>> _smooth([0.0, 3.0, 6.0, 9.0])
+    [0.0, 1.5, 3.0, 6.0]
+    """
+    window = _window(values)
+    return [
+        statistics.fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)
+    ]
+
+
+def _error(values: Sequence[float]) -> float:
+    """Standard error of a difference of two smoothed points, from how neighbours differ.
+
+    With noise of variance s^2 on each point, neighbours differ with variance 2 s^2, and so do the
+    means of two windows of n points, divided by n: what a slow trend adds is little.
+    """
+    jumps = [b - a for a, b in pairwise(values)]
+    return math.sqrt(statistics.fmean(j * j for j in jumps) / _window(values))

@@ -1,0 +1,215 @@
+"""Which stage is at fault: what was measured of each, against thresholds, in plain words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+from trl_instruct.intervals import show_metric
+from trl_instruct.recipes.chain import StageRun
+
+# SFT, on held-out demonstrations.
+LEAST_SFT_GAIN = 0.02  # share of the base model's loss
+
+
+STILL_FALLING = 0.05  # share by which the last pass over the data lowered it
+
+
+MOST_SFT_RISE = 0.10  # above its lowest
+
+
+# Reward model, on held-out pairs.
+MOST_LENGTH = 0.6  # correlation of score and length within a prompt, either way
+
+
+MOST_OVERFIT = 0.10  # accuracy on the pairs it was trained on, less that on held-out ones
+
+
+AT_CEILING, BELOW_CEILING = 0.03, 0.10  # below what the labelers' own noise or agreement leaves
+
+
+def _sft(run: StageRun) -> Iterator[Finding]:
+    before, after = run.metrics.get("base_loss"), run.metrics.get("eval_loss")
+    if before is None or after is None:
+        yield Finding(
+            "sft",
+            "sft_unmeasured",
+            "unknown",
+            "Whether the policy was fine-tuned too little or too much is not known.",
+            "no loss on held-out demonstrations",
+            "",
+            "Give sft an eval_dataset_name.",
+        )
+        return
+    lowest = min([after, *(loss for _, loss in run.curve("eval_loss"))])
+    told = f"held-out loss {before:.3f} -> {after:.3f} (lowest {lowest:.3f}) nats per token"
+    if after > before or after > (1 + MOST_SFT_RISE) * lowest:
+        yield Finding(
+            "sft",
+            "sft_overtrained",
+            "fault",
+            "The policy is trained too much, or at too high a rate: it has begun to forget how to "
+            "answer demonstrations it has not seen.",
+            told,
+            f"above the base model's, or {MOST_SFT_RISE:.0%} above its lowest",
+            "Fewer num_train_epochs, a lower learning_rate, or more demonstrations. (The paper "
+            "trains past the lowest loss and chooses the checkpoint by reward-model score, C.1.)",
+        )
+    elif after > (1 - LEAST_SFT_GAIN) * before or _still_falling(run):
+        yield Finding(
+            "sft",
+            "sft_undertrained",
+            "fault",
+            "The policy is trained too little: the demonstrations have not been learnt.",
+            told,
+            f"less than {LEAST_SFT_GAIN:.0%} below the base model's, or still falling by more than "
+            f"{STILL_FALLING:.0%} from one evaluation to the next",
+            "More num_train_epochs or a higher learning_rate.",
+        )
+
+
+def _still_falling(run: StageRun) -> bool:
+    losses = [loss for _, loss in run.curve("eval_loss")]
+    return len(losses) > 2 and losses[-1] < (1 - STILL_FALLING) * losses[-2]
+
+
+def _rm(run: StageRun) -> Iterator[Finding]:
+    metrics = run.metrics
+    if "accuracy" not in metrics:
+        yield Finding(
+            "rm",
+            "rm_unmeasured",
+            "unknown",
+            "How well the reward model agrees with the labelers is not known.",
+            "no held-out rankings",
+            "",
+            "Set eval_size, or give rm an eval_dataset_name.",
+        )
+        return
+    yield from _rm_against_baselines(metrics)
+    yield from _rm_against_training(metrics)
+    yield from _rm_against_ceiling(metrics)
+
+
+def _rm_against_baselines(metrics: Mapping[str, Any]) -> Iterator[Finding]:
+    accuracy = f"held-out accuracy {show_metric(metrics, 'accuracy')}"
+    flipped = "Check what the ranks mean: 1 is the best; of scores and ratings the highest is."
+    if metrics.get("ceiling", 1.0) < 0.5:
+        yield Finding(
+            "rm",
+            "labels_reversed",
+            "fault",
+            "The rankings contradict the scores they were made from: they seem to be upside down.",
+            f"the labelers' own scores agree with {metrics['ceiling']:.3f} of their comparisons",
+            "below 0.5",
+            flipped,
+        )
+    if metrics["accuracy_high"] < 0.5:
+        yield Finding(
+            "rm",
+            "rm_reversed",
+            "fault",
+            "The reward model prefers what the labelers reject: training or held-out rankings "
+            "seem to be upside down.",
+            accuracy,
+            "all of the interval below 0.5",
+            flipped,
+        )
+    elif metrics["accuracy_low"] <= 0.5:
+        yield Finding(
+            "rm",
+            "rm_at_chance",
+            "fault",
+            "The reward model is no better than chance.",
+            accuracy,
+            "0.5 in the interval",
+            "More rankings, a higher learning_rate, or a better model to start from; hold out more "
+            "prompts if the interval is wide.",
+        )
+    else:
+        yield from _rm_against_length(metrics)
+
+
+def _rm_against_length(metrics: Mapping[str, Any]) -> Iterator[Finding]:
+    longer = metrics["length_accuracy"] >= 0.5
+    gain, low = metrics["above_length"], metrics["above_length_low"]
+    if not longer:  # then the shorter answer wins more often
+        gain = metrics["accuracy"] - (1 - metrics["length_accuracy"])
+        halves = (metrics[n] - metrics[f"{n}_low"] for n in ("accuracy", "length_accuracy"))
+        low = gain - math.hypot(*halves)
+    correlation = metrics["length_correlation"] or 0.0  # null where lengths never differ
+    if low <= 0 or abs(correlation) > MOST_LENGTH:
+        yield Finding(
+            "rm",
+            "rm_is_length",
+            "fault",
+            "The reward model goes by the length of an answer: PPO would learn little but that.",
+            f"{gain:+.3f} more accurate than 'the {'longer' if longer else 'shorter'} answer wins' "
+            f"(from {low:+.3f} on, 95 %); correlation of score and length {correlation:+.2f}",
+            f"0 in the interval, or a correlation beyond {MOST_LENGTH} within a prompt",
+            "Rank answers of like length, or more rankings; look at the figure of score and "
+            "length.",
+        )
+
+
+def _rm_against_training(metrics: Mapping[str, Any]) -> Iterator[Finding]:
+    if metrics.get("train_accuracy") is None or metrics["accuracy_high"] < 0.5:
+        return  # not measured, or reversed: then the gap says nothing more
+    gap = metrics["train_accuracy"] - metrics["accuracy"]
+    if gap > MOST_OVERFIT:
+        yield Finding(
+            "rm",
+            "rm_overfitted",
+            "fault",
+            "The reward model has learnt its training rankings by heart, the labelers' noise too.",
+            f"accuracy {metrics['train_accuracy']:.3f} in training, {metrics['accuracy']:.3f} "
+            "held out",
+            f"a gap above {MOST_OVERFIT}",
+            "One epoch (C.2), a lower learning_rate, or more prompts.",
+        )
+
+
+def _rm_against_ceiling(metrics: Mapping[str, Any]) -> Iterator[Finding]:
+    limit, named = metrics.get("ceiling"), "what the labelers' noise leaves"
+    if limit is None and "agreement" in metrics:
+        limit, named = metrics["agreement"]["mean"], "how far labelers agree"
+    if limit is None or limit < 0.5:
+        return
+    figure = f"held-out accuracy {show_metric(metrics, 'accuracy')}; {named}: {limit:.3f}"
+    if metrics["accuracy_high"] >= limit - AT_CEILING:
+        yield Finding(
+            "rm",
+            "rm_at_ceiling",
+            "fine",
+            "The reward model is about as accurate as these rankings allow.",
+            figure,
+            f"the interval reaches to within {AT_CEILING} of it",
+            "Nothing: training it more would not help, only labelers who agree more.",
+        )
+    elif metrics["accuracy_high"] < limit - BELOW_CEILING:
+        yield Finding(
+            "rm",
+            "rm_undertrained",
+            "fault",
+            "The reward model has not learnt what the rankings could teach.",
+            figure,
+            f"all of the interval more than {BELOW_CEILING} below it",
+            "More rankings, a higher learning_rate, or a better model to start from.",
+        )
+
+
+class Finding(NamedTuple):
+    """One thing that the figures of a stage say.
+
+    level: "fault", "fine" (worth knowing), or "unknown" (it was not measured).
+    told: what it is; figure: what that rests on; threshold: from where on; advice: what to do.
+    """
+
+    stage: str
+    name: str
+    level: Literal["fault", "fine", "unknown"]
+    told: str
+    figure: str
+    threshold: str
+    advice: str

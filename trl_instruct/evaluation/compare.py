@@ -1,0 +1,178 @@
+"""What the chain of stages achieved: base, SFT and PPO side by side on held-out prompts."""
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig
+
+from trl_instruct.console import one_line, table
+from trl_instruct.data.records import load_prompts, load_texts, openings
+from trl_instruct.errors import InputError
+from trl_instruct.evaluation.samples import Samples, sample_and_score, shown_samples, summarize
+from trl_instruct.files import CONFIG_FILE, write_json
+from trl_instruct.intervals import show_interval
+from trl_instruct.models.load import load_policy
+from trl_instruct.models.tokenizers import load_tokenizer
+from trl_instruct.recipes.chain import StageRun, read_chain
+from trl_instruct.rewards.function import RewardFunction, place_on
+from trl_instruct.rewards.load import is_python, load_reward
+
+SHOWN_SAMPLES = 5
+
+
+def compare(
+    policy: str | os.PathLike, *, reward: Any = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Measure a PPO policy beside what it came from; print the table and save it.
+
+    What it came from stands in each stage's config: the SFT policy it started from, the base model
+    of that, the reward model, the rankings.
+
+    Args:
+        policy: a folder that `ppo` left, with eval_dataset_name and a reward in its config.
+        reward: the reward, as `ppo` was given it; default: what the config names. Only where it is
+            given may reward or gold be Python code: a folder from elsewhere must not run any.
+        trust_remote_code: whether models from the Hub may bring code of their own.
+
+    Returns:
+        The summary, as saved to `summary_file` (default: summary.json in the folder): per model
+        each score's mean and 95 % interval, KL, length, share ended; the reward model's accuracy
+        and ceiling; seconds per stage; samples.
+
+    Raises:
+        InputError: a folder whose config does not say what to compare.
+    """
+    chain = read_chain(policy)
+    if "ppo" not in chain:
+        raise InputError(f"{os.fspath(policy)!r} holds no policy that `ppo` left.")
+    folder, config = chain["ppo"].folder, chain["ppo"].config
+    for name in ("model_name_or_path", "reward_model_path", "eval_dataset_name"):
+        if name not in config:
+            raise InputError(f"{folder / CONFIG_FILE} names no {name}, which compare goes by.")
+    started_from = config["model_name_or_path"]
+    base = chain["sft"].config.get("model_name_or_path") if "sft" in chain else None
+    paths = {"base": base, "sft": started_from, "ppo": folder}
+    named = config["reward_model_path"] if reward is None else reward
+    trust: Any = {"trust_remote_code": trust_remote_code}
+    judge: Any = partial(_judge, allow_python=reward is not None, **trust)
+    rewards = {"rm": judge(named, config.get("reward_weights"))}
+    if "gold" in config:
+        rewards["gold"] = judge(config["gold"])
+    tokenizer = load_tokenizer(folder, **trust)
+    prompts = _held_out(config, tokenizer)
+    reference = _policy(started_from, **trust)
+    samples = {
+        name: sample_and_score(
+            reference if name == "sft" else _policy(path, **trust),
+            tokenizer,
+            prompts,
+            rewards,
+            ref_policy=reference if name == "ppo" else None,
+            response_length=config["response_length"],
+            max_prompt_length=config.get("max_prompt_length"),
+            stop_strings=config.get("stop_strings"),
+            temperature=config["temperature"],
+            batch_size=config["local_rollout_forward_batch_size"],
+            seed=config.get("seed", 42),
+        )
+        for name, path in paths.items()
+        if path
+    }
+    summary = _summary(chain, samples)
+    trained = {name: s for name, s in samples.items() if name != "base"}
+    summary["samples"] = shown_samples(
+        prompts["prompt"][:SHOWN_SAMPLES],
+        {name: s.completions for name, s in trained.items()},
+        {name: s.scores for name, s in trained.items()},
+    )
+    path = Path(config.get("summary_file") or folder / "summary.json")
+    write_json(path, summary)
+    print(render(summary))
+    print(f"\nSummary: {path}   policy: {folder}   reward model: {config['reward_model_path']}")
+    return summary
+
+
+def _held_out(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The prompts to compare on."""
+    source, split = config["eval_dataset_name"], config.get("eval_dataset_split", "train")
+    if length := config.get("opening_length"):
+        return openings(load_texts(source, split), tokenizer, length)
+    return load_prompts(source, split)
+
+
+def _policy(source: str | os.PathLike, **trust: bool) -> PreTrainedModel:
+    return load_policy(source, ModelConfig(), **trust).to(PartialState().device)
+
+
+def _judge(
+    source: Any, weights: list[float] | None = None, *, allow_python: bool, **trust: bool
+) -> RewardFunction:
+    named = source if isinstance(source, list) else [source]
+    if not allow_python and any(map(is_python, named)):
+        raise InputError(
+            f"The config names the reward {source!r}, which is Python code to be run. If you trust "
+            "it, pass it to compare(..., reward=)."
+        )
+    reward = load_reward(source, weights=weights, **trust)
+    place_on(reward, PartialState().device)
+    return reward
+
+
+def _summary(chain: Mapping[str, StageRun], samples: dict[str, Samples]) -> dict[str, Any]:
+    measured = {name: summarize(s) for name, s in samples.items()}
+    summary: dict[str, Any] = {
+        score: {name: m[score] for name, m in measured.items()}
+        for score in next(iter(samples.values())).scores
+    }
+    # Only a reward model of ours tells how it was made.
+    reward_metrics = chain["rm"].metrics if "rm" in chain else {}
+    for what in ("accuracy", "ceiling"):
+        if what in reward_metrics:
+            summary["rm"][what] = reward_metrics[what]
+    summary["kl"] = measured["ppo"]["kl"]
+    for what in ("length", "ended"):
+        summary[what] = {name: m[what] for name, m in measured.items()}
+    summary["prompts"] = len(samples["ppo"].completions)
+    summary["seconds"] = _seconds(chain)
+    summary["seed"] = chain["ppo"].config.get("seed", 42)
+    return summary
+
+
+def _seconds(chain: Mapping[str, StageRun]) -> dict[str, float]:
+    """Run time of each stage in the chain, as its own metrics tell; stage 0 makes the base."""
+    seconds = {name: run.metrics["seconds"] for name, run in chain.items()}
+    if "pretrain" in seconds:
+        seconds = {"base": seconds.pop("pretrain"), **seconds}
+    return {**seconds, "total": round(sum(seconds.values()), 1)}
+
+
+def render(summary: dict[str, Any]) -> str:
+    """The summary as a plain-text table with samples below."""
+    scores = [s for s in ("gold", "rm") if s in summary]
+    titles = {"gold": "gold score (95 %)", "rm": "RM score (95 %)"}
+    header = ["", *(titles[s] for s in scores), "KL to SFT", "tokens", "ended"]
+    rows = [header]
+    for name in summary["length"]:
+        means = [show_interval(summary[s][name]) for s in scores]
+        kl = f"{summary['kl']:.2f}" if name == "ppo" else "-"
+        label = {"base": "base", "sft": "SFT", "ppo": "PPO"}[name]
+        tokens, ended = summary["length"][name], summary["ended"][name]
+        rows.append([label, *means, kl, f"{tokens:.1f}", f"{ended:.0%}"])
+    lines = [f"\n{summary['prompts']} test prompts, one completion each\n", *table(rows)]
+    if "accuracy" in summary["rm"]:
+        ceiling = summary["rm"].get("ceiling")
+        beside = f" (noise ceiling {ceiling:.3f})" if ceiling is not None else ""
+        lines.append(f"\nRM accuracy on held-out pairs {summary['rm']['accuracy']:.3f}{beside}")
+    lines.append("seconds: " + ", ".join(f"{k} {v:g}" for k, v in summary["seconds"].items()))
+    for sample in summary["samples"]:
+        lines.append(f"\n> {one_line(sample['prompt'])}")
+        for name, label in (("sft", "SFT"), ("ppo", "PPO")):
+            given = "  ".join(f"{s} {sample[name][s]:.2f}" for s in scores)
+            lines.append(f"  {label}  {one_line(sample[name]['completion'])}   [{given}]")
+    return "\n".join(lines)

@@ -1,0 +1,245 @@
+"""Checkpoints side by side on held-out prompts: scores, win rates, KL, perplexity, fluency."""
+
+import copy
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+from trl import ModelConfig
+
+from trl_instruct.configs import EvaluateConfig
+from trl_instruct.console import progress_bar
+from trl_instruct.data.records import load_demonstrations, load_prompts
+from trl_instruct.data.sources import name_of
+from trl_instruct.errors import InputError
+from trl_instruct.evaluation.measurement import Measurements, Scores, Subject, judge_all, measure
+from trl_instruct.evaluation.samples import shown_samples
+from trl_instruct.evaluation.statistics import best_of_n, distinct, repetition, win_rate
+from trl_instruct.evaluation.tables import FIGURE, draw, render
+from trl_instruct.files import read_metrics, write_json
+from trl_instruct.intervals import mean_interval
+from trl_instruct.models.load import ModelSource, is_nameless, model_name
+from trl_instruct.models.tokenizers import check_tokenizer, load_tokenizer
+from trl_instruct.recipes.options import named_source, stage_options
+from trl_instruct.recipes.stage import StageResult, stage
+from trl_instruct.rewards.function import RewardFunction
+from trl_instruct.rewards.load import load_reward
+
+EVALUATION_FILE = "evaluation.json"
+SAVED_SAMPLES = 20
+
+
+def evaluate(
+    models: Mapping[str, ModelSource],
+    dataset: Any,
+    output_dir: str | os.PathLike | None = None,
+    *,
+    judges: Mapping[str, Any] | None = None,
+    demonstrations: Any = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    config: EvaluateConfig | None = None,
+    model_config: ModelConfig | None = None,
+    **options: Any,
+) -> StageResult:
+    """Measure checkpoints side by side on held-out prompts; print the table, save JSON and figure.
+
+    One checkpoint is in memory at a time: sampled, measured, let go. The judges are loaded first,
+    wait on the CPU, and score all completions one after the other. Of several processes one does
+    it all.
+
+    Args:
+        models: checkpoints by name: base, SFT, PPO, ...; each a model as in `sft`, or a folder with
+            an adapter.
+        dataset: prompts (`prompt`; further columns reach the judges); named as in `sft`.
+        output_dir: folder for evaluation.json and evaluation.png.
+        judges: rewards by name, each what `load_reward` takes: the trained reward model, another
+            one, a gold scorer, a classifier, the address of a served judge, ...
+        demonstrations: `prompt`, `completion`, to measure the perplexity on.
+        processing_class: the tokenizer of models (and judges) in memory.
+        config, model_config: `EvaluateConfig` and TRL's `ModelConfig`; or their fields as
+            `options`: baseline, reference, best_of_n, response_length, temperature, ...
+
+    Returns:
+        The folder, with what evaluation.json holds. `models`, by name: `scores` (per judge mean
+        and 95 % interval), `win_rate` against the baseline (per judge `win_rate`), `kl` to the
+        reference (nats per completion, mean over its own samples; None where their tokens differ),
+        `length` (tokens, EOS included), `ended` (share with EOS), `repetition` and `distinct_1`,
+        `distinct_2` (on tokens of the baseline's tokenizer), `completion_loss` (nats per token) and
+        `perplexity`. `best_of_n`: the reference's curve by the first judge. `points`: lengths and
+        scores per prompt. `reward_models`: accuracy and ceiling that judges' folders tell.
+        `samples`: the first completions.
+
+    Raises:
+        InputError: no model, an unknown baseline or reference, a bad record, a prompt that does not
+            fit into a model's context, a judge or model that is not there, a taken output_dir.
+    """
+    config, model_config = stage_options(
+        EvaluateConfig, config, model_config, output_dir, dataset, options, trains=False
+    )
+    judges = judges or {}
+    _check_names(models, judges, config)
+    config.models, config.judges = _as_listed(models), _as_listed(judges)
+    source = named_source(demonstrations, config, "demonstrations_name")
+    trust: Any = {"trust_remote_code": config.trust_remote_code}
+    subject = Subject(
+        config,
+        model_config,
+        dict(models),
+        _tokenizers(models, processing_class, **trust),
+        load_prompts(dataset, config.dataset_train_split),
+        None if source is None else load_demonstrations(source),
+        config.best_of_n if judges and config.best_of_n > 1 else 0,
+    )
+    with stage("evaluate", config, model_config) as run:
+        size = config.per_device_eval_batch_size
+        rewards = {
+            name: load_reward(judge, processing_class, batch_size=size, **trust)
+            for name, judge in judges.items()
+        }
+        run.begin()
+        if not run.is_main:
+            return StageResult(run.folder)
+        evaluation = _evaluation(subject, rewards)
+        known = {name: read_metrics(judge) for name, judge in judges.items()}
+        evaluation["reward_models"] = {
+            name: {what: metrics[what] for what in ("accuracy", "ceiling") if what in metrics}
+            for name, metrics in known.items()
+            if "accuracy" in metrics
+        }
+        write_json(run.folder / EVALUATION_FILE, evaluation)
+        draw(evaluation, run.folder / FIGURE)
+        print(render(evaluation))
+        print(f"\nEvaluation: {run.folder / EVALUATION_FILE}   figure: {run.folder / FIGURE}")
+        run.write_metrics({"prompts": evaluation["prompts"], "models": len(models)})
+        return StageResult(run.folder, evaluation)
+
+
+def _as_listed(sources: Mapping[str, Any]) -> list[str] | None:
+    """How the config lists them; None where one of them lives in memory only."""
+    listed = [f"{name}={path}" for name, source in sources.items() if (path := name_of(source))]
+    return listed if len(listed) == len(sources) else None
+
+
+def _check_names(
+    models: Mapping[str, ModelSource], judges: Mapping[str, Any], config: EvaluateConfig
+) -> None:
+    """InputError for names that mean nothing or something else, and a folder that would be lost."""
+    if not models:
+        raise InputError("No model was given: set models to one or more name=folder, or Hub ids.")
+    for option in ("baseline", "reference"):
+        name = getattr(config, option)
+        if name is not None and name not in models:
+            raise InputError(f"{option} is {name!r}; the models are {', '.join(models)}.")
+    for names, taken in ((models, "prompt"), (judges, "completion")):
+        if taken in names:
+            raise InputError(f"{taken!r} is a word of the samples' own; choose another name.")
+    for source in (*models.values(), *judges.values()):
+        folder = name_of(source)
+        if folder and config.output_dir and _same_folder(folder, config.output_dir):
+            raise InputError(
+                f"output_dir {config.output_dir!r} is the folder of a model, which would be lost. "
+                "Choose another output_dir."
+            )
+
+
+def _same_folder(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _tokenizers(
+    models: Mapping[str, ModelSource],
+    processing_class: PreTrainedTokenizerBase | None,
+    *,
+    trust_remote_code: bool,
+) -> dict[str, PreTrainedTokenizerBase]:
+    """Each model's tokenizer; one without a chat template takes the first other model's.
+
+    A base model has none, and is asked as the model that was trained from it.
+    """
+    tokenizers = {}
+    for name, source in models.items():
+        given = processing_class if is_nameless(source) else None
+        if given is None:
+            tokenizers[name] = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        else:
+            tokenizers[name] = check_tokenizer(copy.copy(given), model_name(source))
+    templates = (t.chat_template for t in tokenizers.values() if t.chat_template)
+    template = next(templates, None)
+    for tokenizer in tokenizers.values():
+        tokenizer.chat_template = tokenizer.chat_template or template
+    return tokenizers
+
+
+def _evaluation(subject: Subject, rewards: dict[str, RewardFunction]) -> dict[str, Any]:
+    """What evaluation.json holds, but for what the judges' folders tell."""
+    with _progress_bar(subject, len(rewards)) as bar:
+        measured = measure(subject, bar.update)
+        scores, drawn = judge_all(subject, measured, rewards, bar.update)
+    best_of = None
+    if drawn:
+        first = next(iter(rewards))
+        points = best_of_n(drawn[first], drawn)
+        best_of = {"model": subject.reference, "judge": first, "points": points}
+    texts = {name: m.sampled.texts for name, m in measured.models.items()}
+    return {
+        "baseline": subject.baseline,
+        "reference": subject.reference,
+        "prompts": len(subject.prompts),
+        "judges": list(rewards),
+        "models": {name: _numbers(subject, name, measured, scores) for name in subject.models},
+        "best_of_n": best_of,
+        "points": {
+            name: {"lengths": m.sampled.completion_lengths.tolist(), "scores": scores[name]}
+            for name, m in measured.models.items()
+        },
+        "samples": shown_samples(subject.prompts["prompt"][:SAVED_SAMPLES], texts, scores),
+    }
+
+
+def _progress_bar(subject: Subject, judges: int) -> tqdm:
+    """Over all texts that are sampled, read or judged."""
+    models, prompts = len(subject.models), len(subject.prompts)
+    drawn = prompts * (models + subject.several)
+    total = drawn * (1 + judges) + models * len(subject.demonstrations or ())
+    off = subject.config.disable_tqdm
+    return progress_bar("evaluate", total, unit="text", disable=off)
+
+
+def _numbers(
+    subject: Subject, name: str, measured: Measurements, scores: dict[str, Scores]
+) -> dict[str, Any]:
+    """What evaluation.json holds of one model."""
+    sampled, loss = measured.models[name].sampled, measured.models[name].loss
+    spoken = subject.tokenizers[subject.baseline](sampled.texts, add_special_tokens=False)
+    numbers = {
+        "path": name_of(subject.models[name]),
+        "scores": {judge: mean_interval(s)._asdict() for judge, s in scores[name].items()},
+        "kl": measured.kl[name],
+        "length": sampled.completion_lengths.double().mean().item(),
+        "ended": sampled.ended.double().mean().item(),
+        "repetition": repetition(spoken["input_ids"]),
+        "distinct_1": distinct(spoken["input_ids"], 1),
+        "distinct_2": distinct(spoken["input_ids"], 2),
+        "perplexity": None if loss is None else torch.tensor(loss).double().exp().item(),
+        "completion_loss": loss,
+    }
+    if name != subject.baseline:
+        numbers["win_rate"] = _win_rates(subject, name, measured, scores)
+    return numbers
+
+
+def _win_rates(
+    subject: Subject, name: str, measured: Measurements, scores: dict[str, Scores]
+) -> dict[str, dict[str, float]]:
+    """By judge. Lengths are characters, as in AlpacaEval: two tokenizers' tokens differ."""
+    letters = [
+        [len(text) for text in measured.models[n].sampled.texts] for n in (name, subject.baseline)
+    ]
+    against = scores[subject.baseline]
+    return {
+        judge: win_rate(own, against[judge], *letters, seed=subject.config.seed)
+        for judge, own in scores[name].items()
+    }

@@ -1,0 +1,240 @@
+"""Win rates, best of n, repetition and variety: pure functions of scores, lengths and tokens."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from trl_instruct.intervals import Interval
+
+RESAMPLES = 2000
+
+
+NEWTON_STEPS = 50
+
+
+PENALTY = 1.0
+"""L2 penalty on both coefficients of the length-controlled win rate, in units of one completion."""
+
+
+def win_rate(
+    scores: Sequence[float],
+    baseline_scores: Sequence[float],
+    lengths: Sequence[int],
+    baseline_lengths: Sequence[int],
+    *,
+    seed: int = 0,
+) -> dict[str, float]:
+    """How often a model beats a baseline, raw with its 95 % interval, and at equal length.
+
+    Args:
+        scores, baseline_scores: of B prompts' completions, by one judge; the higher one wins, equal
+            scores are half a win.
+        lengths, baseline_lengths: of the same completions, in any unit that both share.
+        seed: of the bootstrap.
+
+    Returns:
+        mean, low, high (see `bootstrap`) and length_controlled (see `length_controlled`).
+    """
+    won = wins(scores, baseline_scores)
+    longer = torch.tensor(lengths, dtype=torch.float64) - torch.tensor(baseline_lengths)
+    return {
+        **bootstrap(won, seed=seed)._asdict(),
+        "length_controlled": length_controlled(won, longer),
+    }
+
+
+def wins(scores: Sequence[float], baseline_scores: Sequence[float]) -> Tensor:
+    """`(B,)` float64: 1 where the score is above the baseline's, 0 below, one half where equal.
+
+    >>> wins([1.0, 0.0, 2.0], [0.0, 1.0, 2.0]).tolist()
+    [1.0, 0.0, 0.5]
+    """
+    above = torch.tensor(scores, dtype=torch.float64) - torch.tensor(
+        baseline_scores, dtype=torch.float64
+    )
+    return (above.sign() + 1) / 2
+
+
+def bootstrap(values: Tensor, *, seed: int = 0) -> Interval:
+    """Mean of `(B,)` values with its 95 % percentile interval over resampled prompts.
+
+    A prompt is drawn with both of its completions (a paired bootstrap: Koehn 2004, Statistical
+    Significance Tests for Machine Translation Evaluation). The same seed draws the same prompts
+    whatever the values are, so that the interval of 1 - values is the mirrored one.
+    """
+    count, generator = len(values), torch.Generator().manual_seed(seed)
+    means = torch.stack(
+        [
+            values[torch.randint(count, (count,), generator=generator)].mean()
+            for _ in range(RESAMPLES)
+        ]
+    )
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+    return Interval(values.mean().item(), low, high)
+
+
+def length_controlled(won: Tensor, longer: Tensor) -> float:
+    """The win rate that is left at equal length.
+
+    A logistic regression of the win on the difference of length, as in AlpacaEval 2 (Dubois et al.
+    2024, Length-Controlled AlpacaEval, section 3, without its term for the prompt, which takes many
+    models to fit):
+
+        P(win) = sigmoid(theta + phi * tanh(d / sd(d))),    length-controlled = sigmoid(theta)
+
+    fitted to all B prompts by maximum likelihood less PENALTY / 2 * (theta^2 + phi^2), without
+    which both would grow without end where all completions win, or all longer ones. It draws the
+    figure a little towards one half: near it, by 4 / B of the way. With the two models exchanged
+    theta changes its sign and phi stays, so that the two figures add up to 1.
+
+    Args:
+        won: `(B,)` 1, 0, or one half.
+        longer: `(B,)` length of the completion less that of the baseline's; sd(d) is the root of
+            their mean square deviation from their mean, B in the denominator.
+    """
+    spread = longer.std(correction=0)
+    slope = torch.tanh(longer / spread) if spread > 0 else torch.zeros_like(longer)
+    inputs = torch.stack([torch.ones_like(slope), slope], dim=1)
+    return torch.sigmoid(_fitted(inputs, won)[0]).item()
+
+
+def _fitted(inputs: Tensor, won: Tensor) -> Tensor:
+    """Coefficients `(2,)` of the penalised logistic regression, by Newton's method."""
+    weights = torch.zeros(inputs.shape[1], dtype=inputs.dtype)
+    penalty = PENALTY * torch.eye(inputs.shape[1], dtype=inputs.dtype)
+    for _ in range(NEWTON_STEPS):
+        expected = torch.sigmoid(inputs @ weights)
+        gradient = inputs.T @ (expected - won) + penalty @ weights
+        variance = expected * (1 - expected)
+        hessian = inputs.T @ (variance.unsqueeze(1) * inputs) + penalty
+        weights = weights - torch.linalg.solve(hessian, gradient)
+    return weights
+
+
+def best_of_n(picked_by: Tensor, scores: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """The mean score of what a judge picks as the best of n samples, for n = 1, 2, 4, ..., N.
+
+    Args:
+        picked_by: `(B, N)` the scores that the judge goes by, of N samples of each prompt.
+        scores: `(B, N)` scores of the same samples by other judges (and by the same one).
+
+    Returns:
+        Per n: `n`, `kl` (see `best_of_n_kl`) and `scores`, the expected score by judge.
+    """
+    points = []
+    for n in sizes(picked_by.shape[1]):
+        chances = chances_to_be_best(picked_by, n)
+        means = {
+            name: (chances * values).sum(dim=1).mean().item() for name, values in scores.items()
+        }
+        points.append({"n": n, "kl": best_of_n_kl(n), "scores": means})
+    return points
+
+
+def sizes(most: int) -> list[int]:
+    """1, 2, 4, ... and `most` itself.
+
+    >>> sizes(6)
+    [1, 2, 4, 6]
+    """
+    return [*(2**power for power in range((most - 1).bit_length())), most]
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL of best-of-n to the policy it samples from, nats per completion: log n - (n - 1) / n.
+
+    Stiennon et al. 2020, Learning to summarize from human feedback, G.3. Exact where no two samples
+    are ever the same; otherwise an upper bound (Beirami et al. 2024).
+
+    >>> best_of_n_kl(1)
+    0.0
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def chances_to_be_best(scores: Tensor, n: int) -> Tensor:
+    """How likely each sample is the best of n drawn from the N without putting back.
+
+    With i samples up to and including it in ascending order, (C(i, n) - C(i - 1, n)) / C(N, n):
+    weights by which all N samples give an estimate without bias and of less variance than one set
+    of n (Nakano et al. 2021, WebGPT, appendix I; used by Gao et al. 2022, Scaling Laws for Reward
+    Model Overoptimization). Samples of equal score share their chances.
+
+    Args:
+        scores: `(B, N)`.
+        n: at most N.
+
+    Returns:
+        `(B, N)` float64; each row adds up to 1.
+
+    >>> chances_to_be_best(torch.tensor([[3.0, 1.0, 2.0]]), 2)  # pairs 31, 32, 12: 3 wins two
+    tensor([[0.6667, 0.0000, 0.3333]], dtype=torch.float64)
+    """
+    total = scores.shape[1]
+    all_subsets = math.comb(total, n)
+    within = torch.tensor(
+        [math.comb(count, n) / all_subsets for count in range(total + 1)], dtype=torch.float64
+    )
+    ordered = scores.sort(dim=1).values
+    below = torch.searchsorted(ordered, scores.contiguous(), right=False)
+    up_to = torch.searchsorted(ordered, scores.contiguous(), right=True)
+    return (within[up_to] - within[below]) / (up_to - below)
+
+
+REPEATED = 4
+"""Length of the n-grams whose repetition is measured."""
+
+
+Token = TypeVar("Token", str, int)
+
+
+def ngrams(tokens: Sequence[Token], n: int) -> list[tuple[Token, ...]]:
+    """All n-grams, in order.
+
+    >>> ngrams("abc", 2)
+    [('a', 'b'), ('b', 'c')]
+    """
+    return list(zip(*(tokens[start:] for start in range(n)), strict=False))
+
+
+def repetition(completions: Sequence[Sequence[Token]]) -> float:
+    """Share of a completion's 4-grams that repeat an earlier one, mean over the completions.
+
+    1 - distinct 4-grams / 4-grams, "seq-rep-4" of Welleck et al. 2019 (Neural Text Generation with
+    Unlikelihood Training). A completion of fewer than 4 tokens repeats nothing: 0.
+
+    Args:
+        completions: B lists of tokens.
+
+    >>> repetition(["abababa", "abcde"])  # abab baba abab baba; abcd bcde
+    0.25
+    """
+    shares = []
+    for tokens in completions:
+        found = ngrams(tokens, REPEATED)
+        shares.append(1 - len(set(found)) / len(found) if found else 0.0)
+    return sum(shares) / len(shares)
+
+
+def distinct(completions: Sequence[Sequence[Token]], n: int) -> float:
+    """Distinct n-grams of all completions together / all their n-grams.
+
+    Li et al. 2016 (A Diversity-Promoting Objective Function for Neural Conversation Models)
+    divide by the number of words, for n = 1 the same; by n-grams, 1 is reached where none repeats.
+    It falls with the number of completions: compare models on the same prompts.
+
+    Args:
+        completions: B lists of tokens.
+        n: length of the n-grams.
+
+    Returns:
+        Between 0 and 1; 0 where there is no n-gram.
+
+    >>> distinct(["abab", "ab"], 2)  # ab ba ab; ab
+    0.5
+    """
+    found = [gram for tokens in completions for gram in ngrams(tokens, n)]
+    return len(set(found)) / len(found) if found else 0.0

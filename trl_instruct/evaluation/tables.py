@@ -1,0 +1,180 @@
+"""Checkpoints side by side, for people: tables and a figure."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from trl_instruct.console import one_line, table
+from trl_instruct.intervals import show_interval
+
+FIGURE = "evaluation.png"
+SHOWN_SAMPLES = 3
+MODEL, LENGTH, CURVE, CHANCE = "#0072b2", "#d55e00", "#009e73", "#888888"
+FLUENCY = ("repetition", "distinct_1", "distinct_2", "perplexity")
+
+
+def render(evaluation: dict[str, Any]) -> str:
+    """The evaluation as plain-text tables with samples below.
+
+    Args:
+        evaluation: as `evaluate` returns it.
+    """
+    lines = [f"\n{evaluation['prompts']} prompts, one completion each"]
+    for rows in tables(evaluation):
+        lines += ["", *table(rows)]
+    for judge, known in evaluation["reward_models"].items():
+        ceiling = f" (noise ceiling {known['ceiling']:.3f})" if "ceiling" in known else ""
+        lines.append(f"\n{judge}: accuracy on held-out pairs {known['accuracy']:.3f}{ceiling}")
+    for sample in evaluation["samples"][:SHOWN_SAMPLES]:
+        lines += ["", f"> {one_line(sample['prompt'])}", *table(_sample_rows(evaluation, sample))]
+    return "\n".join(lines)
+
+
+def tables(evaluation: dict[str, Any]) -> list[list[list[str]]]:
+    """Rows of scores, win rates, fluency and best of n, each under a row of headings.
+
+    Args:
+        evaluation: as `evaluate` returns it; NaN for null where it was read from its file.
+    """
+    found = [_score_rows(evaluation)]
+    if len(evaluation["models"]) > 1 and evaluation["judges"]:
+        found.append(_win_rows(evaluation))
+    found.append(_fluency_rows(evaluation))
+    if evaluation["best_of_n"]:
+        found.append(_best_rows(evaluation))
+    return found
+
+
+def _score_rows(evaluation: dict[str, Any]) -> list[list[str]]:
+    judges, reference = evaluation["judges"], evaluation["reference"]
+    rows = [["", *(f"{j} (95 %)" for j in judges), f"KL to {reference}", "tokens", "ended"]]
+    for name, model in evaluation["models"].items():
+        scores = [show_interval(model["scores"][judge]) for judge in judges]
+        length = f"{model['length']:.1f}"
+        rows.append([name, *scores, _number(model["kl"], ".2f"), length, f"{model['ended']:.0%}"])
+    return rows
+
+
+def _win_rows(evaluation: dict[str, Any]) -> list[list[str]]:
+    """Win rate by each judge, and beside it the one at equal length."""
+    title = f"win rate against {evaluation['baseline']}"
+    rows = [[title, *(t for j in evaluation["judges"] for t in (f"{j} (95 %)", "equal length"))]]
+    for name, model in evaluation["models"].items():
+        cells = []
+        for rate in model.get("win_rate", {}).values():
+            cells += [show_interval(rate), f"{rate['length_controlled']:.3f}"]
+        if cells:
+            rows.append([name, *cells])
+    return rows
+
+
+def _fluency_rows(evaluation: dict[str, Any]) -> list[list[str]]:
+    rows = [["", *(what.replace("_", "-") for what in FLUENCY)]]
+    for name, model in evaluation["models"].items():
+        rows.append([name, *(_number(model[what], ".3f") for what in FLUENCY)])
+    return rows
+
+
+def _best_rows(evaluation: dict[str, Any]) -> list[list[str]]:
+    best = evaluation["best_of_n"]
+    title = f"best of n samples of {best['model']}, picked by {best['judge']}"
+    rows = [[title, "KL", *evaluation["judges"]]]
+    for point in best["points"]:
+        scores = [f"{point['scores'][judge]:.3f}" for judge in evaluation["judges"]]
+        rows.append([f"n = {point['n']}", f"{point['kl']:.2f}", *scores])
+    return rows
+
+
+def _sample_rows(evaluation: dict[str, Any], sample: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for name in evaluation["models"]:
+        given = "  ".join(f"{judge} {sample[name][judge]:.2f}" for judge in evaluation["judges"])
+        text = one_line(sample[name]["completion"])
+        rows.append([f"  {name}", f"{text}   [{given}]" if given else text])
+    return rows
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None or math.isnan(value) else format(value, form)
+
+
+def draw(evaluation: dict[str, Any], path: Path) -> None:
+    """Save the evaluation as a figure; a column per judge, none where there is no judge.
+
+    Rows: scores with their intervals; win rates; score against KL, with the best-of-n curve.
+
+    Args:
+        evaluation: as `evaluate` returns it.
+        path: a .png.
+    """
+    from matplotlib.figure import Figure  # takes a second; without pyplot it needs no screen
+
+    judges = evaluation["judges"]
+    if not judges:
+        return
+    figure = Figure(figsize=(5 * len(judges), 10), layout="constrained")
+    panels = figure.subplots(3, len(judges), squeeze=False)
+    for column, judge in enumerate(judges):
+        _draw_scores(panels[0, column], evaluation, judge)
+        _draw_win_rates(panels[1, column], evaluation, judge)
+        _draw_frontier(panels[2, column], evaluation, judge)
+    figure.savefig(path, dpi=100)
+
+
+def _draw_scores(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
+    scores = {name: model["scores"][judge] for name, model in evaluation["models"].items()}
+    _draw_intervals(axes, scores)
+    axes.set(title=f"score by {judge}", ylabel="mean score (95 %)")
+
+
+def _draw_win_rates(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
+    rates = {
+        name: model["win_rate"][judge]
+        for name, model in evaluation["models"].items()
+        if "win_rate" in model
+    }
+    _draw_intervals(axes, rates)
+    controlled = [rate["length_controlled"] for rate in rates.values()]
+    beside = [place + 0.1 for place in range(len(rates))]
+    axes.plot(beside, controlled, "x", color=LENGTH, label="at equal length")
+    axes.axhline(0.5, ls=":", color=CHANCE, label="as good")
+    axes.set(title=f"wins against {evaluation['baseline']}, by {judge}", ylim=(-0.03, 1.03))
+    axes.set_ylabel("win rate (95 %)")
+    axes.legend(fontsize="small")
+
+
+def _draw_intervals(axes: Any, intervals: dict[str, dict[str, float]]) -> None:
+    places = range(len(intervals))
+    means = [one["mean"] for one in intervals.values()]
+    below = [one["mean"] - one["low"] for one in intervals.values()]
+    above = [one["high"] - one["mean"] for one in intervals.values()]
+    axes.errorbar(places, means, yerr=[below, above], fmt="o", capsize=4, color=MODEL)
+    axes.set_xticks(places, list(intervals))
+    axes.set_xlim(-0.5, max(len(intervals), 1) - 0.5)
+
+
+def _draw_frontier(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
+    """Score against KL: each model a point, and what choosing the best of n samples gives."""
+    best = evaluation["best_of_n"]
+    if best:
+        kl = [point["kl"] for point in best["points"]]
+        scores = [point["scores"][judge] for point in best["points"]]
+        label = f"best of n of {best['model']} by {best['judge']}"
+        axes.plot(kl, scores, "o-", ms=4, color=CURVE, label=label)
+        for x, y, point in zip(kl, scores, best["points"], strict=True):
+            _write(axes, f"{point['n']}", (x, y), above=5, color=CURVE, fontsize="small")
+    for name, model in evaluation["models"].items():
+        if model["kl"] is not None and math.isfinite(model["kl"]):
+            axes.plot(model["kl"], model["scores"][judge]["mean"], "s", color=MODEL)
+            _write(axes, name, (model["kl"], model["scores"][judge]["mean"]), above=-12)
+    label = f"KL to {evaluation['reference']}, nats per completion"
+    axes.set(title=f"{judge} against KL", xlabel=label, ylabel="mean score")
+    if best:
+        axes.legend(fontsize="small")
+
+
+def _write(axes: Any, text: str, place: tuple[float, float], *, above: int, **look: Any) -> None:
+    """A word by a point, so many points of type above it."""
+    axes.annotate(text, place, xytext=(4, above), textcoords="offset points", **look)

@@ -1,0 +1,106 @@
+"""The logits that a completion's tokens are drawn from, and the tokens' log-probabilities."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trl_instruct.logprobs import logprobs_in_parts
+from trl_instruct.models.load import accepted, unwrapped
+from trl_instruct.padding import position_ids, right_padded_mask, roll_rows
+
+
+class Sequences(NamedTuple):
+    """Texts as a model reads them, padded on the right: all `(B, T)`.
+
+    states: True where a completion's token is chosen, which is at the token before it.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    states: Tensor
+
+
+def completion_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    """Logits that the completions' tokens are drawn from: `(N, V)`, row by row.
+
+    The unembedding runs in those states only: over a prompt of 256 tokens, or the padding behind
+    short completions, it would be most of the memory of the pass.
+    """
+    bare = unwrapped(model)
+    head = bare.get_output_embeddings() or nn.Identity()
+    narrowed = []
+
+    def narrow(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        narrowed.append(True)
+        return at_states(inputs[0], sequences).unsqueeze(0), *inputs[1:]
+
+    handle = head.register_forward_pre_hook(narrow)
+    try:
+        logits = model(**accepted(bare, **sequences._asdict(), use_cache=False)).logits
+    finally:
+        handle.remove()
+    return logits.squeeze(0) if narrowed else at_states(logits, sequences)
+
+
+def at_states(values: Tensor, sequences: Sequences) -> Tensor:
+    """`(B, T, ...)` -> `(N, ...)`, those of the states."""
+    # From the right: prompt tuning puts tokens of its own in front.
+    return values[:, -sequences.states.shape[1] :][sequences.states]
+
+
+def join(
+    prompt_ids: Tensor, prompt_lengths: Tensor, completion_ids: Tensor, completion_lengths: Tensor
+) -> Sequences:
+    """Each completion right behind its prompt. A micro-batch is as wide as its own longest text.
+
+    Padding behind a text never matters to a causal model, not even to one that knows no mask.
+
+    >>> one = join(*map(torch.tensor, ([[0, 5]], [1], [[6, 7, 9]], [2])))
+    >>> one.input_ids.tolist(), one.states.int().tolist()
+    ([[5, 6, 7]], [[1, 1, 0]])
+    """
+    lengths = prompt_lengths + completion_lengths
+    width = int(lengths.max())
+    both = torch.cat([prompt_ids, completion_ids], dim=1)
+    ids = roll_rows(both, prompt_ids.shape[1] - prompt_lengths)[:, :width]
+    mask = right_padded_mask(lengths, width)
+    states = right_padded_mask(lengths - 1, width) & ~right_padded_mask(prompt_lengths - 1, width)
+    return Sequences(ids, mask.long(), position_ids(mask), states)
+
+
+def whole_text(ids: Tensor) -> Sequences:
+    """Full rows of text, `(B, T)`: every token but the first of a row is chosen."""
+    mask = torch.ones_like(ids)
+    last = torch.arange(ids.shape[1], device=ids.device) == ids.shape[1] - 1
+    return Sequences(ids, mask, position_ids(mask.bool()), (~last).expand_as(ids))
+
+
+@torch.no_grad()
+def completion_logprobs(
+    model: nn.Module,
+    prompt_ids: Tensor,
+    prompt_lengths: Tensor,
+    completion_ids: Tensor,
+    lengths: Tensor,
+    *,
+    temperature: float,
+) -> Tensor:
+    """Log-probability of each completion token, `(B, C)` nats, 0 behind the end.
+
+    Arguments as in `Rollout`; the pass over all rows at once is the caller's to split.
+    """
+    logits = completion_logits(model, join(prompt_ids, prompt_lengths, completion_ids, lengths))
+    mask = right_padded_mask(lengths, completion_ids.shape[1])
+    return spread(logprobs_in_parts(logits, completion_ids[mask], temperature=temperature), mask)
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """Values `(N,)` at the N places where the mask `(B, C)` is True, 0 elsewhere.
+
+    >>> spread(torch.tensor([1.0, 2.0]), torch.tensor([[True, False], [True, False]])).tolist()
+    [[1.0, 0.0], [2.0, 0.0]]
+    """
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)

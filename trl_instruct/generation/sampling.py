@@ -1,0 +1,256 @@
+"""Prompts -> completions: tokenised, cut to fit, sampled from the policy, decoded."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trl_instruct.configs import PPOConfig
+from trl_instruct.errors import InputError
+from trl_instruct.generation.token_sampling import (
+    NEVER,
+    Sampling,
+    draw,
+    plain_sampling,
+    reads_padding,
+)
+from trl_instruct.models.load import context_length, evaluating
+from trl_instruct.padding import completion_lengths, left_padded_mask
+
+
+def tokenize_prompts(prompts: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Prompts, each a text or a list of messages, to token ids.
+
+    Messages go through the tokenizer's chat template, with the opening of the assistant's turn.
+
+    Raises:
+        InputError: messages, and the tokenizer has no chat template.
+    """
+    if not prompts or isinstance(prompts[0], str):
+        return tokenizer(list(prompts))["input_ids"] if prompts else []
+    if tokenizer.chat_template is None:
+        raise InputError(
+            "The prompts are messages, but the tokenizer has no chat template. Train the policy "
+            "with `sft(..., chat_template_path=...)`, or give prompts as text."
+        )
+    return [
+        tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for p in prompts
+    ]
+
+
+def fit_prompts(
+    token_lists: list[list[int]],
+    *,
+    max_prompt_length: int | None,
+    response_length: int,
+    context: int | None,
+) -> tuple[list[list[int]], int]:
+    """Prompts that leave room for their completion, and how many were cut.
+
+    Args:
+        token_lists: the prompts.
+        max_prompt_length: longer prompts lose their beginning; None: they are an error.
+        response_length: tokens to leave for the completion.
+        context: tokens the model can attend to, or None.
+
+    Raises:
+        InputError: an empty prompt; one that does not fit, and no (or too large a)
+            max_prompt_length.
+    """
+    if [] in token_lists:
+        raise InputError(
+            f"Prompt {token_lists.index([]) + 1} has no tokens; a prompt must not be empty."
+        )
+    room = None if context is None else context - response_length
+    if max_prompt_length is None:
+        for row, tokens in enumerate(token_lists):
+            if room is not None and len(tokens) > room:
+                raise InputError(
+                    f"Prompt {row + 1} is {len(tokens)} tokens long; with response_length "
+                    f"{response_length} the model's context of {context} leaves {room}. Set "
+                    "max_prompt_length to cut long prompts from the left, or lower "
+                    "response_length."
+                )
+        return token_lists, 0
+    if room is not None and max_prompt_length > room:
+        raise InputError(
+            f"max_prompt_length {max_prompt_length} + response_length {response_length} exceed the "
+            f"model's context of {context} tokens; lower one of them."
+        )
+    cut = sum(len(tokens) > max_prompt_length for tokens in token_lists)
+    return [tokens[-max_prompt_length:] for tokens in token_lists], cut
+
+
+def prompt_tokens(
+    prompts: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    policy: PreTrainedModel,
+    *,
+    max_prompt_length: int | None,
+    response_length: int,
+) -> tuple[list[list[int]], int]:
+    """Prompts as a policy continues them, and how many were cut: `tokenize_prompts`, `fit_prompts`.
+
+    Args:
+        prompts: texts or lists of messages.
+        tokenizer: the policy's.
+        policy: its context is what prompt and completion must fit into.
+        max_prompt_length, response_length: as in `fit_prompts`.
+    """
+    return fit_prompts(
+        tokenize_prompts(prompts, tokenizer),
+        max_prompt_length=max_prompt_length,
+        response_length=response_length,
+        context=context_length(policy),
+    )
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token lists to `(B, P)` ids, padded on the left with 0, and `(B,)` lengths."""
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, ids.shape[1] - len(prompt) :] = torch.tensor(prompt)
+    return ids.to(device), lengths
+
+
+@torch.no_grad()
+def generate(
+    policy: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_token_ids: list[int],
+    stop_strings: Sequence[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    temperature: float = 1.0,
+    copies: int = 1,
+    batch_size: int = 64,
+    progress: Callable[[int], Any] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample completions of each prompt from the policy's full distribution.
+
+    Args:
+        policy: the model; its sampling settings (top_p, ...) are not used.
+        prompts: R token lists.
+        max_new_tokens: C, the longest completion.
+        eos_token_ids: tokens that end a completion.
+        stop_strings: texts that end a completion, with the token that completes them.
+        tokenizer: the policy's, to read stop strings with.
+        temperature: above 0.
+        copies: completions of each prompt, side by side in the result.
+        batch_size: completions per call; batches are made of prompts of similar length. A model to
+            which padding is text gets one prompt per call.
+        progress: told the number of completions of each batch that is done.
+
+    Returns:
+        completion_ids `(B, C)` with B = R * copies (filler behind the end), completion_lengths
+        `(B,)`, ended `(B,)`.
+    """
+    if reads_padding(policy):
+        # Not even prompts of equal length: RWKV's cached states mix the rows of a batch
+        # (transformers 5.23), and without its cache it is slower than one by one.
+        batch_size = 1
+    if copies > batch_size:
+        prompts, copies = [prompt for prompt in prompts for _ in range(copies)], 1
+    blank = torch.full((len(prompts), copies, max_new_tokens), eos_token_ids[0])
+    completions = blank.to(policy.device)
+    stopped = torch.full_like(completions[..., 0], NEVER)
+    sampling = Sampling(max_new_tokens, eos_token_ids, stop_strings, tokenizer, temperature)
+    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    at_once = batch_size // copies
+    with evaluating(policy), plain_sampling(policy):
+        for start in range(0, len(prompts), at_once):
+            rows = by_length[start : start + at_once]
+            ids, lengths = pad_prompts([prompts[row] for row in rows], policy.device)
+            mask = left_padded_mask(lengths, ids.shape[1])
+            drawn, ends = draw(policy, ids, mask, copies, sampling)
+            completions[rows] = drawn.view(len(rows), copies, -1)
+            stopped[rows] = ends.view(len(rows), copies)
+            if progress is not None:
+                progress(len(drawn))
+    completions, stopped = completions.flatten(0, 1), stopped.flatten()
+    lengths, ended = completion_lengths(completions, eos_token_ids)
+    return completions, torch.minimum(lengths, stopped), ended | (stopped < NEVER)
+
+
+def sample_several(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    *,
+    stop_strings: Sequence[str] | None = None,
+    batch_size: int = 64,
+    **sampling: Any,
+) -> Iterator[list[str]]:
+    """`count` sampled completions of each prompt, as text, prompt by prompt.
+
+    Args:
+        policy: the model to sample from.
+        tokenizer: its tokenizer.
+        prompts: token lists.
+        count: completions per prompt.
+        stop_strings, batch_size, sampling: of `generate`.
+    """
+    rows_at_once = max(1, batch_size * 4 // count)
+    for start in range(0, len(prompts), rows_at_once):
+        rows = prompts[start : start + rows_at_once]
+        sampled = generate(
+            policy,
+            rows,
+            copies=count,
+            eos_token_ids=eos_token_ids(policy, tokenizer),
+            stop_strings=stop_strings,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            **sampling,
+        )
+        texts = decode(*sampled, tokenizer, stop_strings)
+        yield from (texts[first : first + count] for first in range(0, len(texts), count))
+
+
+def eos_token_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion: the tokenizer's EOS first, then the model's own."""
+    own = policy.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own] if own is not None else []
+    return list(dict.fromkeys([tokenizer.eos_token_id, *own]))
+
+
+def decode(
+    completion_ids: Tensor,
+    lengths: Tensor,
+    ended: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_strings: Sequence[str] | None = None,
+) -> list[str]:
+    """Texts of the completions, without the EOS or stop string that ended them and what follows.
+
+    Arguments as in `generate`, and what it returned.
+    """
+    kept = zip(completion_ids.tolist(), lengths.tolist(), ended.tolist(), strict=True)
+    rows = [(ids[:length], ids[: length - end]) for ids, length, end in kept]
+    texts = tokenizer.batch_decode([row for _, row in rows], skip_special_tokens=True)
+    if not stop_strings:
+        return texts
+    # The token that completes a stop string may hold the last letters before it, too.
+    whole = tokenizer.batch_decode([row for row, _ in rows], skip_special_tokens=True)
+    ends = [_first_of(stop_strings, text) for text in whole]
+    return [
+        text if end is None else full[:end]
+        for text, full, end in zip(texts, whole, ends, strict=True)
+    ]
+
+
+def _first_of(strings: Sequence[str], text: str) -> int | None:
+    """Where the first of the strings begins in the text."""
+    return min((text.index(string) for string in strings if string in text), default=None)
+
+
+def unused_sampling(policy: PreTrainedModel) -> dict[str, Any]:
+    """Settings of a model's own generation_config that sampling here does not use."""
+    own = policy.generation_config.to_diff_dict()
+    return {name: own[name] for name in PPOConfig.REFUSED if own.get(name) is not None}

@@ -1,0 +1,77 @@
+"""Log-probabilities of tokens, and the entropy they come from: pure functions of tensors."""
+
+import torch
+from torch import Tensor
+
+TOKENS_AT_ONCE = 64
+
+
+def log_distribution(logits: Tensor, *, temperature: float) -> Tensor:
+    """Log-probability of every token of the vocabulary under the distribution sampled from.
+
+    The one tensor of this size that a step computes: log-probabilities, their gradient and the
+    entropy all come from it.
+
+    Args:
+        logits: `(N, V)`.
+        temperature: the sampling temperature; logits are divided by it here as they were in
+            sampling, else the importance ratio is wrong.
+
+    Returns:
+        `(N, V)` float32, nats.
+
+    >>> log_distribution(torch.zeros(1, 4), temperature=1.0).exp()
+    tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+    logits = logits.float()
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+
+
+def token_logprobs(log_probs: Tensor, token_ids: Tensor) -> Tensor:
+    """Log-probability of each token.
+
+    Args:
+        log_probs: `(N, V)`, a `log_distribution`.
+        token_ids: `(N,)`.
+
+    Returns:
+        `(N,)` nats.
+
+    >>> token_logprobs(torch.tensor([[-1.0, -2.0]]), torch.tensor([1]))
+    tensor([-2.])
+    """
+    return log_probs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+
+
+def logprobs_in_parts(logits: Tensor, token_ids: Tensor, *, temperature: float) -> Tensor:
+    """Log-probability of each token, where no gradient is needed: `(N,)` nats.
+
+    Some tokens at a time, so that there is no second tensor of the logits' size.
+
+    Args:
+        logits: `(N, V)`.
+        token_ids: `(N,)`.
+        temperature: as in `log_distribution`.
+
+    >>> logprobs_in_parts(torch.zeros(2, 4), torch.tensor([0, 3]), temperature=1.0).exp()
+    tensor([0.2500, 0.2500])
+    """
+    parts = zip(logits.split(TOKENS_AT_ONCE), token_ids.split(TOKENS_AT_ONCE), strict=True)
+    return torch.cat(
+        [token_logprobs(log_distribution(p, temperature=temperature), ids) for p, ids in parts]
+    )
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """Entropy of each token's distribution.
+
+    Args:
+        log_probs: `(N, V)`, a `log_distribution`.
+
+    Returns:
+        `(N,)` nats.
+
+    >>> entropy(log_distribution(torch.zeros(1, 4), temperature=1.0)).exp()
+    tensor([4.])
+    """
+    return -torch.linalg.vecdot(log_probs.exp(), log_probs)

@@ -1,0 +1,76 @@
+"""Checkpoints that survive whatever ends a run: which are whole, their weights, SIGTERM."""
+
+import json
+from pathlib import Path
+
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from transformers import (
+    PreTrainedModel,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from trl_instruct.errors import InputError
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint was written to its end: every Trainer writes its state as json last.
+
+    Args:
+        folder: a `checkpoint-<step>`.
+    """
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a stage's folder, whole or not, in the order of their steps."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    numbered = [(path.name.rpartition("-")[2], path) for path in found]
+    return [path for step, path in sorted((int(s), p) for s, p in numbered if s.isdigit())]
+
+
+def find_checkpoint(folder: Path, checkpoint: str | bool) -> Path:
+    """The checkpoint that `resume_from_checkpoint` names.
+
+    Args:
+        folder: the stage's.
+        checkpoint: a checkpoint's folder, or True for the last that is whole.
+
+    Raises:
+        InputError: there is none, or it was cut short while it was written.
+    """
+    if isinstance(checkpoint, bool):
+        whole = [path for path in all_checkpoints(folder) if is_whole(path)]
+        if whole:
+            return whole[-1]
+    elif Path(checkpoint).is_dir():
+        if is_whole(Path(checkpoint)):
+            return Path(checkpoint)
+        raise InputError(
+            f"The checkpoint {str(checkpoint)!r} is not whole: the run ended while it was written. "
+            "Resume from an earlier one, or set resume_from_checkpoint to true for the last that "
+            "is whole."
+        )
+    raise InputError(
+        f"resume_from_checkpoint is {checkpoint!r}, but there is no checkpoint at "
+        f"{str(folder if isinstance(checkpoint, bool) else checkpoint)!r}. Give the folder of one "
+        "(.../checkpoint-<step>), or start the run afresh without it."
+    )
+
+
+def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """Set a model's weights, or its adapter's, to those that its `save_pretrained` wrote.
+
+    Args:
+        model: of the architecture that was saved.
+        folder: where.
+    """
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, load_peft_weights(str(folder)))
+    else:
+        saved = type(model).from_pretrained(folder, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())

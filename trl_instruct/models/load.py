@@ -1,0 +1,368 @@
+"""Load and save the four roles: policy, ref_policy, reward model, value model.
+
+A model is a Hub id, a local folder, what an earlier stage returned, or a loaded model. An adapter
+folder is merged into its base on loading, unless the stage trains adapters (`use_peft`): then it
+goes on from that adapter, over the same base.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from peft import PeftModel, prepare_model_for_kbit_training
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from trl import ModelConfig, get_quantization_config
+
+from trl_instruct.console import quiet_loading, silence_model_file_bars
+from trl_instruct.errors import InputError
+from trl_instruct.files import CONFIG_FILE, METRICS_FILE
+from trl_instruct.models.adapters import (
+    CLASSIFIER,
+    POLICY,
+    adapter_config,
+    check_base,
+    check_decided,
+    check_task,
+    classifier_on_adapter,
+    is_adapter,
+    is_quantized,
+    on_adapter,
+)
+from trl_instruct.scalar_head import (
+    forget_shift,
+    keep_weights,
+    read_beside_adapter,
+    register_scalar_head,
+    score_head,
+)
+
+silence_model_file_bars()
+
+
+ModelSource: TypeAlias = str | os.PathLike | PreTrainedModel
+
+
+def load_policy(
+    source: ModelSource, model_config: ModelConfig, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal language model; weights in float32 unless `model_config.dtype` says otherwise.
+
+    An adapter trains on over its base where `model_config` asks for LoRA; else it is merged.
+
+    Raises:
+        InputError: nothing there, a checkpoint that is no language model, an unfinished stage, an
+            adapter of another model, or LoRA options that are not those of the adapter.
+    """
+    if isinstance(source, PreTrainedModel | PeftModel):
+        if not source.can_generate():
+            raise InputError(
+                f"A {type(source).__name__} was given; a language model (AutoModelForCausalLM) is "
+                "needed."
+            )
+        keep_weights(unwrapped(source))
+        return source
+    if not is_adapter(source):
+        return _load(source, AutoModelForCausalLM, model_config, trust_remote_code)
+    check_finished(Path(source))
+    check_task(source, POLICY)
+    if not keeps_adapter(model_config):
+        return merged(source, model_config, trust_remote_code=trust_remote_code)
+    base = base_of(source, model_config, trust_remote_code=trust_remote_code)
+    return on_adapter(base, source)
+
+
+def keeps_adapter(model_config: ModelConfig) -> bool:
+    """Whether an adapter folder stays an adapter over its base, or is merged into it."""
+    return model_config.use_peft or model_config.load_in_8bit or model_config.load_in_4bit
+
+
+def base_of(
+    folder: str | os.PathLike,
+    model_config: ModelConfig,
+    kind: Any = AutoModelForCausalLM,
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The base model that the adapter in a folder names, as a causal language model or classifier.
+
+    Raises:
+        InputError: a broken config, another base by now, or LoRA options that are not those of the
+            adapter.
+    """
+    check_base(folder)
+    if model_config.use_peft:
+        check_decided(folder, model_config)
+    base = adapter_config(folder).base_model_name_or_path
+    if kind is AutoModelForCausalLM:
+        return _load(base, kind, model_config, trust_remote_code)
+    head = ("score.weight",)
+    return _load(base, kind, model_config, trust_remote_code, may_lack=head, num_labels=1)
+
+
+def load_reward_model(
+    source: ModelSource,
+    model_config: ModelConfig,
+    *,
+    fresh_head: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A scalar `AutoModelForSequenceClassification` (`num_labels=1`).
+
+    Where transformers has no such class for the architecture, it is the one of `scalar_head.py`.
+
+    Args:
+        source: a reward model; with `fresh_head`, any language model, whose unembedding is
+            replaced by a scalar head drawn from N(0, 1 / sqrt(hidden + 1)), as in Stiennon et al.
+            2020 (the class has no bias).
+
+    Raises:
+        InputError: nothing there, no scalar head (and none asked for), or an unfinished stage.
+    """
+    if isinstance(source, PeftModel):
+        source = copy.deepcopy(source).merge_and_unload()
+    if isinstance(source, PreTrainedModel):
+        bare = fresh_head and not hasattr(source, "score")
+        model = _classifier_from_policy(source) if bare else source
+        score_head(model)
+    elif is_adapter(source):
+        model = _adapter_classifier(source, model_config, fresh_head, trust_remote_code)
+    else:
+        kind, head = AutoModelForSequenceClassification, ("score.weight",) if fresh_head else ()
+        model = _load(source, kind, model_config, trust_remote_code, may_lack=head, num_labels=1)
+    if fresh_head:
+        hidden = score_head(model).in_features
+        nn.init.normal_(score_head(model).weight, std=1.0 / math.sqrt(hidden + 1))
+        forget_shift(model)
+    return model
+
+
+def _adapter_classifier(
+    source: str | os.PathLike, model_config: ModelConfig, fresh_head: bool, trust_remote_code: bool
+) -> PreTrainedModel:
+    """A reward model from an adapter folder: a reward model's, or, for a fresh head, any."""
+    check_finished(Path(source))
+    if not fresh_head:
+        check_task(source, CLASSIFIER)
+    if keeps_adapter(model_config):
+        kind = AutoModelForSequenceClassification
+        base = base_of(source, model_config, kind, trust_remote_code=trust_remote_code)
+        if fresh_head:
+            return classifier_on_adapter(base, source)
+        model = on_adapter(base, source)
+        read_beside_adapter(model, Path(source))
+        return model
+    model = merged(source, model_config, trust_remote_code=trust_remote_code)
+    return model if hasattr(model, "score") else _classifier_from_policy(model)
+
+
+def _classifier_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    register_scalar_head(type(config))
+    keep_weights(policy)
+    classifier = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+    classifier.base_model.load_state_dict(policy.base_model.state_dict())
+    return classifier
+
+
+def base_for_adapter(
+    source: ModelSource, folder: Path, tokenizer: PreTrainedTokenizerBase, model_config: ModelConfig
+) -> ModelSource:
+    """A model that a new adapter, if one is asked for, can be trained on.
+
+    A new adapter names its base by path. A model in memory that was not loaded from anywhere is
+    saved in `folder` as that base, so that plain peft can load the result.
+    """
+    nameless = isinstance(source, PreTrainedModel) and is_nameless(source)
+    if not model_config.use_peft or not nameless:
+        return source
+    source.save_pretrained(folder)  # type: ignore[union-attr]
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def reference_of(policy: PreTrainedModel) -> PreTrainedModel | None:
+    """A frozen copy of the policy; None for a LoRA policy, whose base is the reference."""
+    if isinstance(policy, PeftModel):
+        return None
+    return copy.deepcopy(policy).eval().requires_grad_(False)
+
+
+def accepted(module: nn.Module, **arguments: Any) -> dict[str, Any]:
+    """Those arguments that the module's forward knows (some architectures take no positions)."""
+    known = inspect.signature(module.forward).parameters
+    return {name: value for name, value in arguments.items() if name in known}
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: in RL it would make the policy differ from the one that sampled."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():  # probabilities that forward hands to F.dropout
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and back into the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model that a PEFT wrapper holds, its adapter in place; any other as it is."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Most tokens the model can attend to; None where its architecture has no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def model_name(source: ModelSource) -> str:
+    """What to call a model in messages and where to look for its tokenizer."""
+    if isinstance(source, PreTrainedModel | PeftModel):
+        return source.config._name_or_path or type(source).__name__
+    return os.fspath(source)
+
+
+def is_nameless(source: ModelSource) -> bool:
+    """Whether the source is a model in memory that was not loaded from anywhere."""
+    return isinstance(source, PreTrainedModel | PeftModel) and not source.config._name_or_path
+
+
+def _load(
+    source: str | os.PathLike,
+    kind: Any,
+    model_config: ModelConfig,
+    trust_remote_code: bool,
+    may_lack: tuple[str, ...] = (),
+    **kwargs: Any,
+) -> PreTrainedModel:
+    path = os.fspath(source)
+    check_finished(Path(path))
+    if (quantization := get_quantization_config(model_config)) is not None:
+        # Where none is asked for, a folder's own must hold: None would be read as "there is none".
+        kwargs["quantization_config"] = quantization
+    hub = {"revision": model_config.model_revision, "trust_remote_code": trust_remote_code}
+    with quiet_loading():
+        try:
+            if kind is AutoModelForSequenceClassification:
+                register_scalar_head(type(AutoConfig.from_pretrained(path, **hub)))
+            model, info = kind.from_pretrained(
+                path,
+                dtype=_dtype(model_config),
+                attn_implementation=model_config.attn_implementation,
+                output_loading_info=True,
+                **hub,
+                **kwargs,
+            )
+        except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
+            raise InputError(
+                f"No model could be loaded from {path!r}: {load_fault(path, error)} Give a Hub id, "
+                "a folder saved with save_pretrained, or the result of an earlier stage."
+            ) from error
+    missing = sorted(set(info["missing_keys"]) - set(may_lack))
+    if missing:
+        raise InputError(
+            f"{path!r} lacks weights that a {type(model).__name__} needs: {', '.join(missing[:3])}"
+            f"{' ...' if len(missing) > 3 else ''}. Is it a model of another kind (a reward model "
+            "where a policy is needed, or the reverse)?"
+        )
+    # With tied embeddings a language model lacks nothing in a reward model's weights.
+    if kind is AutoModelForCausalLM and "score.weight" in info["unexpected_keys"]:
+        raise InputError(
+            f"{path!r} holds a reward model; a language model is needed. Give the policy's folder."
+        )
+    keep_weights(model)
+    if is_quantized(model):
+        _keep_layout(model)
+        # Frozen, and what is not quantised in float32; the trainers see to gradient checkpointing.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return model
+
+
+def _keep_layout(model: PreTrainedModel) -> None:
+    """Leave 4-bit weights as they were loaded.
+
+    On CPUs with AVX512-BF16 bitsandbytes (0.49, 0.50) packs them anew in place at the first pass
+    that evaluates: it fails where a layer's width is no multiple of 32, and weights that several
+    roles share are trained through as well.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def merged(
+    folder: str | os.PathLike,
+    model_config: ModelConfig,
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model that an adapter folder stands for, with the adapter in its weights.
+
+    It is merged into the base in full precision, also where it was trained over 8- or 4-bit
+    weights: merged into those it would be rounded with them.
+
+    Args:
+        folder: of an adapter for a policy or a reward model.
+        model_config: for dtype and the like.
+    """
+    path, plain = os.fspath(folder), {"load_in_8bit": False, "load_in_4bit": False}
+    task = adapter_config(path).task_type
+    kind = AutoModelForSequenceClassification if task == CLASSIFIER else AutoModelForCausalLM
+    config = dataclasses.replace(model_config, **plain, use_peft=False)
+    base = base_of(path, config, kind, trust_remote_code=trust_remote_code)
+    model = on_adapter(base, path, trainable=False).merge_and_unload()
+    read_beside_adapter(model, Path(path))
+    return model
+
+
+def _dtype(model_config: ModelConfig) -> Any:
+    name = model_config.dtype or "float32"
+    dtype = name if name == "auto" else getattr(torch, name, None)
+    if not isinstance(dtype, str | torch.dtype):
+        raise InputError(f"dtype is {name!r}; auto, float32, bfloat16 or float16 is needed.")
+    return dtype
+
+
+def check_finished(folder: Path) -> None:
+    """InputError where the folder holds a stage that was cut short."""
+    if (folder / CONFIG_FILE).is_file() and not (folder / METRICS_FILE).is_file():
+        raise InputError(
+            f"The stage that writes {str(folder)!r} has not finished: there is no {METRICS_FILE}. "
+            "Run it to its end first."
+        )
+
+
+def load_fault(path: str, error: Exception) -> str:
+    """What the libraries say in one line; where nothing is there of that name, that first."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    told = " ".join(line.strip() for line in lines) if lines[0].endswith(":") else lines[0]
+    if "trust_remote_code" in str(error):
+        told += " Set trust_remote_code if you trust that code."
+    if Path(path).exists():
+        return told
+    return f"there is no such folder (looked in {Path.cwd()}), and as a Hub id: {told}"

@@ -1,0 +1,56 @@
+"""An adapter merged into its base: a model of full size that needs neither peft nor the base."""
+
+import os
+from pathlib import Path
+
+from trl import ModelConfig
+
+from trl_instruct.errors import InputError
+from trl_instruct.models.adapters import CONFIG, WEIGHTS, is_adapter
+from trl_instruct.models.load import check_finished, merged
+from trl_instruct.models.tokenizers import load_tokenizer
+from trl_instruct.scalar_head import SHIFT_FILE
+
+
+def merge(
+    adapter: str | os.PathLike, output_dir: str | os.PathLike, *, dtype: str = "float32"
+) -> Path:
+    """Save the model that an adapter makes of its base, in full precision, with its tokenizer.
+
+    Args:
+        adapter: folder of an adapter, of a policy or of a reward model (whose shift is kept).
+        output_dir: a new or empty folder.
+        dtype: of the merged weights.
+
+    Returns:
+        The folder, which plain transformers loads.
+
+    Raises:
+        InputError: no adapter there, an unfinished stage, or an output_dir that is taken.
+    """
+    folder = Path(output_dir)
+    if not is_adapter(adapter):
+        raise InputError(
+            f"{os.fspath(adapter)!r} is no adapter's folder: there is no {CONFIG}. Give the folder "
+            "that a stage with use_peft has left."
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"output_dir {str(folder)!r} is not empty. Choose a new or empty folder.")
+    check_finished(Path(adapter))
+    tokenizer = load_tokenizer(adapter)
+    model = merged(adapter, ModelConfig(dtype=dtype))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def merge_in_place(folder: Path, model_config: ModelConfig) -> None:
+    """Replace the adapter in a folder by the model of full size.
+
+    Args:
+        folder: of a stage that is being finished.
+        model_config: of the stage; what it says of quantisation does not matter here.
+    """
+    merged(folder, model_config).save_pretrained(folder)
+    for name in (CONFIG, WEIGHTS, SHIFT_FILE):
+        (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,91 @@
+"""The tokenizer of a model: what all stages rely on of it."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from trl_instruct.errors import InputError
+from trl_instruct.models.load import ModelSource, load_fault, model_name
+
+
+def load_tokenizer(
+    source: ModelSource, *, revision: str = "main", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with the EOS and pad tokens that all stages rely on.
+
+    Args:
+        source: a model as above; a loaded model is asked where it came from.
+
+    Returns:
+        The tokenizer, padding on the left. Where it has no pad token, EOS serves: masks come from
+        lengths, so pad == eos does no harm.
+
+    Raises:
+        InputError: no tokenizer there, or one without an EOS token.
+    """
+    path = model_name(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, padding_side="left", revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(
+            f"No tokenizer could be loaded from {path!r}: {load_fault(path, error)} Give a Hub "
+            "id or a folder that holds one, or pass processing_class=."
+        ) from error
+    return check_tokenizer(tokenizer, path)
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer with a pad token; InputError where it has no EOS token."""
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"The tokenizer of {name!r} has no EOS token, so a completion could not end. Set one "
+            "(tokenizer.eos_token = ...; tokenizer.save_pretrained(...)) that stands in its "
+            "vocabulary."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def install_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Give the tokenizer the chat template in a Jinja file, as TRL's chat_template_path does."""
+    file = Path(path)
+    if file.suffix not in (".jinja", ".j2"):
+        return  # a model whose template (and tokens) the trainer takes over
+    if not file.is_file():
+        raise InputError(f"chat_template_path {path!r}: there is no such file.")
+    tokenizer.chat_template = file.read_text(encoding="utf-8")
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """InputError where the tokenizer has ids that the model has no embedding for."""
+    rows = model.get_input_embeddings().num_embeddings
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if last >= rows:
+        raise InputError(
+            f"The tokenizer's last token, {token!r}, has the id {last}, but the model from "
+            f"{model_name(model)!r} has a vocabulary of {rows}. The tokenizer is another model's: "
+            "give the one that lies beside this model (processing_class)."
+        )
+
+
+def check_same_tokens(
+    one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, names: tuple[str, str]
+) -> None:
+    """InputError where two tokenizers of one base model give a token different ids.
+
+    Args:
+        one, other: they may have tokens of their own besides.
+        names: whose they are, for the message.
+    """
+    known = other.get_vocab()
+    for token, number in one.get_vocab().items():
+        if known.get(token, number) != number:
+            raise InputError(
+                f"{names[0]} and {names[1]} are adapters over one base, but of different "
+                f"tokenizers: the token {token!r} is {number} in the first and {known[token]} in "
+                "the second, so one of them is not the base's. Give each the tokenizer that it was "
+                "trained with."
+            )

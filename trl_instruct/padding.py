@@ -1,0 +1,193 @@
+"""Masks and positions from lengths.
+
+A mask is True on tokens that count. It is always built from lengths, never by comparing token
+values, so a pad token that equals the EOS token is safe.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
+
+
+def left_padded_mask(lengths: Tensor, width: int) -> Tensor:
+    """Mask of sequences that stand at the right end of their row (prompts).
+
+    Args:
+        lengths: `(B,)` number of real tokens in each row.
+        width: row width.
+
+    Returns:
+        `(B, width)` bool.
+
+    >>> left_padded_mask(torch.tensor([1, 3]), 3).int().tolist()
+    [[0, 0, 1], [1, 1, 1]]
+    """
+    columns = torch.arange(width, device=lengths.device)
+    return columns >= width - lengths.unsqueeze(1)
+
+
+def right_padded_mask(lengths: Tensor, width: int) -> Tensor:
+    """Mask of sequences that stand at the left end of their row (completions).
+
+    Args:
+        lengths: `(B,)` number of real tokens in each row.
+        width: row width.
+
+    Returns:
+        `(B, width)` bool.
+
+    >>> right_padded_mask(torch.tensor([1, 3]), 3).int().tolist()
+    [[1, 0, 0], [1, 1, 1]]
+    """
+    columns = torch.arange(width, device=lengths.device)
+    return columns < lengths.unsqueeze(1)
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Position of each token among the real tokens of its row; padding gets 0.
+
+    Args:
+        mask: `(B, T)` bool, True on real tokens.
+
+    Returns:
+        `(B, T)` int64.
+
+    >>> position_ids(torch.tensor([[False, True, True], [True, True, False]])).tolist()
+    [[0, 0, 1], [0, 1, 0]]
+    """
+    return (mask.long().cumsum(dim=1) - 1).masked_fill(~mask, 0)
+
+
+def padding_before(mask: Tensor) -> Tensor:
+    """Columns in front of each row's first real token.
+
+    Args:
+        mask: `(B, T)` bool or 0 / 1.
+
+    Returns:
+        `(B,)` int64.
+
+    >>> padding_before(torch.tensor([[0, 0, 1], [1, 1, 0]])).tolist()
+    [2, 0]
+    """
+    return mask.int().argmax(dim=1)
+
+
+def roll_rows(values: Tensor, columns: Tensor) -> Tensor:
+    """Each row moved to the left by its own number of columns; what leaves comes in at the right.
+
+    Args:
+        values: `(B, T, ...)`.
+        columns: `(B,)`; a negative number moves to the right.
+
+    >>> roll_rows(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([1, -1])).tolist()
+    [[2, 3, 1], [6, 4, 5]]
+    """
+    rows = torch.arange(values.shape[0], device=values.device).unsqueeze(1)
+    source = torch.arange(values.shape[1], device=values.device) + columns.unsqueeze(1)
+    return values[rows, source % values.shape[1]]
+
+
+def completion_lengths(completion_ids: Tensor, eos_token_ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Length of each sampled completion, its first EOS included, and whether it has one.
+
+    What a sampler leaves behind the first EOS is filler and never looked at, whatever its value.
+
+    Args:
+        completion_ids: `(B, C)` sampled tokens, filler behind the first EOS.
+        eos_token_ids: the tokens that end a completion.
+
+    Returns:
+        lengths `(B,)` int64 in 1..C and ended `(B,)` bool.
+
+    >>> completion_lengths(torch.tensor([[5, 2, 2], [5, 6, 7]]), [2])
+    (tensor([2, 3]), tensor([ True, False]))
+    """
+    is_eos = torch.isin(completion_ids, torch.tensor(eos_token_ids, device=completion_ids.device))
+    ended = is_eos.any(dim=1)
+    first_eos = is_eos.int().argmax(dim=1)
+    return torch.where(ended, first_eos + 1, completion_ids.shape[1]), ended
+
+
+FULL = 0.8
+"""Least share of a batch that is text."""
+
+
+def similar_lengths(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Rows in batches for forward passes, the shortest first, so that little is padding.
+
+    A batch ends before it has `batch_size` rows where more than a fifth of it would be padding.
+
+    >>> similar_lengths([9, 3, 10, 3], 8)
+    [[1, 3], [0, 2]]
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        batch = [*batches[-1], row] if batches else [row]
+        tokens, width = sum(lengths[r] for r in batch), lengths[row]
+        if batches and len(batch) <= batch_size and tokens >= FULL * len(batch) * width:
+            batches[-1] = batch
+        else:
+            batches.append([row])
+    return batches
+
+
+def length_batches(
+    lengths: Sequence[int], batch_size: int, *, seed: int, pool: int = 50
+) -> list[int]:
+    """An order of rows in which each batch holds similar lengths and batches come at random.
+
+    transformers' own group_by_length sorts the batches of a pool too, so that long and short texts
+    come in waves; a small model then learns markedly less.
+
+    >>> sorted(length_batches([3, 1, 2], 2, seed=0))
+    [0, 1, 2]
+    """
+    rng = random.Random(seed)
+    rows = list(range(len(lengths)))
+    rng.shuffle(rows)
+    order: list[int] = []
+    for start in range(0, len(rows), batch_size * pool):
+        drawn = sorted(rows[start : start + batch_size * pool], key=lambda row: lengths[row])
+        cuts = list(range(0, len(drawn), batch_size))
+        rng.shuffle(cuts)
+        order += [row for cut in cuts for row in drawn[cut : cut + batch_size]]
+    return order
+
+
+class LengthBatchSampler(Sampler[int]):
+    """The rows of a dataset in the order of `length_batches`, another one in every epoch.
+
+    Args:
+        lengths: tokens in each row.
+        batch_size: rows that are computed at the same time, in all processes.
+        seed: the same in all processes.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int):
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader when an epoch starts; a resumed run meets the same order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(length_batches(self.lengths, self.batch_size, seed=self.seed + self.epoch))
+
+
+def pad_rows(rows: list[list[int]], filler: int) -> Tensor:
+    """Rows of unequal length as one tensor, padded on the right.
+
+    >>> pad_rows([[1, 2], [3]], 0).tolist()
+    [[1, 2], [3, 0]]
+    """
+    tensors = [torch.tensor(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=filler)

@@ -1,0 +1,183 @@
+"""From scores to rewards to advantages: pure functions of tensors."""
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the values where the mask is True; every such token weighs the same.
+
+    Args:
+        values: `(B, T)` float.
+        mask: `(B, T)` bool.
+
+    Returns:
+        scalar; 0 where the mask is False everywhere.
+
+    >>> masked_mean(torch.tensor([[1.0, 3.0, 100.0]]), torch.tensor([[True, True, False]]))
+    tensor(2.)
+    """
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of the values where the mask is True.
+
+    Args:
+        values: `(B, T)` float.
+        mask: `(B, T)` bool.
+
+    Returns:
+        Two scalars. The variance of a single value is 0.
+
+    >>> masked_moments(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
+    (tensor(2.), tensor(2.))
+    """
+    mean, count = masked_mean(values, mask), mask.sum()
+    variance = masked_mean((values - mean) ** 2, mask) * count / (count - 1).clamp(min=1)
+    return mean, variance
+
+
+def masked_whiten(
+    values: Tensor,
+    mask: Tensor,
+    *,
+    shift_mean: bool = True,
+    moments: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Values scaled to variance 1 over the real tokens, and shifted to mean 0.
+
+    Args:
+        values: `(B, T)` float.
+        mask: `(B, T)` bool.
+        shift_mean: False keeps the mean (used for rewards, whose sign carries meaning).
+        moments: mean and variance to go by, where these values are only a process's share of all;
+            default: those of the values. The variance is the unbiased one, as in
+            lm-human-preferences and TRL.
+
+    Returns:
+        `(B, T)`; 0 where the mask is False.
+
+    >>> masked_whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]])).tolist()
+    [[-0.7071067690849304, 0.7071067690849304, 0.0]]
+    """
+    mean, variance = moments or masked_moments(values, mask)
+    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
+    if not shift_mean:
+        whitened = whitened + mean
+    return torch.where(mask, whitened, 0.0)
+
+
+def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -> Tensor:
+    """Estimate of KL(policy || ref_policy) at each sampled token.
+
+    With r = ref(token) / policy(token) and tokens sampled from the policy:
+    k1 = -log r (unbiased, may be negative: clamping it would bias it);
+    k3 = (r - 1) - log r (unbiased, never negative, lower variance).
+    Schulman, http://joschu.net/blog/kl-approx.html.
+
+    Args:
+        logprobs, ref_logprobs: `(B, C)` log-probabilities of the sampled tokens, nats.
+        estimator: "k1" or "k3".
+
+    Returns:
+        `(B, C)` nats.
+
+    Raises:
+        ValueError: unknown estimator.
+
+    >>> kl_per_token(torch.tensor([[-1.0]]), torch.tensor([[-1.5]]))
+    tensor([[0.5000]])
+    """
+    log_ratio = ref_logprobs - logprobs
+    if estimator == "k1":
+        return -log_ratio
+    if estimator == "k3":
+        return log_ratio.exp() - 1 - log_ratio
+    raise ValueError(f"kl_estimator is {estimator!r}; it must be 'k1' or 'k3'.")
+
+
+def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, *, kl_coef: float) -> Tensor:
+    """Reward of each token: the KL penalty everywhere, the score at the last token.
+
+    R(x, y) = r(x, y) - beta * log(policy(y|x) / ref(y|x)), InstructGPT equation 2, spread over
+    the tokens: the penalty falls where it arises, the score at the end of the episode, which is
+    the completion's last token, EOS included.
+
+    Args:
+        scores: `(B,)` one score per completion.
+        kl: `(B, C)` per-token KL, nats.
+        lengths: `(B,)` completion lengths, EOS included.
+        kl_coef: beta.
+
+    Returns:
+        `(B, C)`, 0 behind the last token.
+
+    >>> token_rewards(torch.tensor([1.0]), torch.tensor([[0.5, 0.5, 9.0]]), torch.tensor([2]),
+    ...               kl_coef=0.1)
+    tensor([[-0.0500,  0.9500,  0.0000]])
+    """
+    columns = torch.arange(kl.shape[1], device=kl.device)
+    last = columns == (lengths - 1).unsqueeze(1)
+    penalty = torch.where(columns < lengths.unsqueeze(1), -kl_coef * kl, 0.0)
+    return penalty + last * scores.unsqueeze(1)
+
+
+def adapted_kl_coef(
+    kl_coef: float, kl: float, *, target: float, horizon: int, episodes: int
+) -> float:
+    """beta after an iteration, nearer to where the KL stays at its target.
+
+    e = clip(KL / target - 1, -0.2, 0.2);  beta <- beta * (1 + e * episodes / horizon)
+    (Ziegler et al. 2019, section 2.2, with the horizon of lm-human-preferences).
+
+    Args:
+        kl_coef: beta so far.
+        kl: KL to the reference policy in this iteration, nats per completion.
+        target: nats per completion.
+        horizon: episodes after which an error of one half has changed beta by a fifth.
+        episodes: completions in the iteration.
+
+    >>> round(adapted_kl_coef(0.1, 12.0, target=6.0, horizon=1000, episodes=500), 6)
+    0.11
+    >>> round(adapted_kl_coef(0.1, 5.7, target=6.0, horizon=1000, episodes=1000), 6)
+    0.095
+    """
+    error = min(0.2, max(-0.2, kl / target - 1))
+    return kl_coef * (1 + error * episodes / horizon)
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, equations 11-16).
+
+    delta_t = r_t + gamma * V_{t+1} - V_t;  A_t = delta_t + gamma * lam * A_{t+1};
+    the value behind the last token is 0, since the episode is over.
+
+    Args:
+        rewards: `(B, C)` per-token rewards.
+        values: `(B, C)` V_t, the value of the state in which token t was chosen.
+        mask: `(B, C)` True on completion tokens.
+        gamma: discount; 1 in InstructGPT (no discount).
+        lam: lambda; 0.95.
+
+    Returns:
+        advantages and returns (= advantages + values), `(B, C)`, 0 outside the mask.
+
+    >>> gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), torch.tensor([[True, True]]),
+    ...     gamma=1.0, lam=0.5)
+    (tensor([[0.2500, 0.5000]]), tensor([[0.7500, 1.0000]]))
+    """
+    values = torch.where(mask, values, 0.0)
+    rewards = torch.where(mask, rewards, 0.0)
+    next_advantage = torch.zeros_like(values[:, 0])
+    next_value = torch.zeros_like(values[:, 0])
+    reversed_advantages = []
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = delta + gamma * lam * next_advantage
+        next_value = values[:, t]
+        reversed_advantages.append(next_advantage)
+    advantages = torch.where(mask, torch.stack(reversed_advantages[::-1], dim=1), 0.0)
+    return advantages, advantages + values

@@ -1,0 +1,84 @@
+"""What a PPO run shows of itself: a completion now and then, and its curves at the end."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pandas import DataFrame
+
+from trl_instruct.console import one_line
+
+FIGURE = "ppo.png"
+TABLE_TRACKERS = ("wandb", "trackio")
+LOGGED_SAMPLES = 16
+LINE, FAINT = "#0072b2", "#d55e00"
+# Title, the metric, and another for the same axes.
+PANELS: tuple[tuple[str, str, str], ...] = (
+    ("score, and less the KL penalty", "objective/scores", "objective/rlhf_reward"),
+    ("KL to the reference, nats per completion", "objective/kl", ""),
+    ("entropy, nats per token", "policy/entropy", ""),
+    ("length, tokens", "objective/length", ""),
+    ("share of tokens clipped: policy, value", "policy/clipfrac", "val/clipfrac"),
+    ("variance of the returns explained", "val/explained_variance", ""),
+)
+
+
+def sample_text(step: int, steps: int, prompt: Any, completion: str, score: float) -> str:
+    """One completion of an iteration, for the screen.
+
+    >>> print(sample_text(2, 9, "Name a bird.\\n", "An owl.\\nA crow.", 0.5))
+    [2/9] > Name a bird.
+          An owl. | A crow.  [score 0.50]
+    """
+    asked = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+    asked, said = one_line(asked), one_line(completion)
+    place = f"[{step}/{steps}]"
+    return f"{place} > {asked}\n{' ' * len(place)} {said}  [score {score:.2f}]"
+
+
+def log_samples(trackers: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
+    """Log completions as a table, as TRL's GRPOTrainer does, with the trackers that have tables.
+
+    Args:
+        trackers: `report_to` of the training arguments; others than wandb and trackio are left out.
+        columns: of the table, by name.
+    """
+    for name in TABLE_TRACKERS:
+        if name not in trackers:
+            continue
+        tracker = importlib.import_module(name)
+        if name == "wandb" and tracker.run is None:  # switched off by its environment variable
+            continue
+        tracker.log({"completions": tracker.Table(dataframe=DataFrame(columns))})
+
+
+def draw(log_history: list[dict[str, Any]], path: Path) -> None:
+    """Save the curves of a run as a figure.
+
+    Args:
+        log_history: of the trainer's state.
+        path: a .png.
+    """
+    from matplotlib.figure import Figure  # takes a second; without pyplot it needs no screen
+
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+        draw_panel(axes, log_history, *panel)
+    figure.savefig(path, dpi=100)
+
+
+def draw_panel(axes: Any, log_history: list[dict[str, Any]], title: str, *names: str) -> None:
+    """One or two metrics over the iterations."""
+    for name, color in zip(names, (LINE, FAINT), strict=False):
+        points = [(log["step"], log[name]) for log in log_history if name in log]
+        label = name.removeprefix("objective/")
+        axes.plot(*zip(*points, strict=True) if points else ([], []), color=color, label=label)
+    if all(names):
+        axes.legend(fontsize="small")
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("iteration")
+    axes.grid(alpha=0.3)

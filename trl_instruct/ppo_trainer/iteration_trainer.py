@@ -1,0 +1,199 @@
+"""A transformers Trainer with a loop of its own: all that stands around an iteration.
+
+One `global_step` is one iteration. Callbacks, trackers, logs, checkpoints and their limits behave
+as in any Trainer. What PPO needs of the Trainer's private methods is used here and nowhere else.
+"""
+
+import math
+import random
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import Trainer, TrainerControl, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
+
+from trl_instruct.errors import InputError
+from trl_instruct.models.sharding import find_root, load_shards
+
+
+class LoopTrainer(Trainer):
+    """What `Trainer.train` does before, between and after iterations that the subclass defines.
+
+    A subclass sets `num_iterations` and `iterations_per_epoch`, and calls `begin_training`,
+    `begin_iteration`, `end_iteration` and `end_training` in that order.
+    """
+
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    control: TrainerControl
+    num_iterations: int
+    iterations_per_epoch: float
+    metrics: dict[str, Any]
+    random_state: tuple[Any, ...]
+    saved_step: int
+
+    def begin_training(self, checkpoint: Path | None = None) -> None:
+        """Optimizer, scheduler, processes, callbacks; counters and random numbers of a checkpoint.
+
+        Args:
+            checkpoint: its weights are loaded by the caller.
+        """
+        args = self.args
+        set_seed(args.seed + 100_003 * self.accelerator.process_index)  # ranks must differ
+        if args.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        self.create_optimizer()
+        self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        find_root(self.model_wrapped)
+        self.create_scheduler(num_training_steps=self.num_iterations)
+        callbacks = [*self.callback_handler.callbacks, self.control]
+        exported = [c for c in callbacks if isinstance(c, ExportableState)]
+        self.state = TrainerState(stateful_callbacks=exported)
+        if checkpoint is not None:
+            self._load_progress(checkpoint)
+        resumed = checkpoint is not None and checkpoint.parent == Path(str(args.output_dir))
+        self.saved_step = self.state.global_step if resumed else -1
+        self.state.is_local_process_zero = self.is_local_process_zero()
+        self.state.is_world_process_zero = self.is_world_process_zero()
+        self.state.max_steps = self.num_iterations
+        self.state.num_train_epochs = math.ceil(self.num_iterations / self.iterations_per_epoch)
+        self.state.compute_steps(args, self.num_iterations)
+        handler = self.callback_handler
+        handler.model, handler.optimizer = self.model, self.optimizer
+        handler.lr_scheduler = self.lr_scheduler
+        self.control = handler.on_train_begin(args, self.state, self.control)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The Trainer's schedule, one step ahead: a warm-up over 10 iterations begins at a tenth.
+
+        It would begin at 0: an iteration sampled, scored and then thrown away.
+        """
+        scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            scheduler.step()
+        return scheduler
+
+    def _load_progress(self, checkpoint: Path) -> None:
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self._load_callback_state()
+        self._load_optimizer_and_scheduler(str(checkpoint))
+        load_shards(self.accelerator, self.model_wrapped, checkpoint)
+        self._load_scaler(str(checkpoint))
+        self._load_rng_state(str(checkpoint))
+
+    def begin_iteration(self) -> None:
+        """Tell the callbacks."""
+        self.random_state = random_state()
+        self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
+
+    def end_iteration(self, metrics: dict[str, Any]) -> None:
+        """Count, log and, when it is time, save.
+
+        Args:
+            metrics: of the iteration, by the names they are logged under.
+        """
+        handler, state, passes = self.callback_handler, self.state, self.state.epoch or 0.0
+        self.metrics = metrics
+        state.global_step += 1
+        state.epoch = state.global_step / self.iterations_per_epoch
+        self.lr_scheduler.step()
+        self.control = handler.on_step_end(self.args, state, self.control)
+        if int(state.epoch) > int(passes):
+            self.control = handler.on_epoch_end(self.args, state, self.control)
+        if self.control.should_log:
+            self.log(dict(metrics))
+        if self._is_best() and self.args.save_strategy == SaveStrategy.BEST:
+            self.control.should_save = True
+        if self.control.should_save:
+            self._save_whole_checkpoint()
+            self.control = handler.on_save(self.args, state, self.control)
+
+    def _is_best(self) -> bool:
+        """Whether `metric_for_best_model` was never better; then that checkpoint is kept."""
+        name = self.args.metric_for_best_model
+        if name is not None and name not in self.metrics:
+            raise InputError(
+                f"metric_for_best_model is {name!r}; what is logged: "
+                f"{', '.join(sorted(self.metrics))}."
+            )
+        logged = {f"eval_{name}": value for name, value in self.metrics.items()}
+        return self._determine_best_metric(logged, trial=None)
+
+    def save_last_state(self) -> Path | None:
+        """Save the run as it was when this iteration began, before any weight has changed.
+
+        Returns:
+            The checkpoint; None in the first iteration, where there is nothing to save.
+        """
+        if not self.state.global_step:
+            return None
+        if self.state.global_step != self.saved_step:
+            set_random_state(self.random_state)
+            self._save_whole_checkpoint()
+        return Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.saved_step}"
+
+    def _save_whole_checkpoint(self) -> None:
+        """All that the run needs to go on, into `checkpoint-<step>` of its output_dir."""
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            # Left by a run that went on from before it: were it overwritten file by file, a kill
+            # would leave a mixture of the two.
+            shutil.rmtree(Path(str(self.args.output_dir)) / name, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._save_checkpoint(self.model_wrapped, trial=None)
+        self.saved_step = self.state.global_step
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Every process's random numbers, before the main one declares the checkpoint whole."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def end_training(self) -> TrainOutput:
+        """Tell the callbacks; the last iteration's metrics are the result."""
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        metrics = {**self.metrics, "epoch": self.state.epoch}
+        return TrainOutput(self.state.global_step, metrics["loss/policy"], metrics)
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], learning_rate: float
+) -> None:
+    """Give some of an optimizer's parameters a learning rate of their own.
+
+    Args:
+        optimizer: not yet used, without a scheduler.
+        parameters: those of them that it does not train are left out.
+        learning_rate: at its peak.
+    """
+    chosen = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        own = [p for p in group["params"] if id(p) in chosen]
+        group["params"] = [p for p in group["params"] if id(p) not in chosen]
+        if own:
+            optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
+
+
+def random_state() -> tuple[Any, ...]:
+    """What all random numbers of this process go by from here on."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), devices
+
+
+def set_random_state(state: tuple[Any, ...]) -> None:
+    """Go back to a `random_state`."""
+    python, numpy, cpu, devices = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if devices:
+        torch.cuda.set_rng_state_all(devices)

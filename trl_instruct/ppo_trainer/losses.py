@@ -1,0 +1,85 @@
+"""The losses of the reward model and of PPO: pure functions of tensors.
+
+Those of PPO return one number for each of N tokens and leave the averaging to the caller, because a
+minibatch is averaged over the real tokens of all its micro-batches and processes, not over each one
+apart.
+"""
+
+import torch
+from torch import Tensor
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, cliprange: float
+) -> Tensor:
+    """Clipped surrogate objective, negated (Schulman et al. 2017, equation 7).
+
+    ratio = policy / policy at sampling time;
+    loss = max(-A * ratio, -A * clip(ratio, 1 - cliprange, 1 + cliprange)).
+
+    Args:
+        logprobs, old_logprobs: `(N,)` log-probabilities of the sampled tokens now and at
+            sampling time.
+        advantages: `(N,)`.
+        cliprange: 0.2 in InstructGPT.
+
+    Returns:
+        `(N,)` loss per token.
+
+    >>> policy_loss(torch.tensor([0.5]), torch.tensor([0.0]), torch.tensor([1.0]), cliprange=0.2)
+    tensor([-1.2000])
+    """
+    return torch.maximum(*_surrogates(logprobs, old_logprobs, advantages, cliprange))
+
+
+def policy_clipped(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, cliprange: float
+) -> Tensor:
+    """Where the clip cuts the policy's gradient: `(N,)` bool, for policy/clipfrac."""
+    plain, clipped = _surrogates(logprobs, old_logprobs, advantages, cliprange)
+    return clipped > plain
+
+
+def _surrogates(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float
+) -> tuple[Tensor, Tensor]:
+    """-A * ratio with the ratio as it is, and clipped."""
+    ratio = torch.exp(logprobs - old_logprobs)
+    return -advantages * ratio, -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange_value: float
+) -> Tensor:
+    """Clipped squared error of the value function (as in lm-human-preferences).
+
+    loss = 0.5 * max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2).
+
+    Args:
+        values, old_values: `(N,)` values now and at sampling time.
+        returns: `(N,)`.
+        cliprange_value: c; 0.2.
+
+    Returns:
+        `(N,)` loss per token.
+
+    >>> value_loss(torch.ones(1), torch.zeros(1), torch.ones(1), cliprange_value=0.2)
+    tensor([0.3200])
+    """
+    return 0.5 * torch.maximum(*_squared_errors(values, old_values, returns, cliprange_value))
+
+
+def value_clipped(
+    values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange_value: float
+) -> Tensor:
+    """Where the clip cuts the value's gradient: `(N,)` bool, for val/clipfrac."""
+    plain, clipped = _squared_errors(values, old_values, returns, cliprange_value)
+    return clipped > plain
+
+
+def _squared_errors(
+    values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float
+) -> tuple[Tensor, Tensor]:
+    """(V - R)^2 with the value as it is, and clipped around the old one."""
+    clipped = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
+    return (values - returns) ** 2, (clipped - returns) ** 2

@@ -1,0 +1,99 @@
+"""What PPO logs, under the names of lm-human-preferences and TRL: pure functions."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from trl_instruct.ppo_trainer.advantages import masked_mean, masked_moments
+from trl_instruct.ppo_trainer.losses import policy_clipped
+from trl_instruct.ppo_trainer.rollouts import Rollout
+
+
+def episode_metrics(rollout: Rollout, kl: Tensor, *, kl_coef: float) -> dict[str, Tensor]:
+    """Means over the episodes that have a score; sums within an episode run over real tokens.
+
+    Args:
+        rollout: B episodes.
+        kl: `(B, C)` per-token KL, nats.
+        kl_coef: beta.
+
+    Returns:
+        scalars by name; `objective/rlhf_reward` is what the paper maximises.
+    """
+    mask = rollout.mask
+    kl = torch.where(mask, kl, 0.0).sum(dim=1)
+    penalty = -kl_coef * kl
+    per_episode = {
+        "objective/kl": kl,
+        "objective/entropy": -torch.where(mask, rollout.logprobs, 0.0).sum(dim=1),
+        "objective/non_score_reward": penalty,
+        "objective/scores": rollout.scores,
+        "objective/rlhf_reward": rollout.scores + penalty,
+        "objective/length": rollout.completion_lengths.float(),
+        "objective/ended": rollout.ended.float(),
+    }
+    return {name: masked_mean(values, rollout.scored) for name, values in per_episode.items()}
+
+
+def value_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Mean of the values, and how much of the returns' variance they explain.
+
+    Args:
+        values, returns: `(B, C)`, at sampling time.
+        mask: `(B, C)` True on completion tokens.
+
+    Returns:
+        `val/mean`, and `val/explained_variance` = 1 - Var(returns - values) / Var(returns): 1 is
+        perfect, 0 is no better than a constant; 0 where the returns are all the same.
+    """
+    _, variance = masked_moments(returns, mask)
+    _, unexplained = masked_moments(returns - values, mask)
+    explained = torch.where(variance > 0, 1 - unexplained / variance, 0.0)
+    return {"val/mean": masked_mean(values, mask), "val/explained_variance": explained}
+
+
+@torch.no_grad()
+def policy_metrics(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, cliprange: float
+) -> dict[str, Tensor]:
+    """How far a step has moved the policy: `(N,)`, one a token, by name.
+
+    Args:
+        logprobs, old_logprobs, advantages, cliprange: as in `losses.policy_loss`.
+    """
+    log_ratio = logprobs - old_logprobs
+    cut = policy_clipped(logprobs, old_logprobs, advantages, cliprange=cliprange)
+    return {
+        "policy/approxkl": 0.5 * log_ratio**2,
+        "policy/clipfrac": cut.float(),
+        "val/ratio": log_ratio.exp(),
+    }
+
+
+def mean_over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each metric over the optimizer steps of an iteration, and the ratio's variance.
+
+    >>> mean_over_steps([{"val/ratio": 0.5}, {"val/ratio": 1.5}])
+    {'val/ratio': 1.0, 'val/ratio_var': 0.25, 'policy/steps': 2}
+    """
+    means = {name: statistics.fmean(step[name] for step in steps) for name in steps[0]}
+    variance = statistics.pvariance(step["val/ratio"] for step in steps)
+    return {**means, "val/ratio_var": variance, "policy/steps": len(steps)}
+
+
+def check_finite(means: Mapping[str, Tensor], iteration: int) -> None:
+    """FloatingPointError at a loss that is no finite number, before it reaches the weights (but
+    DeepSpeed's, which takes the step in its backward pass), or anything is saved.
+
+    Args:
+        means: over all processes, so that all of them stop.
+        iteration: counted from 1.
+    """
+    for name in ("loss/policy", "loss/value"):
+        if not torch.isfinite(means[name]):
+            raise FloatingPointError(
+                f"{name} is {means[name].item()} in iteration {iteration}. "
+                "Lower learning_rate, set max_grad_norm, or use bf16 instead of fp16."
+            )

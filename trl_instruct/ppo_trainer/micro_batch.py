@@ -1,0 +1,88 @@
+"""What a micro-batch adds to PPO's objective (InstructGPT equation 2)."""
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from trl_instruct.configs import PPOConfig
+from trl_instruct.generation.logits import join, whole_text
+from trl_instruct.logprobs import entropy, log_distribution, token_logprobs
+from trl_instruct.models.sharding import is_zero3, micro_batch
+from trl_instruct.ppo_trainer.losses import policy_loss, value_clipped, value_loss
+from trl_instruct.ppo_trainer.metrics import policy_metrics
+from trl_instruct.ppo_trainer.rollouts import Rollout
+
+
+def ppo_sums(
+    model: nn.Module, rollout: Rollout, advantages: Tensor, returns: Tensor, *, args: PPOConfig
+) -> dict[str, Tensor]:
+    """Sums over the real tokens of a micro-batch: the two losses and what is logged.
+
+    Args:
+        model: a `PolicyAndValue`, as the processes wrap it.
+        rollout: B episodes.
+        advantages, returns: `(B, C)`.
+        args: of the run.
+    """
+    mask = rollout.mask
+    tokens = (rollout.prompt_ids, rollout.prompt_lengths, rollout.completion_ids)
+    logits, values = model(join(*tokens, rollout.counted_lengths))
+    log_probs = log_distribution(logits, temperature=args.temperature)
+    del logits  # as large, and not needed for the gradient
+    logprobs = token_logprobs(log_probs, rollout.completion_ids[mask])
+    policy = (logprobs, rollout.logprobs[mask], advantages[mask])
+    value = (values, rollout.values[mask], returns[mask])
+    per_token = {
+        "loss/policy": policy_loss(*policy, cliprange=args.cliprange),
+        "loss/value": value_loss(*value, cliprange_value=args.cliprange_value),
+        "policy/entropy": entropy(log_probs.detach()),
+        "val/clipfrac": value_clipped(*value, cliprange_value=args.cliprange_value).float(),
+        **policy_metrics(*policy, cliprange=args.cliprange),
+    }
+    return {name: tensor.sum() for name, tensor in per_token.items()}
+
+
+def ptx_loss(model: nn.Module, ids: Tensor, *, with_values: bool = False) -> Tensor:
+    """-log policy(x) of pretraining text: the mean over its tokens but the first of each row.
+
+    The paper leaves open whether its expectation runs over texts or tokens; per token, gamma_ptx
+    does not depend on the length of the rows.
+
+    Args:
+        model: as in `ppo_sums`.
+        ids: `(B, T)`, full rows.
+        with_values: run the value model too, its values unused (ZeRO-3 needs that).
+
+    Returns:
+        scalar, nats per token.
+    """
+    logits, values = model(whole_text(ids), with_values=with_values)
+    log_probs = log_distribution(logits, temperature=1.0)
+    loss = -token_logprobs(log_probs, ids[:, 1:].flatten()).mean()
+    return loss if values is None else loss + 0.0 * values.sum()
+
+
+def add_ptx_gradient(
+    accelerator: Accelerator, model: nn.Module, rows: Tensor, *, args: PPOConfig
+) -> Tensor:
+    """The pretraining gradient, times gamma_ptx, into the buffer that PPO's is added to.
+
+    Args:
+        accelerator: of the run; the processes exchange gradients after PPO's.
+        model: as in `ppo_sums`.
+        rows: `(R, T)` token ids of this process.
+        args: of the run.
+
+    Returns:
+        this process's mean loss, nats per token.
+    """
+    total = torch.zeros((), device=accelerator.device)
+    # ZeRO-3 (DeepSpeed 0.19) adds the last step's gradient of a weight that a step's first backward
+    # pass has left out.
+    with_values = is_zero3(accelerator)
+    for ids in rows.to(accelerator.device).split(args.per_device_train_batch_size):
+        with micro_batch(accelerator, model, last=False):
+            loss = ptx_loss(model, ids, with_values=with_values) * len(ids) / len(rows)
+            accelerator.backward(args.ptx_coef * loss)
+        total += loss.detach()
+    return total

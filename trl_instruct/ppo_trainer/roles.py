@@ -1,0 +1,212 @@
+"""The four roles of PPO: policy, reference, reward and value, from what each is to start from."""
+
+import copy
+import os
+from dataclasses import replace
+from itertools import combinations
+from typing import Any, NamedTuple
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig
+
+from trl_instruct.configs import PPOConfig
+from trl_instruct.errors import InputError
+from trl_instruct.models.adapters import is_quantized, with_lora
+from trl_instruct.models.load import ModelSource, load_policy, load_reward_model, model_name
+from trl_instruct.models.sharding import load_whole_models, shares_weights
+from trl_instruct.models.shared_base import SharedBase, classifier_around, view_of
+from trl_instruct.models.tokenizers import check_same_tokens, load_tokenizer
+from trl_instruct.rewards.function import RewardFunction, parts_of
+from trl_instruct.rewards.load import is_python, load_reward, sole_reward
+from trl_instruct.rewards.reward_model import RewardModel
+from trl_instruct.scalar_head import score_head
+
+
+def check_roles(
+    model: nn.Module, ref_model: nn.Module | None, reward_model: Any, value_model: nn.Module
+) -> None:
+    """InputError where one object would be trained in one role and frozen in another."""
+    judges = [
+        p if isinstance(p, nn.Module) else getattr(p, "model", p) for p in parts_of(reward_model)
+    ]
+    roles = [("model", model), ("ref_model", ref_model), ("value_model", value_model)]
+    roles += [("reward_model", judge) for judge in judges]
+    for (name, one), (other, two) in combinations(roles, 2):
+        if one is not None and one is two and name != other:
+            raise InputError(
+                f"{name} and {other} are the same object, and training one would change the other. "
+                f"Load it twice, or pass copy.deepcopy({other}) as {other}."
+            )
+
+
+FROM_POLICY = "policy"
+"""As value_model: the policy itself, with a head of zeros."""
+
+
+VALUE_HEAD = "value_head"
+"""As value_model: a head of zeros on the policy, which is then trained by both losses."""
+
+
+# What a reward model of its own does not take over from the policy's ModelConfig.
+_ITS_OWN: Any = {"use_peft": False, "model_revision": "main", "attn_implementation": None}
+
+
+class Roles(NamedTuple):
+    """Who plays what. `ref_policy` None: a copy of the policy; for a fresh adapter, its base."""
+
+    policy: PreTrainedModel
+    ref_policy: PreTrainedModel | None
+    reward: RewardFunction
+    value: PreTrainedModel
+
+
+def load_roles(
+    model: ModelSource,
+    reward: Any,
+    value: ModelSource | None,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PPOConfig,
+    model_config: ModelConfig,
+) -> Roles:
+    """The four roles: over one base those that are adapters over it, the others by themselves.
+
+    Args:
+        model: what the policy starts from.
+        reward: as in `load_reward`.
+        value: what the value function starts from, `"policy"`, or `"value_head"`; None: the reward
+            model where there is one with the policy's tokenizer, else the policy.
+        tokenizer: the policy's.
+        config: its `share_base`: None, share where possible; True, insist; False, do not.
+        model_config: for the policy, and for the base in all its roles; a reward model of its own
+            gets its precision and quantisation, as in TRL. A value model that is loaded by its name
+            has float32.
+
+    Raises:
+        InputError: as `load_policy` and `load_reward`; `share_base` where it is not possible.
+    """
+    load_whole_models()
+    reward = sole_reward(reward, config.reward_weights)
+    trust, base = {"trust_remote_code": config.trust_remote_code}, None
+    if _shares(model, config, model_config):
+        base = SharedBase(model, model_config, **trust)
+    policy = load_policy(model, model_config, **trust) if base is None else base.policy()
+    # An adapter to go on from is not yet a fresh one: what it was given is the reference.
+    goes_on = base.adapter is not None if base else isinstance(policy, PeftModel)
+    ref_policy = view_of(policy).requires_grad_(False) if goes_on else None
+    judge: Any = load_reward(
+        _over(base, reward, tokenizer, config),
+        tokenizer,
+        weights=config.reward_weights,
+        batch_size=config.local_rollout_forward_batch_size,
+        model_config=replace(model_config, **_ITS_OWN),
+        **trust,
+    )
+    if value is None:
+        value = reward if _reads_alike(judge, tokenizer) else FROM_POLICY
+    if value is reward and (is_python(reward) or isinstance(reward, nn.Module)):
+        value = judge  # what has no folder to be loaded from again
+    if value == VALUE_HEAD:
+        start = _head_on(policy, config, model_config)
+    elif base is not None and value == FROM_POLICY:
+        start = base.fresh_classifier()
+    elif base is not None and base.holds(value):
+        start = base.classifier(value)
+    else:
+        start = _full_value_model(value, model, policy, **trust)
+    roles = Roles(with_lora(policy, model_config), ref_policy, judge, start)
+    if base is not None and config.share_base:
+        _insist(base, roles)
+    return roles
+
+
+def _shares(model: ModelSource, config: PPOConfig, model_config: ModelConfig) -> bool:
+    """Whether roles are to be adapters over one base; InputError where they must and cannot."""
+    faults = {
+        "without use_peft the policy is no adapter": not model_config.use_peft,
+        "TRL's PPOTrainer trains a value model of full size": config.engine == "trl",
+        "the policy is a loaded PeftModel; give its folder": isinstance(model, PeftModel),
+        "the processes share the weights out among them": shares_weights(),
+    }
+    fault = next((told for told, applies in faults.items() if applies), None)
+    if config.share_base and fault:
+        raise InputError(f"share_base is true, but {fault}. Leave share_base out.")
+    return fault is None and config.share_base is not False
+
+
+def _over(
+    base: SharedBase | None, reward: Any, tokenizer: PreTrainedTokenizerBase, config: PPOConfig
+) -> Any:
+    """The reward, those of its models that are adapters over the base loaded there."""
+    if isinstance(reward, list | tuple):
+        return [_over(base, part, tokenizer, config) for part in reward]
+    if base is None or not base.holds(reward):
+        return reward
+    own = load_tokenizer(reward, trust_remote_code=config.trust_remote_code)
+    check_same_tokens(own, tokenizer, (f"The reward model {os.fspath(reward)!r}", "the policy"))
+    size = config.local_rollout_forward_batch_size
+    return RewardModel(base.classifier(reward), own, batch_size=size)
+
+
+def _reads_alike(reward: RewardFunction, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the reward is a model over the policy's tokens."""
+    return isinstance(reward, RewardModel) and reward.tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+def _head_on(
+    policy: PreTrainedModel, config: PPOConfig, model_config: ModelConfig
+) -> PreTrainedModel:
+    """A value model that is a head on the policy; InputError where it cannot be."""
+    if model_config.use_peft or isinstance(policy, PeftModel) or config.engine == "trl":
+        raise InputError(
+            f"value_model_path is {VALUE_HEAD!r}: the value as a head on a policy whose every "
+            "weight trains, with our own engine. With LoRA leave it out: over one base the value "
+            "model costs an adapter."
+        )
+    return classifier_around(policy)
+
+
+def _full_value_model(
+    source: Any, model: ModelSource, policy: PreTrainedModel, **trust: bool
+) -> PreTrainedModel:
+    """A value model of full size: from a reward model, or from the policy with a head of zeros."""
+    if isinstance(source, RewardModel):
+        _check_trainable(source.model)
+        return copy.deepcopy(source.model).requires_grad_(True)
+    if source != FROM_POLICY:
+        value = load_reward_model(source, ModelConfig(), **trust)
+        _check_trainable(value)
+        return value if isinstance(source, nn.Module) else value.requires_grad_(True)
+    plain = not isinstance(policy, PeftModel) and not is_quantized(policy)
+    start = policy if plain else model
+    value = load_reward_model(start, ModelConfig(), fresh_head=True, **trust)
+    score_head(value).weight.data.zero_()
+    return value
+
+
+def _check_trainable(model: nn.Module) -> None:
+    """InputError for a value model's start whose weights are quantised."""
+    if is_quantized(model):
+        raise InputError(
+            "The reward model's weights have 8 or 4 bit, and a value model that starts from them "
+            "could not train. Set value_model_path (`policy`, or the folder of a reward model that "
+            "is not quantised), or give the folder of an adapter over the policy's base as the "
+            "reward."
+        )
+
+
+def _insist(base: SharedBase, roles: Roles) -> None:
+    """InputError where the reward or value model is not over the base."""
+
+    def weights(model: Any) -> nn.Parameter:
+        return model.get_input_embeddings().weight
+
+    judges = [p.model for p in parts_of(roles.reward) if isinstance(p, RewardModel)]
+    for role, one in [("value model", roles.value), *(("reward model", j) for j in judges)]:
+        if weights(one) is not weights(base.model):
+            raise InputError(
+                f"share_base is true, but the {role} from {model_name(one)!r} is no adapter over "
+                f"the policy's base, {base.name!r}. Train it with use_peft from the same model or "
+                "from an adapter over it, or leave share_base out."
+            )

@@ -1,0 +1,268 @@
+"""Completions with their log-probabilities, values and scores: one `Rollout`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+)
+
+from trl_instruct.errors import InputError
+from trl_instruct.generation.logits import (
+    Sequences,
+    at_states,
+    completion_logits,
+    completion_logprobs,
+    join,
+    spread,
+)
+from trl_instruct.logprobs import logprobs_in_parts
+from trl_instruct.models.load import accepted, disable_dropout, unwrapped
+from trl_instruct.padding import right_padded_mask, similar_lengths
+from trl_instruct.scalar_head import keep_weights, score_head, shift_of
+
+
+class ValueModel(nn.Module):
+    """A scalar reward model read at every token: V(s_t) instead of one score at the end.
+
+    The reward model's shift is taken off, as it is off the scores that V predicts.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        """Value after each token: `(B, T)`, float32. Arguments `(B, T)`."""
+        backbone = unwrapped(self.model).base_model
+        hidden = backbone(
+            **accepted(
+                backbone,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+            )
+        ).last_hidden_state
+        return self.read(hidden)
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """Value after each token, `(B, T)`, from the last hidden states `(B, T, H)`."""
+        return score_head(self.model)(hidden).squeeze(-1).float() - shift_of(self.model)
+
+
+class Rollout(NamedTuple):
+    """B episodes. Prompts stand at the right end of their row, completions at the left end.
+
+    prompt_ids `(B, P)`, prompt_lengths `(B,)`; completion_ids `(B, C)`, completion_lengths `(B,)`
+    with the EOS counted, ended `(B,)` True where there is one; logprobs, ref_logprobs, values
+    `(B, C)` per completion token, 0 behind the end; scores `(B,)`, NaN where the reward failed: no
+    token of such an episode counts.
+    """
+
+    prompt_ids: Tensor
+    prompt_lengths: Tensor
+    completion_ids: Tensor
+    completion_lengths: Tensor
+    ended: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    scores: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """`(B, C)` True on completion tokens, EOS included, of episodes that have a score."""
+        return right_padded_mask(self.counted_lengths, self.completion_ids.shape[1])
+
+    @property
+    def counted_lengths(self) -> Tensor:
+        """`(B,)` completion tokens that count: none of an episode without a score."""
+        return self.completion_lengths * self.scored
+
+    @property
+    def scored(self) -> Tensor:
+        """`(B,)` False where the reward failed."""
+        return ~self.scores.isnan()
+
+    @property
+    def lengths(self) -> Tensor:
+        """`(B,)` tokens of prompt and completion."""
+        return self.prompt_lengths + self.completion_lengths
+
+    def select(self, rows: Tensor) -> "Rollout":
+        """The episodes with these indices."""
+        return Rollout(*(field[rows] for field in self))
+
+
+def prompt_batches(
+    num_prompts: int, batch_size: int, num_batches: int, *, seed: int
+) -> Iterator[list[int]]:
+    """Rows of the prompts, a batch at a time; every pass over them is shuffled afresh.
+
+    What a pass leaves over opens the next one, so no prompt is used more than once more often than
+    another.
+
+    >>> batches = list(prompt_batches(3, 2, 3, seed=0))
+    >>> sorted(sum(batches, []))
+    [0, 0, 1, 1, 2, 2]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    queue: list[int] = []
+    for _ in range(num_batches):
+        while len(queue) < batch_size:
+            queue += torch.randperm(num_prompts, generator=generator).tolist()
+        batch, queue = queue[:batch_size], queue[batch_size:]
+        yield batch
+
+
+def check_same_prompts(before: dict[str, int], now: dict[str, int], checkpoint: Path) -> None:
+    """InputError where a run would not take the prompts that the one it goes on with would have.
+
+    Args:
+        before, now: what decides which prompts an iteration takes, by name.
+        checkpoint: for the message.
+    """
+    for name, value in now.items():
+        if before[name] != value:
+            raise InputError(
+                f"The checkpoint {str(checkpoint)!r} was made with {name} {before[name]}, this run "
+                f"has {value}: it would see other prompts than the run it goes on with. Resume "
+                "with the same data and batch sizes, or start the run afresh."
+            )
+
+
+class PolicyAndValue(nn.Module):
+    """The two trained models as one module: what the optimizer sees and processes wrap."""
+
+    policy: PreTrainedModel
+    value: ValueModel
+
+    def __init__(self, policy: PreTrainedModel, value: ValueModel):
+        super().__init__()
+        self.policy = policy
+        self.value = value
+        self.config = policy.config
+
+    def forward(
+        self, sequences: Sequences, with_values: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits `(N, V)` and values `(N,)` in the N states of the sequences, row by row."""
+        with last_hidden_states(self.policy) as seen:
+            logits = completion_logits(self.policy, sequences)
+        if not with_values:
+            return logits, None
+        if self.one_trunk and seen:
+            return logits, at_states(self.value.read(seen[-1]), sequences)
+        return logits, state_values(self.value, sequences)
+
+    @property
+    def one_trunk(self) -> bool:
+        """Whether the value model is a head on the policy: one pass then gives both."""
+        return self.value.model.base_model is self.policy.base_model
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The layers that FSDP shares out one by one, as transformers names them."""
+        models = (self.policy, self.value.model)
+        return sorted({name for model in models for name in model._no_split_modules or ()})
+
+    # TRL asks before it generates with ZeRO-3. In eval mode nothing is computed twice.
+    is_gradient_checkpointing = False
+
+    def touch(self) -> None:
+        """Nothing: see `sharding.find_root`."""
+
+    def gradient_checkpointing_enable(self, checkpoint_kwargs: dict[str, Any] | None) -> None:
+        """Recompute activations of both models in the backward pass.
+
+        Args:
+            checkpoint_kwargs: for `torch.utils.checkpoint.checkpoint`.
+        """
+        for model in (self.policy, self.value.model):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpoint_kwargs)
+
+
+def unify_modes(model: PreTrainedModel) -> None:
+    """Make the model the same function in training as in eval mode: no dropout, no rescaling.
+
+    The policy that is updated would otherwise differ from the one that sampled.
+    """
+    disable_dropout(model)
+    keep_weights(unwrapped(model))
+
+
+@contextmanager
+def last_hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Inside, each pass of the backbone adds its `(B, T, H)`; a model may not call it."""
+    seen: list[Tensor] = []
+    backbone = unwrapped(model).base_model
+    handle = backbone.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.last_hidden_state)
+    )
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def state_values(value: ValueModel, sequences: Sequences) -> Tensor:
+    """Values of the states in which the completions' tokens were chosen: `(N,)`, row by row."""
+    return at_states(value(*sequences[:3]), sequences)
+
+
+def blank_measurements(completion_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprobs, ref_logprobs, values and scores of completions that are still to be measured."""
+    blank = torch.zeros(completion_ids.shape, device=completion_ids.device)
+    return blank, blank, blank, blank[:, 0]
+
+
+@torch.no_grad()
+def measured(
+    rollout: Rollout,
+    model: PolicyAndValue,
+    ref_policy: nn.Module | None,
+    *,
+    temperature: float,
+    batch_size: int,
+) -> Rollout:
+    """The rollout with log-probabilities under policy and reference, and values.
+
+    Args:
+        rollout: B episodes.
+        model: policy and value model.
+        ref_policy: None: the policy is LoRA, and its base the reference.
+        temperature: that of sampling.
+        batch_size: most episodes per forward pass; those of similar length go together.
+    """
+    batches = similar_lengths(rollout.lengths.tolist(), batch_size)
+    order = torch.tensor([row for rows in batches for row in rows])
+    parts = [
+        _measured_at_once(rollout.select(part), model, ref_policy, temperature)
+        for part in order.to(rollout.prompt_ids.device).split([len(rows) for rows in batches])
+    ]
+    back = order.argsort()
+    logprobs, ref_logprobs, values = (torch.cat(p)[back] for p in zip(*parts, strict=True))
+    return rollout._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
+
+
+def _measured_at_once(
+    rollout: Rollout, model: PolicyAndValue, ref_policy: nn.Module | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprobs, ref_logprobs and values of a few episodes: `(B, C)` each."""
+    tokens, completions = rollout[:4], rollout.completion_ids
+    mask = right_padded_mask(rollout.completion_lengths, completions.shape[1])
+    # The class's `forward`: ZeRO-3's hook on a call of the whole waits for the other processes, and
+    # each has its own number of batches here; accelerate's in its place makes all logits float32.
+    read: Any = type(model).forward
+    logits, values = read(model, join(*tokens))
+    logprobs = logprobs_in_parts(logits, completions[mask], temperature=temperature)
+    del logits  # the reference's are as large
+    with model.policy.disable_adapter() if ref_policy is None else nullcontext():
+        reference = ref_policy or model.policy
+        ref_logprobs = completion_logprobs(reference, *tokens, temperature=temperature)
+    return spread(logprobs, mask), ref_logprobs, spread(values, mask)

@@ -1,0 +1,517 @@
+"""PPO as in InstructGPT: the loop reads as the paper."""
+
+import json
+import math
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import TrainOutput
+
+from trl_instruct.configs import PPOConfig
+from trl_instruct.files import write_json
+from trl_instruct.generation.sampling import (
+    decode,
+    eos_token_ids,
+    generate,
+    pad_prompts,
+    prompt_tokens,
+)
+from trl_instruct.models.checkpoints import find_checkpoint, load_weights
+from trl_instruct.models.load import evaluating, reference_of
+from trl_instruct.models.sharding import (
+    check_processes,
+    load_whole_models,
+    micro_batch,
+    prepare_sharing,
+    round_alike,
+    whole_states,
+    whole_weights,
+)
+from trl_instruct.models.tokenizers import check_tokenizer
+from trl_instruct.ppo_trainer.advantages import (
+    adapted_kl_coef,
+    gae,
+    kl_per_token,
+    masked_moments,
+    masked_whiten,
+    token_rewards,
+)
+from trl_instruct.ppo_trainer.curves import LOGGED_SAMPLES, log_samples, sample_text
+from trl_instruct.ppo_trainer.ema import MovingAverage
+from trl_instruct.ppo_trainer.iteration_trainer import LoopTrainer, set_learning_rate
+from trl_instruct.ppo_trainer.metrics import (
+    check_finite,
+    episode_metrics,
+    mean_over_steps,
+    value_metrics,
+)
+from trl_instruct.ppo_trainer.micro_batch import add_ptx_gradient, ppo_sums
+from trl_instruct.ppo_trainer.ptx import PretrainingRows, pretraining_rows
+from trl_instruct.ppo_trainer.roles import check_roles
+from trl_instruct.ppo_trainer.rollout_scores import rollout_scores
+from trl_instruct.ppo_trainer.rollouts import (
+    PolicyAndValue,
+    Rollout,
+    ValueModel,
+    blank_measurements,
+    check_same_prompts,
+    measured,
+    prompt_batches,
+    unify_modes,
+)
+from trl_instruct.rewards.function import (
+    RewardError,
+    RewardFunction,
+    as_completions,
+    as_text,
+    load_states,
+    place_on,
+    states_of,
+)
+from trl_instruct.rewards.reward_model import RewardModel
+from trl_instruct.rewards.tokens import sampled_texts
+
+# What PPO adds to a checkpoint: the value model, the policy's moving average, and the rest.
+VALUE, EMA, PROGRESS = "value_model", "ema.safetensors", "ppo_state.json"
+
+
+class PPOTrainer(LoopTrainer):
+    """Proximal policy optimisation of a language model against a reward (InstructGPT 3.5, C.4).
+
+    One `global_step` is one iteration: sample a rollout batch, score it, compute advantages, take
+    `num_ppo_epochs` passes of `num_mini_batches` optimizer steps over it.
+
+    Args:
+        args: `PPOConfig`.
+        processing_class: the policy's tokenizer; without a pad token, EOS serves.
+        model: the policy; a LoRA-wrapped one trains its adapter.
+        ref_model: frozen reference of the KL penalty; None: a copy of the policy as given, or, for
+            a LoRA policy, its base.
+        reward_model: a function `f(prompts, completions, **columns) -> list[float]`, or a scalar
+            sequence classifier with the policy's tokenizer.
+        train_dataset: column `prompt` (text or messages); further columns reach the reward.
+        value_model: a scalar sequence classifier with the policy's tokenizer; it trains with every
+            weight that is not frozen.
+        ptx_dataset: pretraining text (column `text`) for PPO-ptx, where `ptx_coef` is not 0.
+        gold: a reward that is logged as objective/gold and not trained on: where it falls while
+            the score rises, the policy exploits its reward.
+        callbacks: as in `transformers.Trainer`.
+
+    Raises:
+        InputError: one model in two roles, a tokenizer without EOS, a prompt that is empty or does
+            not fit into the context, messages without a chat template, a reward that returns
+            anything but one finite number per completion, processes as `check_processes` refuses
+            them.
+        FloatingPointError: a loss that is no finite number.
+    """
+
+    args: PPOConfig
+    processing_class: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        args: PPOConfig,
+        processing_class: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        ref_model: PreTrainedModel | None,
+        reward_model: RewardFunction | PreTrainedModel,
+        train_dataset: Dataset,
+        value_model: PreTrainedModel,
+        ptx_dataset: Dataset | IterableDataset | None = None,
+        gold: RewardFunction | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        check_roles(model, ref_model, reward_model, value_model)
+        check_tokenizer(processing_class, model.config._name_or_path)
+        self.ref_model = ref_model or reference_of(model)
+        if isinstance(reward_model, nn.Module):
+            reward_model = RewardModel(reward_model, processing_class)
+        self.reward = reward_model
+        self.gold = gold
+        self.eos_token_ids = eos_token_ids(model, processing_class)
+        unify_modes(model)
+        unify_modes(value_model)
+        super().__init__(
+            model=PolicyAndValue(model, ValueModel(value_model)),
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        check_processes(self.accelerator, [model, value_model], average=args.ema_decay is not None)
+        self._place_frozen_models()
+        self.kl_coef = args.kl_coef
+        self.skipped = 0
+        self.average: MovingAverage | None = None
+        self.pretraining: PretrainingRows | None = None
+        if args.ptx_coef:
+            self.pretraining = pretraining_rows(ptx_dataset, processing_class, args)
+        self.prompts, self.cut_prompts = prompt_tokens(
+            train_dataset["prompt"][:],
+            processing_class,
+            model,
+            max_prompt_length=args.max_prompt_length,
+            response_length=args.response_length,
+        )
+        self.minibatch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        load_whole_models()  # those to come (a checkpoint's, the compared) are no ZeRO-3 shards
+        prepare_sharing(
+            self.accelerator, episodes=self.minibatch_size, max_grad_norm=args.max_grad_norm or 0.0
+        )
+        self.local_batch_size = self.minibatch_size * args.num_mini_batches
+        self.batch_size = self.local_batch_size * self.accelerator.num_processes
+        episodes = args.total_episodes or int(args.num_train_epochs * len(train_dataset))
+        self.num_iterations = math.ceil(episodes / self.batch_size)
+        self.iterations_per_epoch = len(self.prompts) / self.batch_size
+        if args.max_steps > 0:
+            self.num_iterations = args.max_steps
+
+    @property
+    def policy(self) -> PreTrainedModel:
+        """The policy, outside of whatever the processes wrap it in."""
+        return self.accelerator.unwrap_model(self.model).policy
+
+    @property
+    def value_model(self) -> PreTrainedModel:
+        """The value model, outside of whatever the processes wrap it in."""
+        return self.accelerator.unwrap_model(self.model).value.model
+
+    @property
+    def sampler(self) -> dict[str, int]:
+        """What decides which prompts an iteration takes: a resumed run must have the same."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return {"prompts": len(self.prompts), "batch_size": self.batch_size, "seed": seed}
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
+        """Run all iterations; returns the number of iterations and the last metrics.
+
+        Args:
+            resume_from_checkpoint: folder of a checkpoint to go on from, or True for the last
+                whole one in `output_dir`. A run resumed so ends with the weights of a run that was
+                never cut.
+        """
+        self.begin(resume_from_checkpoint)
+        for rows in islice(self.prompt_batches(), self.state.global_step, None):
+            self.begin_iteration()
+            self.started = time.perf_counter()
+            rollout = self.sample(rows)
+            rollout = self.score(rollout, rows)
+            rewards, kl = self.rewards(rollout)
+            advantages, returns = self.advantages(rollout, rewards)
+            stats = self.update(rollout, advantages, returns)
+            metrics = self.report(rollout, kl, returns, stats) | self.second_opinion(rollout, rows)
+            self.adapt_kl_coef(metrics)
+            self.end_iteration(metrics)
+            self.show(rollout, rows)
+            if self.control.should_training_stop:
+                break
+        return self.end_training()
+
+    def prompt_batches(self) -> Iterator[list[int]]:
+        """Rows of the prompt dataset, this process's part of one rollout batch at a time."""
+        first, stride = self.accelerator.process_index, self.accelerator.num_processes
+        sizes = (len(self.prompts), self.batch_size, self.num_iterations)
+        for batch in prompt_batches(*sizes, seed=self.sampler["seed"]):
+            yield batch[first::stride]
+
+    @torch.no_grad()
+    def sample(self, rows: Sequence[int]) -> Rollout:
+        """Completions of these prompts with log-probabilities and values; scores are still 0."""
+        prompts = [self.prompts[row] for row in rows]
+        model = self.accelerator.unwrap_model(self.model)
+        with whole_weights(self.accelerator, self.model_wrapped):
+            with self.accelerator.autocast():
+                completions, lengths, ended = generate(
+                    self.policy,
+                    prompts,
+                    max_new_tokens=self.args.response_length,
+                    eos_token_ids=self.eos_token_ids,
+                    stop_strings=self.args.stop_strings,
+                    tokenizer=self.processing_class,
+                    temperature=self.args.temperature,
+                    batch_size=self.args.local_rollout_forward_batch_size,
+                )
+            prompt_ids, prompt_lengths = pad_prompts(prompts, completions.device)
+            tokens = (prompt_ids, prompt_lengths, completions, lengths, ended)
+            with evaluating(model), self.accelerator.autocast():
+                return measured(
+                    Rollout(*tokens, *blank_measurements(completions)),
+                    model,
+                    self.ref_model,
+                    temperature=self.args.temperature,
+                    batch_size=self.args.local_rollout_forward_batch_size,
+                )
+
+    def score(self, rollout: Rollout, rows: Sequence[int]) -> Rollout:
+        """The rollout with the reward's score of each completion, and what a missing EOS costs.
+
+        Where the reward fails, the run ends with the state before this iteration saved; or, with
+        `on_error: skip`, the score is NaN and the episode has no part in the update.
+        """
+        judged = self.judged(rollout, rows)
+        skip = self.args.on_error == "skip"
+        try:
+            given, self.skipped = rollout_scores(self.reward, *judged, rows=rows, skip=skip)
+        except RewardError as error:
+            told = f"Iteration {self.state.global_step + 1}: {error}"
+            if saved := self.save_last_state():
+                told = f"{told.rstrip('.')}. {saved} holds the run as it was before that: "
+                told += "resume_from_checkpoint goes on from there."
+            raise RewardError(told) from error
+        scores = torch.tensor(given, device=rollout.scores.device)
+        if self.args.missing_eos_penalty is not None:
+            scores = scores - self.args.missing_eos_penalty * ~rollout.ended
+        if self.args.missing_eos_score is not None:
+            keep = rollout.ended | scores.isnan()
+            scores = torch.where(keep, scores, self.args.missing_eos_score)
+        return rollout._replace(scores=scores)
+
+    def judged(self, rollout: Rollout, rows: Sequence[int]) -> tuple[list, list, dict[str, list]]:
+        """What a reward function sees: prompts, completions, further columns."""
+        records = self.train_dataset.select(list(rows))[:]
+        prompts = records.pop("prompt")
+        texts = self.texts(rollout)
+        if not self.cut_prompts and not self.args.stop_strings:  # else a reward reads other text
+            tokens = [self.prompts[row] for row in rows]
+            texts = sampled_texts(texts, prompts, tokens, *rollout[2:5], self.processing_class)
+        return prompts, as_completions(prompts, texts), records
+
+    def second_opinion(self, rollout: Rollout, rows: Sequence[int]) -> dict[str, float]:
+        """The mean score of a judge that is not trained on, over all processes, if there is one.
+
+        Nothing depends on it, so where it fails the run goes on and says so: on some completions,
+        counted in objective/gold_failed; on all, without the metric.
+        """
+        if self.gold is None:
+            return {}
+        judged = self.judged(rollout, rows)
+        try:
+            given, failed = rollout_scores(self.gold, *judged, rows=rows, skip=True)
+        except RewardError as error:
+            warnings.warn(f"Iteration {self.state.global_step + 1}, gold: {error}", stacklevel=2)
+            return {}
+        everywhere = self.accelerator.gather(torch.tensor(given, device=rollout.scores.device))
+        counted = {"objective/gold_failed": failed} if failed else {}
+        return {"objective/gold": float(everywhere.nanmean()), **counted}
+
+    def rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Per-token rewards with the KL penalty inside, and the KL itself: each `(B, C)`."""
+        kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, estimator=self.args.kl_estimator)
+        rewards = token_rewards(
+            rollout.scores, kl, rollout.completion_lengths, kl_coef=self.kl_coef
+        )
+        if self.args.whiten_rewards:
+            rewards = self.whiten(rewards, rollout.mask, shift_mean=False)
+        return rewards, kl
+
+    def advantages(self, rollout: Rollout, rewards: Tensor) -> tuple[Tensor, Tensor]:
+        """Whitened advantages, and returns: each `(B, C)`."""
+        advantages, returns = gae(
+            rewards, rollout.values, rollout.mask, gamma=self.args.gamma, lam=self.args.lam
+        )
+        return self.whiten(advantages, rollout.mask), returns
+
+    def whiten(self, values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+        """Whitened over the tokens of all processes: `(B, C)`."""
+        moments = masked_moments(*self.accelerator.gather((values, mask)))
+        return masked_whiten(values, mask, shift_mean=shift_mean, moments=moments)
+
+    def update(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
+        """The PPO epochs: a fresh shuffle each, one optimizer step a minibatch. Mean statistics."""
+        self.model.train()
+        steps: list[dict[str, float]] = []
+        for part in self.minibatches():
+            episodes = rollout.select(part)
+            if self.skipped and not self.accelerator.reduce(episodes.mask.sum(), "sum"):
+                continue
+            steps.append(self.step(episodes, advantages[part], returns[part]))
+            if steps[-1]["policy/approxkl"] > (self.args.target_kl or math.inf):
+                break
+        return mean_over_steps(steps)
+
+    def minibatches(self) -> Iterator[Tensor]:
+        """Episodes of this process's rollout, a minibatch at a time."""
+        for _ in range(self.args.num_ppo_epochs):
+            yield from torch.randperm(self.local_batch_size).split(self.minibatch_size)
+
+    def step(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
+        """One optimizer step on one minibatch, accumulated over its micro-batches.
+
+        The loss is the mean over all real tokens of the minibatch, in all processes: how it is
+        cut into micro-batches changes nothing.
+        """
+        tokens = self.accelerator.reduce(rollout.mask.sum(), "sum")
+        weight = self.accelerator.num_processes / tokens  # processes average their gradients
+        stats: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=tokens.device))
+        if self.pretraining is not None:
+            stats["loss/ptx"] = self.add_ptx(self.pretraining, len(rollout.scores)) / weight
+        micro_batches = rollout.lengths.argsort().split(self.args.per_device_train_batch_size)
+        for index, part in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            with micro_batch(self.accelerator, self.model_wrapped, last=last):
+                given = (rollout.select(part), advantages[part], returns[part])
+                sums = ppo_sums(self.model_wrapped, *given, args=self.args)
+                loss = sums["loss/policy"] + self.args.vf_coef * sums["loss/value"]
+                self.accelerator.backward(loss * weight)
+            for name, value in sums.items():
+                stats[name] += value.detach()
+        means = {name: self.accelerator.reduce(s, "sum") / tokens for name, s in stats.items()}
+        check_finite(means, self.state.global_step + 1)
+        grad_norm = self.accelerator.clip_grad_norm_(
+            self.model.parameters(), self.args.max_grad_norm or math.inf
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update()
+        means["grad_norm"] = grad_norm
+        return {name: float(value) for name, value in means.items()}
+
+    def add_ptx(self, pretraining: PretrainingRows, episodes: int) -> Tensor:
+        """Add the gradient of the PPO-ptx term for so many episodes; returns its loss."""
+        count = self.args.ptx_rows_per_episode * episodes
+        # Every process reads all texts and keeps its own, so that all stand at the same place.
+        mine, processes = self.accelerator.process_index, self.accelerator.num_processes
+        texts = pretraining.take(count * processes)[mine::processes]
+        return add_ptx_gradient(self.accelerator, self.model_wrapped, texts, args=self.args)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's optimizer; the value function may have a learning rate of its own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.args.value_learning_rate is not None:
+            shared = set(self.policy.parameters())  # by a value head on the policy
+            own = [p for p in self.value_model.parameters() if p not in shared]
+            set_learning_rate(optimizer, own, self.args.value_learning_rate)
+        return optimizer
+
+    def begin(self, resume_from_checkpoint: str | bool | None) -> None:
+        """Start, or take over a checkpoint."""
+        checkpoint = None
+        if resume_from_checkpoint:
+            checkpoint = find_checkpoint(Path(str(self.args.output_dir)), resume_from_checkpoint)
+            load_weights(self.policy, checkpoint)
+            load_weights(self.value_model, checkpoint / VALUE)
+        if self.args.ema_decay is not None:
+            self.average = MovingAverage(self.policy, self.args.ema_decay)
+        if checkpoint is not None:
+            self.take_over(checkpoint)
+        self.begin_training(checkpoint)
+
+    def take_over(self, checkpoint: Path) -> None:
+        """What a checkpoint holds beside the weights and the Trainer's own state."""
+        progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        check_same_prompts(progress["sampler"], self.sampler, checkpoint)
+        self.metrics, self.kl_coef = progress["metrics"], progress["kl_coef"]
+        load_states(self.reward, progress["reward"])
+        if self.pretraining is not None:
+            self.pretraining.load_state(progress["ptx"])
+        if self.average is not None:
+            self.average.load(checkpoint / EMA)
+
+    def report(
+        self, rollout: Rollout, kl: Tensor, returns: Tensor, stats: dict[str, float]
+    ) -> dict[str, Any]:
+        """The iteration's metrics, over the episodes and tokens of all processes."""
+        means = episode_metrics(rollout, kl, kl_coef=self.kl_coef)
+        count = rollout.scored.sum()
+        total = self.accelerator.reduce(count, "sum")
+        means = {n: self.accelerator.reduce(x * count, "sum") / total for n, x in means.items()}
+        means |= value_metrics(*self.accelerator.gather((rollout.values, returns, rollout.mask)))
+        return {
+            **{name: float(mean) for name, mean in means.items()},
+            **stats,
+            **({"objective/skipped": self.skipped} if self.args.on_error == "skip" else {}),
+            "objective/kl_coef": self.kl_coef,
+            "lr": self.lr_scheduler.get_last_lr()[0],
+            "eps": self.batch_size / (time.perf_counter() - self.started),
+            "episode": (self.state.global_step + 1) * self.batch_size,
+        }
+
+    def show(self, rollout: Rollout, rows: Sequence[int]) -> None:
+        """A sampled completion of this iteration, `num_sample_generations` times in a run.
+
+        To a tracker that has tables go some of them.
+        """
+        shows, steps = self.args.num_sample_generations, self.num_iterations
+        step = self.state.global_step
+        due = step * shows // steps > (step - 1) * shows // steps
+        if due and self.is_world_process_zero():
+            first = rollout.select(torch.arange(len(rows))[:LOGGED_SAMPLES])
+            texts, scores = self.texts(first), first.scores.tolist()
+            prompts = self.train_dataset.select(rows[:LOGGED_SAMPLES])["prompt"][:]
+            line = sample_text(step, steps, prompts[0], texts[0], scores[0])
+            tqdm.write(line, file=sys.stdout)
+            columns = {"prompt": list(map(as_text, prompts)), "completion": texts, "score": scores}
+            log_samples(self.args.report_to, {"step": [step] * len(texts), **columns})
+
+    def texts(self, rollout: Rollout) -> list[str]:
+        """The completions without what ended them."""
+        return decode(
+            rollout.completion_ids,
+            rollout.completion_lengths,
+            rollout.ended,
+            self.processing_class,
+            self.args.stop_strings,
+        )
+
+    def adapt_kl_coef(self, metrics: dict[str, Any]) -> None:
+        """beta of the next iteration: as it is, or adapted where the KL has a target."""
+        if self.args.adaptive_kl_target is not None:
+            self.kl_coef = adapted_kl_coef(
+                self.kl_coef,
+                metrics["objective/kl"],
+                target=self.args.adaptive_kl_target,
+                horizon=self.args.adaptive_kl_horizon,
+                episodes=self.batch_size,
+            )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save policy (its moving average, if there is one) and tokenizer: what is deployed.
+
+        A checkpoint holds the policy as it is in training, and all else that the run goes on with.
+        """
+        parts = ("policy", "value.model")
+        policy, value = whole_states(self.accelerator, self.model_wrapped, *parts)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        with nullcontext() if _internal_call or not self.average else self.average.applied():
+            self.policy.save_pretrained(folder, state_dict=policy)
+        self.processing_class.save_pretrained(folder)
+        if _internal_call:
+            self.value_model.save_pretrained(folder / VALUE, state_dict=value)
+            if self.average is not None:
+                self.average.save(folder / EMA)
+            write_json(folder / PROGRESS, self.progress())
+
+    def progress(self) -> dict[str, Any]:
+        """What PPO adds to a checkpoint's trainer_state.json."""
+        ptx = self.pretraining and self.pretraining.state()
+        return {
+            "sampler": self.sampler,
+            "kl_coef": self.kl_coef,
+            "ptx": ptx,
+            "reward": states_of(self.reward),
+            "metrics": self.metrics,
+        }
+
+    def _place_frozen_models(self) -> None:
+        if self.ref_model is not None:
+            unify_modes(self.ref_model)
+            self.ref_model.eval().requires_grad_(False).to(self.accelerator.device)
+            round_alike(self.accelerator, self.ref_model)
+        place_on(self.reward, self.accelerator.device)
+        if self.gold is not None:
+            place_on(self.gold, self.accelerator.device)

@@ -1,0 +1,162 @@
+"""K completions per prompt from a policy: what a labeler ranks."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase, set_seed
+from trl import ModelConfig
+
+from trl_instruct.console import progress_bar
+from trl_instruct.data.records import load_prompts
+from trl_instruct.errors import InputError
+from trl_instruct.files import written_at_once
+from trl_instruct.generation.sampling import prompt_tokens, sample_several
+from trl_instruct.models.load import ModelSource, load_policy, model_name
+from trl_instruct.models.tokenizers import check_tokenizer, load_tokenizer
+from trl_instruct.rewards.function import RewardFunction, as_completions, call_reward, place_on
+from trl_instruct.rewards.load import load_reward
+from trl_instruct.tiny import SimulatedLabeler
+
+Labeler = Callable[[Sequence[float]], Sequence[float]]
+
+
+def sample_candidates(
+    policy: ModelSource,
+    prompts: Any,
+    output_file: str | os.PathLike,
+    *,
+    num_candidates: int = 4,
+    response_length: int = 53,
+    max_prompt_length: int | None = None,
+    temperature: float = 1.0,
+    stop_strings: Sequence[str] | None = None,
+    gold: Any = None,
+    labeler: Labeler | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    split: str = "train",
+    processing_class: PreTrainedTokenizerBase | None = None,
+    model_config: ModelConfig | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, int]:
+    """Draw K completions per prompt into a file that is ready to be ranked (InstructGPT 3.5).
+
+    Each line holds `prompt`, `responses` and an empty `ranks` that a person fills in (1 = best,
+    equal = tie); the prompt's further columns stay. With `gold`, a simulated labeler gives
+    `scores` instead, and `gold_scores` keeps what it would say without noise.
+
+    Args:
+        policy: usually the SFT model.
+        prompts: prompt records.
+        output_file: a .jsonl path.
+        num_candidates: K; the paper's labelers saw 4 to 9.
+        response_length: longest completion, tokens.
+        max_prompt_length: longer prompts lose their beginning; None: they are an error.
+        temperature: sampling temperature.
+        stop_strings: texts that end a completion, beside EOS; they do not stand in it.
+        gold: what the simulated labeler goes by: a reward, as in `load_reward`.
+        labeler: gold scores of one prompt's candidates -> its own scores; default: gaussian noise
+            at which two labelers agree on 73 % of pairs.
+        seed: of sampling and labeler.
+        batch_size: completions per forward pass.
+        split: split of the prompts.
+        processing_class: the policy's tokenizer, where it does not lie beside it.
+        model_config: how to load the policy: dtype, `load_in_8bit`, ...
+        trust_remote_code: whether models from the Hub may bring code of their own.
+
+    Returns:
+        Counts: prompts, prompts_cut (at max_prompt_length), responses, empty (completions without
+        text, not given), duplicates (equal completions of a prompt are given once) and
+        prompts_left_out (fewer than two are left: nothing to rank).
+
+    Raises:
+        InputError: num_candidates below 2, bad prompts, no policy there, or a tokenizer without
+            EOS.
+    """
+    _check_request(policy, prompts, num_candidates, temperature)
+    records = load_prompts(prompts, split)
+    trust: Any = {"trust_remote_code": trust_remote_code}
+    model = load_policy(policy, model_config or ModelConfig(), **trust).to(PartialState().device)
+    own = processing_class or load_tokenizer(policy, **trust)
+    tokenizer = check_tokenizer(own, model_name(policy))
+    token_lists, cut = prompt_tokens(
+        records["prompt"][:],
+        tokenizer,
+        model,
+        max_prompt_length=max_prompt_length,
+        response_length=response_length,
+    )
+    if gold is not None:
+        gold = load_reward(gold, tokenizer, batch_size=batch_size, **trust)
+        place_on(gold, model.device)
+        labeler = labeler or SimulatedLabeler(seed=seed).label
+    set_seed(seed)
+    counts = {"prompts": len(records), "prompts_cut": cut}
+    counts |= dict.fromkeys(("responses", "empty", "duplicates", "prompts_left_out"), 0)
+    total = len(records) * num_candidates
+    with (
+        progress_bar("candidates", total, unit="text") as bar,
+        written_at_once(Path(output_file)) as file,
+    ):
+        several = sample_several(
+            model,
+            tokenizer,
+            token_lists,
+            num_candidates,
+            max_new_tokens=response_length,
+            stop_strings=stop_strings,
+            temperature=temperature,
+            batch_size=batch_size,
+            progress=bar.update,
+        )
+        for record, drawn in zip(records, several, strict=True):
+            ranking = _ranking(record, drawn, gold, labeler, counts)
+            if ranking is not None:
+                file.write(json.dumps(ranking, ensure_ascii=False) + "\n")
+    return counts
+
+
+def _check_request(
+    policy: ModelSource | None, prompts: Any, num_candidates: int, temperature: float
+) -> None:
+    """InputError where something is missing, or there would be nothing to rank."""
+    if num_candidates < 2:
+        raise InputError(f"num_candidates is {num_candidates}; a ranking needs at least 2.")
+    if temperature <= 0:
+        raise InputError(
+            f"temperature is {temperature}; candidates are sampled, it must be above 0."
+        )
+    if policy is None:
+        raise InputError("No model was given: set model_name_or_path to a Hub id or a folder.")
+    if prompts is None:
+        raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
+
+
+def _ranking(
+    record: dict[str, Any],
+    drawn: list[str],
+    gold: RewardFunction | None,
+    labeler: Labeler | None,
+    counts: dict[str, int],
+) -> dict[str, Any] | None:
+    """One ranking-ready record, or None (counted) where there is nothing to rank."""
+    written = [text for text in drawn if text.strip()]
+    distinct = list(dict.fromkeys(written))
+    counts["empty"] += len(drawn) - len(written)
+    counts["duplicates"] += len(written) - len(distinct)
+    if len(distinct) < 2:
+        counts["prompts_left_out"] += 1
+        return None
+    counts["responses"] += len(distinct)
+    prompt = record["prompt"]
+    responses = as_completions([prompt] * len(distinct), distinct)
+    if gold is None or labeler is None:
+        return {**record, "responses": responses, "ranks": None}
+    columns = {k: [v] * len(distinct) for k, v in record.items() if k != "prompt"}
+    gold_scores = call_reward(gold, [prompt] * len(distinct), responses, columns)
+    scores = list(labeler(gold_scores))
+    return {**record, "responses": responses, "scores": scores, "gold_scores": gold_scores}

@@ -1,0 +1,76 @@
+"""The chain of stages behind a folder, as the folders tell it: config, metrics, logs of each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from transformers.trainer import TRAINER_STATE_NAME
+
+from trl_instruct.errors import InputError
+from trl_instruct.files import CONFIG_FILE, METRICS_FILE, read_json, read_metrics
+
+STAGES = ("pretrain", "sft", "candidates", "rm", "ppo")
+
+
+class StageRun(NamedTuple):
+    """A stage that has run: its folder, resolved options, metrics, and logs, the oldest first."""
+
+    folder: Path
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    logs: list[dict[str, Any]]
+
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """Step and value of each log that has the metric."""
+        return [(log["step"], log[name]) for log in self.logs if name in log]
+
+
+def read_chain(folder: str | os.PathLike) -> dict[str, StageRun]:
+    """The finished stage in a folder and those it came from, by name, in the order they ran.
+
+    Which stage came from which stands in their configs: the model, the reward model, the data. Of
+    several stages of one name the nearest counts; what lies elsewhere by now is left out.
+
+    Raises:
+        InputError: no finished stage there.
+    """
+    path = Path(folder)
+    if not _is_finished(path):
+        raise InputError(
+            f"{str(path)!r} holds no finished stage: {CONFIG_FILE} and {METRICS_FILE} are needed. "
+            "Give the output_dir of sft, rm or ppo."
+        )
+    found: dict[str, StageRun] = {}
+    waiting, seen = [path], set()
+    while waiting:
+        path = waiting.pop(0)
+        if path.resolve() in seen or not _is_finished(path):
+            continue
+        seen.add(path.resolve())
+        run = _read(path)
+        found.setdefault(run.metrics.get("stage", ""), run)
+        waiting += _came_from(run.config)
+    return {name: found[name] for name in STAGES if name in found}
+
+
+def _is_finished(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (CONFIG_FILE, METRICS_FILE))
+
+
+def _read(folder: Path) -> StageRun:
+    config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    logs = read_json(folder / TRAINER_STATE_NAME).get("log_history", [])
+    return StageRun(folder, config, read_metrics(folder), logs)
+
+
+def _came_from(config: dict[str, Any]) -> Iterator[Path]:
+    """Folders that a config names."""
+    for name in ("model_name_or_path", "reward_model_path"):
+        if isinstance(config.get(name), str):
+            yield Path(config[name])
+    if isinstance(config.get("dataset_name"), str):
+        yield Path(config["dataset_name"]).parent

@@ -1,0 +1,247 @@
+"""Options as a user gives them: checked against the stage's dataclass, resolved, written down."""
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from enum import Enum
+from numbers import Integral, Real
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import TrainingArguments
+from trl import ModelConfig
+
+from trl_instruct.configs import StageConfig
+from trl_instruct.data.sources import kind_of, name_of
+from trl_instruct.errors import InputError
+
+Config = TypeVar("Config", bound=StageConfig)
+
+
+# Secrets; what holds for one machine or call only; newer transformers' second names of options.
+NOT_SAVED = {
+    "hub_token",
+    "push_to_hub_token",
+    "accelerator_config",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+}
+
+
+def resolve(
+    config_class: type[Config],
+    config: Config | None,
+    model_config: ModelConfig | None,
+    options: dict[str, Any],
+) -> tuple[Config, ModelConfig]:
+    """The stage's config and TRL's ModelConfig, from objects or from keyword options.
+
+    Args:
+        config_class: the stage's dataclass.
+        config, model_config: ready objects (copied, since a stage completes them), or None.
+        options: field names of either dataclass with their values; not together with `config`.
+
+    Raises:
+        InputError: an option that neither dataclass has, or of another type; a value the library
+            refuses; options beside a ready config.
+    """
+    if config is not None:
+        if options:
+            raise InputError(
+                f"config= and the options {sorted(options)} were both given; set them in it."
+            )
+        return copy.copy(config), copy.copy(model_config) if model_config else ModelConfig()
+    options = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
+    check_names(options, config_class)
+    check_types(options, config_class)
+    stage_fields = field_types(config_class)
+    model_options = {k: v for k, v in options.items() if k not in stage_fields}
+    if model_config is not None and model_options:
+        raise InputError(
+            f"model_config= and the options {sorted(model_options)} were both given; set them in "
+            "it."
+        )
+    with option_errors():
+        config = config_class(**{k: v for k, v in options.items() if k in stage_fields})
+        return config, copy.copy(model_config) if model_config else ModelConfig(**model_options)
+
+
+def field_types(config_class: type) -> dict[str, Any]:
+    """The options that a dataclass takes, with their types."""
+    types = get_type_hints(config_class)
+    return {f.name: types[f.name] for f in dataclasses.fields(config_class) if f.init}
+
+
+def check_names(names: Iterable[str], config_class: type[StageConfig], where: str = "") -> None:
+    """InputError for a name that is no option of the stage, with the nearest that is, or why not.
+
+    `where` is the file they stand in, for the message.
+    """
+    known = {**field_types(ModelConfig), **field_types(config_class)}
+    for name in names:
+        if name in config_class.REFUSED:
+            raise InputError(f"{where}{name} is no option here: {config_class.REFUSED[name]}")
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"{where}Unknown option {name!r} for {config_class.__name__}.{hint}")
+
+
+def check_types(options: dict[str, Any], config_class: type, where: str = "") -> None:
+    """InputError for a value that is not of its option's type. Arguments as `check_names`."""
+    known = {**field_types(ModelConfig), **field_types(config_class)}
+    known["resume_from_checkpoint"] = str | bool | None  # as Trainer.train takes it
+    for name, value in options.items():
+        if not _fits(value, known[name]):
+            kind = getattr(known[name], "__name__", str(known[name]).replace("typing.", ""))
+            raise InputError(f"{where}{name} is {kind_of(value)}; {kind} is needed.")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type, as far as option types go."""
+    origin = get_origin(kind)
+    if kind is Any or kind is None:
+        return kind is Any or value is None
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    if origin is Literal:
+        return value in get_args(kind)
+    if origin is list:
+        return isinstance(value, list | tuple | str)  # one item stands for a list of it
+    if kind in (int, float):
+        number = Integral if kind is int else Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    if isinstance(kind, type) and issubclass(kind, Enum) and isinstance(value, str):
+        return value in [member.value for member in kind]
+    return isinstance(value, origin or kind)
+
+
+def named_sources(sources: Iterable[str], what: str) -> dict[str, str]:
+    """Models or rewards by name, from texts `name=source` or a source alone, named by its end.
+
+    Args:
+        sources: as a user lists them.
+        what: what they are, for the message.
+
+    Raises:
+        InputError: two of one name.
+
+    >>> named_sources(["base=gpt2", "runs/mine/sft/", "rewards.py:brevity"], "models")
+    {'base': 'gpt2', 'sft': 'runs/mine/sft/', 'brevity': 'rewards.py:brevity'}
+    """
+    found: dict[str, str] = {}
+    for text in sources:
+        match = re.fullmatch(r"([^/=:]+)=(.+)", text)
+        source = match[2] if match else text
+        last = source.rstrip("/").rpartition("/")[2]
+        name = match[1] if match else last.rpartition(".py:")[2]
+        if name in found:
+            raise InputError(
+                f"Two of the {what} are called {name!r}: {found[name]} and {source}. Give names of "
+                f"your own, as in {name}_2={source}."
+            )
+        found[name] = source
+    return found
+
+
+@contextlib.contextmanager
+def option_errors() -> Iterator[None]:
+    """Turn what the libraries say about their own options into an `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{error.doc!r} is no JSON object, as an option needs: {error}."
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise InputError(" ".join(str(error).split())) from error
+
+
+def save_config(path: Path, config: StageConfig, model_config: ModelConfig) -> None:
+    """Write the resolved options as YAML that `--config` reads back to an equal config.
+
+    Every option of the stage stands in it; of the hundred and more of transformers, and of
+    ModelConfig, those that differ from the library's default here or in TRL's own dataclass.
+    """
+    values = {**dataclasses.asdict(model_config), **config.to_dict()}
+    # to_dict hides tokens; these two are no secrets.
+    values |= {k: getattr(config, k) for k in ("eos_token", "pad_token") if hasattr(config, k)}
+    library, own = (
+        {f.name: f.default for kind in kinds for f in dataclasses.fields(kind)}
+        for kinds in ((TrainingArguments, ModelConfig), (ModelConfig, type(config)))
+    )
+    resolved = {
+        name: value
+        for name, value in values.items()
+        if name not in NOT_SAVED
+        and value != []
+        and (
+            value != own[name]
+            or (value is not None and own[name] != library.get(name, dataclasses.MISSING))
+        )
+    }
+    path.write_text(yaml.safe_dump(resolved, sort_keys=True, allow_unicode=True), encoding="utf-8")
+
+
+def stage_options(
+    config_class: type[Config],
+    config: Config | None,
+    model_config: ModelConfig | None,
+    output_dir: str | os.PathLike | None,
+    dataset: Any,
+    options: dict[str, Any],
+    *,
+    trains: bool = True,
+) -> tuple[Config, ModelConfig]:
+    """The stage's options from either form, checked for what every stage (that trains) needs."""
+    if output_dir is not None and config is None:
+        options = {**options, "output_dir": output_dir}
+    config, model_config = resolve(config_class, config, model_config, options)
+    if output_dir is not None:
+        config.output_dir = os.fspath(output_dir)
+    if dataset is None:
+        raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
+    config.dataset_name = name_of(dataset) or config.dataset_name
+    if trains:
+        _check_trainable(config, model_config)
+    return config, model_config
+
+
+def _check_trainable(config: StageConfig, model_config: ModelConfig) -> None:
+    """InputError where nothing could be trained, or on one of several GPUs alone."""
+    frozen = model_config.load_in_8bit or model_config.load_in_4bit
+    if frozen and not model_config.use_peft:
+        raise InputError(
+            "load_in_8bit and load_in_4bit freeze the weights, so there would be nothing to train. "
+            "Set use_peft as well to train a LoRA adapter."
+        )
+    if config.n_gpu > 1:
+        raise InputError(
+            f"{config.n_gpu} GPUs are there and one process, which trains on one of them. Start it "
+            "with accelerate launch (make LAUNCH='accelerate launch') to use all, or set "
+            "CUDA_VISIBLE_DEVICES to the one to use."
+        )
+    if model_config.attn_implementation == "flex_attention" and config.device.type == "cpu":
+        raise InputError(
+            "attn_implementation is flex_attention, which torch gives no backward pass on CPU, so "
+            "that nothing could be trained. Leave it out there; on a GPU it trains."
+        )
+
+
+def named_source(given: Any, config: StageConfig, option: str = "eval_dataset_name") -> Any:
+    """A dataset from the argument or, by name, from the config; the config then names it."""
+    if given is None:
+        return getattr(config, option)
+    setattr(config, option, name_of(given))
+    return given

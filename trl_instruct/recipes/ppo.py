@@ -1,0 +1,157 @@
+"""Stage 3, PPO: load -> train -> save."""
+
+import os
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import ModelConfig
+
+from trl_instruct.configs import PPOConfig
+from trl_instruct.data.records import load_prompts, load_texts, openings
+from trl_instruct.data.sources import name_of
+from trl_instruct.errors import InputError
+from trl_instruct.generation.sampling import unused_sampling
+from trl_instruct.models.load import ModelSource
+from trl_instruct.models.tokenizers import check_vocabulary
+from trl_instruct.ppo_trainer import curves as ppo_report
+from trl_instruct.ppo_trainer.roles import Roles, load_roles
+from trl_instruct.ppo_trainer.rollout_scores import reward_counts
+from trl_instruct.ppo_trainer.trainer import PPOTrainer
+from trl_instruct.ppo_trainer.upstream import upstream_trainer
+from trl_instruct.recipes.memory import Work, memory_table
+from trl_instruct.recipes.options import stage_options
+from trl_instruct.recipes.stage import (
+    StageResult,
+    stage,
+    starting_point,
+)
+from trl_instruct.rewards.function import RewardFunction, parts_of
+from trl_instruct.rewards.load import Reward, load_reward
+
+
+def ppo(
+    model: ModelSource,
+    reward: Reward,
+    dataset: Any,
+    output_dir: str | os.PathLike | None = None,
+    *,
+    ptx_dataset: Any = None,
+    value_model: ModelSource | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    config: PPOConfig | None = None,
+    model_config: ModelConfig | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+    **options: Any,
+) -> StageResult:
+    """Stage 3: optimise the policy against the reward (InstructGPT 3.5, C.4).
+
+    Args:
+        model: the SFT result; also the frozen reference of the KL penalty.
+        reward: a reward model (folder, Hub id, loaded model, result of `rm`), a function
+            `f(prompts, completions, **columns) -> list[float]`, an adapter, `"tiny"`, the rest of
+            what `load_reward` takes, or a list of these, summed with `reward_weights`.
+        dataset: prompts (`prompt`; further columns reach the reward), or with `opening_length`
+            texts (`text`) whose openings they are; named as in `sft`.
+        output_dir: folder for the policy.
+        ptx_dataset: pretraining text (`text`) for PPO-ptx, named as in `sft`; with `ptx_coef`.
+        value_model: what the value function starts from: a reward model, or `"policy"` (with a
+            head of zeros); `"value_head"`: a head on the policy itself; default: the reward model
+            where it has the policy's tokenizer, else the policy.
+        processing_class, config, model_config, callbacks, options: as in `sft`, with `PPOConfig`.
+
+    Returns:
+        The folder, with the last iteration's metrics, cut_prompts, reward_truncated (texts that a
+        reward model's context has cut) and reward_unparsable (a judge's answers without a score)
+        where there are any, and seconds.
+
+    Raises:
+        InputError: as `sft`; also a reward that returns anything but one finite number per
+            completion.
+    """
+    config, model_config = stage_options(
+        PPOConfig, config, model_config, output_dir, dataset, options
+    )
+    trainer_class = upstream_trainer(config) if config.engine == "trl" else PPOTrainer
+    config.reward_model_path = _reward_names(reward) or config.reward_model_path
+    records = load_texts if config.opening_length else load_prompts
+    prompts = records(dataset, config.dataset_train_split)
+    texts = _pretraining_texts(ptx_dataset, config)
+    with stage("ppo", config, model_config) as run:
+        base, tokenizer = starting_point(run, model, processing_class)
+        if config.opening_length:
+            prompts = openings(prompts, tokenizer, config.opening_length)
+        value = value_model or config.value_model_path
+        roles = load_roles(base, reward, value, tokenizer, config, model_config)
+        check_vocabulary(tokenizer, roles.policy)
+        if unused := unused_sampling(roles.policy):
+            told = ", ".join(f"{name} {value}" for name, value in unused.items())
+            run.say(f"the model's own sampling settings are not used: {told}")
+        trainer = trainer_class(
+            args=config,
+            processing_class=tokenizer,
+            model=roles.policy,
+            ref_model=roles.ref_policy,
+            reward_model=roles.reward,
+            train_dataset=prompts,
+            value_model=roles.value,
+            ptx_dataset=texts,
+            gold=_gold(config, tokenizer),
+            callbacks=callbacks,
+        )
+        if trainer.cut_prompts:
+            run.say(f"{trainer.cut_prompts} of {len(prompts)} prompts were cut from the left")
+        run.say(memory_table(*_roles_and_passes(roles, trainer), config))
+        labels = {"score": "objective/scores", "kl": "objective/kl", "length": "objective/length"}
+        output = run.train(trainer, labels)
+        if run.is_main:
+            ppo_report.draw(trainer.state.log_history, run.folder / ppo_report.FIGURE)
+        metrics = {**output.metrics, "cut_prompts": trainer.cut_prompts}
+        for name, count in reward_counts(roles.reward).items():
+            if count:
+                run.say(f"{count} of the texts that the reward was given were {name}")
+                metrics[f"reward_{name}"] = count
+        return run.finish(trainer, metrics)
+
+
+def _gold(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> RewardFunction | None:
+    """The judge that nothing is trained on, if there is one."""
+    if config.gold is None:
+        return None
+    return load_reward(config.gold, tokenizer, trust_remote_code=config.trust_remote_code)
+
+
+def _roles_and_passes(roles: Roles, trainer: Any) -> tuple[dict[str, nn.Module | None], list[Work]]:
+    """What PPO holds, and the passes that take turns: updates and rollouts."""
+    args, held = trainer.args, {"policy": roles.policy, "ref_policy": trainer.ref_model}
+    held["value"] = roles.value
+    judges = [getattr(part, "model", None) for part in parts_of(roles.reward)]
+    for number, judge in enumerate((j for j in judges if isinstance(j, nn.Module)), start=1):
+        held["reward" if number == 1 else f"reward {number}"] = judge
+    length = max(map(len, trainer.prompts)) + args.response_length
+    shape = {"length": length, "predicted": args.response_length}
+    update = Work(args.per_device_train_batch_size, **shape, models=2)
+    return held, [update, Work(args.local_rollout_forward_batch_size, **shape, backward=False)]
+
+
+def _reward_names(reward: Any) -> Any:
+    """How the config names the reward; None where one of them lives in memory only."""
+    if not isinstance(reward, list | tuple):
+        return name_of(reward)
+    names = [name for part in reward if (name := name_of(part))]
+    return names if len(names) == len(reward) else None
+
+
+def _pretraining_texts(dataset: Any, config: PPOConfig) -> Dataset | IterableDataset | None:
+    """What PPO-ptx mixes in. InputError where text was given and no weight for it."""
+    config.ptx_dataset_name = name_of(dataset) or config.ptx_dataset_name
+    source = config.ptx_dataset_name if dataset is None else dataset
+    if source is None:
+        return None
+    if not config.ptx_coef:
+        raise InputError(
+            f"Pretraining text was given ({config.ptx_dataset_name or 'ptx_dataset'}), but "
+            "ptx_coef is 0, so that it would not be used; the paper's is 27.8."
+        )
+    return load_texts(source, config.ptx_dataset_split, streaming=config.ptx_streaming)

@@ -1,0 +1,197 @@
+"""Stage 0: a small base model from scratch, where no pretrained one is to be had."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DataCollatorForLanguageModeling,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Trainer,
+)
+from trl import ModelConfig
+
+from trl_instruct.configs import PretrainConfig
+from trl_instruct.data.records import load_texts
+from trl_instruct.data.sources import kind_of, name_of
+from trl_instruct.errors import InputError
+from trl_instruct.files import METRICS_FILE
+from trl_instruct.models.load import context_length
+from trl_instruct.padding import length_batches
+from trl_instruct.recipes.options import resolve
+from trl_instruct.recipes.stage import StageResult, stage
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+TINY_OPTIONS = Path(__file__).parents[1] / "tiny" / "pretrain.yaml"
+
+
+def pretrain(
+    dataset: Any,
+    output_dir: str | os.PathLike | None = None,
+    *,
+    config: PretrainConfig | None = None,
+    **options: Any,
+) -> StageResult:
+    """Train a byte-level BPE tokenizer and a language model on plain text.
+
+    Args:
+        dataset: records with a `text` column, named as in `sft`.
+        output_dir: folder for the base model.
+        config, options: `PretrainConfig` or its fields (architecture, vocab_size, ...).
+
+    Raises:
+        InputError: bad records, an unknown architecture or option, an output_dir that is taken.
+    """
+    if output_dir is not None and config is None:
+        options["output_dir"] = output_dir
+    config, _ = resolve(PretrainConfig, config, None, options)
+    if output_dir is not None:
+        config.output_dir = os.fspath(output_dir)
+    if dataset is None:
+        raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
+    config.dataset_name = name_of(dataset) or config.dataset_name
+    texts = load_texts(dataset, config.dataset_train_split)
+    with stage("pretrain", config, ModelConfig()) as run:
+        tokenizer = train_tokenizer(texts["text"][:], config.vocab_size, config.max_length)
+        model = model_from_scratch(config, tokenizer)
+        trainer = Trainer(
+            model=model,
+            args=config,
+            train_dataset=tokenize_texts(texts, tokenizer, config),
+            processing_class=tokenizer,
+            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        )
+        output = run.train(trainer, {"loss": "loss"})
+        parameters = sum(p.numel() for p in model.parameters())
+        return run.finish(trainer, {"train_loss": output.training_loss, "parameters": parameters})
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerBase:
+    """Byte-level BPE (as GPT-2's) with an EOS and a pad token of their own.
+
+    Args:
+        texts: what to learn the merges from.
+        vocab_size: special tokens and the 256 bytes included.
+        max_length: longest sequence the tokenizer announces.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # A text may hold several documents; the EOS between them is no text to learn merges from.
+    documents = (document for text in texts for document in text.split(EOS))
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=max_length,
+    )
+
+
+def tokenize_texts(
+    texts: Dataset, tokenizer: PreTrainedTokenizerBase, config: PretrainConfig
+) -> Dataset:
+    """Token rows with an EOS behind each text: one text a row, or packed into full blocks.
+
+    Raises:
+        InputError: a text longer than max_length where texts are not packed.
+    """
+
+    def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        rows = tokenizer([text + tokenizer.eos_token for text in batch["text"]])["input_ids"]
+        if config.packing:
+            return {"input_ids": _blocks(rows, config.max_length)}
+        longest = max(rows, key=len)
+        if len(longest) > config.max_length:
+            raise InputError(
+                f"A text is {len(longest)} tokens long and max_length is {config.max_length}: "
+                f"{tokenizer.decode(longest)[:60]!r}... Raise max_length, or set packing."
+            )
+        return {"input_ids": rows}
+
+    rows = texts.map(
+        tokenize, batched=True, remove_columns=texts.column_names, desc="tokenizing texts"
+    )
+    if config.packing:
+        return rows
+    lengths = [len(row) for row in rows["input_ids"]]
+    config.train_sampling_strategy = "sequential"  # the order is drawn here
+    return rows.select(length_batches(lengths, config.train_batch_size, seed=config.seed))
+
+
+def _blocks(rows: list[list[int]], size: int) -> list[list[int]]:
+    """The rows end to end, cut into blocks; the last one may be shorter."""
+    stream = [token for row in rows for token in row]
+    return [stream[start : start + size] for start in range(0, len(stream), size)]
+
+
+def model_from_scratch(
+    config: PretrainConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """A randomly initialised causal language model of the configured architecture.
+
+    Raises:
+        InputError: an unknown architecture; a field that its config does not have, or refuses; a
+            context shorter than max_length.
+    """
+    kwargs = config.architecture_kwargs or {}
+    kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
+    if not isinstance(kwargs, dict):
+        raise InputError(f"architecture_kwargs is {kind_of(kwargs)}; {{field: value}} is needed.")
+    defaults = _architecture(config)
+    unknown = [name for name in kwargs if not hasattr(defaults, name)]
+    if unknown:
+        raise InputError(
+            f"architecture_kwargs: the config of {config.architecture} has no {unknown[0]!r}."
+        )
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    sizes = {"vocab_size": len(tokenizer), "bos_token_id": None}
+    model = AutoModelForCausalLM.from_config(_architecture(config, **sizes, **special, **kwargs))
+    context = context_length(model)
+    if context is not None and context < config.max_length:
+        raise InputError(
+            f"max_length is {config.max_length}, but the architecture's context is {context} "
+            "tokens; lower max_length, or raise max_position_embeddings in architecture_kwargs."
+        )
+    return model
+
+
+def _architecture(config: PretrainConfig, **fields: Any) -> PretrainedConfig:
+    """The architecture's config with these fields and its defaults."""
+    try:
+        return AutoConfig.for_model(config.architecture, **fields)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        if not fields:
+            raise InputError(
+                f"architecture {config.architecture!r} is no model type of transformers; use "
+                "llama, gpt2, gpt_neox, qwen3, opt, ..."
+            ) from error
+        raise InputError(f"architecture_kwargs: {' '.join(str(error).split())}") from error
+
+
+def tiny_base(folder: Path, **options: Any) -> StageResult:
+    """The embedded tiny default: made where it is missing, else used as it lies there."""
+    if (folder / METRICS_FILE).is_file():
+        return StageResult(folder)
+    defaults = yaml.safe_load(TINY_OPTIONS.read_text(encoding="utf-8"))
+    dataset = defaults.pop("dataset_name")
+    replaced = {"output_dir": str(folder), "overwrite_output_dir": True}  # where it was cut short
+    return pretrain(dataset, **{**defaults, **options, **replaced})

@@ -1,0 +1,172 @@
+"""Stage 2, the reward model: load -> train -> measure -> save."""
+
+import math
+import os
+from dataclasses import asdict
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import ModelConfig
+
+from trl_instruct.configs import RewardConfig
+from trl_instruct.data.preferences import (
+    Preferences,
+    as_rankings,
+    count_pairs,
+    load_preferences,
+    most_responses,
+)
+from trl_instruct.errors import InputError
+from trl_instruct.models.adapters import (
+    CLASSIFIER,
+    keep_float32,
+    new_adapter_config,
+    trained_weights,
+)
+from trl_instruct.models.load import ModelSource, load_reward_model
+from trl_instruct.models.tokenizers import check_vocabulary
+from trl_instruct.recipes.memory import Work, memory_table
+from trl_instruct.recipes.options import named_source, stage_options
+from trl_instruct.recipes.stage import (
+    Stage,
+    StageResult,
+    check_chat_template,
+    stage,
+    starting_point,
+    within_context,
+)
+from trl_instruct.reward_trainer.evaluation import evaluate_reward, pair_accuracy
+from trl_instruct.reward_trainer.tables import FIGURE, draw, render
+from trl_instruct.reward_trainer.trainer import RankingRewardTrainer
+from trl_instruct.rewards.reward_model import RewardModel
+from trl_instruct.scalar_head import save_beside_adapter
+
+
+def rm(
+    model: ModelSource,
+    dataset: Any,
+    output_dir: str | os.PathLike | None = None,
+    *,
+    eval_dataset: Any = None,
+    demonstrations: Any = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    config: RewardConfig | None = None,
+    model_config: ModelConfig | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+    **options: Any,
+) -> StageResult:
+    """Stage 2: train a reward model from rankings (InstructGPT 3.5, C.2).
+
+    All C(K,2) comparisons of a ranking, ties dropped, are one batch element.
+
+    Args:
+        model: usually the SFT result; its unembedding is replaced by a scalar head.
+        dataset: rankings (`prompt`, `responses` and `ranks` or `scores`, or best first), or pairs
+            (`prompt`, `chosen`, `rejected`); named as in `sft`.
+        output_dir: folder for the reward model.
+        eval_dataset: rankings or pairs to measure the accuracy on; default: `eval_size` of the
+            prompts, held out.
+        demonstrations: what scores 0 on average (`prompt`, `completion`, as in `sft`): their mean
+            score is kept in the model's config as its shift. None: no shift.
+        processing_class, config, model_config, callbacks, options: as in `sft`.
+
+    Returns:
+        The folder, with metrics train_loss, pairs (trained on), overlong, truncated, data (what the
+        rankings hold: ties, repeated responses, ...), shift and std of the demonstrations' scores,
+        those of `evaluate_reward` (accuracy, calibration, ...), train_accuracy (the same on as many
+        rankings it was trained on), seconds; and their figure, rm.png.
+
+    Raises:
+        InputError: as `sft`; also a ranking with fewer than two responses, no pair at all.
+    """
+    config, model_config = stage_options(
+        RewardConfig, config, model_config, output_dir, dataset, options
+    )
+    data = load_preferences(
+        dataset,
+        named_source(eval_dataset, config),
+        named_source(demonstrations, config, "demonstrations_name"),
+        config,
+    )
+    with stage("rm", config, model_config) as run:
+        run.say(str(data.report))
+        base, tokenizer = starting_point(run, model, processing_class)
+        check_chat_template(data.train, tokenizer, config)
+        classifier = load_reward_model(
+            base, model_config, fresh_head=True, trust_remote_code=config.trust_remote_code
+        )
+        config.max_length = within_context(config.max_length, classifier)
+        check_vocabulary(tokenizer, classifier)
+        trained = trained_weights(classifier)
+        trainer = RankingRewardTrainer(
+            model=classifier,
+            args=config,
+            train_dataset=data.train,
+            processing_class=tokenizer,
+            peft_config=new_adapter_config(classifier, model_config, CLASSIFIER),
+            callbacks=callbacks,
+        )
+        keep_float32(trainer.model, trained)
+        _check_overlong(trainer, run)
+        rows = config.per_device_train_batch_size * most_responses(data.train)
+        batch = Work(rows, config.max_length or 0, predicted=0)
+        run.say(memory_table({"reward model": trainer.model}, [batch], config))
+        output = run.train(trainer, {"loss": "loss", "accuracy": "accuracy"})
+        metrics = {
+            "train_loss": output.training_loss,
+            "pairs": count_pairs(data.train),
+            "overlong": trainer.overlong,
+            "truncated": trainer.truncated,
+            "data": asdict(data.report),
+            **_measure(run, RewardModel(trainer.model, tokenizer), data),
+        }
+        result = run.finish(trainer, metrics)
+        if data.held_out is not None or data.demonstrations is not None:
+            run.say(render(metrics, run.folder / FIGURE))
+        return result
+
+
+def _check_overlong(trainer: RankingRewardTrainer, run: Stage) -> None:
+    """Tell what the trainer left out for its length; InputError where nothing else is there."""
+    if not len(trainer.train_dataset):
+        raise InputError(
+            "All pairs of responses are longer than max_length "
+            f"{run.config.max_length} tokens; raise it (the model's context is its limit), or set "
+            "truncate_prompt."
+        )
+    if trainer.overlong:
+        what = "responses" if "ranks" in trainer.train_dataset.column_names else "pairs"
+        run.say(f"{trainer.overlong} {what} exceed max_length and are left out")
+    if trainer.truncated:
+        run.say(f"{trainer.truncated} prompts lose their beginning to fit into max_length")
+
+
+def _measure(run: Stage, reward: RewardModel, data: Preferences) -> dict[str, Any]:
+    """Shift and held-out evaluation of the trained model; the figure goes into the folder."""
+    metrics: dict[str, Any] = {}
+    if data.demonstrations is not None:
+        shown = data.demonstrations[:]
+        shift, std = reward.measure_shift(shown["prompt"], shown["completion"])
+        metrics |= {"shift": shift, "std": std, "demonstrations": len(data.demonstrations)}
+        if isinstance(reward.model, PeftModel) and run.is_main:
+            save_beside_adapter(reward.model, run.folder)
+    if data.held_out is not None:
+        evaluation = evaluate_reward(reward, data.held_out, reward.tokenizer)
+        metrics |= {**evaluation.metrics, "train_accuracy": _train_accuracy(run, reward, data)}
+        if run.is_main:
+            draw(evaluation, run.folder / FIGURE)
+    if reward.truncated:
+        run.say(
+            f"{reward.truncated} texts to measure on exceed the context; their beginning is cut"
+        )
+    return metrics
+
+
+def _train_accuracy(run: Stage, reward: RewardModel, data: Preferences) -> float:
+    """Accuracy on as many of the rankings trained on as are held out: above that by what the model
+    has learnt by heart. NaN where there is no winner among them."""
+    assert data.held_out is not None
+    shown = data.train.shuffle(seed=run.config.seed)
+    shown = as_rankings(shown.select(range(min(len(shown), len(data.held_out)))))
+    return pair_accuracy(reward, shown).mean if count_pairs(shown) else math.nan

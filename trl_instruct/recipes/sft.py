@@ -1,0 +1,140 @@
+"""Stage 1, supervised fine-tuning: load -> train -> measure -> save."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import ModelConfig, SFTTrainer
+
+from trl_instruct.configs import SFTConfig
+from trl_instruct.data.records import load_demonstrations
+from trl_instruct.errors import InputError
+from trl_instruct.models.adapters import (
+    keep_float32,
+    new_adapter_config,
+    trained_weights,
+)
+from trl_instruct.models.load import (
+    ModelSource,
+    context_length,
+    load_policy,
+)
+from trl_instruct.models.tokenizers import check_vocabulary
+from trl_instruct.recipes.memory import Work, memory_table
+from trl_instruct.recipes.options import named_source, stage_options
+from trl_instruct.recipes.pretrain import tiny_base
+from trl_instruct.recipes.stage import (
+    Stage,
+    StageResult,
+    check_chat_template,
+    stage,
+    starting_point,
+    within_context,
+)
+from trl_instruct.rewards.load import TINY
+
+
+def sft(
+    model: ModelSource,
+    dataset: Any,
+    output_dir: str | os.PathLike | None = None,
+    *,
+    eval_dataset: Any = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    config: SFTConfig | None = None,
+    model_config: ModelConfig | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+    **options: Any,
+) -> StageResult:
+    """Stage 1: fine-tune a language model on demonstrations (InstructGPT 3.5, C.1).
+
+    The loss counts the completion's tokens only.
+
+    Args:
+        model: a Hub id, a folder, a loaded model, or `"tiny"`, the embedded base model, which is
+            made beside output_dir where it is missing.
+        dataset: demonstrations (`prompt`, `completion`; text or messages): a Hub id, a local
+            json / jsonl(.gz) / csv / parquet, `"tiny:demonstrations"`, or a `datasets.Dataset`.
+        output_dir: folder for the policy.
+        eval_dataset: demonstrations to measure the loss on.
+        processing_class: the tokenizer, where it does not lie beside the model.
+        config, model_config: `SFTConfig` and TRL's `ModelConfig`; or their fields as `options`.
+        callbacks: as in `transformers.Trainer`.
+
+    Returns:
+        The folder, with metrics train_loss, truncated, seconds; and where there are held-out
+        demonstrations eval_loss and, the same before training, base_loss.
+
+    Raises:
+        InputError: bad records, a prompt longer than the context, no model there, a tokenizer
+            without EOS, an unknown option, an output_dir that is taken.
+    """
+    config, model_config = stage_options(
+        SFTConfig, config, model_config, output_dir, dataset, options
+    )
+    demonstrations = load_demonstrations(dataset, config.dataset_train_split)
+    held_out = named_source(eval_dataset, config)
+    if held_out is not None:
+        held_out = load_demonstrations(held_out, config.eval_dataset_split)
+    if isinstance(model, str) and model == TINY:
+        Stage("sft", config, model_config).check_folder()
+        model = tiny_base(Path(config.output_dir).parent / "base", seed=config.seed)
+    with stage("sft", config, model_config) as run:
+        base, tokenizer = starting_point(run, model, processing_class)
+        policy = load_policy(base, model_config, trust_remote_code=config.trust_remote_code)
+        config.max_length = within_context(config.max_length, policy)
+        config.eval_on_start = config.eval_on_start or held_out is not None
+        truncated = check_demonstrations(demonstrations, tokenizer, config)
+        if truncated:
+            run.say(f"{truncated} of {len(demonstrations)} demonstrations are cut at max_length")
+        check_vocabulary(tokenizer, policy)
+        trained = trained_weights(policy)
+        trainer = SFTTrainer(
+            model=policy,
+            args=config,
+            train_dataset=demonstrations,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            peft_config=new_adapter_config(policy, model_config),
+            callbacks=callbacks,
+        )
+        keep_float32(trainer.model, trained)
+        length = config.max_length or context_length(policy) or 0
+        batch = Work(config.per_device_train_batch_size, length, predicted=length)
+        run.say(memory_table({"policy": trainer.model}, [batch], config))
+        output = run.train(trainer, {"loss": "loss"})
+        metrics = {"train_loss": output.training_loss, "truncated": truncated}
+        if held_out is not None:
+            logs = trainer.state.log_history  # of a resumed run, too, from its start
+            metrics["base_loss"] = next(log["eval_loss"] for log in logs if "eval_loss" in log)
+            metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
+        return run.finish(trainer, metrics)
+
+
+def check_demonstrations(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: SFTConfig
+) -> int:
+    """Demonstrations that max_length will cut; InputError where nothing but prompt is left."""
+    check_chat_template(dataset, tokenizer, config)
+    is_text = isinstance(dataset[0]["prompt"], str)
+    if config.max_length is None or not (is_text or tokenizer.chat_template):
+        return 0  # the trainer takes the template over later, so lengths are not known yet
+    cut = 0
+    for row, record in enumerate(dataset):
+        prompt, completion = record["prompt"], record["completion"]
+        if is_text:
+            opening = tokenizer(prompt)
+            whole = tokenizer(prompt + completion.removesuffix(tokenizer.eos_token))
+        else:
+            opening = tokenizer.apply_chat_template(prompt, return_dict=True)
+            whole = tokenizer.apply_chat_template(prompt + completion, return_dict=True)
+        if len(opening["input_ids"]) >= config.max_length:
+            raise InputError(
+                f"Demonstration {row + 1}: the prompt alone is {len(opening['input_ids'])} tokens "
+                f"and max_length is {config.max_length}, so no completion would be learnt from. "
+                "Raise max_length (the model's context is its limit), or shorten the prompt."
+            )
+        cut += len(whole["input_ids"]) + is_text > config.max_length  # text gets an EOS
+    return cut

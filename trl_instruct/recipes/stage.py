@@ -1,0 +1,390 @@
+"""What every stage does around its training: claim a folder, show progress, leave a result."""
+
+import contextlib
+import copy
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
+from datasets import Dataset
+from huggingface_hub import ModelCard, ModelCardData
+from tqdm.auto import tqdm
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import TrainOutput
+from trl import ModelConfig
+
+from trl_instruct.configs import RewardConfig, SFTConfig, StageConfig
+from trl_instruct.console import progress_bar
+from trl_instruct.errors import InputError
+from trl_instruct.files import CONFIG_FILE, METRICS_FILE, write_json
+from trl_instruct.models.adapters import FINGERPRINT, adapter_config, is_adapter, keep_fingerprint
+from trl_instruct.models.checkpoints import all_checkpoints, find_checkpoint, is_whole
+from trl_instruct.models.load import (
+    ModelSource,
+    base_for_adapter,
+    check_finished,
+    context_length,
+    model_name,
+)
+from trl_instruct.models.merging import merge_in_place
+from trl_instruct.models.sharding import check_saving
+from trl_instruct.models.tokenizers import check_tokenizer, install_chat_template, load_tokenizer
+from trl_instruct.recipes.options import save_config
+from trl_instruct.scalar_head import SHIFT_FILE
+
+
+class Interruption(TrainerCallback):
+    """On SIGTERM a run finishes the step it is in, saves a checkpoint and stops.
+
+    With several processes it is enough that one of them gets the signal.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def request(self, *_: Any) -> None:
+        """What the signal does."""
+        self.requested = True
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Meanwhile the signal is ours; where training fails, too, it is given back."""
+        if threading.current_thread() is not threading.main_thread():  # the only one that gets it
+            yield
+            return
+        previous = signal.signal(signal.SIGTERM, self.request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.requested = any(gather_object([self.requested]))
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+
+
+# What a stage writes, and so what --overwrite_output_dir removes.
+WRITTEN = (
+    "checkpoint-*",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "adapter_config.json",
+    FINGERPRINT,
+    SHIFT_FILE,
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.jinja",
+    "additional_chat_templates",
+    "README.md",
+    "trainer_state.json",
+    "summary.json",
+    "report.html",
+    "rm.png",
+    "ppo.png",
+    "evaluation.json",
+    "evaluation.png",
+    CONFIG_FILE,
+    METRICS_FILE,
+)
+
+
+# Folder inside a LoRA stage's, for a base model that has none of its own.
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class StageResult(os.PathLike):
+    """What a stage leaves: the folder, usable wherever a path is, and its metrics."""
+
+    path: Path
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@contextlib.contextmanager
+def stage(name: str, config: StageConfig, model_config: ModelConfig) -> Iterator["Stage"]:
+    """The run of a stage in its folder, seeded.
+
+    Nothing in the folder changes before `begin`, so that a mistake found while data and models are
+    loaded costs no earlier run. From then on a folder that holds the resolved config but no
+    metrics is a stage that was cut short; the metrics are written last. Where the stage fails
+    before it has written anything to go on from, the folder goes as it came.
+
+    Raises:
+        InputError: no output_dir, one that holds another run or something else, or no checkpoint
+            there to resume from.
+    """
+    run = Stage(name, config, model_config)
+    run.check_folder()
+    clear_device_cache(garbage_collection=True)  # an earlier stage's models: accelerate ties knots
+    PartialState().wait_for_everyone()
+    set_seed(config.seed)
+    try:
+        yield run
+    except BaseException:
+        if run.is_main:
+            run.release()
+        raise
+
+
+class Stage:
+    """One run of a stage in its folder."""
+
+    def __init__(self, name: str, config: StageConfig, model_config: ModelConfig):
+        if config.output_dir in (None, "", "trainer_output"):  # TrainingArguments' own choice
+            raise InputError(f"{name} needs output_dir, the folder to save its result in.")
+        self.name = name
+        self.config = config
+        self.model_config = model_config
+        self.folder = Path(config.output_dir)
+        self.existed = self.folder.exists()
+        self.checkpoint: Path | None = None
+        self.is_main = PartialState().is_main_process
+        self.started = time.perf_counter()
+
+    @property
+    def base_folder(self) -> Path:
+        """Where the base model of an adapter lies that has none elsewhere."""
+        return self.folder / BASE
+
+    def check_folder(self) -> None:
+        """InputError unless the folder is new, empty, or may be replaced or resumed."""
+        config, folder = self.config, self.folder
+        if self.existed and not folder.is_dir():
+            raise InputError(f"output_dir {str(folder)!r} is a file; choose a folder.")
+        self._check_writable()
+        if config.resume_from_checkpoint:
+            self.checkpoint = find_checkpoint(folder, config.resume_from_checkpoint)
+            return
+        content = sorted(p.name for p in folder.iterdir()) if self.existed else []
+        if content and CONFIG_FILE not in content:
+            raise InputError(
+                f"output_dir {str(folder)!r} holds {content[0]!r} and no run of a stage. Choose a "
+                "new or empty folder."
+            )
+        if content and not config.overwrite_output_dir:
+            held = "another run" if METRICS_FILE in content else "a run that was cut short"
+            raise InputError(
+                f"output_dir {str(folder)!r} holds {held}. Choose a new folder, or set "
+                "--overwrite_output_dir to replace it."
+            )
+        source = self.model_config.model_name_or_path
+        if content and source and Path(source).resolve() == folder.resolve():
+            raise InputError(
+                f"output_dir {str(folder)!r} is the folder of the model to start from, which "
+                "would be lost. Choose another output_dir."
+            )
+
+    def _check_writable(self) -> None:
+        """InputError where the folder could not be made or written into."""
+        ancestors = [self.folder, *self.folder.absolute().parents]
+        nearest = next(path for path in ancestors if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            fault = "is no folder" if not nearest.is_dir() else "cannot be written into"
+            raise InputError(
+                f"output_dir {str(self.folder)!r}: {str(nearest)!r} {fault}. Choose another "
+                "output_dir."
+            )
+
+    def begin(self) -> None:
+        """Remove an earlier run's files and write the config: from here on the stage runs."""
+        if self.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            patterns = (METRICS_FILE,) if self.checkpoint else WRITTEN
+            cut_short = [path for path in all_checkpoints(self.folder) if not is_whole(path)]
+            for path in {*cut_short, *(p for g in patterns for p in self.folder.glob(g))}:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not self.model_config.use_peft:
+                shutil.rmtree(self.base_folder, ignore_errors=True)
+            save_config(self.folder / CONFIG_FILE, self.config, self.model_config)
+        PartialState().wait_for_everyone()
+
+    def release(self) -> None:
+        """Remove what a failed stage leaves, if there is nothing in it to go on from."""
+        content = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else None
+        if content is None or not content <= {CONFIG_FILE, BASE}:
+            return
+        shutil.rmtree(self.folder)
+        if self.existed:
+            self.folder.mkdir()
+
+    def say(self, message: str) -> None:
+        """A line for the user, once for all processes."""
+        if self.is_main:
+            print(f"{self.name}: {message}")
+
+    def train(self, trainer: Trainer, labels: dict[str, str]) -> TrainOutput:
+        """Begin, or go on from a checkpoint, and train to the end.
+
+        On SIGTERM a checkpoint is saved and the process exits with 143.
+
+        Args:
+            trainer: anything with the interface of `transformers.Trainer`.
+            labels: what the progress bar shows: label -> key in the trainer's logs.
+        """
+        check_saving(trainer.accelerator)
+        self.begin()
+        if not self.config.disable_tqdm:
+            # One bar with the named metrics, in place of a printed dict per log.
+            trainer.remove_callback(ProgressCallback)
+            trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(ProgressBar(self.name, labels))
+        interruption = Interruption()
+        trainer.add_callback(interruption)
+        with interruption.listening():
+            output = trainer.train(resume_from_checkpoint=self.checkpoint and str(self.checkpoint))
+        if interruption.requested:
+            self.say(
+                f"stopped by SIGTERM after step {output.global_step} of {trainer.state.max_steps}; "
+                "resume_from_checkpoint=True goes on from there"
+            )
+            raise SystemExit(128 + signal.SIGTERM)
+        return output
+
+    def finish(self, trainer: Trainer, metrics: dict[str, Any]) -> StageResult:
+        """Save model, tokenizer, log history, model card and, last, the metrics."""
+        trainer.save_model(str(self.folder))
+        if self.is_main:
+            if self.config.merge_adapter and is_adapter(self.folder):
+                merge_in_place(self.folder, self.model_config)
+                shutil.rmtree(self.base_folder, ignore_errors=True)
+            if is_adapter(self.folder):
+                keep_fingerprint(self.folder, adapter_config(self.folder).base_model_name_or_path)
+            # Pickled arguments serve nobody here: config.yaml holds them as text.
+            (self.folder / "training_args.bin").unlink(missing_ok=True)
+            trainer.save_state()
+            self.write_model_card(metrics)
+            metrics = self.write_metrics(metrics)
+        if self.config.push_to_hub:
+            trainer.push_to_hub()
+        PartialState().wait_for_everyone()
+        return StageResult(self.folder, metrics)
+
+    def write_metrics(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """The last file of a stage: its name, its metrics and its seconds."""
+        seconds = round(time.perf_counter() - self.started, 1)
+        metrics = {"stage": self.name, **metrics, "seconds": seconds}
+        write_json(self.folder / METRICS_FILE, metrics)
+        return metrics
+
+    def write_model_card(self, metrics: dict[str, Any]) -> None:
+        """README.md of the folder: what was trained, from what, and how it measured."""
+        tags = ["trl-instruct", "trl", self.name]
+        data = ModelCardData(library_name="transformers", tags=tags)
+        rows = [f"| {k} | {v:.6g} |" for k, v in metrics.items() if isinstance(v, (int, float))]
+        text = [
+            f"---\n{data.to_yaml()}\n---",
+            f"# {self.folder.name}",
+            f"Made by the `{self.name}` stage of trl-instruct, from the data "
+            f"`{self.config.dataset_name}`. All options stand in `{CONFIG_FILE}`.",
+            "| metric | value |\n|---|---|\n" + "\n".join(rows),
+            "Method: Ouyang et al. 2022, [Training language models to follow instructions with "
+            "human feedback](https://arxiv.org/abs/2203.02155).",
+        ]
+        ModelCard("\n\n".join(text), ignore_metadata_errors=True).save(self.folder / "README.md")
+
+
+class ProgressBar(TrainerCallback):
+    """A bar over optimizer steps (PPO: iterations) that shows the named metrics."""
+
+    def __init__(self, name: str, labels: dict[str, str]):
+        self.name, self.labels = name, labels
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = progress_bar(self.name, state.max_steps, initial=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        shown = {label: logs[key] for label, key in self.labels.items() if logs and key in logs}
+        if self.bar is not None and shown:
+            self.bar.set_postfix({k: f"{float(v):.3g}" for k, v in shown.items()}, refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def starting_point(
+    run: Stage, model: ModelSource | None, processing_class: PreTrainedTokenizerBase | None
+) -> tuple[ModelSource, PreTrainedTokenizerBase]:
+    """What to load the trained model from, and its tokenizer; the run's config names the model."""
+    if model is None:
+        raise InputError("No model was given: set model_name_or_path to a Hub id or a folder.")
+    model_config = run.model_config
+    model_config.model_name_or_path = model_name(model)
+    run.check_folder()
+    if isinstance(model, str | os.PathLike):
+        check_finished(Path(model))
+    if processing_class is not None:
+        tokenizer = check_tokenizer(copy.deepcopy(processing_class), model_name(model))
+    else:
+        tokenizer = load_tokenizer(
+            model,
+            revision=model_config.model_revision,
+            trust_remote_code=run.config.trust_remote_code,
+        )
+    template = getattr(run.config, "chat_template_path", None)
+    if template is not None:
+        install_chat_template(tokenizer, template)
+    return base_for_adapter(model, run.base_folder, tokenizer, model_config), tokenizer
+
+
+def within_context(max_length: int | None, model: PreTrainedModel) -> int | None:
+    """`max_length`, or the model's context where that is shorter."""
+    context = context_length(model)
+    if context is None or max_length is None:
+        return max_length
+    return min(max_length, context)
+
+
+def check_chat_template(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: SFTConfig | RewardConfig
+) -> None:
+    """InputError for messages that there is no chat template for."""
+    known = tokenizer.chat_template or config.chat_template_path
+    if not known and not isinstance(dataset[0]["prompt"], str):
+        raise InputError(
+            "The records are messages, but the tokenizer has no chat template. Set "
+            "chat_template_path to a Jinja file or to a model that has one."
+        )

@@ -1,0 +1,94 @@
+"""Rankings as a trainer reads them: token rows, one a response, and batches of these."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations, takewhile
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.reward_trainer import DataCollatorForPreference
+
+from trl_instruct.padding import pad_rows, right_padded_mask
+from trl_instruct.rewards.tokens import cut_prompt, token_ids
+
+
+def tokenize_rankings(
+    batch: dict[str, list[Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    truncate_prompt: bool = False,
+    ties: str = "drop",
+) -> dict[str, list[Any]]:
+    """A batch of rankings as token rows, one a response, as a reward model reads them.
+
+    Args:
+        batch: columns `prompt`, `responses`, `ranks` and perhaps `weight`.
+        tokenizer: the reward model's.
+        max_length: longer responses, with their prompt, are left out; None: none is.
+        truncate_prompt: whether the prompt loses its beginning first.
+        ties: whether ties are comparisons: "half" or "drop".
+
+    Returns:
+        Columns response_ids; ranks; weight; comparisons, their number; overlong, responses left
+        out; truncated, whether the prompt was; longest, tokens of the longest row; length, tokens
+        of the row they would share.
+    """
+    weights = batch.get("weight") or [None] * len(batch["prompt"])
+    records = []
+    for prompt, responses, ranks, weight in zip(
+        batch["prompt"], batch["responses"], batch["ranks"], weights, strict=True
+    ):
+        rows = [token_ids(prompt, response, tokenizer) for response in responses]
+        whole = len(rows[0])
+        if max_length is not None and truncate_prompt:
+            rows = cut_prompt(rows, prompt, tokenizer, max_length=max_length)
+        fits = [max_length is None or len(row) <= max_length for row in rows]
+        kept = [row for row, fit in zip(rows, fits, strict=True) if fit]
+        order = [rank for rank, fit in zip(ranks, fits, strict=True) if fit]
+        records.append(
+            {
+                "response_ids": kept,
+                "ranks": order,
+                "weight": 1.0 if weight is None else float(weight),
+                "comparisons": sum(a != b or ties == "half" for a, b in combinations(order, 2)),
+                "overlong": len(rows) - len(kept),
+                "truncated": len(rows[0]) < whole,
+                "longest": max(map(len, kept), default=0),
+                "length": _shared_length(kept),
+            }
+        )
+    return {name: [record[name] for record in records] for name in records[0]}
+
+
+def _shared_length(rows: Sequence[Sequence[int]]) -> int:
+    """Tokens of the rows where those that all begin with are there once."""
+    alike = takewhile(lambda tokens: len({*tokens}) == 1, zip(*rows, strict=False))
+    return sum(map(len, rows)) - max(len(rows) - 1, 0) * len(list(alike))
+
+
+@dataclass
+class RankingCollator:
+    """A batch of B rankings with R responses in all; pairs become a batch of TRL's.
+
+    input_ids, attention_mask `(R, T)`, padded on the right; ranks `(B, K)`, 0 where a ranking has
+    fewer than K responses; weight `(B,)` where the rankings have one.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, records: list[dict[str, Any]]) -> dict[str, Any]:
+        if "response_ids" not in records[0]:
+            return DataCollatorForPreference(self.pad_token_id, self.pad_to_multiple_of)(records)
+        rows = [row for record in records for row in record["response_ids"]]
+        ids = pad_rows(rows, self.pad_token_id)
+        short = -ids.shape[1] % (self.pad_to_multiple_of or 1)
+        ids = torch.nn.functional.pad(ids, (0, short), value=self.pad_token_id)
+        mask = right_padded_mask(torch.tensor([len(row) for row in rows]), ids.shape[1])
+        ranks = pad_rows([record["ranks"] for record in records], 0)
+        batch = {"input_ids": ids, "attention_mask": mask.long(), "ranks": ranks}
+        if "weight" in records[0]:
+            batch["weight"] = torch.tensor([record["weight"] for record in records])
+        return batch

@@ -1,0 +1,351 @@
+"""A reward model on held-out rankings: accuracy, calibration, length, agreement of labelers."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.functional import softplus
+from transformers import PreTrainedTokenizerBase
+
+from trl_instruct.data.pairs import as_text, ranking_to_pairs
+from trl_instruct.data.rankings import Ranking, dense_ranks
+from trl_instruct.data.sources import iterate
+from trl_instruct.errors import InputError
+from trl_instruct.intervals import Interval, grouped_interval
+from trl_instruct.rewards.function import RewardFunction, call_reward
+
+MOST_BINS, LEAST_PAIRS = 10, 30
+
+
+class RewardEvaluation(NamedTuple):
+    """What was measured: the metrics by name, and score and tokens of each distinct response."""
+
+    metrics: dict[str, Any]
+    scores: list[float]
+    lengths: list[int]
+
+
+class Labeled(NamedTuple):
+    """One labeler's ranking, with numbers for prompt and responses.
+
+    gold: the labeler's own noiseless scores, where they are known.
+    """
+
+    prompt: int
+    responses: list[int]
+    ranks: list[int]
+    weight: float
+    labeler: Any
+    gold: list[float] | None
+
+
+class Numbered(NamedTuple):
+    """Rankings, and what their R distinct responses are: prompt, its number, response."""
+
+    rankings: list[Labeled]
+    prompts: list[Any]
+    prompt_numbers: list[int]
+    responses: list[Any]
+
+
+class Comparisons(NamedTuple):
+    """The N pairs of rankings that have a winner; every field is `(N,)`.
+
+    margins: score of the winner minus score of the loser; longer: the same of tokens; gold: of the
+    labeler's noiseless scores, NaN where they are unknown; weights: of the ranking (these four
+    float64); prompts: number of the prompt; k: responses in the ranking; distances: difference of
+    the two ranks.
+    """
+
+    margins: Tensor
+    longer: Tensor
+    gold: Tensor
+    weights: Tensor
+    prompts: Tensor
+    k: Tensor
+    distances: Tensor
+
+    def accuracy(self, differences: Tensor) -> Interval:
+        """How often a difference `(N,)` is positive; 0 counts one half."""
+        return grouped_interval(_positive(differences), self.prompts, self.weights)
+
+    def above_length(self) -> Interval:
+        """Accuracy of the scores less that of the lengths, pair by pair."""
+        gained = _positive(self.margins) - _positive(self.longer)
+        return grouped_interval(gained, self.prompts, self.weights)
+
+    def ceiling(self) -> float | None:
+        """Accuracy of the labeler's noiseless scores on their own ranking: what noise leaves."""
+        known = self.where(~self.gold.isnan())
+        return known.accuracy(known.gold).mean if len(known.gold) else None
+
+    def where(self, chosen: Tensor) -> Comparisons:
+        """The pairs that a mask or index picks."""
+        return Comparisons(*(field[chosen] for field in self))
+
+
+def evaluate_reward(
+    reward: RewardFunction, rankings: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> RewardEvaluation:
+    """Measure a reward on rankings that it was not trained on. Each response is scored once.
+
+    A pair counts with the weight of its ranking, and the intervals take all pairs of a prompt as
+    one measurement. What a ranking calls a tie is not compared.
+
+    Args:
+        reward: any reward function.
+        rankings: as `load_rankings` gives them, with at least one strict pair; `weight`, `labeler`
+            and `gold_scores` are used where they are there.
+        tokenizer: what the length of a response is counted with.
+
+    Returns:
+        Metrics: accuracy, accuracy_low, accuracy_high (95 %); the same of length_accuracy, where
+        the response with more tokens wins, and of their difference, above_length; log_loss, the
+        mean of -log sigmoid(margin), nats; calibration and calibration_error (see `calibration`);
+        length_correlation (see `within_prompt_correlation`); by_k and by_distance, accuracies by
+        size of the ranking and difference of ranks; ceiling (accuracy of `gold_scores`) and
+        agreement (see `agreement`), where known; eval_prompts, eval_rankings, eval_pairs.
+    """
+    held_out = numbered(rankings)
+    scores = call_reward(reward, held_out.prompts, held_out.responses, {})
+    lengths = token_lengths(held_out.responses, tokenizer)
+    pairs = comparisons(held_out.rankings, scores, lengths)
+    bins = calibration(pairs)
+    metrics: dict[str, Any] = {
+        **_named("accuracy", pairs.accuracy(pairs.margins)),
+        **_named("length_accuracy", pairs.accuracy(pairs.longer)),
+        **_named("above_length", pairs.above_length()),
+        "log_loss": _mean(softplus(-pairs.margins), pairs.weights),
+        "calibration_error": calibration_error(bins),
+        "length_correlation": within_prompt_correlation(scores, lengths, held_out.prompt_numbers),
+        "eval_prompts": len(set(held_out.prompt_numbers)),
+        "eval_rankings": len(held_out.rankings),
+        "eval_pairs": len(pairs.margins),
+        "by_k": _broken_down(pairs, pairs.k),
+        "by_distance": _broken_down(pairs, pairs.distances),
+        "calibration": bins,
+    }
+    known = {"ceiling": pairs.ceiling(), "agreement": agreement(held_out.rankings)}
+    metrics |= {name: value for name, value in known.items() if value is not None}
+    return RewardEvaluation(metrics, scores, lengths)
+
+
+def pair_accuracy(reward: RewardFunction, rankings: Dataset) -> Interval:
+    """The accuracy of `evaluate_reward` alone: for rankings that the reward was trained on.
+
+    Raises:
+        InputError: no ranking with a strict pair.
+    """
+    shown = numbered(rankings)
+    scores = call_reward(reward, shown.prompts, shown.responses, {})
+    pairs = comparisons(shown.rankings, scores, [0] * len(scores))
+    return pairs.accuracy(pairs.margins)
+
+
+def comparisons(
+    labeled: Sequence[Labeled], scores: Sequence[float], lengths: Sequence[int]
+) -> Comparisons:
+    """All strict pairs of the rankings, measured by the scores and lengths of R responses.
+
+    Raises:
+        InputError: there is none.
+    """
+    rows = []
+    for one in labeled:
+        ranking = Ranking(None, one.responses, one.ranks, None, 0)
+        for winner, loser in ranking_to_pairs(ranking):
+            better, worse = one.responses[winner], one.responses[loser]
+            margin, longer = scores[better] - scores[worse], lengths[better] - lengths[worse]
+            distance = one.ranks[loser] - one.ranks[winner]
+            gold = one.gold[winner] - one.gold[loser] if one.gold else math.nan
+            rows.append((margin, longer, gold, one.weight, one.prompt, len(one.ranks), distance))
+    if not rows:
+        raise InputError("No ranking to evaluate on has a pair with a winner; give more rankings.")
+    columns = torch.tensor(rows, dtype=torch.float64).T
+    return Comparisons(*columns[:4], *columns[4:].long())
+
+
+def calibration(pairs: Comparisons) -> list[dict[str, float]]:
+    """How often the response that the model prefers wins, against how often it says so.
+
+    For scores r the model expects it to win with probability sigmoid(|r_a - r_b|), between one half
+    and 1. The pairs, sorted by that, are cut into up to 10 bins of equal size, of no less than 30
+    pairs.
+
+    Returns:
+        Per bin the mean expected and the observed rate (with its 95 % interval), the number of
+        pairs and their weight.
+    """
+    expected = torch.sigmoid(pairs.margins.abs())
+    size = len(expected)
+    bins = max(1, min(MOST_BINS, size // LEAST_PAIRS))
+    result = []
+    for rows in torch.argsort(expected, stable=True).tensor_split(bins):
+        part = pairs.where(rows)
+        observed = part.accuracy(part.margins)
+        result.append(
+            {
+                "expected": _mean(expected[rows], part.weights),
+                "observed": observed.mean,
+                "low": observed.low,
+                "high": observed.high,
+                "pairs": len(rows),
+                "weight": part.weights.sum().item(),
+            }
+        )
+    return result
+
+
+def calibration_error(bins: Sequence[dict[str, float]]) -> float:
+    """Expected calibration error: |expected - observed| on average over the pairs of all bins.
+
+    >>> calibration_error([{"expected": 0.75, "observed": 0.5, "weight": 3.0},
+    ...                    {"expected": 0.75, "observed": 1.0, "weight": 1.0}])
+    0.25
+    """
+    total = sum(one["weight"] for one in bins)
+    off = sum(one["weight"] * abs(one["expected"] - one["observed"]) for one in bins)
+    return off / total
+
+
+def within_prompt_correlation(
+    scores: Sequence[float], lengths: Sequence[float], prompts: Sequence[int]
+) -> float:
+    """Spearman's correlation of score and length among the responses of the same prompt.
+
+    Over all prompts at once it would also tell whether prompts that ask for long answers get higher
+    scores, which no comparison can see. So scores and lengths become ranks among the responses of
+    their prompt (equal values share the mean rank), the prompt's mean is taken off, and these
+    deviations of all prompts are correlated; ranks, since a few lengths are extreme.
+
+    Args:
+        scores, lengths, prompts: one value per distinct response.
+
+    Returns:
+        Between -1 and 1; NaN where scores or lengths never differ within a prompt.
+
+    >>> within_prompt_correlation([1.0, 2.0, 9.0, 8.0], [10, 20, 1, 2], [0, 0, 1, 1])
+    0.0
+    """
+    groups = defaultdict(list)
+    for score, length, prompt in zip(scores, lengths, prompts, strict=True):
+        groups[prompt].append((score, length))
+    deviations = [
+        pair
+        for group in groups.values()
+        for pair in zip(*map(_centred_ranks, zip(*group, strict=True)), strict=True)
+    ]
+    a, b = torch.tensor(deviations, dtype=torch.float64).T
+    return ((a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt()).item()
+
+
+def agreement(labeled: Sequence[Labeled]) -> dict[str, float] | None:
+    """How often two labelers order a pair of responses alike, where both put one above the other.
+
+    Rankings of one prompt by different `labeler`s are compared; without a name nobody can tell
+    whether they are two people's. As a ceiling for the model it is a hint, not a bound: a model
+    that knows what most labelers think agrees with one of them more often than they do with each
+    other (InstructGPT: labelers 72.6 +- 1.5 %, model 72.4 +- 0.4 %).
+
+    Returns:
+        mean, low, high (95 %) and the number of comparisons; None where there is none.
+    """
+    by_prompt = defaultdict(list)
+    for one in labeled:
+        if one.labeler is not None:
+            by_prompt[one.prompt].append(one)
+    alike: list[tuple[int, float]] = []
+    for prompt, rankings in by_prompt.items():
+        for first, second in combinations(rankings, 2):
+            if first.labeler != second.labeler:
+                alike += [(prompt, value) for value in _alike(first, second)]
+    if not alike:
+        return None
+    prompts, values = zip(*alike, strict=True)
+    measured = grouped_interval(torch.tensor(values), torch.tensor(prompts), None)
+    return {**measured._asdict(), "pairs": len(values)}
+
+
+def token_lengths(responses: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of each response, text or messages, without special ones."""
+    texts = [r if isinstance(r, str) else "\n".join(m["content"] for m in r) for r in responses]
+    return [len(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def numbered(rankings: Dataset) -> Numbered:
+    """The rankings with numbers in place of texts, so that each response is scored once."""
+    result = Numbered([], [], [], [])
+    prompts: dict[str, int] = {}
+    responses: dict[tuple[str, str], int] = {}
+    for record in iterate(rankings):
+        asked, ranked = as_text(record["prompt"]), []
+        prompt = prompts.setdefault(asked.strip(), len(prompts))
+        for response in record["responses"]:
+            key = asked, as_text(response)
+            if key not in responses:
+                responses[key] = len(responses)
+                result.prompts.append(record["prompt"])
+                result.prompt_numbers.append(prompt)
+                result.responses.append(response)
+            ranked.append(responses[key])
+        weight = 1.0 if record.get("weight") is None else float(record["weight"])
+        gold = record.get("gold_scores")
+        if gold is not None and len(gold) != len(ranked):
+            gold = None  # repeated responses were taken out, nobody knows which
+        one = Labeled(prompt, ranked, record["ranks"], weight, record.get("labeler"), gold)
+        result.rankings.append(one)
+    return result
+
+
+def _alike(first: Labeled, second: Labeled) -> list[float]:
+    """For each pair that both rank strictly: whether they agree."""
+    ranks = dict(zip(second.responses, second.ranks, strict=True))
+    shared = [
+        (rank, ranks[response])
+        for response, rank in zip(first.responses, first.ranks, strict=True)
+        if response in ranks
+    ]
+    both = [(a - b, x - y) for (a, x), (b, y) in combinations(shared, 2)]
+    return [float(one * other > 0) for one, other in both if one and other]
+
+
+def _broken_down(pairs: Comparisons, key: Tensor) -> dict[str, dict[str, float]]:
+    """Accuracy, that of the length and the ceiling, for the pairs of each value of the key."""
+    result: dict[str, dict[str, float]] = {}
+    for value in key.unique().tolist():
+        part = pairs.where(key == value)
+        cell = _named("accuracy", part.accuracy(part.margins))
+        cell |= {"length_accuracy": part.accuracy(part.longer).mean, "pairs": len(part.margins)}
+        ceiling = part.ceiling()
+        result[str(value)] = cell if ceiling is None else {**cell, "ceiling": ceiling}
+    return result
+
+
+def _named(name: str, interval: Interval) -> dict[str, float]:
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def _positive(differences: Tensor) -> Tensor:
+    """1 where a difference is positive, 0 where it is negative, one half where there is none."""
+    return torch.heaviside(differences, differences.new_tensor(0.5))
+
+
+def _mean(values: Tensor, weights: Tensor) -> float:
+    return ((values * weights).sum() / weights.sum()).item()
+
+
+def _centred_ranks(values: Sequence[float]) -> list[float]:
+    """Ranks less their mean; equal values share one."""
+    dense = dense_ranks(values)
+    mean_rank = {
+        rank: sum(other < rank for other in dense) + (dense.count(rank) - 1) / 2
+        for rank in {*dense}
+    }
+    return [mean_rank[rank] - (len(dense) - 1) / 2 for rank in dense]

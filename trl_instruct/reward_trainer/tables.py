@@ -1,0 +1,131 @@
+"""What was measured of a reward model, for people: a short table and a figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trl_instruct.intervals import show_metric
+from trl_instruct.reward_trainer.evaluation import RewardEvaluation
+
+FIGURE = "rm.png"
+MODEL, LENGTH, CEILING, LABELERS, CHANCE = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#888888"
+MOST_POINTS = 3000
+
+
+def render(metrics: dict[str, Any], figure: Path) -> str:
+    """The metrics of `rm` as a plain-text table; what was not measured has no row.
+
+    Args:
+        metrics: as `rm` returns them.
+        figure: where the figure lies, for the first line.
+    """
+    rows = []
+    if "accuracy" in metrics:
+        rows += [
+            ("accuracy (95 %)", show_metric(metrics, "accuracy"), ""),
+            ("  longer answer wins", show_metric(metrics, "length_accuracy"), "the same pairs"),
+            ("  above that", show_metric(metrics, "above_length", sign="+"), ""),
+        ]
+    if "ceiling" in metrics:
+        rows.append(("  noise ceiling", f"{metrics['ceiling']:.3f}", "of the labeler"))
+    if "agreement" in metrics:
+        two = metrics["agreement"]
+        agreed = f"{two['mean']:.3f} [{two['low']:.3f}, {two['high']:.3f}]"
+        rows.append(("  labelers agree", agreed, f"{two['pairs']:,} comparisons"))
+    if "accuracy" in metrics:
+        correlation = f"{metrics['length_correlation']:+.3f}"
+        rows += [
+            ("log-loss", f"{metrics['log_loss']:.3f}", "a coin: 0.693"),
+            ("calibration error", f"{metrics['calibration_error']:.3f}", "perfect: 0"),
+            ("score and length", correlation, "Spearman, within a prompt"),
+        ]
+    if "shift" in metrics:
+        rows.append(
+            ("shift", f"{metrics['shift']:+.3f}", f"demonstrations: sd {metrics['std']:.3f}")
+        )
+    widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
+    lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows]
+    if "accuracy" in metrics:
+        held_out = f"{metrics['eval_prompts']:,} held-out prompts, {_pairs(metrics)}"
+        lines.insert(0, f"{held_out}; figure: {figure}\n")
+    return "\n".join(lines)
+
+
+def draw(evaluation: RewardEvaluation, path: Path) -> None:
+    """Save the evaluation as a figure of four panels."""
+    from matplotlib.figure import Figure  # takes a second; without pyplot it needs no screen
+
+    metrics = evaluation.metrics
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    panels = figure.subplots(2, 2)
+    figure.suptitle(
+        f"Reward model on {metrics['eval_prompts']:,} held-out prompts, {_pairs(metrics)}: "
+        f"accuracy {show_metric(metrics, 'accuracy')}, log-loss {metrics['log_loss']:.3f}"
+    )
+    draw_accuracy(panels[0, 0], metrics, "by_k", "K, responses in the ranking")
+    draw_accuracy(panels[0, 1], metrics, "by_distance", "difference of the two ranks")
+    draw_calibration(panels[1, 0], metrics)
+    _draw_lengths(panels[1, 1], evaluation)
+    figure.savefig(path, dpi=110)
+
+
+def draw_accuracy(axes: Any, metrics: Mapping[str, Any], key: str, label: str) -> None:
+    """Accuracy with its interval by K or distance, beside what it can be compared with."""
+    cells = metrics[key]
+    places = range(len(cells))
+    means = [cell["accuracy"] for cell in cells.values()]
+    lows = [cell["accuracy"] - cell["accuracy_low"] for cell in cells.values()]
+    lengths = [cell["length_accuracy"] for cell in cells.values()]
+    axes.errorbar(places, means, yerr=lows, fmt="o", capsize=4, color=MODEL, label="reward model")
+    axes.plot(places, lengths, "x", color=LENGTH, label="longer answer wins")
+    if "ceiling" in metrics:
+        ceilings = [cell.get("ceiling", math.nan) for cell in cells.values()]
+        axes.plot(places, ceilings, "_", ms=16, mew=2, color=CEILING, label="noise ceiling")
+    if "agreement" in metrics:
+        agreed = metrics["agreement"]["mean"]
+        axes.axhline(agreed, ls="--", color=LABELERS, label="labelers agree (all pairs)")
+    axes.axhline(0.5, ls=":", color=CHANCE, label="chance")
+    ticks = [f"{name}\n{_short(cell['pairs'])}" for name, cell in cells.items()]
+    axes.set_xticks(places, ticks)
+    axes.set_xlim(-0.5, len(cells) - 0.5)
+    axes.set_ylim(min(0.4, *means, *lengths) - 0.05, 1.0)
+    axes.set(xlabel=f"{label} (below: pairs)", ylabel="accuracy (95 %)")
+    axes.legend(fontsize="small")
+
+
+def draw_calibration(axes: Any, metrics: Mapping[str, Any]) -> None:
+    """How often the higher score wins, against how often the model says so."""
+    bins = metrics["calibration"]
+    expected = [one["expected"] for one in bins]
+    observed = [one["observed"] for one in bins]
+    errors = [one["observed"] - one["low"] for one in bins]
+    axes.plot([0.5, 1], [0.5, 1], ls=":", color=CHANCE, label="perfect")
+    axes.errorbar(expected, observed, yerr=errors, fmt="o-", capsize=4, color=MODEL)
+    axes.set(
+        title=f"calibration, expected error {metrics['calibration_error']:.3f}",
+        xlabel="expected: sigmoid(difference of scores)",
+        ylabel="observed: the higher score wins",
+        xlim=(0.49, 1.01),
+    )
+    axes.legend(fontsize="small")
+
+
+def _draw_lengths(axes: Any, evaluation: RewardEvaluation) -> None:
+    """Score against length; of many responses evenly chosen ones."""
+    step = -(-len(evaluation.scores) // MOST_POINTS)
+    scores, lengths = evaluation.scores[::step], evaluation.lengths[::step]
+    axes.plot(lengths, scores, ".", alpha=0.3, color=MODEL)
+    correlation = evaluation.metrics["length_correlation"]
+    title = f"length, correlation within a prompt {correlation:+.3f} (Spearman)"
+    axes.set(title=title, xlabel="tokens of the response", ylabel="score")
+
+
+def _pairs(metrics: dict[str, Any]) -> str:
+    return f"{metrics['eval_pairs']:,} comparisons"
+
+
+def _short(count: int) -> str:
+    return f"{count:,}" if count < 10_000 else f"{count // 1000:,}k"

@@ -1,0 +1,318 @@
+"""TRL's RewardTrainer with the paper's batch element: all comparisons of one prompt together."""
+
+import logging
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import IterableDataset
+from peft import PeftModel
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import RewardTrainer
+
+from trl_instruct.errors import InputError
+from trl_instruct.models.load import disable_dropout, evaluating
+from trl_instruct.models.tokenizers import check_tokenizer
+from trl_instruct.padding import LengthBatchSampler, pad_rows
+from trl_instruct.reward_trainer.batches import RankingCollator, tokenize_rankings
+from trl_instruct.reward_trainer.losses import pair_loss, pair_weights
+from trl_instruct.reward_trainer.prefix import share_prefix, sharing_pays
+from trl_instruct.reward_trainer.prefix_scores import shared_scores, sharing_fault, skips_hidden
+from trl_instruct.rewards.score_position import (
+    pad_token_of,
+    score_positions,
+    scores_at,
+    separate_scores,
+)
+
+logger = logging.getLogger(__name__)
+
+FORWARDS = ("shared_prefix", "grouped", "pairs")
+NO_RESPONSE = -100  # in predictions, as transformers pads them
+# Of a stream, so many rankings are read ahead to find a long one for the check at the start.
+READ_AHEAD = 64
+
+
+class RankingRewardTrainer(RewardTrainer):
+    """Reward model from K-way rankings (InstructGPT 3.5): K completions for C(K,2) comparisons.
+
+    The batch is counted in prompts. Rankings are records with `prompt`, `responses`, `ranks` and
+    optionally `weight`, as `load_rankings` gives them; pairs (`prompt`, `chosen`, `rejected`) train
+    as in TRL. All arguments are TRL's. What concerns rankings stands in our `RewardConfig`, with
+    the same defaults where `args` is TRL's:
+
+    - `forward`, also an argument: "shared_prefix" computes a prompt once for all its responses,
+      "grouped" once for each of them, "pairs" is TRL's way, both responses of every comparison.
+      The three give the same loss. A model that cannot share a prefix is found out before the first
+      step, by comparing it with separate rows, and gets "grouped", as does a batch for which that
+      is less work.
+    - `average_over`, `ties`, `batch_by_length`.
+
+    Predictions, what `compute_metrics` gets too, are one row of K scores a ranking, in the order of
+    its responses, and -100 where it has fewer.
+
+    A response that is longer than `max_length` with its prompt is left out of its ranking and
+    counted in `overlong`; a ranking without any comparison left is left out. With `truncate_prompt`
+    in the arguments the prompt loses its beginning first, in `truncated` rankings. Weights are
+    scaled to mean 1 over the dataset. (In a stream nothing is counted beforehand, and weights stay
+    as they are.)
+    """
+
+    _signature_columns: list[str]
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        forward: str | None = None,
+        **kwargs: Any,
+    ):
+        self.forward = str(forward or getattr(args, "forward", FORWARDS[0]))
+        if self.forward not in FORWARDS:
+            raise InputError(f"forward={self.forward!r}; one of {', '.join(FORWARDS)} is needed.")
+        self.average_over: str = getattr(args, "average_over", "prompts")
+        self.ties: str = getattr(args, "ties", "drop")
+        self.overlong = self.truncated = 0
+        self._probe: list[list[int]] = []
+        self._checked = False
+        own = None if isinstance(model, str) else model.config.get_text_config().pad_token_id
+        super().__init__(
+            model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
+        )
+        if self.args.disable_dropout:
+            disable_dropout(self.model)  # TRL leaves on what is no module: OPT's
+        if data_collator is None:
+            self.data_collator = RankingCollator(
+                self.processing_class.pad_token_id, self.args.pad_to_multiple_of
+            )
+        callback = _NoPadTokenWhereItIsEos(self.processing_class, own)
+        callback.settle(self.model)
+        self.add_callback(callback)
+
+    # ---- data ------------------------------------------------------------------------------------
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: PreTrainedTokenizerBase, args: Any, name: str
+    ) -> Any:
+        columns = dataset.column_names or list(next(iter(dataset)))
+        if "longest" in columns:  # prepared before
+            return dataset
+        if "responses" not in columns:
+            return self._prepare_pairs(dataset, processing_class, args, name)
+        tokenize = partial(
+            tokenize_rankings,
+            tokenizer=check_tokenizer(processing_class, "processing_class"),
+            max_length=args.max_length,
+            truncate_prompt=getattr(args, "truncate_prompt", False),
+            ties=self.ties,
+        )
+        options = {"batched": True, "remove_columns": columns}
+        if isinstance(dataset, IterableDataset):
+            return self._prepare_stream(dataset.map(tokenize, **options))
+        options |= {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {name} dataset"}
+        with PartialState().main_process_first():
+            dataset = dataset.map(tokenize, **options)
+        self.overlong += sum(dataset["overlong"])
+        self.truncated += sum(dataset["truncated"])
+        kept = [row for row, count in enumerate(dataset["comparisons"]) if count]
+        dataset = dataset if len(kept) == len(dataset) else dataset.select(kept)
+        if len(dataset):
+            longest = dataset["longest"][:]
+            self._probe_with([dataset[longest.index(max(longest))]])
+        return self._with_mean_weight_1(dataset)
+
+    def _prepare_pairs(self, dataset: Any, *given: Any) -> Any:
+        """TRL's own preparation; it leaves overlong pairs out."""
+        prepared = super()._prepare_dataset(dataset, *given)
+        if not isinstance(dataset, IterableDataset):
+            self.overlong += len(dataset) - len(prepared)
+        return prepared
+
+    def _prepare_stream(self, dataset: IterableDataset) -> IterableDataset:
+        """Tokenised rankings that are counted as they come, and not before."""
+        if self.average_over == "pairs":
+            raise InputError(
+                "average_over='pairs' needs the number of all pairs, which a stream does not tell. "
+                "Load the rankings with streaming=False, or average over prompts."
+            )
+        dataset = dataset.filter(lambda record: record["comparisons"] > 0)
+        self._probe_with(list(dataset.take(READ_AHEAD)))
+        return dataset
+
+    def _probe_with(self, records: list[dict[str, Any]]) -> None:
+        """Have the model checked with the longest ranking, if it is the longest so far."""
+        for record in records:
+            if record["longest"] > max(map(len, self._probe), default=0):
+                self._probe = record["response_ids"]
+                self._checked = False
+
+    def _with_mean_weight_1(self, dataset: Any) -> Any:
+        """Weights that average over prompts or pairs as asked; no column where all are equal."""
+        weights = torch.tensor(dataset["weight"][:], dtype=torch.float64)
+        if self.average_over == "pairs":
+            weights = weights * torch.tensor(dataset["comparisons"][:])
+        dataset = dataset.remove_columns("weight")
+        if len(weights.unique()) < 2:
+            return dataset
+        return dataset.add_column("weight", (weights / weights.mean()).tolist())
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        ours = [c for c in ("response_ids", "ranks", "weight") if c not in self._signature_columns]
+        self._signature_columns = [*self._signature_columns, *ours]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        args, dataset = self.args, self.train_dataset
+        if (
+            "longest" not in (dataset.column_names or ())
+            or args.train_sampling_strategy != "random"
+            or not getattr(args, "batch_by_length", True)
+        ):
+            return super()._get_train_sampler(train_dataset)
+        return LengthBatchSampler(
+            dataset["length" if self.forward == "shared_prefix" else "longest"][:],
+            args.train_batch_size * args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+
+    # ---- loss ------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        ranked = self._rankings_loss if "ranks" in inputs else self._trl_loss
+        loss, outputs = ranked(model, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _trl_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """TRL's loss of pairs, the scores read where they are read in use."""
+        bare = self.accelerator.unwrap_model(model)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        with scores_at(bare, score_positions(ids, mask, pad_token_of(bare)), ids.shape[1]):
+            return super().compute_loss(model, dict(inputs), return_outputs=True)
+
+    def _rankings_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        ranks, ids, mask = inputs["ranks"], inputs["input_ids"], inputs["attention_mask"]
+        weights = pair_weights(ranks, inputs.get("weight"), ties=self.ties)
+        center = self.args.center_rewards_coefficient or 0.0
+        bare = self.accelerator.unwrap_model(model)
+        table = torch.zeros(ranks.shape, device=ids.device)
+        if self.forward == "pairs":
+            rows, pairs = _pair_rows(ranks, weights), weights > 0
+            scores, outputs = separate_scores(model, bare, ids[rows], mask[rows])
+            chosen, rejected = scores.float().chunk(2)
+            loss = pair_loss(chosen, rejected, weights[pairs], center=center)
+            responses = scores.new_zeros(len(ids)).index_put((rows,), scores.detach())
+            table[ranks > 0] = responses.float()
+        else:
+            scores, outputs = self._response_scores(model, bare, inputs)
+            table[ranks > 0] = scores.float()
+            loss = pair_loss(table.unsqueeze(2), table.unsqueeze(1), weights, center=center)
+        self._log_scores(table.detach(), ranks, mask.sum())
+        # One row a ranking: evaluation counts the rows.
+        outputs["logits"] = torch.where(ranks > 0, table, float(NO_RESPONSE))
+        return loss, outputs
+
+    def _response_scores(self, model: Any, bare: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Scores `(R,)` of all responses of the batch, and the model's output."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if self.forward == "shared_prefix":
+            self._check_sharing(model, bare)
+        if self.forward == "shared_prefix":
+            shared = share_prefix(ids, mask.sum(dim=1), (inputs["ranks"] > 0).sum(dim=1))
+            hidden_size = bare.config.get_text_config().hidden_size
+            shapes = shared.input_ids.shape, ids.shape
+            if sharing_pays(*shapes, hidden_size, skips_hidden(bare)):
+                columns = score_positions(ids, mask, pad_token_of(bare))
+                return shared_scores(model, bare, shared, columns, self._dtype(bare))
+        return separate_scores(model, bare, ids, mask)
+
+    def _check_sharing(self, model: Any, bare: Any) -> None:
+        """Once, with the longest ranking of the data: "grouped" where the model cannot share."""
+        if self._checked:
+            return
+        self._checked = True
+        device = self.accelerator.device
+        ids = pad_rows(self._probe, self.processing_class.pad_token_id).to(device)
+        lengths = torch.tensor([len(row) for row in self._probe], device=device)
+        with evaluating(model):
+            fault = sharing_fault(model, bare, ids, lengths, self._dtype(bare))
+        found = self.accelerator.gather(torch.tensor([int(fault is not None)], device=device))
+        if found.any():  # all processes do the same
+            self.forward = "grouped"
+            if self.accelerator.is_main_process:
+                logger.warning(
+                    "forward='shared_prefix' is not possible with this %s: %s. Each response gets "
+                    "its prompt to itself (forward='grouped').",
+                    type(bare).__name__,
+                    fault or "another process found it to differ",
+                )
+
+    def _dtype(self, bare: Any) -> torch.dtype:
+        """What the model computes its attention in."""
+        if self.args.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.args.fp16 else bare.dtype
+
+    def _log_scores(self, scores: Tensor, ranks: Tensor, tokens: Tensor) -> None:
+        """The metrics of TRL's RewardTrainer, over all comparisons of the batch."""
+        mode = "train" if self.model.training else "eval"
+        better = (ranks.unsqueeze(2) < ranks.unsqueeze(1)) & (ranks > 0).unsqueeze(2)
+        margins = (scores.unsqueeze(2) - scores.unsqueeze(1))[better]
+        given = scores[ranks > 0]
+        sums = [(margins > 0).sum(), margins.sum(), better.sum(), given.sum(), (ranks > 0).sum()]
+        right, margin, pairs, total, responses = self.accelerator.reduce(
+            torch.stack([number.float() for number in sums])
+        ).tolist()
+        ends = self.accelerator.gather(torch.stack([given.min(), given.max()]).unsqueeze(0))
+        measured = {
+            "min_reward": ends[:, 0].min().item(),
+            "mean_reward": total / responses,
+            "max_reward": ends[:, 1].max().item(),
+        }
+        if pairs:
+            measured |= {"accuracy": right / pairs, "margin": margin / pairs}
+        for name, value in measured.items():
+            self._metrics[mode][name].append(value)
+        if mode == "train":
+            self._total_train_tokens += int(self.accelerator.reduce(tokens))
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+
+def _pair_rows(ranks: Tensor, weights: Tensor) -> Tensor:
+    """The responses of N comparisons as rows of the batch, `(2 N,)`: the better ones, the worse."""
+    row = torch.zeros_like(ranks)
+    row[ranks > 0] = torch.arange(int((ranks > 0).sum()), device=ranks.device)
+    both = row.unsqueeze(2).expand_as(weights), row.unsqueeze(1).expand_as(weights)
+    return torch.cat([rows[weights > 0] for rows in both])
+
+
+class _NoPadTokenWhereItIsEos(TrainerCallback):
+    """With pad == eos the model's config names no pad token, so that its score stands at the EOS.
+
+    TRL and transformers put the tokenizer's there, when the trainer is made and when it starts. An
+    adapter is saved without a config, so it trains with its base's `own`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, own: int | None):
+        self.is_eos, self.own = tokenizer.pad_token_id == tokenizer.eos_token_id, own
+
+    def settle(self, model: Any) -> None:
+        if self.is_eos:
+            text_config = model.config.get_text_config()
+            text_config.pad_token_id = self.own if isinstance(model, PeftModel) else None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.settle(kwargs["model"])

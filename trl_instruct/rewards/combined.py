@@ -1,0 +1,168 @@
+"""Rewards made of rewards: weighted sum, clipping, running normalisation, length penalty."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from trl_instruct.errors import InputError
+from trl_instruct.rewards.function import RewardFunction, as_text, call_reward, reward_name
+
+
+class WeightedSum:
+    """The sum of several rewards' scores, each times its weight.
+
+    Args:
+        rewards: reward functions.
+        weights: one a reward; default: 1 each.
+
+    Raises:
+        InputError: no reward, or another number of weights.
+    """
+
+    def __init__(self, rewards: Sequence[RewardFunction], weights: Sequence[float] | None = None):
+        self.parts = list(rewards)
+        self.weights = [1.0] * len(self.parts) if weights is None else list(weights)
+        if not self.parts or len(self.weights) != len(self.parts):
+            raise InputError(
+                f"{len(self.weights)} reward weights were given for {len(self.parts)} rewards; "
+                "one weight a reward is needed."
+            )
+
+    @property
+    def __name__(self) -> str:
+        return " + ".join(map(reward_name, self.parts))
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float]:
+        """Scores of the completions, one float each."""
+        scores = [call_reward(part, prompts, completions, columns) for part in self.parts]
+        rows = zip(*scores, strict=True)
+        return [sum(w * s for w, s in zip(self.weights, row, strict=True)) for row in rows]
+
+
+class Clipped:
+    """A reward's scores, those outside of [low, high] set to the nearer end.
+
+    Args:
+        reward: a reward function.
+        low, high: the ends; None: open.
+    """
+
+    def __init__(
+        self, reward: RewardFunction, *, low: float | None = None, high: float | None = None
+    ):
+        self.parts = [reward]
+        self.low = -math.inf if low is None else low
+        self.high = math.inf if high is None else high
+        if self.low > self.high:
+            raise InputError(f"Scores cannot be clipped to [{low}, {high}]: low is above high.")
+
+    @property
+    def __name__(self) -> str:
+        return f"clipped {reward_name(self.parts[0])}"
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float]:
+        """Scores of the completions, one float each."""
+        scores = call_reward(self.parts[0], prompts, completions, columns)
+        return [min(self.high, max(self.low, score)) for score in scores]
+
+
+class Moments(NamedTuple):
+    """How many scores were seen, their mean and their sum of squared deviations."""
+
+    seen: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    @classmethod
+    def of(cls, scores: Sequence[float]) -> "Moments":
+        """Of a batch."""
+        mean = sum(scores) / max(1, len(scores))
+        return cls(len(scores), mean, sum((score - mean) ** 2 for score in scores))
+
+    def joined(self, other: "Moments") -> "Moments":
+        """Of both together (Chan et al. 1979).
+
+        >>> Moments.of([1.0, 3.0]).joined(Moments.of([8.0]))
+        Moments(seen=3, mean=4.0, squares=26.0)
+        """
+        count = self.seen + other.seen
+        if not count:
+            return self
+        apart = other.mean - self.mean
+        return Moments(
+            count,
+            self.mean + apart * other.seen / count,
+            self.squares + other.squares + apart**2 * self.seen * other.seen / count,
+        )
+
+
+class Normalised:
+    """A reward's scores, less the mean of all it has given so far and over their deviation.
+
+    (score - mean) / max(std, 1e-8), the batch that is scored included, std over n - 1 scores; less
+    the mean alone as long as there is one score. Every call adds to the moments: do not measure
+    with the object that trains. Several processes have the same moments from one iteration of
+    PPO to the next; within one, each adds its own batch.
+
+    Args:
+        reward: a reward function.
+    """
+
+    def __init__(self, reward: RewardFunction):
+        self.parts = [reward]
+        self.shared, self.own = Moments(), Moments()
+
+    @property
+    def __name__(self) -> str:
+        return f"normalised {reward_name(self.parts[0])}"
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float]:
+        """Scores of the completions, one float each."""
+        scores = call_reward(self.parts[0], prompts, completions, columns)
+        self.own = self.own.joined(Moments.of(scores))
+        count, mean, squares = self.shared.joined(self.own)
+        std = max(math.sqrt(squares / (count - 1)), 1e-8) if count > 1 else 1.0
+        return [(score - mean) / std for score in scores]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The moments: of all processes up to the last `merge`, and this one's since."""
+        return {"shared": list(self.shared), "own": list(self.own)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set them back."""
+        self.shared, self.own = Moments(*state["shared"]), Moments(*state["own"])
+
+    def merge(self, states: Sequence[dict[str, Any]]) -> None:
+        """Take in what every process has seen since the last time.
+
+        Args:
+            states: of all processes, this one's among them.
+        """
+        for state in states:
+            self.shared = self.shared.joined(Moments(*state["own"]))
+        self.own = Moments()
+
+
+class LengthPenalty:
+    """A reward of its own, to be summed with others: -per_character for each beyond `free`.
+
+    Args:
+        per_character: what a character of the completion costs.
+        free: characters that cost nothing.
+    """
+
+    def __init__(self, per_character: float, *, free: int = 0):
+        self.per_character, self.free = per_character, free
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float]:
+        """Scores of the completions, one float each."""
+        excess = [max(0, len(as_text(completion)) - self.free) for completion in completions]
+        return [-self.per_character * characters for characters in excess]

@@ -1,0 +1,131 @@
+"""A language model as the judge, over an OpenAI-compatible endpoint."""
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from trl_instruct.errors import InputError
+from trl_instruct.rewards.function import RewardError, as_text
+from trl_instruct.rewards.http import check_url, post_json
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+FIELD = re.compile(r"\{(prompt|completion)\}")
+# The whole last line of an answer: "Score: 7", "7.5".
+SCORE = re.compile(r"(?:score:\s*)?([+-]?\d+(?:\.\d+)?)", re.IGNORECASE | re.ASCII)
+
+
+class LLMJudge:
+    """Scores by a model that is asked with a rubric, a request per completion.
+
+    The model's answer may reason, and ends with a line that is the score and nothing else: `7` or
+    `Score: 7`, within [low, high]. An answer without such a line is an error, or the default, and
+    counted in `unparsable`. A completion can try to talk the judge into a score: keep low and high
+    tight, and read samples.
+
+    Args:
+        url: of the endpoint, `http://127.0.0.1:8000/v1`; requests go to `<url>/chat/completions`.
+        model: its name there.
+        rubric: what the judge is asked, with `{prompt}` and `{completion}` where the texts go (no
+            other brace means anything), and the form of the last line.
+        low, high: the scores that are allowed.
+        default: score of an answer that cannot be parsed; None: it is an error.
+        token: of the endpoint; default: the environment's OPENAI_API_KEY.
+        max_tokens: longest answer.
+        workers: requests at a time.
+        timeout, retries: of a request, as in `HTTPReward`.
+
+    Raises:
+        InputError: a rubric without `{completion}`, low not below high.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        rubric: str,
+        *,
+        low: float,
+        high: float,
+        default: float | None = None,
+        token: str | None = None,
+        max_tokens: int = 512,
+        workers: int = 8,
+        timeout: float = 120.0,
+        retries: int = 6,
+    ):
+        if "{completion}" not in rubric:
+            raise InputError("The rubric has no {completion}, where the text to judge would go.")
+        if not low < high:
+            raise InputError(f"The judge's scores go from {low} to {high}; low must be below high.")
+        self.url, self.model = f"{check_url(url).rstrip('/')}/chat/completions", model
+        self.rubric, self.low, self.high, self.default = rubric, low, high, default
+        self.token = token or os.environ.get(KEY_VARIABLE)
+        self.max_tokens, self.workers = max_tokens, workers
+        self.timeout, self.retries = timeout, retries
+        self.unparsable = 0
+
+    @property
+    def __name__(self) -> str:
+        return f"judge {self.model}"
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float]:
+        """Scores of the completions, one float each.
+
+        Raises:
+            RewardUnreachableError: the endpoint stayed away, or refused the token.
+            RewardError: an answer that cannot be parsed, without a default.
+        """
+        with ThreadPoolExecutor(self.workers) as pool:
+            answers = list(pool.map(self._ask, prompts, completions))
+        scores = []
+        for row, answer in enumerate(answers):
+            score = parsed_score(answer, low=self.low, high=self.high)
+            self.unparsable += score is None
+            if score is None and self.default is None:
+                raise RewardError(
+                    f"The judge {self.model} ended its answer with {answer.strip()[-80:]!r}; a "
+                    f"last line with a score from {self.low:g} to {self.high:g} is needed (or a "
+                    "default).",
+                    row,
+                )
+            scores.append(score if score is not None else float(self.default or 0.0))
+        return scores
+
+    def _ask(self, prompt: Any, completion: Any) -> str:
+        """The judge's answer to the rubric, both texts put in at once: neither can hold a field."""
+        texts = {"prompt": as_text(prompt), "completion": as_text(completion)}
+        question = FIELD.sub(lambda field: texts[field[1]], self.rubric)
+        answer = post_json(
+            self.url,
+            {
+                "model": self.model,
+                "messages": [{"role": "user", "content": question}],
+                "temperature": 0,
+                "max_tokens": self.max_tokens,
+            },
+            token=self.token,
+            timeout=self.timeout,
+            retries=self.retries,
+        )
+        try:
+            return str(answer["choices"][0]["message"]["content"] or "")
+        except (KeyError, IndexError, TypeError) as error:
+            raise RewardError(f"{self.url} answered without choices[0].message.content.") from error
+
+
+def parsed_score(answer: str, *, low: float, high: float) -> float | None:
+    """The score in an answer's last line; None where that is no number from low to high.
+
+    >>> parsed_score("It is polite.\\nScore: 7", low=0, high=10)
+    7.0
+    >>> parsed_score("7 of 10", low=0, high=10)
+    """
+    lines = answer.strip().splitlines()
+    match = SCORE.fullmatch(lines[-1].strip()) if lines else None
+    score = float(match[1]) if match else math.nan
+    return score if low <= score <= high else None

@@ -1,0 +1,72 @@
+"""A reward model as a reward function."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trl_instruct.models.load import context_length
+from trl_instruct.models.tokenizers import check_tokenizer
+from trl_instruct.rewards.score_position import batched_logits
+from trl_instruct.rewards.tokens import reward_rows
+from trl_instruct.scalar_head import keep_shift, shift_of
+
+
+class RewardModel:
+    """A scalar sequence classifier as a reward function, with a tokenizer of its own.
+
+    Prompt + completion is tokenised as TRL's RewardTrainer tokenised it in training: joined, EOS
+    at the end for text, the chat template for messages. What exceeds the model's context is cut
+    from the left, and counted in `truncated`. The shift in the model's config is taken off, so that
+    demonstrations score 0 on average. Where the score is read: `rewards/score_position.py`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 64
+    ):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = check_tokenizer(tokenizer, model.config._name_or_path)
+        self.batch_size = batch_size
+        self.truncated = 0
+
+    @property
+    def __name__(self) -> str:
+        return self.model.config._name_or_path or type(self.model).__name__
+
+    def to(self, device: torch.device) -> None:
+        """Put the model there."""
+        self.model.to(device)
+
+    @property
+    def shift(self) -> float:
+        """What is taken off the output of the model's head; 0 where none was measured."""
+        return shift_of(self.model)
+
+    def measure_shift(
+        self, prompts: Sequence[Any], completions: Sequence[Any]
+    ) -> tuple[float, float]:
+        """Set the shift at which these demonstrations score 0 on average (InstructGPT 3.5).
+
+        Returns:
+            The mean and standard deviation of the model's own scores, without any shift.
+        """
+        scores = [score + self.shift for score in self(prompts, completions)]
+        mean, std = statistics.fmean(scores), statistics.pstdev(scores)
+        keep_shift(self.model, mean, std)
+        return mean, std
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> list[float]:
+        """Scores of the completions, one float each."""
+        rows = reward_rows(prompts, completions, self.tokenizer)
+        context = context_length(self.model)
+        if context is not None:
+            self.truncated += sum(len(row) > context for row in rows)
+            rows = [row[-context:] for row in rows]
+        filler = self.tokenizer.pad_token_id
+        logits = batched_logits(self.model, rows, filler, self.batch_size)
+        return [float(score) - self.shift for score in logits.squeeze(-1)]

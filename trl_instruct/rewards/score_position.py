@@ -1,0 +1,136 @@
+"""The score of a response: where a sequence classifier reads it, in training and in use.
+
+transformers' classifiers put their head `score` on every token and keep one number a row, that of
+the last token which is not `config.pad_token_id`. With pad == eos this is not the EOS but the token
+before it. Here a model that is trained with pad == eos gets no pad token in its config, which says
+that no token of a row is padding: its score stands at the EOS. Plain transformers then gives the
+same number for a row alone, and refuses a padded batch instead of reading it elsewhere. A model
+from elsewhere whose config calls EOS the padding is read where it was trained, one token earlier.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from trl_instruct.models.load import accepted, unwrapped
+from trl_instruct.padding import pad_rows, right_padded_mask, similar_lengths
+from trl_instruct.scalar_head import ScalarHead
+
+Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]
+
+
+def score_positions(input_ids: Tensor, attention_mask: Tensor, pad_token_id: int | None) -> Tensor:
+    """Column at which each row's score is read: its last token that the model calls no padding.
+
+    Args:
+        input_ids, attention_mask: `(R, T)`, padded on either side.
+        pad_token_id: of the model's config.
+
+    Returns:
+        `(R,)`.
+
+    >>> ids, mask = torch.tensor([[5, 2, 2], [2, 5, 6]]), torch.tensor([[1, 1, 0], [0, 1, 1]])
+    >>> score_positions(ids, mask, None).tolist(), score_positions(ids, mask, 2).tolist()
+    ([1, 2], [0, 2])
+    """
+    counts = attention_mask.bool()
+    if pad_token_id is not None:
+        counts = counts & (input_ids != pad_token_id)
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return (columns * counts).amax(dim=1)
+
+
+@contextlib.contextmanager
+def scores_at(model: Any, columns: Tensor, width: int) -> Iterator[None]:
+    """Inside, the classifier's logits are those of the given tokens, whatever it calls padding.
+
+    Args:
+        model: a sequence classifier, not wrapped for training. One without a head `score` on every
+            token reads its score by itself.
+        columns: `(R,)` the token of each row.
+        width: T, tokens in a row.
+    """
+
+    def read(head: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> Tensor | None:
+        if logits.dim() != 3:
+            return None
+        # From the right: prompt tuning puts tokens of its own in front.
+        rows = torch.arange(len(columns), device=logits.device)
+        scores = logits[rows, columns - width]
+        # The same at every token, so that the classifier takes it wherever it looks.
+        return scores.unsqueeze(1).expand_as(logits)
+
+    with _on_head(model, read):
+        yield
+
+
+@contextlib.contextmanager
+def _on_head(model: Any, hook: Hook) -> Iterator[None]:
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Module):
+        yield
+        return
+    config = model.config.get_text_config()
+    pad_token_id = config.pad_token_id
+    if pad_token_id is None:
+        config.pad_token_id = 0  # it refuses a batch without one; what it then picks is not used
+    handle = head.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+        config.pad_token_id = pad_token_id
+
+
+def separate_scores(
+    model: Any, bare: Any, input_ids: Tensor, attention_mask: Tensor
+) -> tuple[Tensor, Any]:
+    """Scores `(R,)` of rows, one forward pass for all, and the model's output.
+
+    Args:
+        model: the classifier as it trains, `bare` the same without what it is wrapped in.
+        input_ids, attention_mask: `(R, T)`.
+    """
+    columns = score_positions(input_ids, attention_mask, pad_token_of(bare))
+    with scores_at(bare, columns, input_ids.shape[1]):
+        outputs = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return outputs.logits.squeeze(-1), outputs
+
+
+def pad_token_of(model: Any) -> int | None:
+    """The token that the classifier takes for padding; None: none, or it goes by the mask."""
+    bare = unwrapped(model)
+    return None if isinstance(bare, ScalarHead) else bare.config.get_text_config().pad_token_id
+
+
+@torch.no_grad()
+def batched_logits(
+    model: PreTrainedModel, rows: list[list[int]], filler: int, batch_size: int
+) -> Tensor:
+    """A classifier's logits for rows of unequal length, in batches of similar length.
+
+    Args:
+        model: a sequence classifier.
+        rows: R lists of token ids.
+        filler: token to pad with.
+        batch_size: most rows per forward pass.
+
+    Returns:
+        `(R, labels)` float32 on CPU.
+    """
+    logits = torch.zeros(len(rows), model.config.num_labels)
+    for chosen in similar_lengths([len(row) for row in rows], batch_size):
+        batch = [rows[row] for row in chosen]
+        lengths = torch.tensor([len(row) for row in batch])
+        ids = pad_rows(batch, filler).to(model.device)
+        mask = right_padded_mask(lengths, ids.shape[1]).long().to(ids.device)
+        columns = score_positions(ids, mask, pad_token_of(model))
+        with scores_at(model, columns, ids.shape[1]):
+            arguments = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+            output = model(**accepted(model, **arguments))
+        logits[chosen] = output.logits.float().cpu()
+    return logits

@@ -1,0 +1,141 @@
+"""Any reward function behind an address: what `HTTPReward` talks to."""
+
+import hmac
+import json
+import re
+import socket
+import threading
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from trl_instruct.errors import InputError
+from trl_instruct.rewards.function import RewardFunction, call_reward, is_column, reward_name
+
+LOOPBACK = "127.0.0.1"
+MOST_BYTES = 16 * 2**20
+# A client that sends nothing may not hold a thread for longer, seconds.
+PATIENCE = 30.0
+
+
+class RewardServer(ThreadingHTTPServer):
+    """Scores over HTTP: `POST /score` as in `HTTPReward`, `GET /health`.
+
+    One request is scored at a time. A request that is too large, of another form or without the
+    token is refused; a reward that fails is status 422 with `{"error": ...}`.
+
+    Args:
+        reward: any reward function or adapter.
+        host: address to listen at; other machines reach the server only if it is not loopback.
+        port: 0 takes a free one, which `url` tells.
+        token: what requests to /score must carry as `Authorization: Bearer`; None: none.
+        max_bytes: size of a request.
+
+    Raises:
+        InputError: the address is taken, or none of this machine.
+    """
+
+    daemon_threads = True
+
+    def __init__(
+        self,
+        reward: RewardFunction,
+        *,
+        host: str = LOOPBACK,
+        port: int = 0,
+        token: str | None = None,
+        max_bytes: int = MOST_BYTES,
+    ):
+        self.reward, self.token, self.max_bytes = reward, token, max_bytes
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.lock = threading.Lock()
+        try:
+            super().__init__((host, port), _Handler)
+        except (OSError, OverflowError) as error:
+            raise InputError(f"No server can listen at {host}, port {port}: {error}") from error
+
+    @property
+    def url(self) -> str:
+        """Where scores are to be had."""
+        host, port = self.server_address[:2]
+        shown = f"[{host!s}]" if self.address_family == socket.AF_INET6 else host
+        return f"http://{shown!s}:{port}/score"
+
+    def score(self, request: dict[str, Any]) -> list[float]:
+        """Scores of a request's completions.
+
+        Raises:
+            InputError: a request of another form, or a reward that fails.
+        """
+        columns = dict(request)
+        prompts, completions = columns.pop("prompts", None), columns.pop("completions", None)
+        if not isinstance(prompts, list) or not isinstance(completions, list):
+            raise InputError("A request needs the lists `prompts` and `completions`.")
+        for name, values in {"prompts": prompts, **columns}.items():
+            if not is_column(values, len(completions)):
+                raise InputError(f"`{name}` must be a list as long as `completions`.")
+        with self.lock:
+            return call_reward(self.reward, prompts, completions, columns) if completions else []
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: RewardServer
+    timeout = PATIENCE
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self.path != "/health":
+            self._answer(HTTPStatus.NOT_FOUND, {"error": "There are GET /health and POST /score."})
+            return
+        self._answer(HTTPStatus.OK, {"status": "ok", "reward": reward_name(self.server.reward)})
+
+    def do_POST(self) -> None:
+        self.close_connection = True  # what is refused unread must not be taken for a request
+        if self.path != "/score":
+            self._answer(HTTPStatus.NOT_FOUND, {"error": "There are GET /health and POST /score."})
+        elif not self._authorised():
+            self._answer(HTTPStatus.UNAUTHORIZED, {"error": "The token is missing or wrong."})
+        elif (length := self._length()) is None:
+            self._answer(HTTPStatus.LENGTH_REQUIRED, {"error": "Content-Length is needed."})
+        elif length > self.server.max_bytes:
+            told = f"The request has {length} bytes; {self.server.max_bytes} are allowed."
+            self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, {"error": told})
+        else:
+            self._score(self.rfile.read(length))
+
+    def _length(self) -> int | None:
+        """Bytes of the request; None where it does not say so in at most twelve digits."""
+        given = self.headers.get("Content-Length", "")
+        return int(given) if re.fullmatch("[0-9]{1,12}", given) else None
+
+    def _score(self, body: bytes) -> None:
+        try:
+            request = json.loads(body)
+            if not isinstance(request, dict):
+                raise ValueError("an object is needed")
+        except (ValueError, RecursionError) as error:
+            self._answer(HTTPStatus.BAD_REQUEST, {"error": f"The request is no JSON: {error}"})
+            return
+        try:
+            self._answer(HTTPStatus.OK, {"scores": self.server.score(request)})
+        except InputError as error:
+            self._answer(
+                HTTPStatus.UNPROCESSABLE_ENTITY, {"error": getattr(error, "fault", str(error))}
+            )
+
+    def _authorised(self) -> bool:
+        if self.server.token is None:
+            return True
+        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        return hmac.compare_digest(given.encode(), self.server.token.encode())
+
+    def _answer(self, status: HTTPStatus, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing: a line a request helps nobody."""
