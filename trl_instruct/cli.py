@@ -32,7 +32,7 @@ from trl_instruct.evaluation.answers import Sampling, answer_prompts, converse
 from trl_instruct.evaluation.compare import compare
 from trl_instruct.evaluation.evaluate import evaluate
 from trl_instruct.models.merging import merge
-from trl_instruct.recipes.candidates import sample_candidates
+from trl_instruct.recipes.candidates import candidates
 from trl_instruct.recipes.chain import read_chain
 from trl_instruct.recipes.options import (
     Config,
@@ -45,7 +45,7 @@ from trl_instruct.recipes.ppo import ppo
 from trl_instruct.recipes.pretrain import pretrain
 from trl_instruct.recipes.rm import rm
 from trl_instruct.recipes.sft import sft
-from trl_instruct.recipes.stage import StageResult, stage
+from trl_instruct.recipes.stage import StageResult
 from trl_instruct.rewards.function import place_on, reward_name
 from trl_instruct.rewards.http import TOKEN_VARIABLE
 from trl_instruct.rewards.load import load_reward
@@ -136,41 +136,8 @@ def sft_command(arguments: list[str]) -> None:
 
 
 def candidates_command(arguments: list[str]) -> None:
-    """Between stages 1 and 2: train.jsonl, and test.jsonl where there is an eval dataset.
-
-    Of several processes one samples: they would all write the same file.
-    """
-    config, model_config = parse(CandidatesConfig, arguments)
-    sources = {"train": (config.dataset_name, config.dataset_train_split)}
-    if config.eval_dataset_name:
-        sources["test"] = (config.eval_dataset_name, config.eval_dataset_split)
-    with stage("candidates", config, model_config) as run:
-        run.begin()
-        if not run.is_main:
-            return
-        metrics = {
-            name: sample_candidates(
-                model_config.model_name_or_path,
-                source,
-                run.folder / f"{name}.jsonl",
-                num_candidates=config.num_candidates,
-                response_length=config.response_length,
-                max_prompt_length=config.max_prompt_length,
-                temperature=config.temperature,
-                stop_strings=config.stop_strings,
-                gold=config.gold,
-                seed=config.seed,
-                batch_size=config.per_device_eval_batch_size,
-                split=split,
-                model_config=model_config,
-                trust_remote_code=config.trust_remote_code,
-            )
-            for name, (source, split) in sources.items()
-        }
-        for name, counts in metrics.items():
-            told = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items())
-            run.say(f"{run.folder / name}.jsonl: {told}")
-        run.write_metrics(metrics)
+    """Between stages 1 and 2."""
+    candidates(*parse(CandidatesConfig, arguments))
 
 
 def _tell(message: str) -> None:

@@ -1,4 +1,4 @@
-"""K completions per prompt from a policy: what a labeler ranks."""
+"""Between stages 1 and 2: K completions per prompt from a policy, for a labeler to rank."""
 
 import json
 import os
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig
 
+from trl_instruct.configs import CandidatesConfig
 from trl_instruct.console import progress_bar
 from trl_instruct.data.records import load_prompts
 from trl_instruct.errors import InputError
@@ -17,11 +18,49 @@ from trl_instruct.files import written_at_once
 from trl_instruct.generation.sampling import prompt_tokens, sample_several
 from trl_instruct.models.load import ModelSource, load_policy, model_name
 from trl_instruct.models.tokenizers import check_tokenizer, load_tokenizer
+from trl_instruct.recipes.stage import StageResult, stage
 from trl_instruct.rewards.function import RewardFunction, as_completions, call_reward, place_on
 from trl_instruct.rewards.load import load_reward
 from trl_instruct.tiny import SimulatedLabeler
 
 Labeler = Callable[[Sequence[float]], Sequence[float]]
+
+
+def candidates(config: CandidatesConfig, model_config: ModelConfig) -> StageResult:
+    """The stage: train.jsonl in its folder, and test.jsonl where there is an eval dataset.
+
+    Of several processes one samples: they would all write the same file.
+    """
+    sources = {"train": (config.dataset_name, config.dataset_train_split)}
+    if config.eval_dataset_name:
+        sources["test"] = (config.eval_dataset_name, config.eval_dataset_split)
+    with stage("candidates", config, model_config) as run:
+        run.begin()
+        if not run.is_main:
+            return StageResult(run.folder)
+        metrics = {
+            name: sample_candidates(
+                model_config.model_name_or_path,
+                source,
+                run.folder / f"{name}.jsonl",
+                num_candidates=config.num_candidates,
+                response_length=config.response_length,
+                max_prompt_length=config.max_prompt_length,
+                temperature=config.temperature,
+                stop_strings=config.stop_strings,
+                gold=config.gold,
+                seed=config.seed,
+                batch_size=config.per_device_eval_batch_size,
+                split=split,
+                model_config=model_config,
+                trust_remote_code=config.trust_remote_code,
+            )
+            for name, (source, split) in sources.items()
+        }
+        for name, counts in metrics.items():
+            told = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items())
+            run.say(f"{run.folder / name}.jsonl: {told}")
+        return StageResult(run.folder, run.write_metrics(metrics))
 
 
 def sample_candidates(
@@ -80,9 +119,7 @@ def sample_candidates(
     _check_request(policy, prompts, num_candidates, temperature)
     records = load_prompts(prompts, split)
     trust: Any = {"trust_remote_code": trust_remote_code}
-    model = load_policy(policy, model_config or ModelConfig(), **trust).to(PartialState().device)
-    own = processing_class or load_tokenizer(policy, **trust)
-    tokenizer = check_tokenizer(own, model_name(policy))
+    model, tokenizer = _load(policy, processing_class, model_config or ModelConfig(), **trust)
     token_lists, cut = prompt_tokens(
         records["prompt"][:],
         tokenizer,
@@ -118,6 +155,18 @@ def sample_candidates(
             if ranking is not None:
                 file.write(json.dumps(ranking, ensure_ascii=False) + "\n")
     return counts
+
+
+def _load(
+    policy: ModelSource,
+    processing_class: PreTrainedTokenizerBase | None,
+    model_config: ModelConfig,
+    **trust: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The policy, where it is to run, and its tokenizer."""
+    model = load_policy(policy, model_config, **trust).to(PartialState().device)
+    own = processing_class or load_tokenizer(policy, **trust)
+    return model, check_tokenizer(own, model_name(policy))
 
 
 def _check_request(

@@ -15,7 +15,7 @@ from trl_instruct.errors import InputError
 from trl_instruct.generation.sampling import unused_sampling
 from trl_instruct.models.load import ModelSource
 from trl_instruct.models.tokenizers import check_vocabulary
-from trl_instruct.ppo_trainer import curves as ppo_report
+from trl_instruct.ppo_trainer import curves
 from trl_instruct.ppo_trainer.roles import Roles, load_roles
 from trl_instruct.ppo_trainer.rollout_scores import reward_counts
 from trl_instruct.ppo_trainer.trainer import PPOTrainer
@@ -23,6 +23,7 @@ from trl_instruct.ppo_trainer.upstream import upstream_trainer
 from trl_instruct.recipes.memory import Work, memory_table
 from trl_instruct.recipes.options import stage_options
 from trl_instruct.recipes.stage import (
+    Stage,
     StageResult,
     stage,
     starting_point,
@@ -75,9 +76,10 @@ def ppo(
     )
     trainer_class = upstream_trainer(config) if config.engine == "trl" else PPOTrainer
     config.reward_model_path = _reward_names(reward) or config.reward_model_path
-    records = load_texts if config.opening_length else load_prompts
-    prompts = records(dataset, config.dataset_train_split)
-    texts = _pretraining_texts(ptx_dataset, config)
+    prompts = (load_texts if config.opening_length else load_prompts)(
+        dataset, config.dataset_train_split
+    )
+    pretraining = _pretraining_texts(ptx_dataset, config)
     with stage("ppo", config, model_config) as run:
         base, tokenizer = starting_point(run, model, processing_class)
         if config.opening_length:
@@ -85,9 +87,6 @@ def ppo(
         value = value_model or config.value_model_path
         roles = load_roles(base, reward, value, tokenizer, config, model_config)
         check_vocabulary(tokenizer, roles.policy)
-        if unused := unused_sampling(roles.policy):
-            told = ", ".join(f"{name} {value}" for name, value in unused.items())
-            run.say(f"the model's own sampling settings are not used: {told}")
         trainer = trainer_class(
             args=config,
             processing_class=tokenizer,
@@ -96,23 +95,35 @@ def ppo(
             reward_model=roles.reward,
             train_dataset=prompts,
             value_model=roles.value,
-            ptx_dataset=texts,
+            ptx_dataset=pretraining,
             gold=_gold(config, tokenizer),
             callbacks=callbacks,
         )
-        if trainer.cut_prompts:
-            run.say(f"{trainer.cut_prompts} of {len(prompts)} prompts were cut from the left")
-        run.say(memory_table(*_roles_and_passes(roles, trainer), config))
+        _tell_before(run, roles, trainer)
         labels = {"score": "objective/scores", "kl": "objective/kl", "length": "objective/length"}
         output = run.train(trainer, labels)
+        metrics = {**output.metrics, "cut_prompts": trainer.cut_prompts, **_counted(run, roles)}
         if run.is_main:
-            ppo_report.draw(trainer.state.log_history, run.folder / ppo_report.FIGURE)
-        metrics = {**output.metrics, "cut_prompts": trainer.cut_prompts}
-        for name, count in reward_counts(roles.reward).items():
-            if count:
-                run.say(f"{count} of the texts that the reward was given were {name}")
-                metrics[f"reward_{name}"] = count
+            curves.draw(trainer.state.log_history, run.folder / curves.FIGURE)
         return run.finish(trainer, metrics)
+
+
+def _tell_before(run: Stage, roles: Roles, trainer: Any) -> None:
+    """Sampling settings that are not used, prompts that are cut, memory."""
+    if unused := unused_sampling(roles.policy):
+        told = ", ".join(f"{name} {value}" for name, value in unused.items())
+        run.say(f"the model's own sampling settings are not used: {told}")
+    if trainer.cut_prompts:
+        run.say(f"{trainer.cut_prompts} of {len(trainer.prompts)} prompts were cut from the left")
+    run.say(memory_table(*_roles_and_passes(roles, trainer), run.config))
+
+
+def _counted(run: Stage, roles: Roles) -> dict[str, int]:
+    """Texts that the reward was given and had to cut, or could not parse."""
+    counts = {name: count for name, count in reward_counts(roles.reward).items() if count}
+    for name, count in counts.items():
+        run.say(f"{count} of the texts that the reward was given were {name}")
+    return {f"reward_{name}": count for name, count in counts.items()}
 
 
 def _gold(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> RewardFunction | None:

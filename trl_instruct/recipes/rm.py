@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import ModelConfig
 
 from trl_instruct.configs import RewardConfig
@@ -91,13 +91,7 @@ def rm(
     )
     with stage("rm", config, model_config) as run:
         run.say(str(data.report))
-        base, tokenizer = starting_point(run, model, processing_class)
-        check_chat_template(data.train, tokenizer, config)
-        classifier = load_reward_model(
-            base, model_config, fresh_head=True, trust_remote_code=config.trust_remote_code
-        )
-        config.max_length = within_context(config.max_length, classifier)
-        check_vocabulary(tokenizer, classifier)
+        classifier, tokenizer = _load(run, model, processing_class, data)
         trained = trained_weights(classifier)
         trainer = RankingRewardTrainer(
             model=classifier,
@@ -125,6 +119,22 @@ def rm(
         if data.held_out is not None or data.demonstrations is not None:
             run.say(render(metrics, run.folder / FIGURE))
         return result
+
+
+def _load(
+    run: Stage,
+    model: ModelSource | None,
+    processing_class: PreTrainedTokenizerBase | None,
+    data: Preferences,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The classifier to train, its head fresh, and its tokenizer; max_length fits its context."""
+    base, tokenizer = starting_point(run, model, processing_class)
+    check_chat_template(data.train, tokenizer, run.config)
+    trust = run.config.trust_remote_code
+    classifier = load_reward_model(base, run.model_config, fresh_head=True, trust_remote_code=trust)
+    run.config.max_length = within_context(run.config.max_length, classifier)
+    check_vocabulary(tokenizer, classifier)
+    return classifier, tokenizer
 
 
 def _check_overlong(trainer: RankingRewardTrainer, run: Stage) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import ModelConfig, SFTTrainer
 
 from trl_instruct.configs import SFTConfig
@@ -78,18 +78,15 @@ def sft(
     held_out = named_source(eval_dataset, config)
     if held_out is not None:
         held_out = load_demonstrations(held_out, config.eval_dataset_split)
+        config.eval_on_start = True
     if isinstance(model, str) and model == TINY:
         Stage("sft", config, model_config).check_folder()
         model = tiny_base(Path(config.output_dir).parent / "base", seed=config.seed)
     with stage("sft", config, model_config) as run:
-        base, tokenizer = starting_point(run, model, processing_class)
-        policy = load_policy(base, model_config, trust_remote_code=config.trust_remote_code)
-        config.max_length = within_context(config.max_length, policy)
-        config.eval_on_start = config.eval_on_start or held_out is not None
+        policy, tokenizer = _load(run, model, processing_class)
         truncated = check_demonstrations(demonstrations, tokenizer, config)
         if truncated:
             run.say(f"{truncated} of {len(demonstrations)} demonstrations are cut at max_length")
-        check_vocabulary(tokenizer, policy)
         trained = trained_weights(policy)
         trainer = SFTTrainer(
             model=policy,
@@ -107,10 +104,27 @@ def sft(
         output = run.train(trainer, {"loss": "loss"})
         metrics = {"train_loss": output.training_loss, "truncated": truncated}
         if held_out is not None:
-            logs = trainer.state.log_history  # of a resumed run, too, from its start
-            metrics["base_loss"] = next(log["eval_loss"] for log in logs if "eval_loss" in log)
-            metrics["eval_loss"] = trainer.evaluate()["eval_loss"]
+            metrics |= _measure(trainer)
         return run.finish(trainer, metrics)
+
+
+def _load(
+    run: Stage, model: ModelSource | None, processing_class: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The policy to train and its tokenizer; the config's max_length fits into its context."""
+    base, tokenizer = starting_point(run, model, processing_class)
+    trust = run.config.trust_remote_code
+    policy = load_policy(base, run.model_config, trust_remote_code=trust)
+    run.config.max_length = within_context(run.config.max_length, policy)
+    check_vocabulary(tokenizer, policy)
+    return policy, tokenizer
+
+
+def _measure(trainer: SFTTrainer) -> dict[str, float]:
+    """Loss on the held-out demonstrations, before training and after."""
+    logs = trainer.state.log_history  # a resumed run's too, from its start
+    before = next(log["eval_loss"] for log in logs if "eval_loss" in log)
+    return {"base_loss": before, "eval_loss": trainer.evaluate()["eval_loss"]}
 
 
 def check_demonstrations(
