@@ -33,7 +33,7 @@ from trl_instruct.recipes.rm import rm
 from trl_instruct.recipes.sft import sft
 from trl_instruct.reward_trainer.trainer import RankingRewardTrainer
 from trl_instruct.rewards.reward_model import RewardModel
-from trl_instruct.scalar_head import ScalarHead, keep_weights, register_scalar_head, score_head
+from trl_instruct.scalar_head import ScalarHead, disable_rescaling, register_scalar_head, score_head
 
 KINDS = ["rwkv", "mamba"]
 PLAIN = ModelConfig()
@@ -243,7 +243,7 @@ def test_a_policy_saved_after_use_is_the_policy_that_was_used(make_policy, tmp_p
     policy.eval()(ids)
     policy.save_pretrained(tmp_path / "as it comes")
     wrong = AutoModelForCausalLM.from_pretrained(tmp_path / "as it comes").train()
-    assert (wrong(ids).logits - expected).abs().max() > 0.01  # else keep_weights can go
+    assert (wrong(ids).logits - expected).abs().max() > 0.01  # else disable_rescaling can go
     load_policy(policy, PLAIN).save_pretrained(tmp_path / "ours")
     assert not any(module.training for module in policy.modules())
     torch.testing.assert_close(policy(ids).logits, expected)
@@ -263,7 +263,7 @@ def test_a_reward_model_from_a_policy_after_use(make_policy):
 
 def test_other_models_are_left_alone(policy):
     before = policy.config.to_dict()
-    keep_weights(policy)
+    disable_rescaling(policy)
     assert policy.config.to_dict() == before
 
 

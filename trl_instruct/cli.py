@@ -28,7 +28,7 @@ from trl_instruct.data.records import load_prompts
 from trl_instruct.data.sources import kind_of
 from trl_instruct.diagnosis.page import read_evaluation, report, summary_lines
 from trl_instruct.errors import InputError
-from trl_instruct.evaluation.answers import Sampling, answer_prompts, converse
+from trl_instruct.evaluation.answers import AnswerOptions, answer_prompts, converse
 from trl_instruct.evaluation.compare import compare
 from trl_instruct.evaluation.evaluate import evaluate
 from trl_instruct.models.merging import merge
@@ -132,7 +132,7 @@ def sft_command(arguments: list[str]) -> None:
     model = model_config.model_name_or_path
     result = sft(model, config.dataset_name, config=config, model_config=model_config)
     _tell(f"policy: {result}")
-    _report("sft", result)
+    _tell_diagnosis("sft", result)
 
 
 def candidates_command(arguments: list[str]) -> None:
@@ -194,7 +194,7 @@ def report_command(arguments: list[str]) -> None:
     print(f"report: {path}")
 
 
-def _report(name: str, folder: StageResult) -> None:
+def _tell_diagnosis(name: str, folder: StageResult) -> None:
     """What the stage's figures say of it, and a page on all so far."""
     if PartialState().is_main_process:
         for line in summary_lines({name: read_chain(folder)[name]}):
@@ -228,7 +228,7 @@ def generate_command(arguments: list[str]) -> None:
 
 
 def _generate(options: Namespace, models: dict[str, str]) -> None:
-    sampling = Sampling(
+    sampling = AnswerOptions(
         options.response_length,
         options.temperature,
         options.stop_strings,
@@ -269,7 +269,7 @@ def rm_command(arguments: list[str]) -> None:
     model = model_config.model_name_or_path
     result = rm(model, config.dataset_name, config=config, model_config=model_config)
     _tell(f"reward model: {result}")
-    _report("rm", result)
+    _tell_diagnosis("rm", result)
 
 
 def ppo_command(arguments: list[str]) -> None:
@@ -282,7 +282,7 @@ def ppo_command(arguments: list[str]) -> None:
     _tell(f"policy: {result}")
     if config.eval_dataset_name and PartialState().is_main_process:
         compare(result, reward=reward, trust_remote_code=config.trust_remote_code)
-    _report("ppo", result)
+    _tell_diagnosis("ppo", result)
 
 
 def evaluate_command(arguments: list[str]) -> None:

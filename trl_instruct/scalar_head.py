@@ -68,7 +68,7 @@ class ScalarHead(PreTrainedModel):
         hidden = config.get_text_config().hidden_size
         self.score = nn.Linear(hidden, config.num_labels, bias=False)
         self.post_init()
-        keep_weights(self)
+        disable_rescaling(self)
 
     def forward(
         self,
@@ -124,7 +124,7 @@ class ScalarHead(PreTrainedModel):
             )
 
 
-def keep_weights(model: PreTrainedModel) -> None:
+def disable_rescaling(model: PreTrainedModel) -> None:
     """Switch off that RWKV halves weights in place on every change to eval mode, and undo it.
 
     It keeps float16 from overflowing. But weights saved in eval mode are wrong once loaded (they

@@ -16,7 +16,7 @@ from trl_instruct.data.pairs import (
     rankings_to_pairs,
     split_by_prompt,
 )
-from trl_instruct.data.rankings import RankingReport, canonical_ranking, load_rankings
+from trl_instruct.data.rankings import RankingCounts, canonical_ranking, load_rankings
 from trl_instruct.errors import InputError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -143,12 +143,12 @@ def test_streaming_gives_the_same_pairs(tmp_path):
     rows = [{**RANKED, "prompt": f"{n}?", "labeler": "x"} for n in range(600)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    report = RankingReport()
-    stream = rankings_to_pairs(load_rankings(path, streaming=True), report=report)
+    counts = RankingCounts()
+    stream = rankings_to_pairs(load_rankings(path, streaming=True), counts=counts)
     assert isinstance(stream, IterableDataset)
     assert stream.column_names == ["prompt", "chosen", "rejected"]
     assert list(stream) == rankings_to_pairs(load_rankings(path)).to_list()
-    assert report == RankingReport(600, 2400, 3000, 600, 0, 0)
+    assert counts == RankingCounts(600, 2400, 3000, 600, 0, 0)
 
 
 def test_conversational_pairs():
@@ -248,10 +248,10 @@ def test_load_pairs_splits_off_the_prompt(tmp_path, streaming):
 def test_load_pairs_counts_what_it_leaves_out(caplog, streaming):
     rows = [{"prompt": "p", "chosen": "a", "rejected": r} for r in "aba"]
     dataset = Dataset.from_list(rows)
-    report = RankingReport()
-    pairs = load_pairs(dataset.to_iterable_dataset() if streaming else dataset, report=report)
+    counts = RankingCounts()
+    pairs = load_pairs(dataset.to_iterable_dataset() if streaming else dataset, counts=counts)
     assert list(pairs) == rows[1:2]
-    assert report == RankingReport(3, 4, 1, 0, 2, 2)
+    assert counts == RankingCounts(3, 4, 1, 0, 2, 2)
     assert "row 1: chosen is rejected; such pairs are left out" in caplog.text
 
 

@@ -4,7 +4,7 @@ from test_recipes import DEMONSTRATIONS, PAIRS, RANKINGS, chat, write
 
 from trl_instruct.configs import RewardConfig
 from trl_instruct.data.preferences import as_rankings, count_pairs, load_preferences
-from trl_instruct.data.rankings import RankingReport
+from trl_instruct.data.rankings import RankingCounts
 from trl_instruct.errors import InputError
 
 
@@ -28,7 +28,7 @@ def test_held_out_rankings_stay_whole():
         for row in side:
             assert row["ranks"] == {"x": [3, 1, 2], "y": [2, 1, 3]}[row["labeler"]]
             assert row["weight"] == 2.0
-    assert data.report == RankingReport(16, 48, 48, 0, 0, 0)
+    assert data.counts == RankingCounts(16, 48, 48, 0, 0, 0)
     assert count_pairs(data.train) == 36
 
 
@@ -38,7 +38,7 @@ def test_pairs_are_trained_on_as_pairs_and_measured_as_rankings_of_two():
     assert (count_pairs(data.train), len(data.held_out)) == (6, 2)
     assert data.held_out["responses"][0] == ["good one", "bad"]
     assert data.held_out["ranks"][0] == [1, 2]
-    assert data.report == RankingReport(8, 16, 8, 0, 0, 0)
+    assert data.counts == RankingCounts(8, 16, 8, 0, 0, 0)
 
 
 def test_the_split_that_is_held_out():
@@ -67,7 +67,7 @@ def test_ratings_in_words(tmp_path):
     data = load(path, rows, rating_order=["good", "ok", "fair", "poor"])
     assert data.train["ranks"][:] == [[2, 1, 2]] * 4
     assert data.held_out["ranks"][:] == [[2, 1, 2]] * 4
-    assert data.report.ties == 4
+    assert data.counts.ties == 4
     with pytest.raises(InputError, match=r"a.jsonl, line 1: .*best first: rating_order=\["):
         load(path, rows)
 

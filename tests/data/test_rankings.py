@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from trl_instruct.data.rankings import (
     Ranking,
-    RankingReport,
+    RankingCounts,
     canonical_ranking,
     canonical_ranks,
     dense_ranks,
@@ -171,35 +171,35 @@ ROWS = [
     {"prompt": "p", "responses": ["a", "b", "a"], "scores": [0, 1, 2], "labeler": "y"},
     {"prompt": "r", "responses": ["a", "b"], "ranks": [1, 1]},
 ]
-REPORT = RankingReport(3, 7, 3, 2, 1, 1)
+COUNTS = RankingCounts(3, 7, 3, 2, 1, 1)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_load_counts_reports_and_keeps(tmp_path, caplog, streaming):
-    report = RankingReport()
+    counts = RankingCounts()
     path = write(tmp_path / "a.jsonl", ROWS)
     with caplog.at_level("INFO", logger="trl_instruct"):
-        rows = list(load_rankings(path, streaming=streaming, report=report))
+        rows = list(load_rankings(path, streaming=streaming, counts=counts))
     assert [row["prompt"] for row in rows] == ["p", "p", "r"]
     assert [row["ranks"] for row in rows] == [[2, 1, 1], [2, 1], [1, 1]]
     assert [row["scores"] for row in rows] == [None, [1.0, 2.0], None]
     assert [row["labeler"] for row in rows] == ["x", "y", None]
     assert [row["responses"] for row in rows][1] == ["b", "a"]
-    assert report == REPORT
+    assert counts == COUNTS
     assert "repeated response" in caplog.text
     if not streaming:
-        assert str(REPORT) in caplog.text
+        assert str(COUNTS) in caplog.text
 
 
 def test_loading_twice_changes_nothing(tmp_path):
     once = load_rankings(write(tmp_path / "a.jsonl", ROWS[:2]))
-    report = RankingReport()
-    assert load_rankings(once, report=report).to_list() == once.to_list()
-    assert report == RankingReport(2, 5, 3, 1, 0, 0)
+    counts = RankingCounts()
+    assert load_rankings(once, counts=counts).to_list() == once.to_list()
+    assert counts == RankingCounts(2, 5, 3, 1, 0, 0)
 
 
 def test_the_report_reads_as_a_line():
-    assert str(REPORT) == (
+    assert str(COUNTS) == (
         "3 rankings of 7 responses: 3 strict pairs, 2 ties, 1 repeated response, "
         "1 ranking without a pair"
     )
@@ -261,14 +261,14 @@ def test_wrong_columns():
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("oasst_zh_human_rankings", RankingReport(772, 1984, 1798, 0, 0, 0)),
-        ("alpacaeval_gpt4judge_rankings_train", RankingReport(1693, 11005, 32650, 88, 0, 0)),
+        ("oasst_zh_human_rankings", RankingCounts(772, 1984, 1798, 0, 0, 0)),
+        ("alpacaeval_gpt4judge_rankings_train", RankingCounts(1693, 11005, 32650, 88, 0, 0)),
     ],
 )
 def test_real_rankings(name, expected):
     path = DATA / f"{name}.jsonl.gz"
     if not path.is_file():
         pytest.skip(f"{path.name} lies in ../shared/data on the developers' machines only")
-    report = RankingReport()
-    assert len(load_rankings(path, report=report)) == expected.records
-    assert report == expected
+    counts = RankingCounts()
+    assert len(load_rankings(path, counts=counts)) == expected.records
+    assert counts == expected

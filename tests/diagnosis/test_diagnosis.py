@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trl_instruct.diagnosis.page import diagnose, verdict
-from trl_instruct.recipes.chain import StageRun
+from trl_instruct.recipes.chain import FinishedStage
 
 FLAT = {
     "objective/scores": 0.5,
@@ -38,7 +38,7 @@ RM = {
 
 
 def run(metrics=None, logs=()):
-    return StageRun(Path("folder"), {}, metrics or {}, list(logs))
+    return FinishedStage(Path("folder"), {}, metrics or {}, list(logs))
 
 
 def ppo(iterations=20, **changed):

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 from trl_instruct import cli
 from trl_instruct.errors import InputError
 from trl_instruct.evaluation import answers
-from trl_instruct.evaluation.answers import Sampling, Speaker, answer_prompts, converse
+from trl_instruct.evaluation.answers import AnswerOptions, Speaker, answer_prompts, converse
 
-QUICK = Sampling(response_length=4)
+QUICK = AnswerOptions(response_length=4)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_models_answer_side_by_side(folders):
 def test_several_completions_and_the_seed(folders):
     models = {"plain": folders / "plain"}
     one, same, other = (
-        list(answer_prompts(models, ["Q: "], Sampling(4, num_completions=3, seed=seed)))
+        list(answer_prompts(models, ["Q: "], AnswerOptions(4, num_completions=3, seed=seed)))
         for seed in (1, 1, 2)
     )
     assert len(one) == 1 + 3

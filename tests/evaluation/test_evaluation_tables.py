@@ -1,7 +1,7 @@
 import pytest
 from matplotlib.figure import Figure
 
-from trl_instruct.evaluation.tables import draw, render
+from trl_instruct.evaluation.tables import plot, render
 
 
 def interval(mean):
@@ -77,7 +77,7 @@ def test_the_figure(evaluation, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *a, **k: kept.append(self) or original(self, *a, **k)
     )
-    draw(evaluation, tmp_path / "e.png")
+    plot(evaluation, tmp_path / "e.png")
     scores, _, wins, _, frontier, gold = kept[0].axes
     assert [t.get_text() for t in scores.get_xticklabels()] == ["sft", "ppo", "odd"]
     assert [t.get_text() for t in wins.get_xticklabels()] == ["ppo", "odd"]
@@ -91,7 +91,7 @@ def test_the_figure(evaluation, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_figure_without_a_curve_or_a_judge(evaluation, tmp_path):
-    draw({**evaluation, "best_of_n": None, "judges": ["rm"]}, tmp_path / "e.png")
+    plot({**evaluation, "best_of_n": None, "judges": ["rm"]}, tmp_path / "e.png")
     assert (tmp_path / "e.png").is_file()
-    draw({**evaluation, "judges": []}, tmp_path / "none.png")
+    plot({**evaluation, "judges": []}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from trl_instruct.errors import InputError
 from trl_instruct.models import sharding
-from trl_instruct.models.sharding import check_processes, check_saving
+from trl_instruct.models.sharding import check_launch, check_saving
 
 LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch", "--config_file")
 deepspeed = pytest.mark.skipif(
@@ -129,23 +129,23 @@ def test_what_does_not_go_together_is_told_before_the_first_step(
     accelerator, models, average, told
 ):
     with pytest.raises(InputError, match=told):
-        check_processes(accelerator, models, average=average)
+        check_launch(accelerator, models, average=average)
 
 
 def test_quantised_and_partitioned_weights_are_refused():
     small = torch.nn.Linear(2, 2).requires_grad_(False)
     small.weight.data = small.weight.data.to(torch.int8)
     with pytest.raises(InputError, match="weights of 8 or 4 bit"):
-        check_processes(launched(FSDP), [small, OTHER], average=False)
+        check_launch(launched(FSDP), [small, OTHER], average=False)
     part = torch.nn.Linear(2, 2)
     part.weight.ds_id = 0
     with pytest.raises(InputError, match="load them before PPOConfig is made"):
-        check_processes(launched(DEEPSPEED), [part, OTHER], average=False)
+        check_launch(launched(DEEPSPEED), [part, OTHER], average=False)
 
 
 def test_processes_that_hold_all_weights_may_do_all_that():
-    check_processes(launched(DistributedType.MULTI_GPU), [ONE, ONE], average=True)
-    check_processes(launched(DistributedType.NO), [ONE, ONE], average=True)
+    check_launch(launched(DistributedType.MULTI_GPU), [ONE, ONE], average=True)
+    check_launch(launched(DistributedType.NO), [ONE, ONE], average=True)
     check_saving(launched(DistributedType.MULTI_GPU))
 
 
@@ -160,6 +160,6 @@ def test_a_stage_that_would_leave_no_whole_model_is_refused():
 
 
 def test_a_shared_base_is_not_made_where_weights_are_shared_out(monkeypatch):
-    assert not sharding.shares_weights()
+    assert not sharding.launched_sharded()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert sharding.shares_weights()
+    assert sharding.launched_sharded()

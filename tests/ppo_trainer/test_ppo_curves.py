@@ -9,7 +9,7 @@ from datasets import Dataset
 from test_recipes import PROMPTS, QUICK_PPO, vowels
 
 from trl_instruct.ppo_trainer import curves
-from trl_instruct.ppo_trainer.curves import PANELS, draw
+from trl_instruct.ppo_trainer.curves import PANELS, plot
 from trl_instruct.recipes.ppo import ppo
 
 
@@ -26,7 +26,7 @@ def test_the_figure_has_every_curve(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *a, **k: kept.append(self) or original(self, *a, **k)
     )
-    draw(logs, tmp_path / "ppo.png")
+    plot(logs, tmp_path / "ppo.png")
     lines = [line for axes in kept[0].axes for line in axes.get_lines() if len(line.get_xdata())]
     assert len(lines) == len(names) == 8
     assert all(list(line.get_ydata()) == [0.5, 1.0] for line in lines)

@@ -17,13 +17,13 @@ from trl_instruct.files import write_json, written_at_once
 from trl_instruct.recipes.ppo import ppo
 from trl_instruct.recipes.rm import rm
 from trl_instruct.recipes.sft import sft
-from trl_instruct.recipes.stage import StageResult, stage
+from trl_instruct.recipes.stage import StageResult, run_stage
 
 DATA = Dataset.from_list(DEMONSTRATIONS)
 
 
 def new_stage(folder, **options):
-    return stage("sft", SFTConfig(output_dir=str(folder), **options), ModelConfig())
+    return run_stage("sft", SFTConfig(output_dir=str(folder), **options), ModelConfig())
 
 
 def listing(folder):
@@ -69,7 +69,7 @@ def test_half_a_file_never_shows(tmp_path):
 def test_no_output_dir():
     with (
         pytest.raises(InputError, match="sft needs output_dir"),
-        stage("sft", SFTConfig(), ModelConfig()),
+        run_stage("sft", SFTConfig(), ModelConfig()),
     ):
         pass
 

@@ -5,7 +5,7 @@ from datasets import Dataset
 
 from trl_instruct.reward_trainer import tables
 from trl_instruct.reward_trainer.evaluation import evaluate_reward
-from trl_instruct.reward_trainer.tables import draw, render
+from trl_instruct.reward_trainer.tables import plot, render
 
 RANKINGS = [
     {
@@ -62,8 +62,8 @@ def test_the_figure(evaluation, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     drawn = []
-    monkeypatch.setattr(tables, "_draw_lengths", lambda axes, *_: drawn.append(axes.get_figure()))
-    draw(evaluation, tmp_path / "a.png")
+    monkeypatch.setattr(tables, "_plot_lengths", lambda axes, *_: drawn.append(axes.get_figure()))
+    plot(evaluation, tmp_path / "a.png")
     (figure,) = drawn
     assert isinstance(figure, Figure)
     by_k, by_distance, calibration, _ = figure.axes
@@ -83,5 +83,5 @@ def test_the_figure_is_a_png_whatever_is_unknown(evaluation, tmp_path):
     cell = {"accuracy": 1.0, "accuracy_low": math.nan, "accuracy_high": math.nan}
     metrics["by_k"] = {"2": {**cell, "length_accuracy": 0.0, "pairs": 1}}
     metrics["length_correlation"] = math.nan
-    draw(evaluation._replace(metrics=metrics), tmp_path / "a.png")
+    plot(evaluation._replace(metrics=metrics), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

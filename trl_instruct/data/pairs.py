@@ -16,7 +16,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from trl_instruct.data.rankings import (
     MESSAGE,
     Ranking,
-    RankingReport,
+    RankingCounts,
     canonical_ranking,
     dense_ranks,
     plural,
@@ -52,7 +52,7 @@ def rankings_to_pairs(
     margin: bool = False,
     max_pairs: int | None = None,
     seed: int = 0,
-    report: RankingReport | None = None,
+    counts: RankingCounts | None = None,
 ) -> AnyDataset:
     """Rankings -> pairs `prompt`, `chosen`, `rejected` for TRL's RewardTrainer and DPOTrainer.
 
@@ -70,7 +70,7 @@ def rankings_to_pairs(
         margin: add `margin`, the difference of the two scores (0 for a tie).
         max_pairs: at most this many comparisons of a ranking, drawn with `seed` whatever the order
             of rows and responses; a tie counts as one.
-        report: the counts of the rankings are added to it (when streaming: while rows are read).
+        counts: the counts of the rankings are added to it (when streaming: while rows are read).
 
     Raises:
         InputError: an unknown option; a faulty ranking; a margin without scores; no pair at all.
@@ -86,12 +86,12 @@ def rankings_to_pairs(
     first = first_record(dataset, where)
     columns = dataset.column_names or list(first)
     require_columns(columns, where, ("prompt", "responses"), "A ranking")
-    counts = RankingReport() if report is None else report
+    counts = RankingCounts() if counts is None else counts
     form, start = form_of(first), (counts.records, counts.ties)
     options: dict[str, Any] = {"which": which, "ties": ties, "max_pairs": max_pairs, "seed": seed}
     pairs = map_records(
         dataset,
-        partial(_expand, where=where, form=form, report=counts, margin=margin, **options),
+        partial(_expand, where=where, form=form, counts=counts, margin=margin, **options),
         with_indices=True,
         batched=True,
         batch_size=250,
@@ -134,7 +134,7 @@ def ranking_to_pairs(
         if distance <= reach and (distance > 0 or ties == "half"):
             compared.append((chosen, rejected))
     if max_pairs is not None and len(compared) > max_pairs:
-        drawn = sorted(compared, key=lambda pair: _draw(ranking, pair, seed))[:max_pairs]
+        drawn = sorted(compared, key=lambda pair: _lot(ranking, pair, seed))[:max_pairs]
         compared = [pair for pair in compared if pair in drawn]
     return [pair for i, j in compared for pair in ([(i, j), (j, i)][: 1 + (ranks[i] == ranks[j])])]
 
@@ -144,7 +144,7 @@ def load_pairs(
     split: str = "train",
     streaming: bool = False,
     *,
-    report: RankingReport | None = None,
+    counts: RankingCounts | None = None,
 ) -> AnyDataset:
     """Load pairs: `prompt`, `chosen`, `rejected`, optional `margin`; text or messages.
 
@@ -152,7 +152,7 @@ def load_pairs(
     the messages they share; in text, all up to the last shared "\\n\\nAssistant:" of a
     dialogue, otherwise all they share. Further columns are kept. Arguments as `load_records`.
 
-    A pair whose chosen and rejected are the same is left out, counted in `report` and logged.
+    A pair whose chosen and rejected are the same is left out, counted in `counts` and logged.
 
     Raises:
         InputError: a missing column; a field null, empty, malformed or of two formats; no shared
@@ -173,8 +173,8 @@ def load_pairs(
     form = "messages" if isinstance(first["chosen"], list) else "text"
     check = partial(check_pair, form=form, implicit=implicit)
     dataset = check_records(dataset, where, check)
-    counts = RankingReport() if report is None else report
-    differs = partial(_differs, report=counts, where=where)
+    counts = RankingCounts() if counts is None else counts
+    differs = partial(_differs, counts=counts, where=where)
     if isinstance(dataset, IterableDataset):
         dataset = dataset.filter(differs, with_indices=True)
     else:
@@ -219,7 +219,7 @@ def pairs_to_rankings(dataset: Dataset) -> Dataset:
     reply, ranks = List(kinds["chosen"]), List(Value("int64"))
     rows_of: defaultdict[bytes, list[int]] = defaultdict(list)
     for row, prompt in enumerate(iterate(dataset, "prompt")):
-        rows_of[_digest(0, as_text(prompt))].append(row)
+        rows_of[_digest(0, content_key(prompt))].append(row)
     groups = list(rows_of.values())
     return map_records(
         dataset.select([rows[0] for rows in groups]),
@@ -242,19 +242,19 @@ def group_pairs(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[list[Any], list[
     """
     group_of: dict[str, set[str]] = {}
     for chosen, rejected in pairs:
-        keys = as_text(chosen), as_text(rejected)
+        keys = content_key(chosen), content_key(rejected)
         joined = set(keys).union(*(group_of.get(key, ()) for key in keys))
         group_of.update(dict.fromkeys(joined, joined))
     groups: defaultdict[int, list[tuple[Any, Any]]] = defaultdict(list)
     for pair in pairs:
-        groups[id(group_of[as_text(pair[0])])].append(pair)
+        groups[id(group_of[content_key(pair[0])])].append(pair)
     return [ranking for group in groups.values() for ranking in _rank_group(group)]
 
 
 def _rank_group(pairs: list[tuple[Any, Any]]) -> list[tuple[list[Any], list[int]]]:
     """One ranking where the pairs are exactly its strict pairs, each once; else one for each."""
-    responses = {as_text(response): response for pair in pairs for response in pair}
-    keys = [(as_text(chosen), as_text(rejected)) for chosen, rejected in pairs]
+    responses = {content_key(response): response for pair in pairs for response in pair}
+    keys = [(content_key(chosen), content_key(rejected)) for chosen, rejected in pairs]
     losses = Counter(rejected for _, rejected in keys)
     ranks = dict(zip(responses, dense_ranks([losses[r] for r in responses]), strict=True))
     expected = {(a, b) for a in ranks for b in ranks if ranks[a] < ranks[b]}
@@ -287,7 +287,7 @@ def split_by_prompt(
     """
     _refuse_stream(dataset, "split_by_prompt")
     require_columns(dataset.column_names, Source.of(dataset), ("prompt",), "A split by prompt")
-    keys = [_digest(seed, as_text(prompt).strip()) for prompt in iterate(dataset, "prompt")]
+    keys = [_digest(seed, content_key(prompt).strip()) for prompt in iterate(dataset, "prompt")]
     prompts = sorted(set(keys))
     wanted = test_size if isinstance(test_size, int) else round(test_size * len(prompts))
     if not 0 < wanted < len(prompts):
@@ -308,7 +308,7 @@ def _expand(
     *,
     where: Source,
     form: str,
-    report: RankingReport,
+    counts: RankingCounts,
     margin: bool,
     **options: Any,
 ) -> dict[str, list[Any]]:
@@ -323,7 +323,7 @@ def _expand(
             ranking = canonical_ranking(record)
             if margin and ranking.scores is None:
                 raise InputError("margin=True needs `scores`; this ranking has only an order.")
-        report.add(ranking)
+        counts.add(ranking)
         for chosen, rejected in ranking_to_pairs(ranking, **options):
             table["prompt"].append(ranking.prompt)
             table["chosen"].append(ranking.responses[chosen])
@@ -350,12 +350,12 @@ def _pair_features(features: Features, form: str, margin: bool) -> Features:
     return Features({**kinds, "margin": Value("float64")} if margin else kinds)
 
 
-def _differs(record: Record, row: int, *, report: RankingReport, where: Source) -> bool:
+def _differs(record: Record, row: int, *, counts: RankingCounts, where: Source) -> bool:
     """Whether a pair has a winner; it is counted as a ranking of K = 2."""
     same = record["chosen"] == record["rejected"]
-    if same and not report.duplicates:
+    if same and not counts.duplicates:
         logger.warning("%s: chosen is rejected; such pairs are left out", where.where(row))
-    report.update(RankingReport(1, 2 - same, 1 - same, 0, int(same), int(same)))
+    counts.update(RankingCounts(1, 2 - same, 1 - same, 0, int(same), int(same)))
     return not same
 
 
@@ -377,7 +377,7 @@ def _refuse_stream(dataset: AnyDataset, name: str) -> None:
         raise InputError(f"{name} needs all rows at once: load the data with streaming=False.")
 
 
-def as_text(content: Any) -> str:
+def content_key(content: Any) -> str:
     """Text, or messages as text: what counts when two contents are compared."""
     if isinstance(content, str):
         return content
@@ -388,9 +388,9 @@ def _digest(seed: int, *texts: str) -> bytes:
     return hashlib.blake2b(json.dumps([seed, *texts]).encode(), digest_size=8).digest()
 
 
-def _draw(ranking: Ranking, pair: tuple[int, int], seed: int) -> bytes:
+def _lot(ranking: Ranking, pair: tuple[int, int], seed: int) -> bytes:
     """The lot of a pair; a tie draws the same whichever of the two comes first."""
-    texts = [as_text(ranking.responses[index]) for index in pair]
+    texts = [content_key(ranking.responses[index]) for index in pair]
     if ranking.ranks[pair[0]] == ranking.ranks[pair[1]]:
         texts.sort()
-    return _digest(seed, as_text(ranking.prompt), *texts)
+    return _digest(seed, content_key(ranking.prompt), *texts)

@@ -7,7 +7,7 @@ from datasets import Dataset, Features, List, Value
 
 from trl_instruct.configs import RewardConfig
 from trl_instruct.data.pairs import load_pairs, split_by_prompt
-from trl_instruct.data.rankings import RankingReport, load_rankings
+from trl_instruct.data.rankings import RankingCounts, load_rankings
 from trl_instruct.data.records import form_of, load_demonstrations
 from trl_instruct.data.sources import Source, first_record, iterate, load_records, map_records
 from trl_instruct.errors import InputError
@@ -16,13 +16,13 @@ from trl_instruct.errors import InputError
 class Preferences(NamedTuple):
     """Rankings or pairs to train on, rankings to measure on, demonstrations that are to score 0.
 
-    report: what the source of the first holds.
+    counts: what the source of the first holds.
     """
 
     train: Dataset
     held_out: Dataset | None
     demonstrations: Dataset | None
-    report: RankingReport
+    counts: RankingCounts
 
 
 def load_preferences(
@@ -43,8 +43,8 @@ def load_preferences(
         InputError: bad records, neither rankings nor pairs, none with a winner, too few prompts to
             hold any out; demonstrations of another format than the rest.
     """
-    report = RankingReport()
-    train = _load(dataset, config, config.dataset_train_split, report)
+    counts = RankingCounts()
+    train = _load(dataset, config, config.dataset_train_split, counts)
     test = None
     if held_out is not None:
         test = _load(held_out, config, config.eval_dataset_split)
@@ -70,7 +70,7 @@ def load_preferences(
             )
         train = as_rankings(train)
     shown = None if demonstrations is None else _demonstrations(demonstrations, train)
-    return Preferences(train, None if test is None else as_rankings(test), shown, report)
+    return Preferences(train, None if test is None else as_rankings(test), shown, counts)
 
 
 def count_pairs(preferences: Dataset) -> int:
@@ -116,14 +116,14 @@ def _demonstrations(source: Any, train: Dataset) -> Dataset:
 
 
 def _load(
-    source: Any, config: RewardConfig, split: str, report: RankingReport | None = None
+    source: Any, config: RewardConfig, split: str, counts: RankingCounts | None = None
 ) -> Dataset:
     """Rankings or pairs, whichever the columns say."""
     columns = list(first_record(load_records(source, split), Source.of(source, split)))
     if "responses" in columns:
-        return load_rankings(source, split, rating_order=config.rating_order, report=report)
+        return load_rankings(source, split, rating_order=config.rating_order, counts=counts)
     if "chosen" in columns:
-        return load_pairs(source, split, report=report)
+        return load_pairs(source, split, counts=counts)
     raise InputError(
         f"{Source.of(source, split).name}: the reward model needs rankings (`prompt`, `responses` "
         "and `ranks` or `scores`) or pairs (`prompt`, `chosen`, `rejected`). Columns found: "

@@ -56,16 +56,16 @@ class Ranking(NamedTuple):
 
 
 @dataclass
-class RankingReport:
+class RankingCounts:
     """What a set of rankings holds: nothing is left out without being counted here.
 
     Fields: `records` read; their distinct `responses`; `pairs` with a winner; `ties`; `duplicates`,
     responses that repeat another of the same ranking; `records_without_pair`.
 
-    >>> report = RankingReport()
-    >>> report.add(canonical_ranking({"prompt": "2+2=", "responses": ["4", "four", "5", "4"],
+    >>> counts = RankingCounts()
+    >>> counts.add(canonical_ranking({"prompt": "2+2=", "responses": ["4", "four", "5", "4"],
     ...                               "ranks": [1, 1, 2, 1]}))
-    >>> print(report)
+    >>> print(counts)
     1 ranking of 3 responses: 2 strict pairs, 1 tie, 1 repeated response, 0 rankings without a pair
     """
 
@@ -80,10 +80,10 @@ class RankingReport:
         """Count one ranking."""
         strict, ties = ranking.strict_pairs, ranking.ties
         k, without = len(ranking.responses), int(strict == 0)
-        self.update(RankingReport(1, k, strict, ties, ranking.duplicates, without))
+        self.update(RankingCounts(1, k, strict, ties, ranking.duplicates, without))
 
-    def update(self, other: RankingReport) -> None:
-        """Add the counts of another report."""
+    def update(self, other: RankingCounts) -> None:
+        """Add other counts."""
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
@@ -102,7 +102,7 @@ def load_rankings(
     streaming: bool = False,
     *,
     rating_order: Sequence[Any] | None = None,
-    report: RankingReport | None = None,
+    counts: RankingCounts | None = None,
 ) -> AnyDataset:
     """Load rankings and bring them to one form.
 
@@ -120,13 +120,13 @@ def load_rankings(
     Args:
         source, split, streaming: as `load_records`.
         rating_order: the labels of `ratings`, best first: `["good", "ok", "fair", "poor"]`.
-        report: counts are added to it (when streaming: while rows are read).
+        counts: the counts are added to it (when streaming: while rows are read).
 
     Returns:
         A dataset with `prompt`, `responses` (in a conversational dataset each a list of messages),
         `ranks` (dense, 1 = best), `scores` where the record had numbers or labels (labels count
         from 0 = worst), and the further columns. A response that repeats another of its ranking
-        keeps the better of the two ranks. The report, which counts them, is logged.
+        keeps the better of the two ranks. The counts are logged.
 
     Raises:
         InputError: a faulty record, with file, line and field.
@@ -140,14 +140,14 @@ def load_rankings(
     first = first_record(dataset, where)
     columns = dataset.column_names or list(first)
     require_columns(columns, where, ("prompt", "responses"), "A ranking")
-    report, before = (RankingReport() if report is None else report), RankingReport()
+    counts, before = (RankingCounts() if counts is None else counts), RankingCounts()
     form = form_of(first)
     options: dict[str, Any] = {"rating_order": rating_order, "where": where, "form": form}
     streamed = isinstance(dataset, IterableDataset)
     scored = True if streamed else _check_all(dataset, before, options)
     dataset = map_records(
         dataset,
-        partial(_convert, **options, scored=scored, report=report if streamed else None),
+        partial(_convert, **options, scored=scored, counts=counts if streamed else None),
         with_indices=True,
         batched=True,
         batch_size=250,
@@ -156,7 +156,7 @@ def load_rankings(
     )
     if isinstance(dataset, Dataset):
         _log(before, where)
-        report.update(before)
+        counts.update(before)
     return dataset
 
 
@@ -340,12 +340,12 @@ def _canonical(record: Record, row: int, *, rating_order: Any, where: Source, fo
         return canonical_ranking(record, rating_order)
 
 
-def _check_all(dataset: Dataset, report: RankingReport, options: dict[str, Any]) -> bool:
+def _check_all(dataset: Dataset, counts: RankingCounts, options: dict[str, Any]) -> bool:
     """Check every record before anything is written; whether any has scores."""
     scored = False
     for row, record in enumerate(iterate(dataset)):
         ranking = _canonical(record, row, **options)
-        report.add(ranking)
+        counts.add(ranking)
         scored = scored or ranking.scores is not None
     return scored
 
@@ -355,7 +355,7 @@ def _convert(
     rows: list[int],
     *,
     scored: bool,
-    report: RankingReport | None,
+    counts: RankingCounts | None,
     **options: Any,
 ) -> dict[str, list[Any]]:
     """A batch of records in canonical form."""
@@ -364,25 +364,25 @@ def _convert(
     for row, values in zip(rows, zip(*batch.values(), strict=True), strict=True):
         record = dict(zip(batch, values, strict=True))
         ranking = _canonical(record, row, **options)
-        if report is not None:
-            _warn_first(report, ranking, options["where"], row)
-            report.add(ranking)
+        if counts is not None:
+            _warn_first(counts, ranking, options["where"], row)
+            counts.add(ranking)
         for name in table:
             table[name].append(getattr(ranking, name) if name in ranking._fields else record[name])
     return table
 
 
-def _warn_first(report: RankingReport, ranking: Ranking, where: Source, row: int) -> None:
+def _warn_first(counts: RankingCounts, ranking: Ranking, where: Source, row: int) -> None:
     """A stream has no end to report at: say so at its first repetition and ranking of ties."""
-    if ranking.duplicates and not report.duplicates:
+    if ranking.duplicates and not counts.duplicates:
         logger.warning("%s: repeated responses are left out and counted", where.where(row))
-    if not ranking.strict_pairs and not report.records_without_pair:
+    if not ranking.strict_pairs and not counts.records_without_pair:
         logger.warning("%s: no strict pair; such rankings are counted", where.where(row))
 
 
-def _log(report: RankingReport, where: Source) -> None:
-    noteworthy = report.duplicates or report.records_without_pair
-    logger.log(logging.WARNING if noteworthy else logging.INFO, "%s: %s", where.name, report)
+def _log(counts: RankingCounts, where: Source) -> None:
+    noteworthy = counts.duplicates or counts.records_without_pair
+    logger.log(logging.WARNING if noteworthy else logging.INFO, "%s: %s", where.name, counts)
 
 
 def _canonical_features(features: Features, form: str, scored: bool) -> Features:

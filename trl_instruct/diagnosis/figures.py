@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-from trl_instruct.ppo_trainer.curves import FAINT, LINE, PANELS, draw_panel
-from trl_instruct.recipes.chain import StageRun
-from trl_instruct.reward_trainer.tables import draw_accuracy, draw_calibration
+from trl_instruct.ppo_trainer.curves import FAINT, LINE, PANELS, plot_panel
+from trl_instruct.recipes.chain import FinishedStage
+from trl_instruct.reward_trainer.tables import plot_accuracy, plot_calibration
 
 THIRD = "#009e73"
 COLOURS = ("#888888", LINE, FAINT, THIRD)
@@ -25,87 +25,87 @@ class Figure(NamedTuple):
     source: str
 
 
-def figures(chain: Mapping[str, StageRun], evaluation: Mapping[str, Any]) -> list[Figure]:
+def figures(chain: Mapping[str, FinishedStage], evaluation: Mapping[str, Any]) -> list[Figure]:
     """All figures that the measurements allow.
 
     Args:
         chain: as `read_chain` gives it.
         evaluation: what `evaluate` saved; empty where it has not run.
     """
-    drawn = [*_results(chain, evaluation)]
+    found = [*_results(chain, evaluation)]
     if "sft" in chain:
-        drawn += _sft(chain["sft"])
+        found += _sft(chain["sft"])
     if "rm" in chain:
-        drawn += _rm(chain["rm"])
+        found += _rm(chain["rm"])
     if "ppo" in chain:
-        drawn += _ppo(chain["ppo"])
-    return drawn
+        found += _ppo(chain["ppo"])
+    return found
 
 
-def _results(chain: Mapping[str, StageRun], evaluation: Mapping[str, Any]) -> Iterator[Figure]:
+def _results(chain: Mapping[str, FinishedStage], evaluation: Mapping[str, Any]) -> Iterator[Figure]:
     if "ppo" in chain and chain["ppo"].curve("objective/kl"):
-        yield _drawn(
+        yield _figure(
             "Reward against KL",
             "Where PPO went, iteration by iteration: what it gained, and how far from the "
             "reference it went for it. Best-of-n of the SFT model is what the reward model allows "
             "without any training.",
-            lambda axes: _draw_frontier(axes, chain["ppo"], evaluation.get("best_of_n")),
+            lambda axes: _plot_frontier(axes, chain["ppo"], evaluation.get("best_of_n")),
         )
     if evaluation.get("judges"):
-        yield _drawn(
+        yield _figure(
             "Scores on held-out prompts",
             "Mean with its 95 % interval, by every judge.",
-            lambda axes: _draw_scores(axes, evaluation),
+            lambda axes: _plot_scores(axes, evaluation),
         )
-        yield _drawn(
+        yield _figure(
             "Score against length",
             "One point a completion. A cloud that only moves to the right has learnt to be long.",
-            lambda axes: _draw_lengths(axes, evaluation),
+            lambda axes: _plot_lengths(axes, evaluation),
         )
 
 
-def _sft(run: StageRun) -> Iterator[Figure]:
+def _sft(run: FinishedStage) -> Iterator[Figure]:
     if run.curve("loss"):
-        yield _drawn(
+        yield _figure(
             "SFT: loss",
             "Nats per token of the completions: in training, and held out (base and fine-tuned).",
-            lambda axes: _draw_sft(axes, run),
+            lambda axes: _plot_sft(axes, run),
         )
 
 
-def _rm(run: StageRun) -> Iterator[Figure]:
+def _rm(run: FinishedStage) -> Iterator[Figure]:
     if run.curve("accuracy"):
-        yield _drawn(
+        yield _figure(
             "Reward model: training",
             "Loss and accuracy on the batch at hand, before it is learnt from.",
-            lambda axes: _draw_lines(axes, run, "step", loss=LINE, accuracy=FAINT),
+            lambda axes: _plot_lines(axes, run, "step", loss=LINE, accuracy=FAINT),
         )
     if "accuracy" in run.metrics:
-        yield _drawn(
+        yield _figure(
             "Reward model: accuracy by difference of rank",
             "Held-out pairs. Responses of like quality are hard to tell apart for people too.",
-            lambda axes: draw_accuracy(
+            lambda axes: plot_accuracy(
                 axes, run.metrics, "by_distance", "difference of the two ranks"
             ),
         )
-        yield _drawn(
+        yield _figure(
             "Reward model: calibration",
             "Whether a difference of scores means what it says.",
-            lambda axes: draw_calibration(axes, run.metrics),
+            lambda axes: plot_calibration(axes, run.metrics),
         )
 
 
-def _ppo(run: StageRun) -> Iterator[Figure]:
+def _ppo(run: FinishedStage) -> Iterator[Figure]:
     for panel in PANELS:
         if run.curve(panel[1]):
-            yield _drawn(f"PPO: {panel[0]}", "", partial(_draw_panel, run, panel))
+            yield _figure(f"PPO: {panel[0]}", "", partial(_plot_panel, run, panel))
 
 
-def _draw_panel(run: StageRun, panel: tuple[str, str, str], axes: Any) -> None:
-    draw_panel(axes, run.logs, *panel)
+def _plot_panel(run: FinishedStage, panel: tuple[str, str, str], axes: Any) -> None:
+    plot_panel(axes, run.logs, *panel)
 
 
-def _draw_frontier(axes: Any, run: StageRun, best_of_n: Mapping[str, Any] | None) -> None:
+def _plot_frontier(axes: Any, run: FinishedStage, best_of_n: Mapping[str, Any] | None) -> None:
     kl = [value for _, value in run.curve("objective/kl")]
     for name, colour, label in (("scores", LINE, "score"), ("gold", FAINT, "gold")):
         values = [value for _, value in run.curve(f"objective/{name}")]
@@ -121,7 +121,7 @@ def _draw_frontier(axes: Any, run: StageRun, best_of_n: Mapping[str, Any] | None
     axes.legend(fontsize="small")
 
 
-def _draw_scores(axes: Any, evaluation: Mapping[str, Any]) -> None:
+def _plot_scores(axes: Any, evaluation: Mapping[str, Any]) -> None:
     models, judges = evaluation["models"], evaluation["judges"]
     for offset, judge in enumerate(judges):
         scores = [model["scores"][judge] for model in models.values()]
@@ -135,7 +135,7 @@ def _draw_scores(axes: Any, evaluation: Mapping[str, Any]) -> None:
     axes.legend(fontsize="small")
 
 
-def _draw_lengths(axes: Any, evaluation: Mapping[str, Any]) -> None:
+def _plot_lengths(axes: Any, evaluation: Mapping[str, Any]) -> None:
     judge = evaluation["judges"][0]
     for (name, points), colour in zip(evaluation["points"].items(), COLOURS, strict=False):
         step = -(-len(points["lengths"]) // MOST_POINTS)
@@ -145,16 +145,16 @@ def _draw_lengths(axes: Any, evaluation: Mapping[str, Any]) -> None:
     axes.legend(fontsize="small")
 
 
-def _draw_sft(axes: Any, run: StageRun) -> None:
+def _plot_sft(axes: Any, run: FinishedStage) -> None:
     held_out = run.curve("eval_loss")
     if run.metrics.get("base_loss") is not None:
         held_out = [(0, run.metrics["base_loss"]), *held_out]
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o:", color=FAINT, label="held out")
-    _draw_lines(axes, run, "step", loss=LINE)
+    _plot_lines(axes, run, "step", loss=LINE)
 
 
-def _draw_lines(axes: Any, run: StageRun, label: str, **colours: str) -> None:
+def _plot_lines(axes: Any, run: FinishedStage, label: str, **colours: str) -> None:
     for name, colour in colours.items():
         points = run.curve(name)
         if points:
@@ -163,13 +163,13 @@ def _draw_lines(axes: Any, run: StageRun, label: str, **colours: str) -> None:
     axes.legend(fontsize="small")
 
 
-def _drawn(title: str, caption: str, draw: Callable[[Any], Any]) -> Figure:
+def _figure(title: str, caption: str, plot: Callable[[Any], Any]) -> Figure:
     import matplotlib
     from matplotlib.figure import Figure as Canvas  # takes a second; needs no screen
 
     canvas = Canvas(figsize=(4.6, 3.3), layout="constrained")
     axes = canvas.subplots()
-    draw(axes)
+    plot(axes)
     axes.set_title("")
     axes.grid(alpha=0.3)
     file = io.BytesIO()

@@ -13,11 +13,11 @@ from jinja2 import Environment
 from trl_instruct.console import one_line
 from trl_instruct.diagnosis.figures import figures
 from trl_instruct.diagnosis.ppo import diagnose_ppo
-from trl_instruct.diagnosis.stages import Finding, _rm, _sft
+from trl_instruct.diagnosis.stages import Finding, diagnose_rm, diagnose_sft
 from trl_instruct.errors import InputError
 from trl_instruct.evaluation.tables import tables
 from trl_instruct.files import nulls_as_nan, read_json, written_at_once
-from trl_instruct.recipes.chain import StageRun, read_chain
+from trl_instruct.recipes.chain import FinishedStage, read_chain
 
 REPORT = "report.html"
 
@@ -63,7 +63,7 @@ def report(
         stages=[
             {
                 "name": name,
-                "measured": measured(name, run),
+                "measured": key_figures(name, run),
                 "seconds": run.metrics.get("seconds", ""),
                 "folder": run.folder,
             }
@@ -80,7 +80,7 @@ def report(
 
 
 def summary_lines(
-    chain: Mapping[str, StageRun], evaluation: Mapping[str, Any] | None = None
+    chain: Mapping[str, FinishedStage], evaluation: Mapping[str, Any] | None = None
 ) -> Iterator[str]:
     """The page in a few lines: the verdict, what was measured of stages and models, what was found.
 
@@ -91,7 +91,7 @@ def summary_lines(
     findings = diagnose(chain)
     yield verdict(findings)
     for name, run in chain.items():
-        yield f"{name:<10} {measured(name, run)}"
+        yield f"{name:<10} {key_figures(name, run)}"
     for name, model in (evaluation or {}).get("models", {}).items():
         scores = [f"{judge} {score['mean']:.3f}" for judge, score in model["scores"].items()]
         yield f"{one_line(name):<10} held out: {', '.join(scores)}"
@@ -101,7 +101,7 @@ def summary_lines(
             yield f"    {finding.advice}"
 
 
-def measured(name: str, run: StageRun) -> str:
+def key_figures(name: str, run: FinishedStage) -> str:
     """The few figures that matter of a stage, in one line."""
     metrics = run.metrics
     if name == "rm" and "accuracy" in metrics:
@@ -149,7 +149,7 @@ def _samples(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
             for name, text in sample.items()
             if name != "prompt"
         ]
-        shown.append({"prompt": _as_text(sample["prompt"]), "said": said})
+        shown.append({"prompt": _transcript(sample["prompt"]), "said": said})
     return shown
 
 
@@ -157,19 +157,19 @@ def _scores(sample: Mapping[str, Any], judges: Sequence[str]) -> str:
     return ", ".join(f"{judge} {sample[judge]:.2f}" for judge in judges)
 
 
-def _as_text(prompt: Any) -> str:
+def _transcript(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt.strip()
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
-def diagnose(chain: Mapping[str, StageRun]) -> list[Finding]:
+def diagnose(chain: Mapping[str, FinishedStage]) -> list[Finding]:
     """What the stages' own measurements say, faults and all, in the order the stages ran.
 
     Args:
         chain: finished stages by name, as `read_chain` gives them; those missing are passed over.
     """
-    checks = {"sft": _sft, "rm": _rm, "ppo": diagnose_ppo}
+    checks = {"sft": diagnose_sft, "rm": diagnose_rm, "ppo": diagnose_ppo}
     return [f for name, check in checks.items() if name in chain for f in check(chain[name])]
 
 

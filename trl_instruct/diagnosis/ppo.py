@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from trl_instruct.diagnosis.stages import Finding
-from trl_instruct.recipes.chain import StageRun
+from trl_instruct.recipes.chain import FinishedStage
 
 # PPO, from the first to the last tenth of the iterations.
 MOST_KL = 0.5  # nats per token
@@ -26,7 +26,7 @@ STILL_RISING = 0.15  # share of the whole gain that came in the last fifth
 STANDARD_ERRORS = 3.0
 
 
-def diagnose_ppo(run: StageRun) -> Iterator[Finding]:
+def diagnose_ppo(run: FinishedStage) -> Iterator[Finding]:
     """Exploited reward, KL, entropy, length, EOS, value function, clipping, number of episodes.
 
     Args:
@@ -49,7 +49,7 @@ def diagnose_ppo(run: StageRun) -> Iterator[Finding]:
             yield from check(run)
 
 
-def _over_optimisation(run: StageRun) -> Iterator[Finding]:
+def _over_optimisation(run: FinishedStage) -> Iterator[Finding]:
     steps = [step for step, _ in run.curve("objective/gold")]
     if len(steps) < LEAST_ITERATIONS:
         return
@@ -72,7 +72,7 @@ def _over_optimisation(run: StageRun) -> Iterator[Finding]:
         )
 
 
-def _kl(run: StageRun) -> Iterator[Finding]:
+def _kl(run: FinishedStage) -> Iterator[Finding]:
     per_token = _kl_per_token(run)
     figure = f"KL to the reference {_last(run, 'objective/kl'):.2f} nats per completion, "
     figure += f"{per_token:.2f} per token"
@@ -102,7 +102,7 @@ def _kl(run: StageRun) -> Iterator[Finding]:
         )
 
 
-def _entropy(run: StageRun) -> Iterator[Finding]:
+def _entropy(run: FinishedStage) -> Iterator[Finding]:
     entropy, was = _last(run, "policy/entropy"), _first(run, "policy/entropy")
     if entropy < LEAST_ENTROPY * was:
         yield Finding(
@@ -116,7 +116,7 @@ def _entropy(run: StageRun) -> Iterator[Finding]:
         )
 
 
-def _length(run: StageRun) -> Iterator[Finding]:
+def _length(run: FinishedStage) -> Iterator[Finding]:
     length, was = _last(run, "objective/length"), _first(run, "objective/length")
     if not 1 / MOST_LENGTH <= length / was <= MOST_LENGTH:
         yield Finding(
@@ -132,7 +132,7 @@ def _length(run: StageRun) -> Iterator[Finding]:
         )
 
 
-def _ended(run: StageRun) -> Iterator[Finding]:
+def _ended(run: FinishedStage) -> Iterator[Finding]:
     ended, was = _last(run, "objective/ended"), _first(run, "objective/ended")
     if ended < LEAST_ENDED:
         yield Finding(
@@ -147,7 +147,7 @@ def _ended(run: StageRun) -> Iterator[Finding]:
         )
 
 
-def _value(run: StageRun) -> Iterator[Finding]:
+def _value(run: FinishedStage) -> Iterator[Finding]:
     explained = [value for _, value in run.curve("val/explained_variance")]
     late = statistics.fmean(explained[len(explained) // 2 :])
     if late < LEAST_EXPLAINED:
@@ -164,7 +164,7 @@ def _value(run: StageRun) -> Iterator[Finding]:
         )
 
 
-def _steps(run: StageRun) -> Iterator[Finding]:
+def _steps(run: FinishedStage) -> Iterator[Finding]:
     clipped = statistics.fmean(_values(run, "policy/clipfrac"))
     moved = _kl_per_token(run)
     if clipped > MOST_CLIPPED:
@@ -190,7 +190,7 @@ def _steps(run: StageRun) -> Iterator[Finding]:
         )
 
 
-def _episodes(run: StageRun) -> Iterator[Finding]:
+def _episodes(run: FinishedStage) -> Iterator[Finding]:
     curve = run.curve("objective/rlhf_reward")
     rewards, iterations = [reward for _, reward in curve], curve[-1][0]
     fifth = len(rewards) // 5
@@ -230,23 +230,23 @@ CHECKS: tuple[tuple[Any, ...], ...] = (
 )
 
 
-def _kl_per_token(run: StageRun) -> float:
+def _kl_per_token(run: FinishedStage) -> float:
     return _last(run, "objective/kl") / max(_last(run, "objective/length"), 1.0)
 
 
-def _values(run: StageRun, name: str) -> list[float]:
+def _values(run: FinishedStage, name: str) -> list[float]:
     return [value for _, value in run.curve(name)]
 
 
-def _tenth(run: StageRun, name: str) -> int:
+def _tenth(run: FinishedStage, name: str) -> int:
     return max(1, len(run.curve(name)) // 10)
 
 
-def _first(run: StageRun, name: str) -> float:
+def _first(run: FinishedStage, name: str) -> float:
     return statistics.fmean(_values(run, name)[: _tenth(run, name)])
 
 
-def _last(run: StageRun, name: str) -> float:
+def _last(run: FinishedStage, name: str) -> float:
     return statistics.fmean(_values(run, name)[-_tenth(run, name) :])
 
 

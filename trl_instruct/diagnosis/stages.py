@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from trl_instruct.intervals import show_metric
-from trl_instruct.recipes.chain import StageRun
+from trl_instruct.recipes.chain import FinishedStage
 
 # SFT, on held-out demonstrations.
 LEAST_SFT_GAIN = 0.02  # share of the base model's loss
@@ -29,7 +29,7 @@ MOST_OVERFIT = 0.10  # accuracy on the pairs it was trained on, less that on hel
 AT_CEILING, BELOW_CEILING = 0.03, 0.10  # below what the labelers' own noise or agreement leaves
 
 
-def _sft(run: StageRun) -> Iterator[Finding]:
+def diagnose_sft(run: FinishedStage) -> Iterator[Finding]:
     before, after = run.metrics.get("base_loss"), run.metrics.get("eval_loss")
     if before is None or after is None:
         yield Finding(
@@ -69,12 +69,12 @@ def _sft(run: StageRun) -> Iterator[Finding]:
         )
 
 
-def _still_falling(run: StageRun) -> bool:
+def _still_falling(run: FinishedStage) -> bool:
     losses = [loss for _, loss in run.curve("eval_loss")]
     return len(losses) > 2 and losses[-1] < (1 - STILL_FALLING) * losses[-2]
 
 
-def _rm(run: StageRun) -> Iterator[Finding]:
+def diagnose_rm(run: FinishedStage) -> Iterator[Finding]:
     metrics = run.metrics
     if "accuracy" not in metrics:
         yield Finding(

@@ -13,7 +13,7 @@ from trl_instruct.models.load import ModelSource, context_length, load_policy
 from trl_instruct.models.tokenizers import load_tokenizer
 
 
-class Sampling(NamedTuple):
+class AnswerOptions(NamedTuple):
     """How completions are drawn, as in `generate`; `num_completions` of each prompt, `dtype`: of
     the weights."""
 
@@ -39,12 +39,12 @@ class Speaker:
     """
 
     def __init__(
-        self, source: ModelSource, sampling: Sampling, *, suffix: str = "", chat: bool = True
+        self, source: ModelSource, sampling: AnswerOptions, *, suffix: str = "", chat: bool = True
     ):
         self.tokenizer = load_tokenizer(source)
         policy = load_policy(source, ModelConfig(dtype=sampling.dtype))
         self.policy = policy.to(PartialState().device)
-        self.sampling = sampling
+        self.options = sampling
         self.suffix = suffix
         self.chat = chat and self.tokenizer.chat_template is not None
         self.messages: list[dict[str, str]] = []
@@ -65,7 +65,7 @@ class Speaker:
         Raises:
             InputError: a prompt that does not fit into the context.
         """
-        sampling = self.sampling
+        sampling = self.options
         token_lists, _ = prompt_tokens(
             prompts,
             self.tokenizer,
@@ -94,7 +94,7 @@ class Speaker:
         asked = self.asked(text)
         prompt = [*self.messages, *asked] if self.chat else asked
         context = context_length(self.policy)
-        room = None if context is None else max(1, context - self.sampling.response_length)
+        room = None if context is None else max(1, context - self.options.response_length)
         (answers,) = self.complete([prompt], max_prompt_length=room)
         if self.chat:
             self.messages = [*prompt, {"role": "assistant", "content": answers[0]}]
@@ -104,7 +104,7 @@ class Speaker:
 def answer_prompts(
     models: Mapping[str, ModelSource],
     prompts: Sequence[Any],
-    sampling: Sampling,
+    sampling: AnswerOptions,
     *,
     typed: bool = False,
     suffix: str = "",
@@ -130,14 +130,14 @@ def answer_prompts(
 
 
 def _answers(speaker: Speaker, prompts: Sequence[Any], *, typed: bool) -> list[list[str]]:
-    set_seed(speaker.sampling.seed)
+    set_seed(speaker.options.seed)
     return speaker.complete([speaker.asked(text) if typed else text for text in prompts])
 
 
 def converse(
     models: Mapping[str, ModelSource],
     lines: Iterator[str],
-    sampling: Sampling,
+    sampling: AnswerOptions,
     *,
     suffix: str = "",
     chat: bool = True,

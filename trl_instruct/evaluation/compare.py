@@ -19,7 +19,7 @@ from trl_instruct.files import CONFIG_FILE, write_json
 from trl_instruct.intervals import show_interval
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.tokenizers import load_tokenizer
-from trl_instruct.recipes.chain import StageRun, read_chain
+from trl_instruct.recipes.chain import FinishedStage, read_chain
 from trl_instruct.rewards.function import RewardFunction, place_on
 from trl_instruct.rewards.load import is_python, load_reward
 
@@ -124,7 +124,7 @@ def _judge(
     return reward
 
 
-def _summary(chain: Mapping[str, StageRun], samples: dict[str, Samples]) -> dict[str, Any]:
+def _summary(chain: Mapping[str, FinishedStage], samples: dict[str, Samples]) -> dict[str, Any]:
     measured = {name: summarize(s) for name, s in samples.items()}
     summary: dict[str, Any] = {
         score: {name: m[score] for name, m in measured.items()}
@@ -144,7 +144,7 @@ def _summary(chain: Mapping[str, StageRun], samples: dict[str, Samples]) -> dict
     return summary
 
 
-def _seconds(chain: Mapping[str, StageRun]) -> dict[str, float]:
+def _seconds(chain: Mapping[str, FinishedStage]) -> dict[str, float]:
     """Run time of each stage in the chain, as its own metrics tell; stage 0 makes the base."""
     seconds = {name: run.metrics["seconds"] for name, run in chain.items()}
     if "pretrain" in seconds:

@@ -18,13 +18,13 @@ from trl_instruct.errors import InputError
 from trl_instruct.evaluation.measurement import Measurements, Scores, Subject, judge_all, measure
 from trl_instruct.evaluation.samples import shown_samples
 from trl_instruct.evaluation.statistics import best_of_n, distinct, repetition, win_rate
-from trl_instruct.evaluation.tables import FIGURE, draw, render
+from trl_instruct.evaluation.tables import FIGURE, plot, render
 from trl_instruct.files import read_metrics, write_json
 from trl_instruct.intervals import mean_interval
 from trl_instruct.models.load import ModelSource, is_nameless, model_name
 from trl_instruct.models.tokenizers import check_tokenizer, load_tokenizer
 from trl_instruct.recipes.options import named_source, stage_options
-from trl_instruct.recipes.stage import StageResult, stage
+from trl_instruct.recipes.stage import StageResult, run_stage
 from trl_instruct.rewards.function import RewardFunction
 from trl_instruct.rewards.load import load_reward
 
@@ -93,7 +93,7 @@ def evaluate(
         None if source is None else load_demonstrations(source),
         config.best_of_n if judges and config.best_of_n > 1 else 0,
     )
-    with stage("evaluate", config, model_config) as run:
+    with run_stage("evaluate", config, model_config) as run:
         size = config.per_device_eval_batch_size
         rewards = {
             name: load_reward(judge, processing_class, batch_size=size, **trust)
@@ -110,7 +110,7 @@ def evaluate(
             if "accuracy" in metrics
         }
         write_json(run.folder / EVALUATION_FILE, evaluation)
-        draw(evaluation, run.folder / FIGURE)
+        plot(evaluation, run.folder / FIGURE)
         print(render(evaluation))
         print(f"\nEvaluation: {run.folder / EVALUATION_FILE}   figure: {run.folder / FIGURE}")
         run.write_metrics({"prompts": evaluation["prompts"], "models": len(models)})

@@ -72,7 +72,7 @@ class Subject(NamedTuple):
         return one == two
 
 
-class Measured(NamedTuple):
+class ModelMeasurement(NamedTuple):
     """One model's completions, their log-probabilities `(B,)`, its loss on the demonstrations."""
 
     sampled: Sampled
@@ -86,7 +86,7 @@ class Measurements(NamedTuple):
     kl: nats per completion, None where the two read other tokens; drawn: prompt by prompt.
     """
 
-    models: dict[str, Measured]
+    models: dict[str, ModelMeasurement]
     kl: dict[str, float | None]
     drawn: list[str]
 
@@ -144,7 +144,9 @@ def judge_all(
     return scores, drawn
 
 
-def _measure(subject: Subject, name: str, policy: PreTrainedModel, progress: Progress) -> Measured:
+def _measure(
+    subject: Subject, name: str, policy: PreTrainedModel, progress: Progress
+) -> ModelMeasurement:
     config, tokenizer = subject.config, subject.tokenizers[name]
     batch = {"batch_size": config.per_device_eval_batch_size}
     sampled = sample(
@@ -165,10 +167,10 @@ def _measure(subject: Subject, name: str, policy: PreTrainedModel, progress: Pro
     if subject.demonstrations is not None:
         given = (policy, tokenizer, subject.demonstrations)
         loss = completion_loss(*given, progress=progress, **batch)
-    return Measured(sampled, logprobs, loss)
+    return ModelMeasurement(sampled, logprobs, loss)
 
 
-def _kl(measured: Measured, reference: PreTrainedModel, subject: Subject) -> float:
+def _kl(measured: ModelMeasurement, reference: PreTrainedModel, subject: Subject) -> float:
     """Mean of log p(completion) - log p_reference(completion) over a model's own samples."""
     config = subject.config
     logprobs = sequence_logprobs(

@@ -100,7 +100,7 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
-def draw(evaluation: dict[str, Any], path: Path) -> None:
+def plot(evaluation: dict[str, Any], path: Path) -> None:
     """Save the evaluation as a figure; a column per judge, none where there is no judge.
 
     Rows: scores with their intervals; win rates; score against KL, with the best-of-n curve.
@@ -117,25 +117,25 @@ def draw(evaluation: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(5 * len(judges), 10), layout="constrained")
     panels = figure.subplots(3, len(judges), squeeze=False)
     for column, judge in enumerate(judges):
-        _draw_scores(panels[0, column], evaluation, judge)
-        _draw_win_rates(panels[1, column], evaluation, judge)
-        _draw_frontier(panels[2, column], evaluation, judge)
+        _plot_scores(panels[0, column], evaluation, judge)
+        _plot_win_rates(panels[1, column], evaluation, judge)
+        _plot_frontier(panels[2, column], evaluation, judge)
     figure.savefig(path, dpi=100)
 
 
-def _draw_scores(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
+def _plot_scores(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
     scores = {name: model["scores"][judge] for name, model in evaluation["models"].items()}
-    _draw_intervals(axes, scores)
+    _plot_intervals(axes, scores)
     axes.set(title=f"score by {judge}", ylabel="mean score (95 %)")
 
 
-def _draw_win_rates(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
+def _plot_win_rates(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
     rates = {
         name: model["win_rate"][judge]
         for name, model in evaluation["models"].items()
         if "win_rate" in model
     }
-    _draw_intervals(axes, rates)
+    _plot_intervals(axes, rates)
     controlled = [rate["length_controlled"] for rate in rates.values()]
     beside = [place + 0.1 for place in range(len(rates))]
     axes.plot(beside, controlled, "x", color=LENGTH, label="at equal length")
@@ -145,7 +145,7 @@ def _draw_win_rates(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
     axes.legend(fontsize="small")
 
 
-def _draw_intervals(axes: Any, intervals: dict[str, dict[str, float]]) -> None:
+def _plot_intervals(axes: Any, intervals: dict[str, dict[str, float]]) -> None:
     places = range(len(intervals))
     means = [one["mean"] for one in intervals.values()]
     below = [one["mean"] - one["low"] for one in intervals.values()]
@@ -155,7 +155,7 @@ def _draw_intervals(axes: Any, intervals: dict[str, dict[str, float]]) -> None:
     axes.set_xlim(-0.5, max(len(intervals), 1) - 0.5)
 
 
-def _draw_frontier(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
+def _plot_frontier(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
     """Score against KL: each model a point, and what choosing the best of n samples gives."""
     best = evaluation["best_of_n"]
     if best:

@@ -11,7 +11,7 @@ from trl_instruct.configs import PPOConfig
 from trl_instruct.errors import InputError
 from trl_instruct.generation.token_sampling import (
     NEVER,
-    Sampling,
+    SamplingOptions,
     draw,
     plain_sampling,
     reads_padding,
@@ -159,7 +159,7 @@ def generate(
     blank = torch.full((len(prompts), copies, max_new_tokens), eos_token_ids[0])
     completions = blank.to(policy.device)
     stopped = torch.full_like(completions[..., 0], NEVER)
-    sampling = Sampling(max_new_tokens, eos_token_ids, stop_strings, tokenizer, temperature)
+    sampling = SamplingOptions(max_new_tokens, eos_token_ids, stop_strings, tokenizer, temperature)
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     at_once = batch_size // copies
     with evaluating(policy), plain_sampling(policy):

@@ -120,7 +120,7 @@ class EnoughEnded(StoppingCriteria):
         return ended | (ended.float().mean() >= ENOUGH)
 
 
-class Sampling(NamedTuple):
+class SamplingOptions(NamedTuple):
     """How completions are drawn: as in `sampling.generate`."""
 
     max_new_tokens: int
@@ -132,7 +132,7 @@ class Sampling(NamedTuple):
 
 @torch.no_grad()
 def draw(
-    policy: PreTrainedModel, ids: Tensor, mask: Tensor, copies: int, sampling: Sampling
+    policy: PreTrainedModel, ids: Tensor, mask: Tensor, copies: int, sampling: SamplingOptions
 ) -> tuple[Tensor, Tensor]:
     """Some completions of each prompt.
 
@@ -178,7 +178,7 @@ def draw(
 
 
 def _stop_strings(
-    sampling: Sampling, rows: int, width: int, device: torch.device
+    sampling: SamplingOptions, rows: int, width: int, device: torch.device
 ) -> list[StopStrings]:
     if not sampling.stop_strings or sampling.tokenizer is None:
         return []
@@ -190,7 +190,7 @@ def _continue(
     ids: Tensor,
     mask: Tensor,
     cache: Cache | None,
-    sampling: Sampling,
+    sampling: SamplingOptions,
     width: int,
     ending: list[StoppingCriteria],
 ) -> Any:

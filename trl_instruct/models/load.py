@@ -44,8 +44,8 @@ from trl_instruct.models.adapters import (
     on_adapter,
 )
 from trl_instruct.scalar_head import (
+    disable_rescaling,
     forget_shift,
-    keep_weights,
     read_beside_adapter,
     register_scalar_head,
     score_head,
@@ -74,7 +74,7 @@ def load_policy(
                 f"A {type(source).__name__} was given; a language model (AutoModelForCausalLM) is "
                 "needed."
             )
-        keep_weights(unwrapped(source))
+        disable_rescaling(unwrapped(source))
         return source
     if not is_adapter(source):
         return _load(source, AutoModelForCausalLM, model_config, trust_remote_code)
@@ -174,7 +174,7 @@ def _classifier_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     register_scalar_head(type(config))
-    keep_weights(policy)
+    disable_rescaling(policy)
     classifier = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
     classifier.base_model.load_state_dict(policy.base_model.state_dict())
     return classifier
@@ -295,7 +295,7 @@ def _load(
         raise InputError(
             f"{path!r} holds a reward model; a language model is needed. Give the policy's folder."
         )
-    keep_weights(model)
+    disable_rescaling(model)
     if is_quantized(model):
         _keep_layout(model)
         # Frozen, and what is not quantised in float32; the trainers see to gradient checkpointing.

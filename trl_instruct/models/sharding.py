@@ -15,16 +15,16 @@ from trl.models import unwrap_model_for_generation
 
 from trl_instruct.errors import InputError
 
-SHARING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def shares_weights() -> bool:
+def launched_sharded() -> bool:
     """Whether `accelerate launch` was told to share them out; known before there are models."""
     names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
     return any(parse_flag_from_env(name) for name in names)
 
 
-def load_whole_models() -> None:
+def load_unsharded() -> None:
     """Models that are loaded from here on are whole, each a role's own.
 
     With ZeRO-3, transformers loads them in parts once there are TrainingArguments or a Trainer.
@@ -51,7 +51,7 @@ def check_saving(accelerator: Accelerator) -> None:
         )
 
 
-def check_processes(accelerator: Accelerator, models: list[nn.Module], *, average: bool) -> None:
+def check_launch(accelerator: Accelerator, models: list[nn.Module], *, average: bool) -> None:
     """InputError where PPO cannot run in processes as they were launched.
 
     Args:
@@ -65,7 +65,7 @@ def check_processes(accelerator: Accelerator, models: list[nn.Module], *, averag
             "PPO was launched with MEGATRON_LM, which is not supported. Launch it with a config of "
             "recipes/accelerate."
         )
-    if kind not in SHARING:
+    if kind not in SHARDED:
         return
     weights = [w for model in models for w in model.parameters()]
     faults = {
@@ -92,7 +92,7 @@ def check_processes(accelerator: Accelerator, models: list[nn.Module], *, averag
             )
 
 
-def prepare_sharing(accelerator: Accelerator, *, episodes: int, max_grad_norm: float) -> None:
+def configure_deepspeed(accelerator: Accelerator, *, episodes: int, max_grad_norm: float) -> None:
     """Tell DeepSpeed, which clips and steps by itself, what a step is; nothing otherwise.
 
     Args:
@@ -109,7 +109,7 @@ def prepare_sharing(accelerator: Accelerator, *, episodes: int, max_grad_norm: f
         )
 
 
-def round_alike(accelerator: Accelerator, frozen: nn.Module) -> None:
+def cast_like_sharded(accelerator: Accelerator, frozen: nn.Module) -> None:
     """Round a whole model's weights as FSDP and DeepSpeed round those they share out.
 
     Under mixed precision these compute with weights of 16 bits, where a whole model keeps float32
@@ -120,12 +120,12 @@ def round_alike(accelerator: Accelerator, frozen: nn.Module) -> None:
         frozen: its buffers stay as they are, as the policy's do.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    if accelerator.distributed_type in SHARING and dtype is not None:
+    if accelerator.distributed_type in SHARDED and dtype is not None:
         for weight in frozen.parameters():
             weight.data = weight.data.to(dtype)
 
 
-def find_root(model: nn.Module) -> None:
+def mark_fsdp_root(model: nn.Module) -> None:
     """Let FSDP know which module is the whole: it takes the first that is called for it.
 
     Args:
@@ -139,7 +139,7 @@ def find_root(model: nn.Module) -> None:
 
 
 @contextmanager
-def whole_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+def gathered_weights(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
     """Inside, each process has all weights, and passes need no word from the others.
 
     Args:
@@ -189,7 +189,7 @@ def micro_batch(accelerator: Accelerator, model: nn.Module, *, last: bool) -> It
             yield
 
 
-def whole_states(
+def gathered_states(
     accelerator: Accelerator, model: nn.Module, *names: str
 ) -> list[dict[str, Tensor] | None]:
     """All weights of parts of the model, for the process that saves them; called by all.
@@ -202,7 +202,7 @@ def whole_states(
     Returns:
         None for each part whose own `state_dict` holds them.
     """
-    if accelerator.distributed_type not in SHARING:
+    if accelerator.distributed_type not in SHARDED:
         return [None] * len(names)
     state: dict[str, Tensor] = accelerator.get_state_dict(model) or {}
     return [

@@ -56,7 +56,7 @@ def log_samples(trackers: Sequence[str], columns: Mapping[str, Sequence[Any]]) -
         tracker.log({"completions": tracker.Table(dataframe=DataFrame(columns))})
 
 
-def draw(log_history: list[dict[str, Any]], path: Path) -> None:
+def plot(log_history: list[dict[str, Any]], path: Path) -> None:
     """Save the curves of a run as a figure.
 
     Args:
@@ -67,11 +67,11 @@ def draw(log_history: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(12, 6), layout="constrained")
     for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        draw_panel(axes, log_history, *panel)
+        plot_panel(axes, log_history, *panel)
     figure.savefig(path, dpi=100)
 
 
-def draw_panel(axes: Any, log_history: list[dict[str, Any]], title: str, *names: str) -> None:
+def plot_panel(axes: Any, log_history: list[dict[str, Any]], title: str, *names: str) -> None:
     """One or two metrics over the iterations."""
     for name, color in zip(names, (LINE, FAINT), strict=False):
         points = [(log["step"], log[name]) for log in log_history if name in log]

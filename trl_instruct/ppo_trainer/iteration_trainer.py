@@ -20,10 +20,10 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
 from trl_instruct.errors import InputError
-from trl_instruct.models.sharding import find_root, load_shards
+from trl_instruct.models.sharding import load_shards, mark_fsdp_root
 
 
-class LoopTrainer(Trainer):
+class IterationTrainer(Trainer):
     """What `Trainer.train` does before, between and after iterations that the subclass defines.
 
     A subclass sets `num_iterations` and `iterations_per_epoch`, and calls `begin_training`,
@@ -51,7 +51,7 @@ class LoopTrainer(Trainer):
             self.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         self.create_optimizer()
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-        find_root(self.model_wrapped)
+        mark_fsdp_root(self.model_wrapped)
         self.create_scheduler(num_training_steps=self.num_iterations)
         callbacks = [*self.callback_handler.callbacks, self.control]
         exported = [c for c in callbacks if isinstance(c, ExportableState)]

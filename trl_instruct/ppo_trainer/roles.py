@@ -15,7 +15,7 @@ from trl_instruct.configs import PPOConfig
 from trl_instruct.errors import InputError
 from trl_instruct.models.adapters import is_quantized, with_lora
 from trl_instruct.models.load import ModelSource, load_policy, load_reward_model, model_name
-from trl_instruct.models.sharding import load_whole_models, shares_weights
+from trl_instruct.models.sharding import launched_sharded, load_unsharded
 from trl_instruct.models.shared_base import SharedBase, classifier_around, view_of
 from trl_instruct.models.tokenizers import check_same_tokens, load_tokenizer
 from trl_instruct.rewards.function import RewardFunction, parts_of
@@ -86,7 +86,7 @@ def load_roles(
     Raises:
         InputError: as `load_policy` and `load_reward`; `share_base` where it is not possible.
     """
-    load_whole_models()
+    load_unsharded()
     reward = sole_reward(reward, config.reward_weights)
     trust, base = {"trust_remote_code": config.trust_remote_code}, None
     if _shares(model, config, model_config):
@@ -127,7 +127,7 @@ def _shares(model: ModelSource, config: PPOConfig, model_config: ModelConfig) ->
         "without use_peft the policy is no adapter": not model_config.use_peft,
         "TRL's PPOTrainer trains a value model of full size": config.engine == "trl",
         "the policy is a loaded PeftModel; give its folder": isinstance(model, PeftModel),
-        "the processes share the weights out among them": shares_weights(),
+        "the processes share the weights out among them": launched_sharded(),
     }
     fault = next((told for told, applies in faults.items() if applies), None)
     if config.share_base and fault:

@@ -23,7 +23,7 @@ from trl_instruct.generation.logits import (
 from trl_instruct.logprobs import logprobs_in_parts
 from trl_instruct.models.load import accepted, disable_dropout, unwrapped
 from trl_instruct.padding import right_padded_mask, similar_lengths
-from trl_instruct.scalar_head import keep_weights, score_head, shift_of
+from trl_instruct.scalar_head import disable_rescaling, score_head, shift_of
 
 
 class ValueModel(nn.Module):
@@ -120,7 +120,7 @@ def prompt_batches(
         yield batch
 
 
-def check_same_prompts(before: dict[str, int], now: dict[str, int], checkpoint: Path) -> None:
+def check_same_order(before: dict[str, int], now: dict[str, int], checkpoint: Path) -> None:
     """InputError where a run would not take the prompts that the one it goes on with would have.
 
     Args:
@@ -175,7 +175,7 @@ class PolicyAndValue(nn.Module):
     is_gradient_checkpointing = False
 
     def touch(self) -> None:
-        """Nothing: see `sharding.find_root`."""
+        """Nothing: see `sharding.mark_fsdp_root`."""
 
     def gradient_checkpointing_enable(self, checkpoint_kwargs: dict[str, Any] | None) -> None:
         """Recompute activations of both models in the backward pass.
@@ -187,13 +187,13 @@ class PolicyAndValue(nn.Module):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpoint_kwargs)
 
 
-def unify_modes(model: PreTrainedModel) -> None:
+def disable_dropout_and_rescaling(model: PreTrainedModel) -> None:
     """Make the model the same function in training as in eval mode: no dropout, no rescaling.
 
     The policy that is updated would otherwise differ from the one that sampled.
     """
     disable_dropout(model)
-    keep_weights(unwrapped(model))
+    disable_rescaling(unwrapped(model))
 
 
 @contextmanager
@@ -215,14 +215,14 @@ def state_values(value: ValueModel, sequences: Sequences) -> Tensor:
     return at_states(value(*sequences[:3]), sequences)
 
 
-def blank_measurements(completion_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def unmeasured(completion_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logprobs, ref_logprobs, values and scores of completions that are still to be measured."""
     blank = torch.zeros(completion_ids.shape, device=completion_ids.device)
     return blank, blank, blank, blank[:, 0]
 
 
 @torch.no_grad()
-def measured(
+def with_logprobs(
     rollout: Rollout,
     model: PolicyAndValue,
     ref_policy: nn.Module | None,
@@ -242,7 +242,7 @@ def measured(
     batches = similar_lengths(rollout.lengths.tolist(), batch_size)
     order = torch.tensor([row for rows in batches for row in rows])
     parts = [
-        _measured_at_once(rollout.select(part), model, ref_policy, temperature)
+        _with_logprobs_at_once(rollout.select(part), model, ref_policy, temperature)
         for part in order.to(rollout.prompt_ids.device).split([len(rows) for rows in batches])
     ]
     back = order.argsort()
@@ -250,7 +250,7 @@ def measured(
     return rollout._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
 
 
-def _measured_at_once(
+def _with_logprobs_at_once(
     rollout: Rollout, model: PolicyAndValue, ref_policy: nn.Module | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logprobs, ref_logprobs and values of a few episodes: `(B, C)` each."""

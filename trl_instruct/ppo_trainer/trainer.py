@@ -31,13 +31,13 @@ from trl_instruct.generation.sampling import (
 from trl_instruct.models.checkpoints import find_checkpoint, load_weights
 from trl_instruct.models.load import evaluating, reference_of
 from trl_instruct.models.sharding import (
-    check_processes,
-    load_whole_models,
+    cast_like_sharded,
+    check_launch,
+    configure_deepspeed,
+    gathered_states,
+    gathered_weights,
+    load_unsharded,
     micro_batch,
-    prepare_sharing,
-    round_alike,
-    whole_states,
-    whole_weights,
 )
 from trl_instruct.models.tokenizers import check_tokenizer
 from trl_instruct.ppo_trainer.advantages import (
@@ -50,7 +50,7 @@ from trl_instruct.ppo_trainer.advantages import (
 )
 from trl_instruct.ppo_trainer.curves import LOGGED_SAMPLES, log_samples, sample_text
 from trl_instruct.ppo_trainer.ema import MovingAverage
-from trl_instruct.ppo_trainer.iteration_trainer import LoopTrainer, set_learning_rate
+from trl_instruct.ppo_trainer.iteration_trainer import IterationTrainer, set_learning_rate
 from trl_instruct.ppo_trainer.metrics import (
     check_finite,
     episode_metrics,
@@ -65,11 +65,11 @@ from trl_instruct.ppo_trainer.rollouts import (
     PolicyAndValue,
     Rollout,
     ValueModel,
-    blank_measurements,
-    check_same_prompts,
-    measured,
+    check_same_order,
+    disable_dropout_and_rescaling,
     prompt_batches,
-    unify_modes,
+    unmeasured,
+    with_logprobs,
 )
 from trl_instruct.rewards.function import (
     RewardError,
@@ -87,7 +87,7 @@ from trl_instruct.rewards.tokens import sampled_texts
 VALUE, EMA, PROGRESS = "value_model", "ema.safetensors", "ppo_state.json"
 
 
-class PPOTrainer(LoopTrainer):
+class PPOTrainer(IterationTrainer):
     """Proximal policy optimisation of a language model against a reward (InstructGPT 3.5, C.4).
 
     One `global_step` is one iteration: sample a rollout batch, score it, compute advantages, take
@@ -112,7 +112,7 @@ class PPOTrainer(LoopTrainer):
     Raises:
         InputError: one model in two roles, a tokenizer without EOS, a prompt that is empty or does
             not fit into the context, messages without a chat template, a reward that returns
-            anything but one finite number per completion, processes as `check_processes` refuses
+            anything but one finite number per completion, processes as `check_launch` refuses
             them.
         FloatingPointError: a loss that is no finite number.
     """
@@ -141,8 +141,8 @@ class PPOTrainer(LoopTrainer):
         self.reward = reward_model
         self.gold = gold
         self.eos_token_ids = eos_token_ids(model, processing_class)
-        unify_modes(model)
-        unify_modes(value_model)
+        disable_dropout_and_rescaling(model)
+        disable_dropout_and_rescaling(value_model)
         super().__init__(
             model=PolicyAndValue(model, ValueModel(value_model)),
             args=args,
@@ -150,7 +150,7 @@ class PPOTrainer(LoopTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        check_processes(self.accelerator, [model, value_model], average=args.ema_decay is not None)
+        check_launch(self.accelerator, [model, value_model], average=args.ema_decay is not None)
         self._place_frozen_models()
         self.kl_coef = args.kl_coef
         self.skipped = 0
@@ -166,8 +166,8 @@ class PPOTrainer(LoopTrainer):
             response_length=args.response_length,
         )
         self.minibatch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        load_whole_models()  # those to come (a checkpoint's, the compared) are no ZeRO-3 shards
-        prepare_sharing(
+        load_unsharded()  # those to come (a checkpoint's, the compared) are no ZeRO-3 shards
+        configure_deepspeed(
             self.accelerator, episodes=self.minibatch_size, max_grad_norm=args.max_grad_norm or 0.0
         )
         self.local_batch_size = self.minibatch_size * args.num_mini_batches
@@ -189,7 +189,7 @@ class PPOTrainer(LoopTrainer):
         return self.accelerator.unwrap_model(self.model).value.model
 
     @property
-    def sampler(self) -> dict[str, int]:
+    def prompt_order(self) -> dict[str, int]:
         """What decides which prompts an iteration takes: a resumed run must have the same."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return {"prompts": len(self.prompts), "batch_size": self.batch_size, "seed": seed}
@@ -223,7 +223,7 @@ class PPOTrainer(LoopTrainer):
         """Rows of the prompt dataset, this process's part of one rollout batch at a time."""
         first, stride = self.accelerator.process_index, self.accelerator.num_processes
         sizes = (len(self.prompts), self.batch_size, self.num_iterations)
-        for batch in prompt_batches(*sizes, seed=self.sampler["seed"]):
+        for batch in prompt_batches(*sizes, seed=self.prompt_order["seed"]):
             yield batch[first::stride]
 
     @torch.no_grad()
@@ -231,7 +231,7 @@ class PPOTrainer(LoopTrainer):
         """Completions of these prompts with log-probabilities and values; scores are still 0."""
         prompts = [self.prompts[row] for row in rows]
         model = self.accelerator.unwrap_model(self.model)
-        with whole_weights(self.accelerator, self.model_wrapped):
+        with gathered_weights(self.accelerator, self.model_wrapped):
             with self.accelerator.autocast():
                 completions, lengths, ended = generate(
                     self.policy,
@@ -246,8 +246,8 @@ class PPOTrainer(LoopTrainer):
             prompt_ids, prompt_lengths = pad_prompts(prompts, completions.device)
             tokens = (prompt_ids, prompt_lengths, completions, lengths, ended)
             with evaluating(model), self.accelerator.autocast():
-                return measured(
-                    Rollout(*tokens, *blank_measurements(completions)),
+                return with_logprobs(
+                    Rollout(*tokens, *unmeasured(completions)),
                     model,
                     self.ref_model,
                     temperature=self.args.temperature,
@@ -260,17 +260,17 @@ class PPOTrainer(LoopTrainer):
         Where the reward fails, the run ends with the state before this iteration saved; or, with
         `on_error: skip`, the score is NaN and the episode has no part in the update.
         """
-        judged = self.judged(rollout, rows)
+        given = self.reward_inputs(rollout, rows)
         skip = self.args.on_error == "skip"
         try:
-            given, self.skipped = rollout_scores(self.reward, *judged, rows=rows, skip=skip)
+            found, self.skipped = rollout_scores(self.reward, *given, rows=rows, skip=skip)
         except RewardError as error:
             told = f"Iteration {self.state.global_step + 1}: {error}"
             if saved := self.save_last_state():
                 told = f"{told.rstrip('.')}. {saved} holds the run as it was before that: "
                 told += "resume_from_checkpoint goes on from there."
             raise RewardError(told) from error
-        scores = torch.tensor(given, device=rollout.scores.device)
+        scores = torch.tensor(found, device=rollout.scores.device)
         if self.args.missing_eos_penalty is not None:
             scores = scores - self.args.missing_eos_penalty * ~rollout.ended
         if self.args.missing_eos_score is not None:
@@ -278,7 +278,9 @@ class PPOTrainer(LoopTrainer):
             scores = torch.where(keep, scores, self.args.missing_eos_score)
         return rollout._replace(scores=scores)
 
-    def judged(self, rollout: Rollout, rows: Sequence[int]) -> tuple[list, list, dict[str, list]]:
+    def reward_inputs(
+        self, rollout: Rollout, rows: Sequence[int]
+    ) -> tuple[list, list, dict[str, list]]:
         """What a reward function sees: prompts, completions, further columns."""
         records = self.train_dataset.select(list(rows))[:]
         prompts = records.pop("prompt")
@@ -296,13 +298,13 @@ class PPOTrainer(LoopTrainer):
         """
         if self.gold is None:
             return {}
-        judged = self.judged(rollout, rows)
+        given = self.reward_inputs(rollout, rows)
         try:
-            given, failed = rollout_scores(self.gold, *judged, rows=rows, skip=True)
+            found, failed = rollout_scores(self.gold, *given, rows=rows, skip=True)
         except RewardError as error:
             warnings.warn(f"Iteration {self.state.global_step + 1}, gold: {error}", stacklevel=2)
             return {}
-        everywhere = self.accelerator.gather(torch.tensor(given, device=rollout.scores.device))
+        everywhere = self.accelerator.gather(torch.tensor(found, device=rollout.scores.device))
         counted = {"objective/gold_failed": failed} if failed else {}
         return {"objective/gold": float(everywhere.nanmean()), **counted}
 
@@ -412,7 +414,7 @@ class PPOTrainer(LoopTrainer):
     def take_over(self, checkpoint: Path) -> None:
         """What a checkpoint holds beside the weights and the Trainer's own state."""
         progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
-        check_same_prompts(progress["sampler"], self.sampler, checkpoint)
+        check_same_order(progress["prompt_order"], self.prompt_order, checkpoint)
         self.metrics, self.kl_coef = progress["metrics"], progress["kl_coef"]
         load_states(self.reward, progress["reward"])
         if self.pretraining is not None:
@@ -483,7 +485,7 @@ class PPOTrainer(LoopTrainer):
         A checkpoint holds the policy as it is in training, and all else that the run goes on with.
         """
         parts = ("policy", "value.model")
-        policy, value = whole_states(self.accelerator, self.model_wrapped, *parts)
+        policy, value = gathered_states(self.accelerator, self.model_wrapped, *parts)
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -500,7 +502,7 @@ class PPOTrainer(LoopTrainer):
         """What PPO adds to a checkpoint's trainer_state.json."""
         ptx = self.pretraining and self.pretraining.state()
         return {
-            "sampler": self.sampler,
+            "prompt_order": self.prompt_order,
             "kl_coef": self.kl_coef,
             "ptx": ptx,
             "reward": states_of(self.reward),
@@ -509,9 +511,9 @@ class PPOTrainer(LoopTrainer):
 
     def _place_frozen_models(self) -> None:
         if self.ref_model is not None:
-            unify_modes(self.ref_model)
+            disable_dropout_and_rescaling(self.ref_model)
             self.ref_model.eval().requires_grad_(False).to(self.accelerator.device)
-            round_alike(self.accelerator, self.ref_model)
+            cast_like_sharded(self.accelerator, self.ref_model)
         place_on(self.reward, self.accelerator.device)
         if self.gold is not None:
             place_on(self.gold, self.accelerator.device)

@@ -34,7 +34,7 @@ from trl_instruct.generation.sampling import decode, pad_prompts, prompt_tokens,
 from trl_instruct.models.load import accepted, unwrapped
 from trl_instruct.padding import left_padded_mask
 from trl_instruct.ppo_trainer.roles import check_roles
-from trl_instruct.ppo_trainer.rollouts import unify_modes
+from trl_instruct.ppo_trainer.rollouts import disable_dropout_and_rescaling
 from trl_instruct.rewards.function import RewardFunction, as_completions, call_reward, parts_of
 from trl_instruct.rewards.reward_model import RewardModel
 from trl_instruct.rewards.tokens import sampled_texts
@@ -328,7 +328,7 @@ def _prepare(policy: PreTrainedModel, value: PreTrainedModel, config: PPOConfig)
     shift = shift_of(value)
     score_head(value).register_forward_hook(lambda head, inputs, values: values - shift)
     for model in (policy, value):
-        unify_modes(model)
+        disable_dropout_and_rescaling(model)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
 

@@ -18,7 +18,7 @@ from trl_instruct.files import written_at_once
 from trl_instruct.generation.sampling import prompt_tokens, sample_several
 from trl_instruct.models.load import ModelSource, load_policy, model_name
 from trl_instruct.models.tokenizers import check_tokenizer, load_tokenizer
-from trl_instruct.recipes.stage import StageResult, stage
+from trl_instruct.recipes.stage import StageResult, run_stage
 from trl_instruct.rewards.function import RewardFunction, as_completions, call_reward, place_on
 from trl_instruct.rewards.load import load_reward
 from trl_instruct.tiny import SimulatedLabeler
@@ -34,7 +34,7 @@ def candidates(config: CandidatesConfig, model_config: ModelConfig) -> StageResu
     sources = {"train": (config.dataset_name, config.dataset_train_split)}
     if config.eval_dataset_name:
         sources["test"] = (config.eval_dataset_name, config.eval_dataset_split)
-    with stage("candidates", config, model_config) as run:
+    with run_stage("candidates", config, model_config) as run:
         run.begin()
         if not run.is_main:
             return StageResult(run.folder)

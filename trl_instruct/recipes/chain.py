@@ -13,10 +13,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl_instruct.errors import InputError
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, read_json, read_metrics
 
-STAGES = ("pretrain", "sft", "candidates", "rm", "ppo")
+STAGE_NAMES = ("pretrain", "sft", "candidates", "rm", "ppo")
 
 
-class StageRun(NamedTuple):
+class FinishedStage(NamedTuple):
     """A stage that has run: its folder, resolved options, metrics, and logs, the oldest first."""
 
     folder: Path
@@ -29,7 +29,7 @@ class StageRun(NamedTuple):
         return [(log["step"], log[name]) for log in self.logs if name in log]
 
 
-def read_chain(folder: str | os.PathLike) -> dict[str, StageRun]:
+def read_chain(folder: str | os.PathLike) -> dict[str, FinishedStage]:
     """The finished stage in a folder and those it came from, by name, in the order they ran.
 
     Which stage came from which stands in their configs: the model, the reward model, the data. Of
@@ -44,7 +44,7 @@ def read_chain(folder: str | os.PathLike) -> dict[str, StageRun]:
             f"{str(path)!r} holds no finished stage: {CONFIG_FILE} and {METRICS_FILE} are needed. "
             "Give the output_dir of sft, rm or ppo."
         )
-    found: dict[str, StageRun] = {}
+    found: dict[str, FinishedStage] = {}
     waiting, seen = [path], set()
     while waiting:
         path = waiting.pop(0)
@@ -54,17 +54,17 @@ def read_chain(folder: str | os.PathLike) -> dict[str, StageRun]:
         run = _read(path)
         found.setdefault(run.metrics.get("stage", ""), run)
         waiting += _came_from(run.config)
-    return {name: found[name] for name in STAGES if name in found}
+    return {name: found[name] for name in STAGE_NAMES if name in found}
 
 
 def _is_finished(folder: Path) -> bool:
     return all((folder / name).is_file() for name in (CONFIG_FILE, METRICS_FILE))
 
 
-def _read(folder: Path) -> StageRun:
+def _read(folder: Path) -> FinishedStage:
     config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     logs = read_json(folder / TRAINER_STATE_NAME).get("log_history", [])
-    return StageRun(folder, config, read_metrics(folder), logs)
+    return FinishedStage(folder, config, read_metrics(folder), logs)
 
 
 def _came_from(config: dict[str, Any]) -> Iterator[Path]:

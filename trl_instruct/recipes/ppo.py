@@ -23,9 +23,9 @@ from trl_instruct.ppo_trainer.upstream import upstream_trainer
 from trl_instruct.recipes.memory import Work, memory_table
 from trl_instruct.recipes.options import stage_options
 from trl_instruct.recipes.stage import (
-    Stage,
     StageResult,
-    stage,
+    StageRun,
+    run_stage,
     starting_point,
 )
 from trl_instruct.rewards.function import RewardFunction, parts_of
@@ -80,7 +80,7 @@ def ppo(
         dataset, config.dataset_train_split
     )
     pretraining = _pretraining_texts(ptx_dataset, config)
-    with stage("ppo", config, model_config) as run:
+    with run_stage("ppo", config, model_config) as run:
         base, tokenizer = starting_point(run, model, processing_class)
         if config.opening_length:
             prompts = openings(prompts, tokenizer, config.opening_length)
@@ -104,11 +104,11 @@ def ppo(
         output = run.train(trainer, labels)
         metrics = {**output.metrics, "cut_prompts": trainer.cut_prompts, **_counted(run, roles)}
         if run.is_main:
-            curves.draw(trainer.state.log_history, run.folder / curves.FIGURE)
+            curves.plot(trainer.state.log_history, run.folder / curves.FIGURE)
         return run.finish(trainer, metrics)
 
 
-def _tell_before(run: Stage, roles: Roles, trainer: Any) -> None:
+def _tell_before(run: StageRun, roles: Roles, trainer: Any) -> None:
     """Sampling settings that are not used, prompts that are cut, memory."""
     if unused := unused_sampling(roles.policy):
         told = ", ".join(f"{name} {value}" for name, value in unused.items())
@@ -118,7 +118,7 @@ def _tell_before(run: Stage, roles: Roles, trainer: Any) -> None:
     run.say(memory_table(*_roles_and_passes(roles, trainer), run.config))
 
 
-def _counted(run: Stage, roles: Roles) -> dict[str, int]:
+def _counted(run: StageRun, roles: Roles) -> dict[str, int]:
     """Texts that the reward was given and had to cut, or could not parse."""
     counts = {name: count for name, count in reward_counts(roles.reward).items() if count}
     for name, count in counts.items():

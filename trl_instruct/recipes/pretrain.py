@@ -29,7 +29,7 @@ from trl_instruct.files import METRICS_FILE
 from trl_instruct.models.load import context_length
 from trl_instruct.padding import length_batches
 from trl_instruct.recipes.options import resolve
-from trl_instruct.recipes.stage import StageResult, stage
+from trl_instruct.recipes.stage import StageResult, run_stage
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 TINY_OPTIONS = Path(__file__).parents[1] / "tiny" / "pretrain.yaml"
@@ -61,7 +61,7 @@ def pretrain(
         raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
     config.dataset_name = name_of(dataset) or config.dataset_name
     texts = load_texts(dataset, config.dataset_train_split)
-    with stage("pretrain", config, ModelConfig()) as run:
+    with run_stage("pretrain", config, ModelConfig()) as run:
         tokenizer = train_tokenizer(texts["text"][:], config.vocab_size, config.max_length)
         model = model_from_scratch(config, tokenizer)
         trainer = Trainer(

@@ -29,15 +29,15 @@ from trl_instruct.models.tokenizers import check_vocabulary
 from trl_instruct.recipes.memory import Work, memory_table
 from trl_instruct.recipes.options import named_source, stage_options
 from trl_instruct.recipes.stage import (
-    Stage,
     StageResult,
+    StageRun,
     check_chat_template,
-    stage,
+    run_stage,
     starting_point,
     within_context,
 )
 from trl_instruct.reward_trainer.evaluation import evaluate_reward, pair_accuracy
-from trl_instruct.reward_trainer.tables import FIGURE, draw, render
+from trl_instruct.reward_trainer.tables import FIGURE, plot, render
 from trl_instruct.reward_trainer.trainer import RankingRewardTrainer
 from trl_instruct.rewards.reward_model import RewardModel
 from trl_instruct.scalar_head import save_beside_adapter
@@ -89,8 +89,8 @@ def rm(
         named_source(demonstrations, config, "demonstrations_name"),
         config,
     )
-    with stage("rm", config, model_config) as run:
-        run.say(str(data.report))
+    with run_stage("rm", config, model_config) as run:
+        run.say(str(data.counts))
         classifier, tokenizer = _load(run, model, processing_class, data)
         trained = trained_weights(classifier)
         trainer = RankingRewardTrainer(
@@ -112,7 +112,7 @@ def rm(
             "pairs": count_pairs(data.train),
             "overlong": trainer.overlong,
             "truncated": trainer.truncated,
-            "data": asdict(data.report),
+            "data": asdict(data.counts),
             **_measure(run, RewardModel(trainer.model, tokenizer), data),
         }
         result = run.finish(trainer, metrics)
@@ -122,7 +122,7 @@ def rm(
 
 
 def _load(
-    run: Stage,
+    run: StageRun,
     model: ModelSource | None,
     processing_class: PreTrainedTokenizerBase | None,
     data: Preferences,
@@ -137,7 +137,7 @@ def _load(
     return classifier, tokenizer
 
 
-def _check_overlong(trainer: RankingRewardTrainer, run: Stage) -> None:
+def _check_overlong(trainer: RankingRewardTrainer, run: StageRun) -> None:
     """Tell what the trainer left out for its length; InputError where nothing else is there."""
     if not len(trainer.train_dataset):
         raise InputError(
@@ -152,7 +152,7 @@ def _check_overlong(trainer: RankingRewardTrainer, run: Stage) -> None:
         run.say(f"{trainer.truncated} prompts lose their beginning to fit into max_length")
 
 
-def _measure(run: Stage, reward: RewardModel, data: Preferences) -> dict[str, Any]:
+def _measure(run: StageRun, reward: RewardModel, data: Preferences) -> dict[str, Any]:
     """Shift and held-out evaluation of the trained model; the figure goes into the folder."""
     metrics: dict[str, Any] = {}
     if data.demonstrations is not None:
@@ -165,7 +165,7 @@ def _measure(run: Stage, reward: RewardModel, data: Preferences) -> dict[str, An
         evaluation = evaluate_reward(reward, data.held_out, reward.tokenizer)
         metrics |= {**evaluation.metrics, "train_accuracy": _train_accuracy(run, reward, data)}
         if run.is_main:
-            draw(evaluation, run.folder / FIGURE)
+            plot(evaluation, run.folder / FIGURE)
     if reward.truncated:
         run.say(
             f"{reward.truncated} texts to measure on exceed the context; their beginning is cut"
@@ -173,7 +173,7 @@ def _measure(run: Stage, reward: RewardModel, data: Preferences) -> dict[str, An
     return metrics
 
 
-def _train_accuracy(run: Stage, reward: RewardModel, data: Preferences) -> float:
+def _train_accuracy(run: StageRun, reward: RewardModel, data: Preferences) -> float:
     """Accuracy on as many of the rankings trained on as are held out: above that by what the model
     has learnt by heart. NaN where there is no winner among them."""
     assert data.held_out is not None

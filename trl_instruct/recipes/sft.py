@@ -26,10 +26,10 @@ from trl_instruct.recipes.memory import Work, memory_table
 from trl_instruct.recipes.options import named_source, stage_options
 from trl_instruct.recipes.pretrain import tiny_base
 from trl_instruct.recipes.stage import (
-    Stage,
     StageResult,
+    StageRun,
     check_chat_template,
-    stage,
+    run_stage,
     starting_point,
     within_context,
 )
@@ -80,9 +80,9 @@ def sft(
         held_out = load_demonstrations(held_out, config.eval_dataset_split)
         config.eval_on_start = True
     if isinstance(model, str) and model == TINY:
-        Stage("sft", config, model_config).check_folder()
+        StageRun("sft", config, model_config).check_folder()
         model = tiny_base(Path(config.output_dir).parent / "base", seed=config.seed)
-    with stage("sft", config, model_config) as run:
+    with run_stage("sft", config, model_config) as run:
         policy, tokenizer = _load(run, model, processing_class)
         truncated = check_demonstrations(demonstrations, tokenizer, config)
         if truncated:
@@ -109,7 +109,7 @@ def sft(
 
 
 def _load(
-    run: Stage, model: ModelSource | None, processing_class: PreTrainedTokenizerBase | None
+    run: StageRun, model: ModelSource | None, processing_class: PreTrainedTokenizerBase | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The policy to train and its tokenizer; the config's max_length fits into its context."""
     base, tokenizer = starting_point(run, model, processing_class)

@@ -135,7 +135,7 @@ class StageResult(os.PathLike):
 
 
 @contextlib.contextmanager
-def stage(name: str, config: StageConfig, model_config: ModelConfig) -> Iterator["Stage"]:
+def run_stage(name: str, config: StageConfig, model_config: ModelConfig) -> Iterator["StageRun"]:
     """The run of a stage in its folder, seeded.
 
     Nothing in the folder changes before `begin`, so that a mistake found while data and models are
@@ -147,7 +147,7 @@ def stage(name: str, config: StageConfig, model_config: ModelConfig) -> Iterator
         InputError: no output_dir, one that holds another run or something else, or no checkpoint
             there to resume from.
     """
-    run = Stage(name, config, model_config)
+    run = StageRun(name, config, model_config)
     run.check_folder()
     clear_device_cache(garbage_collection=True)  # an earlier stage's models: accelerate ties knots
     PartialState().wait_for_everyone()
@@ -160,7 +160,7 @@ def stage(name: str, config: StageConfig, model_config: ModelConfig) -> Iterator
         raise
 
 
-class Stage:
+class StageRun:
     """One run of a stage in its folder."""
 
     def __init__(self, name: str, config: StageConfig, model_config: ModelConfig):
@@ -346,7 +346,7 @@ class ProgressBar(TrainerCallback):
 
 
 def starting_point(
-    run: Stage, model: ModelSource | None, processing_class: PreTrainedTokenizerBase | None
+    run: StageRun, model: ModelSource | None, processing_class: PreTrainedTokenizerBase | None
 ) -> tuple[ModelSource, PreTrainedTokenizerBase]:
     """What to load the trained model from, and its tokenizer; the run's config names the model."""
     if model is None:

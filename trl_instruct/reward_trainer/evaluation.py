@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from transformers import PreTrainedTokenizerBase
 
-from trl_instruct.data.pairs import as_text, ranking_to_pairs
+from trl_instruct.data.pairs import content_key, ranking_to_pairs
 from trl_instruct.data.rankings import Ranking, dense_ranks
 from trl_instruct.data.sources import iterate
 from trl_instruct.errors import InputError
@@ -285,10 +285,10 @@ def numbered(rankings: Dataset) -> Numbered:
     prompts: dict[str, int] = {}
     responses: dict[tuple[str, str], int] = {}
     for record in iterate(rankings):
-        asked, ranked = as_text(record["prompt"]), []
+        asked, ranked = content_key(record["prompt"]), []
         prompt = prompts.setdefault(asked.strip(), len(prompts))
         for response in record["responses"]:
-            key = asked, as_text(response)
+            key = asked, content_key(response)
             if key not in responses:
                 responses[key] = len(responses)
                 result.prompts.append(record["prompt"])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_instruct.reward_trainer.prefix import SharedRows, prefix_blocks, prefix_mask, share_prefix
-from trl_instruct.rewards.score_position import _on_head
+from trl_instruct.rewards.score_position import on_head
 
 # Attention that looks back a number of tokens only: columns of a shared row are further apart.
 WINDOWS = ("sliding_window", "attention_chunk_size")
@@ -29,7 +29,7 @@ def token_scores(model: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
     def keep(head: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> None:
         seen.append((inputs[0], logits.squeeze(-1)))
 
-    with _on_head(model, keep):
+    with on_head(model, keep):
         yield seen
 
 

@@ -54,7 +54,7 @@ def render(metrics: dict[str, Any], figure: Path) -> str:
     return "\n".join(lines)
 
 
-def draw(evaluation: RewardEvaluation, path: Path) -> None:
+def plot(evaluation: RewardEvaluation, path: Path) -> None:
     """Save the evaluation as a figure of four panels."""
     from matplotlib.figure import Figure  # takes a second; without pyplot it needs no screen
 
@@ -65,14 +65,14 @@ def draw(evaluation: RewardEvaluation, path: Path) -> None:
         f"Reward model on {metrics['eval_prompts']:,} held-out prompts, {_pairs(metrics)}: "
         f"accuracy {show_metric(metrics, 'accuracy')}, log-loss {metrics['log_loss']:.3f}"
     )
-    draw_accuracy(panels[0, 0], metrics, "by_k", "K, responses in the ranking")
-    draw_accuracy(panels[0, 1], metrics, "by_distance", "difference of the two ranks")
-    draw_calibration(panels[1, 0], metrics)
-    _draw_lengths(panels[1, 1], evaluation)
+    plot_accuracy(panels[0, 0], metrics, "by_k", "K, responses in the ranking")
+    plot_accuracy(panels[0, 1], metrics, "by_distance", "difference of the two ranks")
+    plot_calibration(panels[1, 0], metrics)
+    _plot_lengths(panels[1, 1], evaluation)
     figure.savefig(path, dpi=110)
 
 
-def draw_accuracy(axes: Any, metrics: Mapping[str, Any], key: str, label: str) -> None:
+def plot_accuracy(axes: Any, metrics: Mapping[str, Any], key: str, label: str) -> None:
     """Accuracy with its interval by K or distance, beside what it can be compared with."""
     cells = metrics[key]
     places = range(len(cells))
@@ -96,7 +96,7 @@ def draw_accuracy(axes: Any, metrics: Mapping[str, Any], key: str, label: str) -
     axes.legend(fontsize="small")
 
 
-def draw_calibration(axes: Any, metrics: Mapping[str, Any]) -> None:
+def plot_calibration(axes: Any, metrics: Mapping[str, Any]) -> None:
     """How often the higher score wins, against how often the model says so."""
     bins = metrics["calibration"]
     expected = [one["expected"] for one in bins]
@@ -113,7 +113,7 @@ def draw_calibration(axes: Any, metrics: Mapping[str, Any]) -> None:
     axes.legend(fontsize="small")
 
 
-def _draw_lengths(axes: Any, evaluation: RewardEvaluation) -> None:
+def _plot_lengths(axes: Any, evaluation: RewardEvaluation) -> None:
     """Score against length; of many responses evenly chosen ones."""
     step = -(-len(evaluation.scores) // MOST_POINTS)
     scores, lengths = evaluation.scores[::step], evaluation.lengths[::step]

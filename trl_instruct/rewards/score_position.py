@@ -64,12 +64,12 @@ def scores_at(model: Any, columns: Tensor, width: int) -> Iterator[None]:
         # The same at every token, so that the classifier takes it wherever it looks.
         return scores.unsqueeze(1).expand_as(logits)
 
-    with _on_head(model, read):
+    with on_head(model, read):
         yield
 
 
 @contextlib.contextmanager
-def _on_head(model: Any, hook: Hook) -> Iterator[None]:
+def on_head(model: Any, hook: Hook) -> Iterator[None]:
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Module):
         yield
