@@ -11,10 +11,10 @@ from trl_instruct.generation.sampling import (
     eos_token_ids,
     fit_prompts,
     generate,
-    tokenize_prompts,
     unused_sampling,
 )
 from trl_instruct.logprobs import entropy, log_distribution, token_logprobs
+from trl_instruct.models.tokenizers import tokenize_prompts
 
 
 def sample(model, prompts, **options):

@@ -9,16 +9,8 @@ from trl import ModelConfig
 
 from trl_instruct.errors import InputError
 from trl_instruct.models.adapters import is_adapter, peft_config_of
-from trl_instruct.models.load import (
-    accepted,
-    base_for_adapter,
-    context_length,
-    disable_dropout,
-    load_policy,
-    load_reward_model,
-    model_name,
-    reference_of,
-)
+from trl_instruct.models.load import base_for_adapter, load_policy, load_reward_model, reference_of
+from trl_instruct.models.properties import accepted, context_length, disable_dropout, model_name
 from trl_instruct.models.tokenizers import check_tokenizer, install_chat_template, load_tokenizer
 from trl_instruct.ppo_trainer.rollouts import ValueModel
 from trl_instruct.scalar_head import score_head

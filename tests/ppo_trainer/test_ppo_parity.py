@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 import trl_instruct.ppo_trainer.trainer as ours
 from trl_instruct import ppo
 from trl_instruct.generation.logits import spread
-from trl_instruct.generation.sampling import tokenize_prompts
+from trl_instruct.models.tokenizers import tokenize_prompts
 from trl_instruct.padding import completion_lengths, right_padded_mask
 from trl_instruct.ppo_trainer import micro_batch
 from trl_instruct.ppo_trainer.advantages import gae, masked_whiten

@@ -9,7 +9,7 @@ from trl.experimental.utils import get_reward
 
 from trl_instruct import InputError, RewardModel, RewardModule, ppo
 from trl_instruct.configs import PPOConfig
-from trl_instruct.generation.sampling import tokenize_prompts
+from trl_instruct.models.tokenizers import tokenize_prompts
 from trl_instruct.ppo_trainer.upstream import upstream_trainer
 from trl_instruct.recipes.pretrain import train_tokenizer
 from trl_instruct.rewards.combined import Clipped, WeightedSum

@@ -9,7 +9,8 @@ from trl import ModelConfig
 
 from trl_instruct.console import one_line, printable
 from trl_instruct.generation.sampling import prompt_tokens, sample_several
-from trl_instruct.models.load import ModelSource, context_length, load_policy
+from trl_instruct.models.load import load_policy
+from trl_instruct.models.properties import ModelSource, context_length
 from trl_instruct.models.tokenizers import load_tokenizer
 
 

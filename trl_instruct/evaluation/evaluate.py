@@ -21,7 +21,7 @@ from trl_instruct.evaluation.statistics import best_of_n, distinct, repetition, 
 from trl_instruct.evaluation.tables import FIGURE, plot, render
 from trl_instruct.files import read_metrics, write_json
 from trl_instruct.intervals import mean_interval
-from trl_instruct.models.load import ModelSource, is_nameless, model_name
+from trl_instruct.models.properties import ModelSource, is_nameless, model_name
 from trl_instruct.models.tokenizers import check_tokenizer, load_tokenizer
 from trl_instruct.recipes.options import named_source, stage_options
 from trl_instruct.recipes.stage import StageResult, run_stage

@@ -16,13 +16,10 @@ from trl_instruct.data.sources import iterate
 from trl_instruct.errors import InputError
 from trl_instruct.evaluation.samples import Sampled, judged, sample, sequence_logprobs
 from trl_instruct.generation.logits import completion_logprobs
-from trl_instruct.generation.sampling import (
-    pad_prompts,
-    prompt_tokens,
-    sample_several,
-    tokenize_prompts,
-)
-from trl_instruct.models.load import ModelSource, context_length, evaluating, load_policy
+from trl_instruct.generation.sampling import pad_prompts, prompt_tokens, sample_several
+from trl_instruct.models.load import load_policy
+from trl_instruct.models.properties import ModelSource, context_length, evaluating
+from trl_instruct.models.tokenizers import tokenize_prompts
 from trl_instruct.padding import pad_rows, similar_lengths
 from trl_instruct.rewards.function import RewardFunction, place_on
 from trl_instruct.rewards.tokens import token_ids

@@ -18,7 +18,7 @@ from trl_instruct.generation.sampling import (
     prompt_tokens,
 )
 from trl_instruct.intervals import mean_interval
-from trl_instruct.models.load import evaluating
+from trl_instruct.models.properties import evaluating
 from trl_instruct.padding import similar_lengths
 from trl_instruct.rewards.function import RewardFunction, as_completions, call_reward
 

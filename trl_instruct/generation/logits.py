@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trl_instruct.logprobs import logprobs_in_parts
-from trl_instruct.models.load import accepted, unwrapped
+from trl_instruct.models.properties import accepted, unwrapped
 from trl_instruct.padding import position_ids, right_padded_mask, roll_rows
 
 

@@ -16,29 +16,9 @@ from trl_instruct.generation.token_sampling import (
     plain_sampling,
     reads_padding,
 )
-from trl_instruct.models.load import context_length, evaluating
+from trl_instruct.models.properties import context_length, evaluating
+from trl_instruct.models.tokenizers import tokenize_prompts
 from trl_instruct.padding import completion_lengths, left_padded_mask
-
-
-def tokenize_prompts(prompts: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Prompts, each a text or a list of messages, to token ids.
-
-    Messages go through the tokenizer's chat template, with the opening of the assistant's turn.
-
-    Raises:
-        InputError: messages, and the tokenizer has no chat template.
-    """
-    if not prompts or isinstance(prompts[0], str):
-        return tokenizer(list(prompts))["input_ids"] if prompts else []
-    if tokenizer.chat_template is None:
-        raise InputError(
-            "The prompts are messages, but the tokenizer has no chat template. Train the policy "
-            "with `sft(..., chat_template_path=...)`, or give prompts as text."
-        )
-    return [
-        tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"]
-        for p in prompts
-    ]
 
 
 def fit_prompts(

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from trl_instruct.models.load import accepted, evaluating, unwrapped
+from trl_instruct.models.properties import accepted, evaluating, unwrapped
 from trl_instruct.padding import position_ids
 
 NEVER = 2**31

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, get_peft_config
 
 from trl_instruct.errors import InputError
+from trl_instruct.models.properties import model_name
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT = "base_fingerprint.txt"  # which base an adapter was trained over
@@ -266,7 +267,7 @@ def _check_names(
 def _misfit(folder: str | os.PathLike, model: nn.Module, why: Any) -> InputError:
     lines = str(why).strip().splitlines() or [type(why).__name__]
     told = " ".join(line.strip() for line in lines[:2])
-    name = getattr(model.config, "_name_or_path", "")
+    name = model_name(model)
     return InputError(
         f"The adapter in {os.fspath(folder)!r} does not fit the {type(model).__name__} from "
         f"{name!r}: {told}. Was it trained on another model, or has that folder another one since?"

@@ -5,15 +5,12 @@ folder is merged into its base on loading, unless the stage trains adapters (`us
 goes on from that adapter, over the same base.
 """
 
-import contextlib
 import copy
 import dataclasses
-import inspect
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
@@ -43,6 +40,7 @@ from trl_instruct.models.adapters import (
     is_quantized,
     on_adapter,
 )
+from trl_instruct.models.properties import ModelSource, is_nameless, unwrapped
 from trl_instruct.scalar_head import (
     disable_rescaling,
     forget_shift,
@@ -52,9 +50,6 @@ from trl_instruct.scalar_head import (
 )
 
 silence_model_file_bars()
-
-
-ModelSource: TypeAlias = str | os.PathLike | PreTrainedModel
 
 
 def load_policy(
@@ -201,55 +196,6 @@ def reference_of(policy: PreTrainedModel) -> PreTrainedModel | None:
     if isinstance(policy, PeftModel):
         return None
     return copy.deepcopy(policy).eval().requires_grad_(False)
-
-
-def accepted(module: nn.Module, **arguments: Any) -> dict[str, Any]:
-    """Those arguments that the module's forward knows (some architectures take no positions)."""
-    known = inspect.signature(module.forward).parameters
-    return {name: value for name, value in arguments.items() if name in known}
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0: in RL it would make the policy differ from the one that sampled."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():  # probabilities that forward hands to F.dropout
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, and back into the mode it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
-    """The model that a PEFT wrapper holds, its adapter in place; any other as it is."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """Most tokens the model can attend to; None where its architecture has no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
-def model_name(source: ModelSource) -> str:
-    """What to call a model in messages and where to look for its tokenizer."""
-    if isinstance(source, PreTrainedModel | PeftModel):
-        return source.config._name_or_path or type(source).__name__
-    return os.fspath(source)
-
-
-def is_nameless(source: ModelSource) -> bool:
-    """Whether the source is a model in memory that was not loaded from anywhere."""
-    return isinstance(source, PreTrainedModel | PeftModel) and not source.config._name_or_path
 
 
 def _load(

@@ -28,7 +28,8 @@ from trl_instruct.models.adapters import (
     on_adapter,
     with_lora,
 )
-from trl_instruct.models.load import ModelSource, base_of, check_finished, load_policy, model_name
+from trl_instruct.models.load import base_of, check_finished, load_policy
+from trl_instruct.models.properties import ModelSource, model_name
 from trl_instruct.scalar_head import read_beside_adapter, register_scalar_head
 
 # How transformers marks a model with quantised weights.

@@ -1,11 +1,14 @@
 """The tokenizer of a model: what all stages rely on of it."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_instruct.errors import InputError
-from trl_instruct.models.load import ModelSource, load_fault, model_name
+from trl_instruct.models.load import load_fault
+from trl_instruct.models.properties import ModelSource, model_name
 
 
 def load_tokenizer(
@@ -89,3 +92,24 @@ def check_same_tokens(
                 "the second, so one of them is not the base's. Give each the tokenizer that it was "
                 "trained with."
             )
+
+
+def tokenize_prompts(prompts: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Prompts, each a text or a list of messages, to token ids.
+
+    Messages go through the tokenizer's chat template, with the opening of the assistant's turn.
+
+    Raises:
+        InputError: messages, and the tokenizer has no chat template.
+    """
+    if not prompts or isinstance(prompts[0], str):
+        return tokenizer(list(prompts))["input_ids"] if prompts else []
+    if tokenizer.chat_template is None:
+        raise InputError(
+            "The prompts are messages, but the tokenizer has no chat template. Train the policy "
+            "with `sft(..., chat_template_path=...)`, or give prompts as text."
+        )
+    return [
+        tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for p in prompts
+    ]

@@ -14,7 +14,8 @@ from trl import ModelConfig
 from trl_instruct.configs import PPOConfig
 from trl_instruct.errors import InputError
 from trl_instruct.models.adapters import is_quantized, with_lora
-from trl_instruct.models.load import ModelSource, load_policy, load_reward_model, model_name
+from trl_instruct.models.load import load_policy, load_reward_model
+from trl_instruct.models.properties import ModelSource, model_name
 from trl_instruct.models.sharding import launched_sharded, load_unsharded
 from trl_instruct.models.shared_base import SharedBase, classifier_around, view_of
 from trl_instruct.models.tokenizers import check_same_tokens, load_tokenizer

@@ -21,7 +21,7 @@ from trl_instruct.generation.logits import (
     spread,
 )
 from trl_instruct.logprobs import logprobs_in_parts
-from trl_instruct.models.load import accepted, disable_dropout, unwrapped
+from trl_instruct.models.properties import accepted, disable_dropout, unwrapped
 from trl_instruct.padding import right_padded_mask, similar_lengths
 from trl_instruct.scalar_head import disable_rescaling, score_head, shift_of
 

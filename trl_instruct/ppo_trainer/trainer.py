@@ -29,7 +29,8 @@ from trl_instruct.generation.sampling import (
     prompt_tokens,
 )
 from trl_instruct.models.checkpoints import find_checkpoint, load_weights
-from trl_instruct.models.load import evaluating, reference_of
+from trl_instruct.models.load import reference_of
+from trl_instruct.models.properties import evaluating, model_name
 from trl_instruct.models.sharding import (
     cast_like_sharded,
     check_launch,
@@ -134,7 +135,7 @@ class PPOTrainer(IterationTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         check_roles(model, ref_model, reward_model, value_model)
-        check_tokenizer(processing_class, model.config._name_or_path)
+        check_tokenizer(processing_class, model_name(model))
         self.ref_model = ref_model or reference_of(model)
         if isinstance(reward_model, nn.Module):
             reward_model = RewardModel(reward_model, processing_class)

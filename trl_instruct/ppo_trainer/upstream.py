@@ -30,8 +30,9 @@ from transformers.trainer_utils import TrainOutput
 
 from trl_instruct.configs import PPOConfig, StageConfig
 from trl_instruct.errors import InputError
-from trl_instruct.generation.sampling import decode, pad_prompts, prompt_tokens, tokenize_prompts
-from trl_instruct.models.load import accepted, unwrapped
+from trl_instruct.generation.sampling import decode, pad_prompts, prompt_tokens
+from trl_instruct.models.properties import accepted, unwrapped
+from trl_instruct.models.tokenizers import tokenize_prompts
 from trl_instruct.padding import left_padded_mask
 from trl_instruct.ppo_trainer.roles import check_roles
 from trl_instruct.ppo_trainer.rollouts import disable_dropout_and_rescaling

@@ -16,7 +16,8 @@ from trl_instruct.data.records import load_prompts
 from trl_instruct.errors import InputError
 from trl_instruct.files import written_at_once
 from trl_instruct.generation.sampling import prompt_tokens, sample_several
-from trl_instruct.models.load import ModelSource, load_policy, model_name
+from trl_instruct.models.load import load_policy
+from trl_instruct.models.properties import ModelSource, model_name
 from trl_instruct.models.tokenizers import check_tokenizer, load_tokenizer
 from trl_instruct.recipes.stage import StageResult, run_stage
 from trl_instruct.rewards.function import RewardFunction, as_completions, call_reward, place_on

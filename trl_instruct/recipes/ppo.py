@@ -13,7 +13,7 @@ from trl_instruct.data.records import load_prompts, load_texts, openings
 from trl_instruct.data.sources import name_of
 from trl_instruct.errors import InputError
 from trl_instruct.generation.sampling import unused_sampling
-from trl_instruct.models.load import ModelSource
+from trl_instruct.models.properties import ModelSource
 from trl_instruct.models.tokenizers import check_vocabulary
 from trl_instruct.ppo_trainer import curves
 from trl_instruct.ppo_trainer.roles import Roles, load_roles

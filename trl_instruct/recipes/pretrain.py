@@ -26,7 +26,7 @@ from trl_instruct.data.records import load_texts
 from trl_instruct.data.sources import kind_of, name_of
 from trl_instruct.errors import InputError
 from trl_instruct.files import METRICS_FILE
-from trl_instruct.models.load import context_length
+from trl_instruct.models.properties import context_length
 from trl_instruct.padding import length_batches
 from trl_instruct.recipes.options import resolve
 from trl_instruct.recipes.stage import StageResult, run_stage

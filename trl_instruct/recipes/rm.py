@@ -24,7 +24,8 @@ from trl_instruct.models.adapters import (
     new_adapter_config,
     trained_weights,
 )
-from trl_instruct.models.load import ModelSource, load_reward_model
+from trl_instruct.models.load import load_reward_model
+from trl_instruct.models.properties import ModelSource
 from trl_instruct.models.tokenizers import check_vocabulary
 from trl_instruct.recipes.memory import Work, memory_table
 from trl_instruct.recipes.options import named_source, stage_options

@@ -39,14 +39,9 @@ from trl_instruct.errors import InputError
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, write_json
 from trl_instruct.models.adapters import FINGERPRINT, adapter_config, is_adapter, keep_fingerprint
 from trl_instruct.models.checkpoints import all_checkpoints, find_checkpoint, is_whole
-from trl_instruct.models.load import (
-    ModelSource,
-    base_for_adapter,
-    check_finished,
-    context_length,
-    model_name,
-)
+from trl_instruct.models.load import base_for_adapter, check_finished
 from trl_instruct.models.merging import merge_in_place
+from trl_instruct.models.properties import ModelSource, context_length, model_name
 from trl_instruct.models.sharding import check_saving
 from trl_instruct.models.tokenizers import check_tokenizer, install_chat_template, load_tokenizer
 from trl_instruct.recipes.options import save_config

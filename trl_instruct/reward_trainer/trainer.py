@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import RewardTrainer
 
 from trl_instruct.errors import InputError
-from trl_instruct.models.load import disable_dropout, evaluating
+from trl_instruct.models.properties import disable_dropout, evaluating
 from trl_instruct.models.tokenizers import check_tokenizer
 from trl_instruct.padding import LengthBatchSampler, pad_rows
 from trl_instruct.reward_trainer.batches import RankingCollator, tokenize_rankings

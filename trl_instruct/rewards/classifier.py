@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from trl_instruct.errors import InputError
-from trl_instruct.models.load import context_length, model_name
+from trl_instruct.models.properties import context_length, model_name
 from trl_instruct.rewards.function import as_text
 from trl_instruct.rewards.score_position import batched_logits
 

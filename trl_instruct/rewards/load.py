@@ -12,7 +12,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_instruct.errors import InputError
-from trl_instruct.models.load import ModelSource, is_nameless, load_reward_model
+from trl_instruct.models.load import load_reward_model
+from trl_instruct.models.properties import ModelSource, is_nameless
 from trl_instruct.models.tokenizers import load_tokenizer
 from trl_instruct.rewards.classifier import ClassifierReward
 from trl_instruct.rewards.combined import WeightedSum

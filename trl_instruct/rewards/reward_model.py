@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_instruct.models.load import context_length
+from trl_instruct.models.properties import context_length, model_name
 from trl_instruct.models.tokenizers import check_tokenizer
 from trl_instruct.rewards.score_position import batched_logits
 from trl_instruct.rewards.tokens import reward_rows
@@ -27,13 +27,13 @@ class RewardModel:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 64
     ):
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = check_tokenizer(tokenizer, model.config._name_or_path)
+        self.tokenizer = check_tokenizer(tokenizer, model_name(model))
         self.batch_size = batch_size
         self.truncated = 0
 
     @property
     def __name__(self) -> str:
-        return self.model.config._name_or_path or type(self.model).__name__
+        return model_name(self.model)
 
     def to(self, device: torch.device) -> None:
         """Put the model there."""

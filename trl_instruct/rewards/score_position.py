@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trl_instruct.models.load import accepted, unwrapped
+from trl_instruct.models.properties import accepted, unwrapped
 from trl_instruct.padding import pad_rows, right_padded_mask, similar_lengths
 from trl_instruct.scalar_head import ScalarHead
 

@@ -1,0 +1,64 @@
+"""What a model tells of itself: its name, its context, the arguments it takes, its mode."""
+
+import contextlib
+import inspect
+import os
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+)
+
+ModelSource: TypeAlias = str | os.PathLike | PreTrainedModel
+
+
+def accepted(module: nn.Module, **arguments: Any) -> dict[str, Any]:
+    """Those arguments that the module's forward knows (some architectures take no positions)."""
+    known = inspect.signature(module.forward).parameters
+    return {name: value for name, value in arguments.items() if name in known}
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: in RL it would make the policy differ from the one that sampled."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():  # probabilities that forward hands to F.dropout
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and back into the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model that a PEFT wrapper holds, its adapter in place; any other as it is."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Most tokens the model can attend to; None where its architecture has no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def model_name(source: ModelSource) -> str:
+    """What to call a model in messages and where to look for its tokenizer."""
+    if isinstance(source, PreTrainedModel | PeftModel):
+        return source.config._name_or_path or type(source).__name__
+    return os.fspath(source)
+
+
+def is_nameless(source: ModelSource) -> bool:
+    """Whether the source is a model in memory that was not loaded from anywhere."""
+    return isinstance(source, PreTrainedModel | PeftModel) and not source.config._name_or_path
