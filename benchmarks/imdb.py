@@ -30,10 +30,11 @@ from transformers import (
 from trl import ModelConfig
 
 from trl_instruct import ClassifierReward, ppo, pretrain
+from trl_instruct.configs import EvaluateConfig
 from trl_instruct.data.records import load_texts, openings
-from trl_instruct.evaluation.samples import Samples, sample_and_score
+from trl_instruct.evaluation.measurement import ModelMeasurement, Subject
+from trl_instruct.evaluation.measurement import measure as measure_models
 from trl_instruct.intervals import Interval, mean_interval
-from trl_instruct.models.load import load_policy
 from trl_instruct.models.tokenizers import load_tokenizer
 
 RUNS = Path(__file__).parents[1] / "runs" / "bench" / "imdb"
@@ -185,22 +186,29 @@ def accuracy(judge: ClassifierReward, reviews: Dataset, characters: int | None =
     return mean_interval([float((s > 0) == label) for s, label in zip(scores, labels, strict=True)])
 
 
-def measure(policy: str | Path, base: str | Path, test: Dataset, judges: dict) -> Samples:
-    """One completion of each held-out opening, scored by both classifiers; KL to the base."""
-    loaded = [load_policy(source, ModelConfig()) for source in (policy, base)]
-    prompts = openings(test, load_tokenizer(base), OPENING)
-    given = {"ref_policy": loaded[1], "response_length": COMPLETION, "batch_size": 256}
-    return sample_and_score(loaded[0], load_tokenizer(base), prompts, judges, **given)
+def measure(policies: dict[str, str], test: Dataset, judges: dict) -> dict[str, ModelMeasurement]:
+    """One completion of each held-out opening, scored by both classifiers; KL to the first."""
+    tokenizer = load_tokenizer(next(iter(policies.values())))
+    sizes = {"response_length": COMPLETION, "per_device_eval_batch_size": 256}
+    subject = Subject(
+        EvaluateConfig(seed=0, **sizes),
+        ModelConfig(),
+        policies,
+        dict.fromkeys(policies, tokenizer),
+        openings(test, tokenizer, OPENING),
+        one_seed=True,
+    )
+    return measure_models(subject, judges).models
 
 
-def row(name: str, samples: Samples) -> dict[str, Any]:
+def row(name: str, model: ModelMeasurement) -> dict[str, Any]:
     """The means of one policy, each with its interval."""
     cells: dict[str, Any] = {"policy": name}
-    for judge, scores in samples.scores.items():
+    for judge, scores in model.scores.items():
         cells[f"{judge}, log-odds"] = mean_interval(scores)
         cells[f"{judge}, positive"] = mean_interval([float(score > 0) for score in scores])
-    cells["KL, nats"] = mean_interval(samples.kl)
-    cells["tokens"] = mean_interval([float(length) for length in samples.lengths])
+    cells["KL, nats"] = mean_interval(model.kl)
+    cells["tokens"] = mean_interval(model.sampled.completion_lengths.tolist())
     return cells
 
 
@@ -214,13 +222,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def samples_table(prompts: list[str], before: Samples, after: Samples) -> str:
+def samples_table(prompts: list[str], before: ModelMeasurement, after: ModelMeasurement) -> str:
     """The first completions of both, with the score of the judge that PPO saw, as Markdown."""
     lines = ["| opening | before | after |", "|---|---|---|"]
     for index, prompt in enumerate(prompts):
         told = [
-            f"{inert(s.completions[index])} ({s.scores['judge'][index]:+.1f})"
-            for s in (before, after)
+            f"{inert(m.sampled.texts[index])} ({m.scores['judge'][index]:+.1f})"
+            for m in (before, after)
         ]
         lines.append(f"| {inert(prompt)} | {told[0]} | {told[1]} |")
     return "\n".join(lines)
@@ -271,9 +279,8 @@ def run(reviews: Reviews) -> dict[str, Any]:
     options = {**PPO, **COMMON, "overwrite_output_dir": True}
     aligned = ppo(base, judges["judge"], reviews.prompts, RUNS / "ppo", **options)
     clock.lap("ppo")
-    before, after = (
-        measure(policy.path, base.path, reviews.test, judges) for policy in (base, aligned)
-    )
+    policies = {"before": str(base), "after": str(aligned)}
+    before, after = measure(policies, reviews.test, judges).values()
     clock.lap("measuring")
     shown = openings(reviews.test, load_tokenizer(base.path), OPENING)["prompt"][:SHOWN]
     return {

@@ -22,8 +22,10 @@ from datasets import disable_progress_bars
 from trl import ModelConfig
 
 from trl_instruct import load_prompts, load_reward, ppo
-from trl_instruct.evaluation.samples import sample_and_score, summarize
-from trl_instruct.models.load import load_policy
+from trl_instruct.configs import EvaluateConfig
+from trl_instruct.evaluation.measurement import Subject
+from trl_instruct.evaluation.measurement import measure as measure_models
+from trl_instruct.intervals import mean_interval
 from trl_instruct.models.tokenizers import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -40,16 +42,21 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 def measure(policy: Path, reference: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Gold and reward-model scores of a policy on the test prompts, and its KL."""
-    samples = sample_and_score(
-        load_policy(policy, ModelConfig()),
-        load_tokenizer(reference),
-        load_prompts("tiny:test"),
-        {"gold": load_reward("tiny"), "rm": load_reward(RUN / "rm")},
-        ref_policy=load_policy(reference, ModelConfig()),
+    tokenizer = load_tokenizer(reference)
+    config = EvaluateConfig(
+        seed=0,
+        reference="sft",
         response_length=options["response_length"],
-        batch_size=options["local_rollout_forward_batch_size"],
+        per_device_eval_batch_size=options["local_rollout_forward_batch_size"],
     )
-    return summarize(samples)
+    models = {"ppo": policy, "sft": reference}
+    tokenizers = dict.fromkeys(models, tokenizer)
+    prompts = load_prompts("tiny:test")
+    subject = Subject(config, ModelConfig(), models, tokenizers, prompts, one_seed=True)
+    judges = {"gold": load_reward("tiny"), "rm": load_reward(RUN / "rm")}
+    measured = measure_models(subject, judges).models["ppo"]
+    scores = {name: mean_interval(s)._asdict() for name, s in measured.scores.items()}
+    return {**scores, "kl": statistics.fmean(measured.kl)}
 
 
 def run(engine: dict[str, Any], seed: int, options: dict[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,10 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features, Value
 
@@ -120,8 +122,9 @@ def test_the_twin_runs(benchmark, tmp_path, monkeypatch):
 
 def test_the_tables(benchmark):
     said = ["a *b* | c", "<br>\nd\x1b"]
+    sampled = SimpleNamespace(texts=said, completion_lengths=torch.tensor([4, 4]))
     before, after = (
-        benchmark.Samples(said, {"judge": scores}, [0.5, 1.5], [4, 4], [True, False])
+        benchmark.ModelMeasurement(sampled, [0.5, 1.5], {"judge": scores}, None)
         for scores in ([1.0, -1.0], [2.0, 2.0])
     )
     lines = benchmark.table([benchmark.row("x", before), benchmark.row("y", after)]).splitlines()

@@ -191,3 +191,13 @@ def pad_rows(rows: list[list[int]], filler: int) -> Tensor:
     """
     tensors = [torch.tensor(row) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=filler)
+
+
+def unpadded(ids: Tensor, lengths: Tensor) -> list[list[int]]:
+    """The rows of `(B, T)` without their padding on the right.
+
+    >>> unpadded(torch.tensor([[1, 2], [3, 0]]), torch.tensor([2, 1]))
+    [[1, 2], [3]]
+    """
+    rows = zip(ids.tolist(), lengths.tolist(), strict=True)
+    return [row[:length] for row, length in rows]

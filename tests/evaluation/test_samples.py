@@ -2,11 +2,13 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import set_seed
+from trl import ModelConfig
 
+from trl_instruct.configs import EvaluateConfig
 from trl_instruct.errors import InputError
-from trl_instruct.evaluation.samples import sample_and_score, summarize
+from trl_instruct.evaluation.measurement import Subject, measure
 from trl_instruct.generation.sampling import generate
-from trl_instruct.intervals import mean_interval
+from trl_instruct.padding import unpadded
 
 
 def length(prompts, completions):
@@ -15,13 +17,20 @@ def length(prompts, completions):
 
 @pytest.fixture
 def samples(policy, make_policy, tokenizer, prompts):
+    """samples(**EvaluateConfig options): what `measure` finds of a policy beside a reference."""
     policy.generation_config.eos_token_id = [256, *range(32)]
 
-    def sample(**options):
-        rows = Dataset.from_dict({"prompt": prompts, "number": list(range(16))})
-        options = {"ref_policy": make_policy(seed=2), "response_length": 6, **options}
-        rewards = {"length": length, "number": lambda prompts, completions, number: number}
-        return sample_and_score(policy, tokenizer, rows, rewards, **options)
+    def sample(reference=None, rows=None, **options):
+        rows = rows or {"prompt": prompts, "number": list(range(16))}
+        config = EvaluateConfig(**{"reference": "ref", "response_length": 6, "seed": 0, **options})
+        models = {"own": policy, "ref": reference or make_policy(seed=2)}
+        tokenizers = dict.fromkeys(models, tokenizer)
+        rewards = {"length": length}
+        if "number" in rows:
+            rewards["number"] = lambda prompts, completions, number: number
+            rewards["tokens"] = lambda completion_ids, **_: [len(ids) for ids in completion_ids]
+        subject = Subject(config, ModelConfig(), models, tokenizers, Dataset.from_dict(rows))
+        return measure(subject, rewards).models["own"]
 
     return sample
 
@@ -30,15 +39,18 @@ def samples(policy, make_policy, tokenizer, prompts):
 def test_samples_hold_scores_lengths_and_the_kl_of_each_completion(
     samples, policy, make_policy, tokenizer, prompts
 ):
-    result = samples(batch_size=3)
-    assert result.scores["length"] == [len(text) for text in result.completions]
+    result = samples(per_device_eval_batch_size=3)
+    assert result.scores["length"] == [len(text) for text in result.sampled.texts]
     assert result.scores["number"] == list(range(16))
-    assert {True, False} == set(result.ended)
+    lengths = result.sampled.completion_lengths.tolist()
+    assert result.scores["tokens"] == lengths
+    assert {True, False} == set(result.sampled.ended.tolist())
     asked = tokenizer(prompts)["input_ids"]
     set_seed(0)
     stops = [256, *range(32)]
     tokens, _, _ = generate(policy, asked, max_new_tokens=6, eos_token_ids=stops, batch_size=3)
-    for row, width in enumerate(result.lengths):
+    assert unpadded(tokens, result.sampled.completion_lengths) == result.sampled.ids
+    for row, width in enumerate(lengths):
         ids = torch.tensor([asked[row] + tokens[row, :width].tolist()])
         both = []
         for model in (policy, make_policy(seed=2)):
@@ -49,38 +61,38 @@ def test_samples_hold_scores_lengths_and_the_kl_of_each_completion(
 
 
 def test_samples_repeat_with_their_seed(samples):
-    assert samples(seed=1) == samples(seed=1)
-    assert samples(seed=1).completions != samples(seed=2).completions
+    one, again, other = (samples(seed=seed) for seed in (1, 1, 2))
+    assert one.sampled.texts == again.sampled.texts != other.sampled.texts
+    assert (one.kl, one.scores) == (again.kl, again.scores)
 
 
-def test_the_kl_to_itself_or_to_nothing_is_0(samples, policy):
-    assert samples(ref_policy=policy).kl == pytest.approx([0.0] * 16, abs=1e-5)
-    assert samples(ref_policy=None).kl == [0.0] * 16
+def test_the_kl_to_itself_is_0(samples, policy):
+    assert samples(reference=policy).kl == pytest.approx([0.0] * 16, abs=1e-5)
 
 
 def test_dropout_does_not_reach_the_measurements(make_policy, tokenizer, prompts):
     policy = make_policy("gpt2", resid_pdrop=0.5).train()
+    models = {"own": policy, "ref": policy}
+    config = EvaluateConfig(reference="ref", response_length=4)
     rows = Dataset.from_dict({"prompt": prompts})
-    result = sample_and_score(policy, tokenizer, rows, {}, ref_policy=policy, response_length=4)
-    assert result.kl == pytest.approx([0.0] * 16, abs=1e-5)
+    subject = Subject(config, ModelConfig(), models, dict.fromkeys(models, tokenizer), rows)
+    assert measure(subject, {}).models["own"].kl == pytest.approx([0.0] * 16, abs=1e-5)
     assert policy.training
 
 
-def test_a_long_prompt_is_cut_from_the_left_as_in_ppo(policy, tokenizer):
+def test_a_long_prompt_is_cut_from_the_left_as_in_ppo(samples):
     """The end of the prompt is what the policy then sees: the same completions."""
-    given = {"rewards": {"length": length}, "ref_policy": None, "response_length": 6}
-    long = Dataset.from_dict({"prompt": ["x" * 5000 + "What?"]})
-    short = Dataset.from_dict({"prompt": ["xxxWhat?"]})
-    cut = sample_and_score(policy, tokenizer, long, max_prompt_length=8, **given)
-    assert cut.completions == sample_and_score(policy, tokenizer, short, **given).completions
+    long, short = {"prompt": ["x" * 5000 + "What?"]}, {"prompt": ["xxxWhat?"]}
+    cut = samples(rows=long, max_prompt_length=8)
+    assert cut.sampled.texts == samples(rows=short).sampled.texts
     with pytest.raises(InputError, match="max_prompt_length"):
-        sample_and_score(policy, tokenizer, long, **given)
+        samples(rows=long)
 
 
-def test_the_summary_holds_means_and_intervals(samples):
-    result = samples()
-    summary = summarize(result)
-    assert summary["length"] == sum(result.lengths) / 16  # tokens, though a reward has that name
-    assert summary["number"] == mean_interval(list(range(16)))._asdict()
-    assert summary["kl"] == pytest.approx(sum(result.kl) / 16)
-    assert summary["ended"] == sum(result.ended) / 16
+@pytest.mark.parametrize("one_seed", [False, True])
+def test_one_seed_for_all_models_or_each_its_own(policy, tokenizer, prompts, one_seed):
+    models = {"one": policy, "other": policy}
+    config, rows = EvaluateConfig(response_length=6), Dataset.from_dict({"prompt": prompts})
+    given = (config, ModelConfig(), models, dict.fromkeys(models, tokenizer), rows)
+    found = measure(Subject(*given, one_seed=one_seed), {}).models
+    assert (found["one"].sampled.texts == found["other"].sampled.texts) is one_seed

@@ -6,12 +6,7 @@ import re
 import pytest
 import torch
 from datasets import Dataset
-from peft import (
-    AutoPeftModelForSequenceClassification,
-    LoraConfig,
-    PeftModel,
-    load_peft_weights,
-)
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, load_peft_weights
 from test_load_models import adapter, logits, save
 from test_recipes import DEMONSTRATIONS, PAIRS, QUICK
 from transformers import AutoModelForCausalLM

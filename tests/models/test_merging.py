@@ -8,11 +8,7 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from test_load_models import adapter, logits
 from test_recipes import DEMONSTRATIONS, LORA, PAIRS, PROMPTS, QUICK, QUICK_PPO, vowels
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import ModelConfig
 
 from trl_instruct import cli

@@ -4,19 +4,11 @@ import copy
 
 import pytest
 import torch
-from peft import (
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForSequenceClassification,
-    PeftModel,
-)
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
 from test_checkpoints import SAVING, logs
 from test_load_models import adapter, logits, save
 from test_ppo_trainer import SGD, trained, weights
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    TrainerCallback,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 from trl import ModelConfig
 
 from trl_instruct.errors import InputError

@@ -79,11 +79,15 @@ def test_the_reward_gets_prompts_texts_and_columns_of_the_right_rows(tokenizer, 
     following, following_width = batch(module, tokenizer, completions[:1], number=[7], source=["w"])
     for part, columns in ((rows[:2], width), (rows[2:], width), (following, following_width)):
         get_reward(module, part, PAD, columns)
+    ids = [call[3].pop("completion_ids") for call in calls]
     assert calls == [
         (ASKED[:2], TEXTS[:2], [4, 5], {"source": ["x", "y"]}),
         (ASKED[2:3], TEXTS[2:], [6], {"source": ["z"]}),
         (ASKED[:1], TEXTS[:1], [7], {"source": ["w"]}),
     ]
+    texts = [tokenizer.batch_decode(part, skip_special_tokens=True) for part in ids]
+    assert texts == [TEXTS[:2], TEXTS[2:], TEXTS[:1]]
+    assert ids[0][0][-1] == EOS
 
 
 @pytest.mark.parametrize("given", ["unseen", "another batch"])

@@ -57,7 +57,6 @@ def final(trainer):
             "'Failing' gave the score nan; .*prompt [0-9]+ of the dataset: '.*prompt 1[0-9]*: '",
         ),
         (math.inf, "'Failing' gave the score inf; .*prompt [0-9]+ of"),
-        (None, "'Failing' gave the score None; .*prompt [0-9]+ of"),
         ("count", "'Failing' returned 7 scores for 8 completions"),
     ],
 )
@@ -80,6 +79,22 @@ def test_the_third_iteration_fails(make_trainer, tmp_path, fault, message):
     resumed = trainer(letters, output_dir=str(tmp_path / "run"))
     resumed.train(resume_from_checkpoint=True)
     torch.testing.assert_close(final(resumed), final(whole), rtol=0, atol=0)
+
+
+def test_none_is_left_out_of_a_sum_and_is_a_fault_where_nothing_is_left(make_trainer):
+    """As in TRL, where None is "does not apply"; there a row of nothing but None is a warning."""
+    alone = Failing(None, call=1, text="prompt 1")
+    with pytest.raises(InputError, match="'Failing' gave the score None; .*prompt [0-9]+ of"):
+        make_trainer(reward_model=alone, max_steps=2).train()
+    beside = WeightedSum([Failing(None, call=1, text="prompt 1"), letters], [2.0, 1.0])
+    trainer = make_trainer(reward_model=beside, max_steps=1)
+    trainer.begin_training()
+    rows = list(range(8, 16))  # prompts 10 to 15 have no score of the first
+    rollout = trainer.sample(rows)
+    texts = rollout.texts(trainer.processing_class, None)
+    weights = torch.tensor([3.0] * 2 + [1.0] * 6)
+    expected = torch.tensor(letters(None, texts)) * weights
+    torch.testing.assert_close(trainer.score(rollout, rows).scores, expected)
 
 
 def test_nothing_is_saved_before_the_first_iteration(make_trainer, tmp_path):
@@ -120,7 +135,7 @@ def test_a_skipped_episode_counts_nowhere(make_trainer, fault):
         rewards, kl = trainer.rewards(episodes)
         advantages, returns = trainer.advantages(episodes, rewards)
         assert advantages.isfinite().all() and returns.isfinite().all()
-        measured[name] = [advantages, returns, trainer.report(episodes, kl, returns, {})]
+        measured[name] = [advantages, returns, trainer.measure(episodes, kl, returns, {})]
     (a, r, metrics), (a_kept, r_kept, expected) = measured["all"], measured["kept"]
     torch.testing.assert_close((a[:2], r[:2]), (a_kept, r_kept))
     assert not a[2:].any() and not r[2:].any()

@@ -1,16 +1,13 @@
 """Which tokens a reward model reads: the policy's own where they are known, else its text's."""
 
-import copy
-import pickle
-
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from trl_instruct.rewards.combined import Clipped, LengthPenalty, WeightedSum
 from trl_instruct.rewards.reward_model import RewardModel
-from trl_instruct.rewards.tokens import SampledText, reward_rows, same_tokenizer
+from trl_instruct.rewards.tokens import reward_rows, same_tokenizer
 
 SIZES = {"vocab_size": 259, "eos_token_id": 257, "pad_token_id": 258}
 PAIR, EOS = 256, 257
@@ -88,8 +85,8 @@ def assert_same(scores, expected):
 
 
 def as_plain(reward):
-    """The reward, given texts that know nothing of tokens."""
-    return lambda prompts, completions: reward(prompts, [text[:] for text in completions])
+    """The reward, given texts alone."""
+    return lambda prompts, completions: reward(prompts, completions)
 
 
 @pytest.mark.slow
@@ -125,27 +122,34 @@ def test_what_the_policy_wrote_is_read_and_not_written_anew(scored, spellings, w
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("wrap", "options"),
-    [
-        (as_plain, {}),
-        (lambda reward: reward, {"stop_strings": ["zzz"]}),
-        (lambda reward: reward, {"max_prompt_length": 12}),  # two of the prompts are longer
-    ],
-)
-def test_where_they_are_not_what_is_judged_the_text_is_read(scored, spellings, wrap, options):
-    scores, of_ids = scored(spellings, wrap, **options)
+def test_a_reward_that_takes_no_ids_reads_the_text(scored, spellings):
+    scores, of_ids = scored(spellings, as_plain)
     assert scores.tolist() == pytest.approx([float(of_ids[0])] * 2, abs=1e-5)
+
+
+def test_without_its_stop_string_a_completion_is_read_as_text(scored, spellings, merging):
+    """Both end in "b", the stop string: what is left, "ca", has the score of "ca" alone."""
+    ca = [*merging("ca")["input_ids"], EOS]
+    scores, of_ids = scored([*spellings, ca], stop_strings=["b"])
+    assert scores.tolist() == pytest.approx([float(of_ids[2])] * 3, abs=1e-5)
+
+
+def test_a_cut_prompt_is_read_whole(scored, spellings):
+    """Two of the prompts are longer than 12 tokens; prompt 0 is not."""
+    scores, of_ids = scored(spellings, max_prompt_length=12)
+    assert_same(scores, of_ids)
 
 
 def test_one_by_one_as_together(scored, spellings, merging):
     """A reward that fails on one completion is asked for each alone."""
 
     def failing(reward):
-        def judge(prompts, completions):
+        def judge(prompts, completions, completion_ids):
             if "no" in completions:
                 raise ValueError("no")
-            return reward(prompts, completions)
+            return reward(prompts, completions, completion_ids)
+
+        judge.parts = [reward]
 
         return judge
 
@@ -155,42 +159,49 @@ def test_one_by_one_as_together(scored, spellings, merging):
     assert_same(scores[:2], of_ids[:2])
 
 
-def sampled(tokenizer, text, prompt="one "):
-    """A completion in tokens that are not those of its text: every letter by itself."""
-    return SampledText(
-        text, prompt, tokenizer(prompt)["input_ids"], spelt(tokenizer, text), tokenizer
-    )
-
-
 def spelt(tokenizer, text):
+    """Tokens that are not those of the text: every letter by itself."""
     return [token for letter in text for token in tokenizer(letter)["input_ids"]]
 
 
-def test_another_prompt_is_another_text(merging):
-    rows = reward_rows(["two "], [sampled(merging, "cab")], merging)
-    assert rows == [merging("two cab<eos>")["input_ids"]]
+def test_ids_of_another_text_are_not_read(merging):
+    expected = [merging("one cab<eos>")["input_ids"]]
+    for other in ("cat", "ca", "cabaa"):
+        assert reward_rows(["one "], ["cab"], merging, [spelt(merging, other)]) == expected
 
 
-def test_another_tokenizer_reads_the_text(merging, tokenizer):
-    text = SampledText("cab", "one ", merging("one ")["input_ids"], [PAIR], merging)
-    assert reward_rows(["one "], [text], tokenizer) == [tokenizer("one cab<eos>")["input_ids"]]
+def test_only_a_reward_model_with_the_same_tokenizer_reads_ids(
+    make_reward_model, merging, tokenizer
+):
+    judge = RewardModel(make_reward_model(seed=1, **SIZES), merging_tokenizer())
+    given = ["one "], ["cab"], [spelt(merging, "cab")]
+    of_text = judge(*given[:2])
+    assert judge(*given) == of_text  # nobody has said whose they are
+    judge.ids_are_of(merging)
+    assert judge(*given) != pytest.approx(of_text, abs=1e-3)
+    judge.ids_are_of(tokenizer)
+    assert judge(*given) == of_text
 
 
 def test_each_completion_for_itself(merging):
-    start = merging("one ")["input_ids"]
-    rows = reward_rows(["one "] * 2, ["cab", sampled(merging, "cab")], merging)
+    start, ids = merging("one ")["input_ids"], [merging("cab")["input_ids"], spelt(merging, "cab")]
+    rows = reward_rows(["one "] * 2, ["cab", "cab"], merging, ids)
     assert rows == [merging("one cab<eos>")["input_ids"], [*start, *spelt(merging, "cab"), EOS]]
-    assert reward_rows([], [], merging) == []
+    assert reward_rows([], [], merging, []) == []
+
+
+@pytest.mark.parametrize("end", [[], [EOS]])
+def test_what_ended_a_completion_may_be_among_its_ids(merging, end):
+    (row,) = reward_rows(["one "], ["cab"], merging, [[*spelt(merging, "cab"), *end]])
+    assert row == [*merging("one ")["input_ids"], *spelt(merging, "cab"), EOS]
 
 
 def row_of(template, text, ids=None, role="assistant", before=()):
     """What a reward model reads of one message behind "hi", and its tokenizer."""
     tokenizer = merging_tokenizer(template)
     prompt = [{"role": "user", "content": "hi"}]
-    opening = tokenizer("u:hi<eos>\na:")["input_ids"]
     ids = spelt(tokenizer, text) if ids is None else ids
-    answer = {"role": role, "content": SampledText(text, prompt, opening, ids, tokenizer)}
-    (row,) = reward_rows([prompt], [[*before, answer]], tokenizer)
+    (row,) = reward_rows([prompt], [[*before, {"role": role, "content": text}]], tokenizer, [ids])
     return row, tokenizer
 
 
@@ -232,8 +243,13 @@ def test_special_tokens_that_the_text_does_not_show(scored, merging):
 
 
 def test_a_tokenizer_that_ends_a_prompt_with_eos(merging):
-    text = SampledText("cab", "one ", [*merging("one ")["input_ids"], EOS], [PAIR], merging)
-    assert reward_rows(["one "], [text], merging) == [merging("one cab<eos>")["input_ids"]]
+    """The sampled tokens stood behind an EOS, where no reward model was trained to read any."""
+    plain, ending = merging.backend_tokenizer, merging_tokenizer()
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "$A <eos>", special_tokens=[("<eos>", EOS)]
+    )
+    (row,) = reward_rows(["one "], ["cab"], ending, [spelt(merging, "cab")])
+    assert row == [*plain.encode("one cab<eos>").ids, EOS]
 
 
 def test_which_tokenizers_are_the_same(merging, tokenizer, tmp_path):
@@ -253,11 +269,3 @@ def test_which_tokenizers_are_the_same(merging, tokenizer, tmp_path):
     again.bos_token = None
     again.add_tokens(["new"])
     assert not same_tokenizer(merging, again)
-
-
-def test_a_sampled_text_is_a_text_like_any_other(merging):
-    text = sampled(merging, "cab")
-    assert (text, len(text), text + "s", f"{text}") == ("cab", 3, "cabs", "cab")
-    for sent in (pickle.loads(pickle.dumps(text)), copy.deepcopy(text), text[:]):
-        assert type(sent) is str
-        assert sent == "cab"

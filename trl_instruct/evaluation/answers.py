@@ -74,17 +74,16 @@ class Speaker:
             max_prompt_length=max_prompt_length,
             response_length=sampling.response_length,
         )
-        return list(
-            sample_several(
-                self.policy,
-                self.tokenizer,
-                token_lists,
-                sampling.num_completions,
-                max_new_tokens=sampling.response_length,
-                temperature=sampling.temperature,
-                stop_strings=sampling.stop_strings,
-            )
+        several = sample_several(
+            self.policy,
+            self.tokenizer,
+            token_lists,
+            sampling.num_completions,
+            max_new_tokens=sampling.response_length,
+            temperature=sampling.temperature,
+            stop_strings=sampling.stop_strings,
         )
+        return [[completion.text for completion in given] for given in several]
 
     def reply(self, text: str) -> list[str]:
         """Answers to the user's next text; the first one stays in the conversation.

@@ -1,26 +1,26 @@
 """What the chain of stages achieved: base, SFT and PPO side by side on held-out prompts."""
 
 import os
+import statistics
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
+from trl_instruct.configs import EvaluateConfig
 from trl_instruct.console import one_line, table
 from trl_instruct.data.records import load_prompts, load_texts, openings
 from trl_instruct.errors import InputError
-from trl_instruct.evaluation.samples import Samples, sample_and_score, shown_samples, summarize
+from trl_instruct.evaluation.measurement import ModelMeasurement, Subject, measure, shown_samples
 from trl_instruct.files import CONFIG_FILE, write_json
-from trl_instruct.intervals import show_interval
-from trl_instruct.models.load import load_policy
+from trl_instruct.intervals import mean_interval, show_interval
 from trl_instruct.models.tokenizers import load_tokenizer
 from trl_instruct.recipes.chain import FinishedStage, read_chain
-from trl_instruct.rewards.function import RewardFunction, place_on
+from trl_instruct.rewards.function import RewardFunction
 from trl_instruct.rewards.load import is_python, load_reward
 
 SHOWN_SAMPLES = 5
@@ -55,9 +55,9 @@ def compare(
     for name in ("model_name_or_path", "reward_model_path", "eval_dataset_name"):
         if name not in config:
             raise InputError(f"{folder / CONFIG_FILE} names no {name}, which compare goes by.")
-    started_from = config["model_name_or_path"]
     base = chain["sft"].config.get("model_name_or_path") if "sft" in chain else None
-    paths = {"base": base, "sft": started_from, "ppo": folder}
+    paths = {"base": base, "sft": config["model_name_or_path"], "ppo": folder}
+    models = {name: path for name, path in paths.items() if path}
     named = config["reward_model_path"] if reward is None else reward
     trust: Any = {"trust_remote_code": trust_remote_code}
     judge: Any = partial(_judge, allow_python=reward is not None, **trust)
@@ -65,32 +65,18 @@ def compare(
     if "gold" in config:
         rewards["gold"] = judge(config["gold"])
     tokenizer = load_tokenizer(folder, **trust)
-    prompts = _held_out(config, tokenizer)
-    reference = _policy(started_from, **trust)
-    samples = {
-        name: sample_and_score(
-            reference if name == "sft" else _policy(path, **trust),
-            tokenizer,
-            prompts,
-            rewards,
-            ref_policy=reference if name == "ppo" else None,
-            response_length=config["response_length"],
-            max_prompt_length=config.get("max_prompt_length"),
-            stop_strings=config.get("stop_strings"),
-            temperature=config["temperature"],
-            batch_size=config["local_rollout_forward_batch_size"],
-            seed=config.get("seed", 42),
-        )
-        for name, path in paths.items()
-        if path
-    }
-    summary = _summary(chain, samples)
-    trained = {name: s for name, s in samples.items() if name != "base"}
-    summary["samples"] = shown_samples(
-        prompts["prompt"][:SHOWN_SAMPLES],
-        {name: s.completions for name, s in trained.items()},
-        {name: s.scores for name, s in trained.items()},
+    subject = Subject(
+        _measurement_options(config, **trust),
+        ModelConfig(),
+        models,
+        dict.fromkeys(models, tokenizer),
+        _held_out(config, tokenizer),
+        one_seed=True,
     )
+    measured = measure(subject, rewards).models
+    summary = _summary(chain, measured)
+    trained = {name: model for name, model in measured.items() if name != "base"}
+    summary["samples"] = shown_samples(subject.prompts["prompt"][:SHOWN_SAMPLES], trained)
     path = Path(config.get("summary_file") or folder / "summary.json")
     write_json(path, summary)
     print(render(summary))
@@ -106,8 +92,15 @@ def _held_out(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Dat
     return load_prompts(source, split)
 
 
-def _policy(source: str | os.PathLike, **trust: bool) -> PreTrainedModel:
-    return load_policy(source, ModelConfig(), **trust).to(PartialState().device)
+def _measurement_options(config: dict[str, Any], **trust: Any) -> EvaluateConfig:
+    """The options of PPO's rollouts as those of a measurement."""
+    same = ("response_length", "max_prompt_length", "stop_strings", "temperature", "seed")
+    return EvaluateConfig(
+        reference="sft",
+        per_device_eval_batch_size=config["local_rollout_forward_batch_size"],
+        **{name: config[name] for name in same if name in config},
+        **trust,
+    )
 
 
 def _judge(
@@ -119,26 +112,26 @@ def _judge(
             f"The config names the reward {source!r}, which is Python code to be run. If you trust "
             "it, pass it to compare(..., reward=)."
         )
-    reward = load_reward(source, weights=weights, **trust)
-    place_on(reward, PartialState().device)
-    return reward
+    return load_reward(source, weights=weights, **trust)
 
 
-def _summary(chain: Mapping[str, FinishedStage], samples: dict[str, Samples]) -> dict[str, Any]:
-    measured = {name: summarize(s) for name, s in samples.items()}
+def _summary(
+    chain: Mapping[str, FinishedStage], measured: Mapping[str, ModelMeasurement]
+) -> dict[str, Any]:
     summary: dict[str, Any] = {
-        score: {name: m[score] for name, m in measured.items()}
-        for score in next(iter(samples.values())).scores
+        judge: {name: mean_interval(m.scores[judge])._asdict() for name, m in measured.items()}
+        for judge in measured["ppo"].scores
     }
     # Only a reward model of ours tells how it was made.
     reward_metrics = chain["rm"].metrics if "rm" in chain else {}
     for what in ("accuracy", "ceiling"):
         if what in reward_metrics:
             summary["rm"][what] = reward_metrics[what]
-    summary["kl"] = measured["ppo"]["kl"]
-    for what in ("length", "ended"):
-        summary[what] = {name: m[what] for name, m in measured.items()}
-    summary["prompts"] = len(samples["ppo"].completions)
+    kl, sampled = measured["ppo"].kl, {name: m.sampled for name, m in measured.items()}
+    summary["kl"] = None if kl is None else statistics.fmean(kl)
+    summary["length"] = {n: s.completion_lengths.double().mean().item() for n, s in sampled.items()}
+    summary["ended"] = {n: s.ended.double().mean().item() for n, s in sampled.items()}
+    summary["prompts"] = len(sampled["ppo"].texts)
     summary["seconds"] = _seconds(chain)
     summary["seed"] = chain["ppo"].config.get("seed", 42)
     return summary

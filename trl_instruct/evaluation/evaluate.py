@@ -2,6 +2,7 @@
 
 import copy
 import os
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +16,7 @@ from trl_instruct.console import progress_bar
 from trl_instruct.data.records import load_demonstrations, load_prompts
 from trl_instruct.data.sources import name_of
 from trl_instruct.errors import InputError
-from trl_instruct.evaluation.measurement import Measurements, Scores, Subject, judge_all, measure
-from trl_instruct.evaluation.samples import shown_samples
+from trl_instruct.evaluation.measurement import ModelMeasurement, Subject, measure, shown_samples
 from trl_instruct.evaluation.statistics import best_of_n, distinct, repetition, win_rate
 from trl_instruct.evaluation.tables import FIGURE, plot, render
 from trl_instruct.files import read_metrics, write_json
@@ -176,26 +176,24 @@ def _tokenizers(
 def _evaluation(subject: Subject, rewards: dict[str, RewardFunction]) -> dict[str, Any]:
     """What evaluation.json holds, but for what the judges' folders tell."""
     with _progress_bar(subject, len(rewards)) as bar:
-        measured = measure(subject, bar.update)
-        scores, drawn = judge_all(subject, measured, rewards, bar.update)
+        models, several = measure(subject, rewards, bar.update)
     best_of = None
-    if drawn:
+    if several:
         first = next(iter(rewards))
-        points = best_of_n(drawn[first], drawn)
+        points = best_of_n(several[first], several)
         best_of = {"model": subject.reference, "judge": first, "points": points}
-    texts = {name: m.sampled.texts for name, m in measured.models.items()}
     return {
         "baseline": subject.baseline,
         "reference": subject.reference,
         "prompts": len(subject.prompts),
         "judges": list(rewards),
-        "models": {name: _numbers(subject, name, measured, scores) for name in subject.models},
+        "models": {name: _numbers(subject, name, models) for name in models},
         "best_of_n": best_of,
         "points": {
-            name: {"lengths": m.sampled.completion_lengths.tolist(), "scores": scores[name]}
-            for name, m in measured.models.items()
+            name: {"lengths": m.sampled.completion_lengths.tolist(), "scores": m.scores}
+            for name, m in models.items()
         },
-        "samples": shown_samples(subject.prompts["prompt"][:SAVED_SAMPLES], texts, scores),
+        "samples": shown_samples(subject.prompts["prompt"][:SAVED_SAMPLES], models),
     }
 
 
@@ -208,16 +206,14 @@ def _progress_bar(subject: Subject, judges: int) -> tqdm:
     return progress_bar("evaluate", total, unit="text", disable=off)
 
 
-def _numbers(
-    subject: Subject, name: str, measured: Measurements, scores: dict[str, Scores]
-) -> dict[str, Any]:
+def _numbers(subject: Subject, name: str, models: Mapping[str, ModelMeasurement]) -> dict[str, Any]:
     """What evaluation.json holds of one model."""
-    sampled, loss = measured.models[name].sampled, measured.models[name].loss
+    sampled, kl, scores, loss = models[name]
     spoken = subject.tokenizers[subject.baseline](sampled.texts, add_special_tokens=False)
     numbers = {
         "path": name_of(subject.models[name]),
-        "scores": {judge: mean_interval(s)._asdict() for judge, s in scores[name].items()},
-        "kl": measured.kl[name],
+        "scores": {judge: mean_interval(s)._asdict() for judge, s in scores.items()},
+        "kl": None if kl is None else statistics.fmean(kl),
         "length": sampled.completion_lengths.double().mean().item(),
         "ended": sampled.ended.double().mean().item(),
         "repetition": repetition(spoken["input_ids"]),
@@ -227,19 +223,16 @@ def _numbers(
         "completion_loss": loss,
     }
     if name != subject.baseline:
-        numbers["win_rate"] = _win_rates(subject, name, measured, scores)
+        numbers["win_rate"] = _win_rates(models[name], models[subject.baseline], subject)
     return numbers
 
 
 def _win_rates(
-    subject: Subject, name: str, measured: Measurements, scores: dict[str, Scores]
+    model: ModelMeasurement, baseline: ModelMeasurement, subject: Subject
 ) -> dict[str, dict[str, float]]:
     """By judge. Lengths are characters, as in AlpacaEval: two tokenizers' tokens differ."""
-    letters = [
-        [len(text) for text in measured.models[n].sampled.texts] for n in (name, subject.baseline)
-    ]
-    against = scores[subject.baseline]
+    letters = [[len(text) for text in m.sampled.texts] for m in (model, baseline)]
     return {
-        judge: win_rate(own, against[judge], *letters, seed=subject.config.seed)
-        for judge, own in scores[name].items()
+        judge: win_rate(own, baseline.scores[judge], *letters, seed=subject.config.seed)
+        for judge, own in model.scores.items()
     }

@@ -1,6 +1,6 @@
 """What `evaluate` measures of checkpoints: samples, log-probabilities, losses, scores."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,9 +14,9 @@ from trl import ModelConfig
 from trl_instruct.configs import EvaluateConfig
 from trl_instruct.data.sources import iterate
 from trl_instruct.errors import InputError
-from trl_instruct.evaluation.samples import Sampled, judged, sample, sequence_logprobs
+from trl_instruct.evaluation.samples import Sampled, sample, score_completions, sequence_logprobs
 from trl_instruct.generation.logits import completion_logprobs
-from trl_instruct.generation.sampling import pad_prompts, prompt_tokens, sample_several
+from trl_instruct.generation.sampling import Completion, pad_prompts, prompt_tokens, sample_several
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource, context_length, evaluating
 from trl_instruct.models.tokenizers import tokenize_prompts
@@ -30,13 +30,11 @@ JUDGED_AT_ONCE = 512
 Progress: TypeAlias = Callable[[int], Any]
 
 
-Scores: TypeAlias = dict[str, list[float]]
-
-
 class Subject(NamedTuple):
     """What is measured, and how: models and their tokenizers by name.
 
-    several: samples of the reference per prompt for best of n; 0: none.
+    several: samples of the reference per prompt for best of n; 0: none. one_seed: whether all
+    models draw with the same random numbers; else each with a seed of its own.
     """
 
     config: EvaluateConfig
@@ -44,8 +42,9 @@ class Subject(NamedTuple):
     models: dict[str, ModelSource]
     tokenizers: dict[str, PreTrainedTokenizerBase]
     prompts: Dataset
-    demonstrations: Dataset | None
-    several: int
+    demonstrations: Dataset | None = None
+    several: int = 0
+    one_seed: bool = False
 
     @property
     def baseline(self) -> str:
@@ -63,6 +62,10 @@ class Subject(NamedTuple):
         policy = load_policy(self.models[name], self.model_config, trust_remote_code=trusted)
         return policy.to(PartialState().device)
 
+    def seed(self, name: str) -> int:
+        """Of the model's samples: with one seed related models say the same where they can."""
+        return self.config.seed + (0 if self.one_seed else list(self.models).index(name))
+
     def same_tokens(self, name: str) -> bool:
         """Whether the reference reads the model's tokens as its own."""
         one, two = (self.tokenizers[n].get_vocab() for n in (name, self.reference))
@@ -70,80 +73,75 @@ class Subject(NamedTuple):
 
 
 class ModelMeasurement(NamedTuple):
-    """One model's completions, their log-probabilities `(B,)`, its loss on the demonstrations."""
+    """One model's completions, and what was measured of them.
+
+    kl: to the reference, nats per completion, B numbers; None where the two read other tokens.
+    scores: B numbers by judge. loss: on the demonstrations, nats per token.
+    """
 
     sampled: Sampled
-    logprobs: Tensor
+    kl: list[float] | None
+    scores: dict[str, list[float]]
     loss: float | None
 
 
 class Measurements(NamedTuple):
-    """Of every model by name, its KL to the reference, and the reference's samples for best of n.
-
-    kl: nats per completion, None where the two read other tokens; drawn: prompt by prompt.
-    """
+    """Of every model by name; and by judge `(B, N)` float64, the scores for best of n."""
 
     models: dict[str, ModelMeasurement]
-    kl: dict[str, float | None]
-    drawn: list[str]
+    several: dict[str, Tensor]
 
 
-def measure(subject: Subject, progress: Progress) -> Measurements:
-    """Sample every model and measure it against the reference.
+def measure(
+    subject: Subject, rewards: Mapping[str, RewardFunction], progress: Progress = int
+) -> Measurements:
+    """Sample every model, measure it against the reference, and score what it said.
 
-    The reference comes last, so that it is loaded once and no other model is in memory then.
+    One model is in memory at a time. The reference comes last, so that it is loaded once; the
+    judges wait on the CPU until all is sampled, and then take turns.
 
     Args:
         subject: what to measure.
-        progress: told the number of texts that were sampled or read.
-    """
-    others = [name for name in subject.models if name != subject.reference]
-    measured = {name: _measure(subject, name, subject.load(name), progress) for name in others}
-    reference = subject.load(subject.reference)
-    measured[subject.reference] = _measure(subject, subject.reference, reference, progress)
-    kl: dict[str, float | None] = {subject.reference: 0.0}
-    for name in others:
-        kl[name] = _kl(measured[name], reference, subject) if subject.same_tokens(name) else None
-    drawn = _draw_several(subject, reference, progress) if subject.several else []
-    return Measurements({name: measured[name] for name in subject.models}, kl, drawn)
-
-
-def judge_all(
-    subject: Subject,
-    measured: Measurements,
-    rewards: dict[str, RewardFunction],
-    progress: Progress,
-) -> tuple[dict[str, Scores], dict[str, Tensor]]:
-    """Scores of all completions by all judges.
-
-    Args:
-        subject: what was measured.
-        measured: by `measure`.
         rewards: the judges by name.
-        progress: told the number of texts that were judged.
-
-    Returns:
-        Of each model by judge the scores of its completions, and by judge `(B, N)` float64 those of
-        the samples for best of n.
+        progress: told the number of texts that were sampled, read or judged.
     """
-    scores: dict[str, Scores] = {name: {} for name in measured.models}
-    drawn: dict[str, Tensor] = {}
-    prompts, several = subject.prompts, subject.several
-    repeated = prompts.select([row for row in range(len(prompts)) for _ in range(several)])
+    models, several = _sample_all(subject, progress)
+    prompts, copies = subject.prompts, subject.several
+    repeated = prompts.select([row for row in range(len(prompts)) for _ in range(copies)])
+    table: dict[str, Tensor] = {}
     for judge, reward in rewards.items():
         place_on(reward, PartialState().device)
-        for name, model in measured.models.items():
-            scores[name][judge] = _judge(prompts, model.sampled.texts, reward, progress)
+        for model in models.values():
+            given = (model.sampled.texts, model.sampled.ids)
+            model.scores[judge] = _judge(prompts, *given, reward, progress)
         if several:
-            flat = _judge(repeated, measured.drawn, reward, progress)
-            drawn[judge] = torch.tensor(flat, dtype=torch.float64).view(-1, several)
+            flat = _judge(
+                repeated, [c.text for c in several], [c.ids for c in several], reward, progress
+            )
+            table[judge] = torch.tensor(flat, dtype=torch.float64).view(-1, copies)
         place_on(reward, "cpu")
-    return scores, drawn
+    return Measurements(models, table)
+
+
+def _sample_all(
+    subject: Subject, progress: Progress
+) -> tuple[dict[str, ModelMeasurement], list[Completion]]:
+    """All but the scores; and the reference's samples for best of n, prompt by prompt."""
+    *others, last = sorted(subject.models, key=lambda name: name == subject.reference)
+    found = {name: _measure(subject, name, subject.load(name), progress) for name in others}
+    reference = subject.load(last)
+    found[last] = _measure(subject, last, reference, progress)
+    for name in others:
+        kl = _kl(found[name], reference, subject) if subject.same_tokens(name) else None
+        found[name] = found[name]._replace(kl=kl)
+    several = _sample_several(subject, reference, progress) if subject.several else []
+    return {name: found[name] for name in subject.models}, several
 
 
 def _measure(
     subject: Subject, name: str, policy: PreTrainedModel, progress: Progress
 ) -> ModelMeasurement:
+    """A model's completions, its loss; in `kl`, still, their own log-probabilities."""
     config, tokenizer = subject.config, subject.tokenizers[name]
     batch = {"batch_size": config.per_device_eval_batch_size}
     sampled = sample(
@@ -154,21 +152,22 @@ def _measure(
         max_prompt_length=config.max_prompt_length,
         stop_strings=config.stop_strings,
         temperature=config.temperature,
-        # Of its own: models that draw with the same random numbers say the same where they can.
-        seed=config.seed + list(subject.models).index(name),
+        seed=subject.seed(name),
         progress=progress,
         **batch,
     )
-    logprobs = sequence_logprobs(policy, sampled, temperature=config.temperature, **batch)
+    own = [0.0] * len(sampled.texts)
+    if name != subject.reference:
+        own = sequence_logprobs(policy, sampled, temperature=config.temperature, **batch).tolist()
     loss = None
     if subject.demonstrations is not None:
         given = (policy, tokenizer, subject.demonstrations)
         loss = completion_loss(*given, progress=progress, **batch)
-    return ModelMeasurement(sampled, logprobs, loss)
+    return ModelMeasurement(sampled, own, {}, loss)
 
 
-def _kl(measured: ModelMeasurement, reference: PreTrainedModel, subject: Subject) -> float:
-    """Mean of log p(completion) - log p_reference(completion) over a model's own samples."""
+def _kl(measured: ModelMeasurement, reference: PreTrainedModel, subject: Subject) -> list[float]:
+    """log p(completion) - log p_reference(completion) of a model's own samples."""
     config = subject.config
     logprobs = sequence_logprobs(
         reference,
@@ -176,10 +175,12 @@ def _kl(measured: ModelMeasurement, reference: PreTrainedModel, subject: Subject
         temperature=config.temperature,
         batch_size=config.per_device_eval_batch_size,
     )
-    return (measured.logprobs - logprobs).mean().item()
+    return (torch.tensor(measured.kl) - logprobs).tolist()
 
 
-def _draw_several(subject: Subject, policy: PreTrainedModel, progress: Progress) -> list[str]:
+def _sample_several(
+    subject: Subject, policy: PreTrainedModel, progress: Progress
+) -> list[Completion]:
     """N samples of the reference for each prompt, prompt by prompt."""
     config, tokenizer = subject.config, subject.tokenizers[subject.reference]
     token_lists, _ = prompt_tokens(
@@ -200,20 +201,48 @@ def _draw_several(subject: Subject, policy: PreTrainedModel, progress: Progress)
         batch_size=config.per_device_eval_batch_size,
         progress=progress,
     )
-    return [text for texts in rows for text in texts]
+    return [completion for row in rows for completion in row]
 
 
 def _judge(
-    prompts: Dataset, texts: list[str], reward: RewardFunction, progress: Progress
+    prompts: Dataset,
+    texts: list[str],
+    ids: list[list[int]],
+    reward: RewardFunction,
+    progress: Progress,
 ) -> list[float]:
-    """Scores of one completion per prompt, some hundreds in a call."""
+    """The scores of as many texts as there are prompts, some at a time."""
     scores: list[float] = []
     for start in range(0, len(texts), JUDGED_AT_ONCE):
-        rows = range(start, min(start + JUDGED_AT_ONCE, len(texts)))
-        given = [texts[row] for row in rows]
-        scores += judged(prompts.select(rows), given, {"": reward})[""]
-        progress(len(given))
+        part = slice(start, start + JUDGED_AT_ONCE)
+        rows = prompts.select(range(len(texts))[part])
+        scores += score_completions(rows, texts[part], ids[part], reward)
+        progress(len(rows))
     return scores
+
+
+def shown_samples(
+    prompts: Sequence[Any], models: Mapping[str, ModelMeasurement]
+) -> list[dict[str, Any]]:
+    """Per prompt what each model said to it, with its scores, by the model's name.
+
+    Args:
+        prompts: the first of those that were measured on.
+        models: as `measure` gives them.
+    """
+    return [
+        {
+            "prompt": prompt,
+            **{
+                name: {
+                    "completion": model.sampled.texts[row],
+                    **{judge: scores[row] for judge, scores in model.scores.items()},
+                }
+                for name, model in models.items()
+            },
+        }
+        for row, prompt in enumerate(prompts)
+    ]
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """What policies say to the same prompts: sampled, scored, measured against a reference."""
 
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +16,8 @@ from trl_instruct.generation.sampling import (
     pad_prompts,
     prompt_tokens,
 )
-from trl_instruct.intervals import mean_interval
 from trl_instruct.models.properties import evaluating
-from trl_instruct.padding import similar_lengths
+from trl_instruct.padding import similar_lengths, unpadded
 from trl_instruct.rewards.function import RewardFunction, as_completions, call_reward
 
 
@@ -37,15 +35,10 @@ class Sampled(NamedTuple):
     ended: Tensor
     texts: list[str]
 
-
-class Samples(NamedTuple):
-    """What a policy says to B prompts: texts, and per completion its scores and measures."""
-
-    completions: list[str]
-    scores: dict[str, list[float]]
-    kl: list[float]
-    lengths: list[int]
-    ended: list[bool]
+    @property
+    def ids(self) -> list[list[int]]:
+        """Tokens of each completion, with what ended it."""
+        return unpadded(self.completion_ids, self.completion_lengths)
 
 
 def sample(
@@ -122,92 +115,17 @@ def sequence_logprobs(
     return summed
 
 
-def judged(
-    prompts: Dataset, texts: Sequence[str], rewards: Mapping[str, RewardFunction]
-) -> dict[str, list[float]]:
-    """Scores of one completion per prompt by every reward.
+def score_completions(
+    prompts: Dataset, texts: Sequence[str], ids: Sequence[list[int]], reward: RewardFunction
+) -> list[float]:
+    """Scores of one completion per prompt.
 
     Args:
-        prompts: column `prompt`; further columns reach the rewards.
-        texts: the completions.
-        rewards: named reward functions.
+        prompts: column `prompt`; further columns reach the reward.
+        texts, ids: the completions, and their tokens.
+        reward: a reward function.
     """
     columns = prompts[:]
     asked = columns.pop("prompt")
-    given = as_completions(asked, texts)
-    return {name: call_reward(f, asked, given, columns) for name, f in rewards.items()}
-
-
-def sample_and_score(
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Dataset,
-    rewards: Mapping[str, RewardFunction],
-    *,
-    ref_policy: PreTrainedModel | None,
-    temperature: float = 1.0,
-    batch_size: int = 64,
-    **sampling: Any,
-) -> Samples:
-    """One sampled completion per prompt, judged by every reward.
-
-    Args:
-        policy: the model to measure.
-        tokenizer: its tokenizer.
-        prompts, rewards: as in `judged`.
-        ref_policy: what the KL is measured to; None: KL 0.
-        temperature, batch_size, sampling: of `sample`.
-
-    Raises:
-        InputError: a prompt that is empty or does not fit into the context.
-    """
-    sampling |= {"temperature": temperature, "batch_size": batch_size}
-    sampled = sample(policy, tokenizer, prompts["prompt"][:], **sampling)
-    scores = judged(prompts, sampled.texts, rewards)
-    kl = torch.zeros(len(sampled.texts))
-    if ref_policy is not None:
-        own, reference = (
-            sequence_logprobs(m, sampled, temperature=temperature, batch_size=batch_size)
-            for m in (policy, ref_policy)
-        )
-        kl = own - reference
-    lengths, ended = sampled.completion_lengths.tolist(), sampled.ended.tolist()
-    return Samples(sampled.texts, scores, kl.tolist(), lengths, ended)
-
-
-def summarize(samples: Samples) -> dict[str, Any]:
-    """Means of the samples: every score with its interval, KL, length, share ended."""
-    scores = {name: mean_interval(s)._asdict() for name, s in samples.scores.items()}
-    return {
-        **scores,
-        "kl": statistics.fmean(samples.kl),
-        "length": statistics.fmean(samples.lengths),
-        "ended": statistics.fmean(samples.ended),
-    }
-
-
-def shown_samples(
-    prompts: Sequence[Any],
-    completions: Mapping[str, Sequence[str]],
-    scores: Mapping[str, Mapping[str, Sequence[float]]],
-) -> list[dict[str, Any]]:
-    """Per prompt what each model said to it, with its scores, by the model's name.
-
-    Args:
-        prompts: the first of them that are to be shown.
-        completions: of each model.
-        scores: of each model, by judge.
-    """
-    return [
-        {
-            "prompt": prompt,
-            **{
-                name: {
-                    "completion": texts[row],
-                    **{judge: values[row] for judge, values in scores[name].items()},
-                }
-                for name, texts in completions.items()
-            },
-        }
-        for row, prompt in enumerate(prompts)
-    ]
+    given = {**columns, "completion_ids": ids}
+    return call_reward(reward, asked, as_completions(asked, texts), given)

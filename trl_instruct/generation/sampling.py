@@ -1,7 +1,7 @@
 """Prompts -> completions: tokenised, cut to fit, sampled from the policy, decoded."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from trl_instruct.generation.token_sampling import (
 )
 from trl_instruct.models.properties import context_length, evaluating
 from trl_instruct.models.tokenizers import tokenize_prompts
-from trl_instruct.padding import completion_lengths, left_padded_mask
+from trl_instruct.padding import completion_lengths, left_padded_mask, unpadded
 
 
 def fit_prompts(
@@ -157,6 +157,13 @@ def generate(
     return completions, torch.minimum(lengths, stopped), ended | (stopped < NEVER)
 
 
+class Completion(NamedTuple):
+    """A sampled completion: its text, and its tokens with what ended it."""
+
+    text: str
+    ids: list[int]
+
+
 def sample_several(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -166,8 +173,8 @@ def sample_several(
     stop_strings: Sequence[str] | None = None,
     batch_size: int = 64,
     **sampling: Any,
-) -> Iterator[list[str]]:
-    """`count` sampled completions of each prompt, as text, prompt by prompt.
+) -> Iterator[list[Completion]]:
+    """`count` sampled completions of each prompt, prompt by prompt.
 
     Args:
         policy: the model to sample from.
@@ -179,7 +186,7 @@ def sample_several(
     rows_at_once = max(1, batch_size * 4 // count)
     for start in range(0, len(prompts), rows_at_once):
         rows = prompts[start : start + rows_at_once]
-        sampled = generate(
+        ids, lengths, ended = generate(
             policy,
             rows,
             copies=count,
@@ -189,8 +196,9 @@ def sample_several(
             batch_size=batch_size,
             **sampling,
         )
-        texts = decode(*sampled, tokenizer, stop_strings)
-        yield from (texts[first : first + count] for first in range(0, len(texts), count))
+        texts = decode(ids, lengths, ended, tokenizer, stop_strings)
+        found = list(map(Completion, texts, unpadded(ids, lengths)))
+        yield from (found[first : first + count] for first in range(0, len(found), count))
 
 
 def eos_token_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

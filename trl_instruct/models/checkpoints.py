@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 

@@ -8,9 +8,7 @@ from typing import Any, TypeAlias
 
 from peft import PeftModel
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 ModelSource: TypeAlias = str | os.PathLike | PreTrainedModel
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pandas import DataFrame
+from tqdm.auto import tqdm
 
 from trl_instruct.console import one_line
+from trl_instruct.rewards.function import as_text
 
 FIGURE = "ppo.png"
 TABLE_TRACKERS = ("wandb", "trackio")
@@ -38,6 +41,31 @@ def sample_text(step: int, steps: int, prompt: Any, completion: str, score: floa
     asked, said = one_line(asked), one_line(completion)
     place = f"[{step}/{steps}]"
     return f"{place} > {asked}\n{' ' * len(place)} {said}  [score {score:.2f}]"
+
+
+def is_due(step: int, steps: int, *, times: int) -> bool:
+    """Whether this is one of `times` steps, evenly spaced, the last one among them.
+
+    >>> [step for step in range(1, 10) if is_due(step, 9, times=3)]
+    [3, 6, 9]
+    """
+    return step * times // steps > (step - 1) * times // steps
+
+
+def show_samples(
+    step: int, steps: int, columns: Mapping[str, Sequence[Any]], *, trackers: Sequence[str]
+) -> None:
+    """Show the first completion on the screen; trackers that have tables get all.
+
+    Args:
+        step, steps: this iteration, from 1, and all.
+        columns: prompt, completion and score of some episodes.
+        trackers: `report_to` of the training arguments.
+    """
+    prompt, completion, score = (columns[n][0] for n in ("prompt", "completion", "score"))
+    tqdm.write(sample_text(step, steps, prompt, completion, score), file=sys.stdout)
+    prompts = list(map(as_text, columns["prompt"]))
+    log_samples(trackers, {"step": [step] * len(prompts), **columns, "prompt": prompts})
 
 
 def log_samples(trackers: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:

@@ -129,18 +129,25 @@ class IterationTrainer(Trainer):
         logged = {f"eval_{name}": value for name, value in self.metrics.items()}
         return self._determine_best_metric(logged, trial=None)
 
-    def save_last_state(self) -> Path | None:
+    def save_last_state(self, fault: str) -> str:
         """Save the run as it was when this iteration began, before any weight has changed.
 
+        Nothing is saved in the first iteration, where there is nothing yet.
+
+        Args:
+            fault: why the run ends.
+
         Returns:
-            The checkpoint; None in the first iteration, where there is nothing to save.
+            The fault, and where the run was saved.
         """
         if not self.state.global_step:
-            return None
+            return fault
         if self.state.global_step != self.saved_step:
             set_random_state(self.random_state)
             self._save_whole_checkpoint()
-        return Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.saved_step}"
+        saved = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.saved_step}"
+        told = "holds the run as it was before that: resume_from_checkpoint goes on from there."
+        return f"{fault.rstrip('.')}. {saved} {told}"
 
     def _save_whole_checkpoint(self) -> None:
         """All that the run needs to go on, into `checkpoint-<step>` of its output_dir."""

@@ -4,11 +4,33 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from trl_instruct.ppo_trainer.advantages import masked_mean, masked_moments
 from trl_instruct.ppo_trainer.losses import policy_clipped
 from trl_instruct.ppo_trainer.rollouts import Rollout
+
+
+def iteration_metrics(
+    accelerator: Accelerator, rollout: Rollout, kl: Tensor, returns: Tensor, *, kl_coef: float
+) -> dict[str, float]:
+    """`episode_metrics` and `value_metrics` over all processes.
+
+    Args:
+        accelerator: of the run.
+        rollout: B episodes, this process's.
+        kl, returns: `(B, C)`.
+        kl_coef: beta.
+    """
+    count = rollout.scored.sum()
+    total = accelerator.reduce(count, "sum")
+    means = {
+        name: accelerator.reduce(mean * count, "sum") / total
+        for name, mean in episode_metrics(rollout, kl, kl_coef=kl_coef).items()
+    }
+    means |= value_metrics(*accelerator.gather((rollout.values, returns, rollout.mask)))
+    return {name: float(mean) for name, mean in means.items()}
 
 
 def episode_metrics(rollout: Rollout, kl: Tensor, *, kl_coef: float) -> dict[str, Tensor]:

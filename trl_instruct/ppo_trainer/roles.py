@@ -2,10 +2,12 @@
 
 import copy
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
+from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,10 +18,11 @@ from trl_instruct.errors import InputError
 from trl_instruct.models.adapters import is_quantized, with_lora
 from trl_instruct.models.load import load_policy, load_reward_model
 from trl_instruct.models.properties import ModelSource, model_name
-from trl_instruct.models.sharding import launched_sharded, load_unsharded
+from trl_instruct.models.sharding import cast_like_sharded, launched_sharded, load_unsharded
 from trl_instruct.models.shared_base import SharedBase, classifier_around, view_of
 from trl_instruct.models.tokenizers import check_same_tokens, load_tokenizer
-from trl_instruct.rewards.function import RewardFunction, parts_of
+from trl_instruct.ppo_trainer.rollouts import disable_dropout_and_rescaling
+from trl_instruct.rewards.function import RewardFunction, parts_of, place_on, tell_tokenizer
 from trl_instruct.rewards.load import is_python, load_reward, sole_reward
 from trl_instruct.rewards.reward_model import RewardModel
 from trl_instruct.scalar_head import score_head
@@ -211,3 +214,27 @@ def _insist(base: SharedBase, roles: Roles) -> None:
                 f"the policy's base, {base.name!r}. Train it with use_peft from the same model or "
                 "from an adapter over it, or leave share_base out."
             )
+
+
+def place_frozen(
+    accelerator: Accelerator,
+    ref_model: PreTrainedModel | None,
+    judges: Sequence[RewardFunction | None],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Put the models that do not train where the run is, and tell judges whose tokens they get.
+
+    Args:
+        accelerator: of the run.
+        ref_model: None: the policy's base is the reference.
+        judges: the reward, and others.
+        tokenizer: the policy's.
+    """
+    if ref_model is not None:
+        disable_dropout_and_rescaling(ref_model)
+        ref_model.eval().requires_grad_(False).to(accelerator.device)
+        cast_like_sharded(accelerator, ref_model)
+    for judge in judges:
+        if judge is not None:
+            place_on(judge, accelerator.device)
+            tell_tokenizer(judge, tokenizer)

@@ -1,10 +1,14 @@
 """Scores of a rollout in all processes: what failed anywhere is known everywhere."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
+from torch import Tensor
 
+from trl_instruct.configs import PPOConfig
 from trl_instruct.rewards.function import (
     COUNTED,
     Columns,
@@ -57,6 +61,48 @@ def rollout_scores(
         if hasattr(part, "merge"):
             part.merge(gather_object([part.state_dict()]))
     return scores, len(found)
+
+
+def mean_score(
+    judge: RewardFunction,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: Columns,
+    *,
+    rows: Sequence[int],
+    where: str,
+) -> tuple[float | None, int]:
+    """Mean score of the completions of all processes, and how many have none: a judge's opinion.
+
+    Where it fails on all of them, a warning and no mean.
+
+    Args:
+        judge, prompts, completions, columns, rows: as in `rollout_scores`.
+        where: what the warning begins with.
+    """
+    given = (judge, prompts, completions, columns)
+    try:
+        scores, failed = rollout_scores(*given, rows=rows, skip=True)
+    except RewardError as error:
+        warnings.warn(f"{where}: {error}", stacklevel=2)
+        return None, 0
+    everywhere = torch.tensor([score for part in gather_object([scores]) for score in part])
+    return float(everywhere.nanmean()), failed
+
+
+def without_eos(scores: Tensor, ended: Tensor, args: PPOConfig) -> Tensor:
+    """The scores `(B,)`, with what a completion without EOS or stop string costs.
+
+    Args:
+        scores: NaN where the reward failed.
+        ended: `(B,)` whether there is an EOS or stop string.
+        args: its `missing_eos_penalty`, `missing_eos_score`.
+    """
+    if args.missing_eos_penalty is not None:
+        scores = scores - args.missing_eos_penalty * ~ended
+    if args.missing_eos_score is not None:
+        scores = torch.where(ended | scores.isnan(), scores, args.missing_eos_score)
+    return scores
 
 
 def reward_counts(reward: RewardFunction) -> dict[str, int]:

@@ -1,15 +1,13 @@
 """Completions with their log-probabilities, values and scores: one `Rollout`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_instruct.errors import InputError
 from trl_instruct.generation.logits import (
@@ -20,6 +18,7 @@ from trl_instruct.generation.logits import (
     join,
     spread,
 )
+from trl_instruct.generation.sampling import decode
 from trl_instruct.logprobs import logprobs_in_parts
 from trl_instruct.models.properties import accepted, disable_dropout, unwrapped
 from trl_instruct.padding import right_padded_mask, similar_lengths
@@ -93,6 +92,13 @@ class Rollout(NamedTuple):
     def lengths(self) -> Tensor:
         """`(B,)` tokens of prompt and completion."""
         return self.prompt_lengths + self.completion_lengths
+
+    def texts(
+        self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] | None
+    ) -> list[str]:
+        """The completions without what ended them."""
+        tokens = (self.completion_ids, self.completion_lengths, self.ended)
+        return decode(*tokens, tokenizer, stop_strings)
 
     def select(self, rows: Tensor) -> "Rollout":
         """The episodes with these indices."""

@@ -1,10 +1,7 @@
 """PPO as in InstructGPT: the loop reads as the paper."""
 
-import json
 import math
-import sys
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -15,32 +12,17 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from trl_instruct.configs import PPOConfig
-from trl_instruct.files import write_json
-from trl_instruct.generation.sampling import (
-    decode,
-    eos_token_ids,
-    generate,
-    pad_prompts,
-    prompt_tokens,
-)
-from trl_instruct.models.checkpoints import find_checkpoint, load_weights
+from trl_instruct.generation.sampling import eos_token_ids, generate, pad_prompts, prompt_tokens
+from trl_instruct.models import sharding
+from trl_instruct.models.checkpoints import find_checkpoint
 from trl_instruct.models.load import reference_of
 from trl_instruct.models.properties import evaluating, model_name
-from trl_instruct.models.sharding import (
-    cast_like_sharded,
-    check_launch,
-    configure_deepspeed,
-    gathered_states,
-    gathered_weights,
-    load_unsharded,
-    micro_batch,
-)
 from trl_instruct.models.tokenizers import check_tokenizer
+from trl_instruct.padding import unpadded
 from trl_instruct.ppo_trainer.advantages import (
     adapted_kl_coef,
     gae,
@@ -49,43 +31,26 @@ from trl_instruct.ppo_trainer.advantages import (
     masked_whiten,
     token_rewards,
 )
-from trl_instruct.ppo_trainer.curves import LOGGED_SAMPLES, log_samples, sample_text
+from trl_instruct.ppo_trainer.checkpoint import load_models, load_rest, save_rest
+from trl_instruct.ppo_trainer.curves import LOGGED_SAMPLES, is_due, show_samples
 from trl_instruct.ppo_trainer.ema import MovingAverage
 from trl_instruct.ppo_trainer.iteration_trainer import IterationTrainer, set_learning_rate
-from trl_instruct.ppo_trainer.metrics import (
-    check_finite,
-    episode_metrics,
-    mean_over_steps,
-    value_metrics,
-)
+from trl_instruct.ppo_trainer.metrics import check_finite, iteration_metrics, mean_over_steps
 from trl_instruct.ppo_trainer.micro_batch import add_ptx_gradient, ppo_sums
 from trl_instruct.ppo_trainer.ptx import PretrainingRows, pretraining_rows
-from trl_instruct.ppo_trainer.roles import check_roles
-from trl_instruct.ppo_trainer.rollout_scores import rollout_scores
+from trl_instruct.ppo_trainer.roles import check_roles, place_frozen
+from trl_instruct.ppo_trainer.rollout_scores import mean_score, rollout_scores, without_eos
 from trl_instruct.ppo_trainer.rollouts import (
     PolicyAndValue,
     Rollout,
     ValueModel,
-    check_same_order,
     disable_dropout_and_rescaling,
     prompt_batches,
     unmeasured,
     with_logprobs,
 )
-from trl_instruct.rewards.function import (
-    RewardError,
-    RewardFunction,
-    as_completions,
-    as_text,
-    load_states,
-    place_on,
-    states_of,
-)
+from trl_instruct.rewards.function import RewardError, RewardFunction, as_completions
 from trl_instruct.rewards.reward_model import RewardModel
-from trl_instruct.rewards.tokens import sampled_texts
-
-# What PPO adds to a checkpoint: the value model, the policy's moving average, and the rest.
-VALUE, EMA, PROGRESS = "value_model", "ema.safetensors", "ppo_state.json"
 
 
 class PPOTrainer(IterationTrainer):
@@ -98,10 +63,10 @@ class PPOTrainer(IterationTrainer):
         args: `PPOConfig`.
         processing_class: the policy's tokenizer; without a pad token, EOS serves.
         model: the policy; a LoRA-wrapped one trains its adapter.
-        ref_model: frozen reference of the KL penalty; None: a copy of the policy as given, or, for
-            a LoRA policy, its base.
-        reward_model: a function `f(prompts, completions, **columns) -> list[float]`, or a scalar
-            sequence classifier with the policy's tokenizer.
+        ref_model: frozen reference of the KL penalty; None: a copy of the policy, or a LoRA
+            policy's base.
+        reward_model: a reward function (see `rewards/function.py`), or a scalar sequence
+            classifier with the policy's tokenizer.
         train_dataset: column `prompt` (text or messages); further columns reach the reward.
         value_model: a scalar sequence classifier with the policy's tokenizer; it trains with every
             weight that is not frozen.
@@ -111,10 +76,8 @@ class PPOTrainer(IterationTrainer):
         callbacks: as in `transformers.Trainer`.
 
     Raises:
-        InputError: one model in two roles, a tokenizer without EOS, a prompt that is empty or does
-            not fit into the context, messages without a chat template, a reward that returns
-            anything but one finite number per completion, processes as `check_launch` refuses
-            them.
+        InputError: one model in two roles, a tokenizer without EOS, prompts that are empty, too
+            long or lack a chat template, a reward that fails, a launch that is not supported.
         FloatingPointError: a loss that is no finite number.
     """
 
@@ -139,8 +102,7 @@ class PPOTrainer(IterationTrainer):
         self.ref_model = ref_model or reference_of(model)
         if isinstance(reward_model, nn.Module):
             reward_model = RewardModel(reward_model, processing_class)
-        self.reward = reward_model
-        self.gold = gold
+        self.reward, self.gold = reward_model, gold
         self.eos_token_ids = eos_token_ids(model, processing_class)
         disable_dropout_and_rescaling(model)
         disable_dropout_and_rescaling(value_model)
@@ -151,8 +113,9 @@ class PPOTrainer(IterationTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        check_launch(self.accelerator, [model, value_model], average=args.ema_decay is not None)
-        self._place_frozen_models()
+        averaged = args.ema_decay is not None
+        sharding.check_launch(self.accelerator, [model, value_model], average=averaged)
+        place_frozen(self.accelerator, self.ref_model, [self.reward, self.gold], processing_class)
         self.kl_coef = args.kl_coef
         self.skipped = 0
         self.average: MovingAverage | None = None
@@ -167,17 +130,15 @@ class PPOTrainer(IterationTrainer):
             response_length=args.response_length,
         )
         self.minibatch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        load_unsharded()  # those to come (a checkpoint's, the compared) are no ZeRO-3 shards
-        configure_deepspeed(
-            self.accelerator, episodes=self.minibatch_size, max_grad_norm=args.max_grad_norm or 0.0
-        )
+        sharding.load_unsharded()  # models to come, of checkpoints and comparisons, are no shards
+        clip, size = args.max_grad_norm or 0.0, self.minibatch_size
+        sharding.configure_deepspeed(self.accelerator, episodes=size, max_grad_norm=clip)
         self.local_batch_size = self.minibatch_size * args.num_mini_batches
         self.batch_size = self.local_batch_size * self.accelerator.num_processes
         episodes = args.total_episodes or int(args.num_train_epochs * len(train_dataset))
-        self.num_iterations = math.ceil(episodes / self.batch_size)
+        iterations = math.ceil(episodes / self.batch_size)
+        self.num_iterations = args.max_steps if args.max_steps > 0 else iterations
         self.iterations_per_epoch = len(self.prompts) / self.batch_size
-        if args.max_steps > 0:
-            self.num_iterations = args.max_steps
 
     @property
     def policy(self) -> PreTrainedModel:
@@ -199,9 +160,8 @@ class PPOTrainer(IterationTrainer):
         """Run all iterations; returns the number of iterations and the last metrics.
 
         Args:
-            resume_from_checkpoint: folder of a checkpoint to go on from, or True for the last
-                whole one in `output_dir`. A run resumed so ends with the weights of a run that was
-                never cut.
+            resume_from_checkpoint: a checkpoint's folder, or True for the last whole one in
+                `output_dir`. A resumed run ends with the weights of an uninterrupted one.
         """
         self.begin(resume_from_checkpoint)
         for rows in islice(self.prompt_batches(), self.state.global_step, None):
@@ -212,7 +172,7 @@ class PPOTrainer(IterationTrainer):
             rewards, kl = self.rewards(rollout)
             advantages, returns = self.advantages(rollout, rewards)
             stats = self.update(rollout, advantages, returns)
-            metrics = self.report(rollout, kl, returns, stats) | self.second_opinion(rollout, rows)
+            metrics = self.measure(rollout, kl, returns, stats) | self.second_opinion(rollout, rows)
             self.adapt_kl_coef(metrics)
             self.end_iteration(metrics)
             self.show(rollout, rows)
@@ -232,7 +192,11 @@ class PPOTrainer(IterationTrainer):
         """Completions of these prompts with log-probabilities and values; scores are still 0."""
         prompts = [self.prompts[row] for row in rows]
         model = self.accelerator.unwrap_model(self.model)
-        with gathered_weights(self.accelerator, self.model_wrapped):
+        options: dict[str, Any] = {
+            "temperature": self.args.temperature,
+            "batch_size": self.args.local_rollout_forward_batch_size,
+        }
+        with sharding.gathered_weights(self.accelerator, self.model_wrapped):
             with self.accelerator.autocast():
                 completions, lengths, ended = generate(
                     self.policy,
@@ -241,19 +205,12 @@ class PPOTrainer(IterationTrainer):
                     eos_token_ids=self.eos_token_ids,
                     stop_strings=self.args.stop_strings,
                     tokenizer=self.processing_class,
-                    temperature=self.args.temperature,
-                    batch_size=self.args.local_rollout_forward_batch_size,
+                    **options,
                 )
-            prompt_ids, prompt_lengths = pad_prompts(prompts, completions.device)
-            tokens = (prompt_ids, prompt_lengths, completions, lengths, ended)
+            tokens = (*pad_prompts(prompts, completions.device), completions, lengths, ended)
+            rollout = Rollout(*tokens, *unmeasured(completions))
             with evaluating(model), self.accelerator.autocast():
-                return with_logprobs(
-                    Rollout(*tokens, *unmeasured(completions)),
-                    model,
-                    self.ref_model,
-                    temperature=self.args.temperature,
-                    batch_size=self.args.local_rollout_forward_batch_size,
-                )
+                return with_logprobs(rollout, model, self.ref_model, **options)
 
     def score(self, rollout: Rollout, rows: Sequence[int]) -> Rollout:
         """The rollout with the reward's score of each completion, and what a missing EOS costs.
@@ -267,54 +224,34 @@ class PPOTrainer(IterationTrainer):
             found, self.skipped = rollout_scores(self.reward, *given, rows=rows, skip=skip)
         except RewardError as error:
             told = f"Iteration {self.state.global_step + 1}: {error}"
-            if saved := self.save_last_state():
-                told = f"{told.rstrip('.')}. {saved} holds the run as it was before that: "
-                told += "resume_from_checkpoint goes on from there."
-            raise RewardError(told) from error
+            raise RewardError(self.save_last_state(told)) from error
         scores = torch.tensor(found, device=rollout.scores.device)
-        if self.args.missing_eos_penalty is not None:
-            scores = scores - self.args.missing_eos_penalty * ~rollout.ended
-        if self.args.missing_eos_score is not None:
-            keep = rollout.ended | scores.isnan()
-            scores = torch.where(keep, scores, self.args.missing_eos_score)
-        return rollout._replace(scores=scores)
+        return rollout._replace(scores=without_eos(scores, rollout.ended, self.args))
 
     def reward_inputs(
         self, rollout: Rollout, rows: Sequence[int]
-    ) -> tuple[list, list, dict[str, list]]:
-        """What a reward function sees: prompts, completions, further columns."""
-        records = self.train_dataset.select(list(rows))[:]
-        prompts = records.pop("prompt")
-        texts = self.texts(rollout)
-        if not self.cut_prompts and not self.args.stop_strings:  # else a reward reads other text
-            tokens = [self.prompts[row] for row in rows]
-            texts = sampled_texts(texts, prompts, tokens, *rollout[2:5], self.processing_class)
-        return prompts, as_completions(prompts, texts), records
+    ) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
+        """What a reward function is given: prompts, completions, columns."""
+        columns = self.train_dataset.select(list(rows))[:]
+        prompts = columns.pop("prompt")
+        texts = rollout.texts(self.processing_class, self.args.stop_strings)
+        ids = unpadded(rollout.completion_ids, rollout.completion_lengths)
+        return prompts, as_completions(prompts, texts), {**columns, "completion_ids": ids}
 
     def second_opinion(self, rollout: Rollout, rows: Sequence[int]) -> dict[str, float]:
-        """The mean score of a judge that is not trained on, over all processes, if there is one.
-
-        Nothing depends on it, so where it fails the run goes on and says so: on some completions,
-        counted in objective/gold_failed; on all, without the metric.
-        """
+        """objective/gold, by a judge that is not trained on: where it fails, the run goes on."""
         if self.gold is None:
             return {}
-        given = self.reward_inputs(rollout, rows)
-        try:
-            found, failed = rollout_scores(self.gold, *given, rows=rows, skip=True)
-        except RewardError as error:
-            warnings.warn(f"Iteration {self.state.global_step + 1}, gold: {error}", stacklevel=2)
-            return {}
-        everywhere = self.accelerator.gather(torch.tensor(found, device=rollout.scores.device))
-        counted = {"objective/gold_failed": failed} if failed else {}
-        return {"objective/gold": float(everywhere.nanmean()), **counted}
+        given, step = self.reward_inputs(rollout, rows), self.state.global_step + 1
+        mean, failed = mean_score(self.gold, *given, rows=rows, where=f"Iteration {step}, gold")
+        metrics = {} if mean is None else {"objective/gold": mean}
+        return metrics | ({"objective/gold_failed": failed} if failed else {})
 
     def rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Per-token rewards with the KL penalty inside, and the KL itself: each `(B, C)`."""
         kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, estimator=self.args.kl_estimator)
-        rewards = token_rewards(
-            rollout.scores, kl, rollout.completion_lengths, kl_coef=self.kl_coef
-        )
+        lengths = rollout.completion_lengths
+        rewards = token_rewards(rollout.scores, kl, lengths, kl_coef=self.kl_coef)
         if self.args.whiten_rewards:
             rewards = self.whiten(rewards, rollout.mask, shift_mean=False)
         return rewards, kl
@@ -363,7 +300,7 @@ class PPOTrainer(IterationTrainer):
         micro_batches = rollout.lengths.argsort().split(self.args.per_device_train_batch_size)
         for index, part in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            with micro_batch(self.accelerator, self.model_wrapped, last=last):
+            with sharding.micro_batch(self.accelerator, self.model_wrapped, last=last):
                 given = (rollout.select(part), advantages[part], returns[part])
                 sums = ppo_sums(self.model_wrapped, *given, args=self.args)
                 loss = sums["loss/policy"] + self.args.vf_coef * sums["loss/value"]
@@ -384,11 +321,8 @@ class PPOTrainer(IterationTrainer):
 
     def add_ptx(self, pretraining: PretrainingRows, episodes: int) -> Tensor:
         """Add the gradient of the PPO-ptx term for so many episodes; returns its loss."""
-        count = self.args.ptx_rows_per_episode * episodes
-        # Every process reads all texts and keeps its own, so that all stand at the same place.
-        mine, processes = self.accelerator.process_index, self.accelerator.num_processes
-        texts = pretraining.take(count * processes)[mine::processes]
-        return add_ptx_gradient(self.accelerator, self.model_wrapped, texts, args=self.args)
+        rows = pretraining.rows_for(self.accelerator, self.args.ptx_rows_per_episode * episodes)
+        return add_ptx_gradient(self.accelerator, self.model_wrapped, rows, args=self.args)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's optimizer; the value function may have a learning rate of its own."""
@@ -404,36 +338,19 @@ class PPOTrainer(IterationTrainer):
         checkpoint = None
         if resume_from_checkpoint:
             checkpoint = find_checkpoint(Path(str(self.args.output_dir)), resume_from_checkpoint)
-            load_weights(self.policy, checkpoint)
-            load_weights(self.value_model, checkpoint / VALUE)
+            load_models(self, checkpoint)
         if self.args.ema_decay is not None:
             self.average = MovingAverage(self.policy, self.args.ema_decay)
         if checkpoint is not None:
-            self.take_over(checkpoint)
+            load_rest(self, checkpoint)
         self.begin_training(checkpoint)
 
-    def take_over(self, checkpoint: Path) -> None:
-        """What a checkpoint holds beside the weights and the Trainer's own state."""
-        progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
-        check_same_order(progress["prompt_order"], self.prompt_order, checkpoint)
-        self.metrics, self.kl_coef = progress["metrics"], progress["kl_coef"]
-        load_states(self.reward, progress["reward"])
-        if self.pretraining is not None:
-            self.pretraining.load_state(progress["ptx"])
-        if self.average is not None:
-            self.average.load(checkpoint / EMA)
-
-    def report(
+    def measure(
         self, rollout: Rollout, kl: Tensor, returns: Tensor, stats: dict[str, float]
     ) -> dict[str, Any]:
         """The iteration's metrics, over the episodes and tokens of all processes."""
-        means = episode_metrics(rollout, kl, kl_coef=self.kl_coef)
-        count = rollout.scored.sum()
-        total = self.accelerator.reduce(count, "sum")
-        means = {n: self.accelerator.reduce(x * count, "sum") / total for n, x in means.items()}
-        means |= value_metrics(*self.accelerator.gather((rollout.values, returns, rollout.mask)))
         return {
-            **{name: float(mean) for name, mean in means.items()},
+            **iteration_metrics(self.accelerator, rollout, kl, returns, kl_coef=self.kl_coef),
             **stats,
             **({"objective/skipped": self.skipped} if self.args.on_error == "skip" else {}),
             "objective/kl_coef": self.kl_coef,
@@ -443,31 +360,17 @@ class PPOTrainer(IterationTrainer):
         }
 
     def show(self, rollout: Rollout, rows: Sequence[int]) -> None:
-        """A sampled completion of this iteration, `num_sample_generations` times in a run.
-
-        To a tracker that has tables go some of them.
-        """
-        shows, steps = self.args.num_sample_generations, self.num_iterations
-        step = self.state.global_step
-        due = step * shows // steps > (step - 1) * shows // steps
+        """A sampled completion of this iteration, `num_sample_generations` times in a run."""
+        step, steps = self.state.global_step, self.num_iterations
+        due = is_due(step, steps, times=self.args.num_sample_generations)
         if due and self.is_world_process_zero():
             first = rollout.select(torch.arange(len(rows))[:LOGGED_SAMPLES])
-            texts, scores = self.texts(first), first.scores.tolist()
-            prompts = self.train_dataset.select(rows[:LOGGED_SAMPLES])["prompt"][:]
-            line = sample_text(step, steps, prompts[0], texts[0], scores[0])
-            tqdm.write(line, file=sys.stdout)
-            columns = {"prompt": list(map(as_text, prompts)), "completion": texts, "score": scores}
-            log_samples(self.args.report_to, {"step": [step] * len(texts), **columns})
-
-    def texts(self, rollout: Rollout) -> list[str]:
-        """The completions without what ended them."""
-        return decode(
-            rollout.completion_ids,
-            rollout.completion_lengths,
-            rollout.ended,
-            self.processing_class,
-            self.args.stop_strings,
-        )
+            columns = {
+                "prompt": self.train_dataset.select(rows[:LOGGED_SAMPLES])["prompt"][:],
+                "completion": first.texts(self.processing_class, self.args.stop_strings),
+                "score": first.scores.tolist(),
+            }
+            show_samples(step, steps, columns, trackers=self.args.report_to)
 
     def adapt_kl_coef(self, metrics: dict[str, Any]) -> None:
         """beta of the next iteration: as it is, or adapted where the KL has a target."""
@@ -486,7 +389,7 @@ class PPOTrainer(IterationTrainer):
         A checkpoint holds the policy as it is in training, and all else that the run goes on with.
         """
         parts = ("policy", "value.model")
-        policy, value = gathered_states(self.accelerator, self.model_wrapped, *parts)
+        policy, value = sharding.gathered_states(self.accelerator, self.model_wrapped, *parts)
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -494,27 +397,4 @@ class PPOTrainer(IterationTrainer):
             self.policy.save_pretrained(folder, state_dict=policy)
         self.processing_class.save_pretrained(folder)
         if _internal_call:
-            self.value_model.save_pretrained(folder / VALUE, state_dict=value)
-            if self.average is not None:
-                self.average.save(folder / EMA)
-            write_json(folder / PROGRESS, self.progress())
-
-    def progress(self) -> dict[str, Any]:
-        """What PPO adds to a checkpoint's trainer_state.json."""
-        ptx = self.pretraining and self.pretraining.state()
-        return {
-            "prompt_order": self.prompt_order,
-            "kl_coef": self.kl_coef,
-            "ptx": ptx,
-            "reward": states_of(self.reward),
-            "metrics": self.metrics,
-        }
-
-    def _place_frozen_models(self) -> None:
-        if self.ref_model is not None:
-            disable_dropout_and_rescaling(self.ref_model)
-            self.ref_model.eval().requires_grad_(False).to(self.accelerator.device)
-            cast_like_sharded(self.accelerator, self.ref_model)
-        place_on(self.reward, self.accelerator.device)
-        if self.gold is not None:
-            place_on(self.gold, self.accelerator.device)
+            save_rest(self, folder, value)

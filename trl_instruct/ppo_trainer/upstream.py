@@ -32,13 +32,17 @@ from trl_instruct.configs import PPOConfig, StageConfig
 from trl_instruct.errors import InputError
 from trl_instruct.generation.sampling import decode, pad_prompts, prompt_tokens
 from trl_instruct.models.properties import accepted, unwrapped
-from trl_instruct.models.tokenizers import tokenize_prompts
-from trl_instruct.padding import left_padded_mask
+from trl_instruct.padding import left_padded_mask, unpadded
 from trl_instruct.ppo_trainer.roles import check_roles
 from trl_instruct.ppo_trainer.rollouts import disable_dropout_and_rescaling
-from trl_instruct.rewards.function import RewardFunction, as_completions, call_reward, parts_of
+from trl_instruct.rewards.function import (
+    RewardFunction,
+    as_completions,
+    call_reward,
+    parts_of,
+    tell_tokenizer,
+)
 from trl_instruct.rewards.reward_model import RewardModel
-from trl_instruct.rewards.tokens import sampled_texts
 from trl_instruct.scalar_head import score_head, shift_of
 
 # Options of ours that are done with before or after the training itself.
@@ -82,6 +86,7 @@ class RewardModule(nn.Module):
         super().__init__()
         self.reward = reward
         self.tokenizer = tokenizer
+        tell_tokenizer(reward, tokenizer)
         models = [getattr(part, "model", None) for part in parts_of(reward)]
         # So that they move to the device with this module.
         self.models = nn.ModuleList(m for m in models if isinstance(m, nn.Module))
@@ -127,26 +132,21 @@ class RewardModule(nn.Module):
         prompts = self._remembered(input_ids.cpu())
         width = len(prompts[0].ids)
         asked = [prompt.record["prompt"] for prompt in prompts]
-        openings = [list(prompt.record["input_ids"]) for prompt in prompts]
-        texts = self._texts(asked, openings, input_ids[:, width:], attention_mask[:, width:])
+        ids, texts = self._completions(input_ids[:, width:], attention_mask[:, width:])
         names = [name for name in prompts[0].record if name not in ("prompt", "input_ids")]
         columns = {name: [prompt.record[name] for prompt in prompts] for name in names}
+        columns["completion_ids"] = ids
         given = call_reward(self.reward, asked, as_completions(asked, texts), columns)
         scores = torch.tensor(given, device=input_ids.device).view(-1, 1, 1)
         hidden = scores.expand(-1, input_ids.shape[1], 1)
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=(hidden,))
 
-    def _texts(
-        self, prompts: list[Any], prompt_ids: list[list[int]], ids: Tensor, mask: Tensor
-    ) -> list[str]:
-        """The completions; behind a prompt that was not cut they know their tokens."""
+    def _completions(self, ids: Tensor, mask: Tensor) -> tuple[list[list[int]], list[str]]:
+        """Tokens and text of each completion, up to where it ended."""
         counts = mask.bool().cumprod(dim=1).sum(dim=1)
         last = ids.gather(1, (counts - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
         ended = (counts > 0) & (last == self.tokenizer.eos_token_id)
-        texts = decode(ids, counts, ended, self.tokenizer)
-        if tokenize_prompts(prompts, self.tokenizer) != prompt_ids:
-            return texts
-        return sampled_texts(texts, prompts, prompt_ids, ids, counts, ended, self.tokenizer)
+        return unpadded(ids, counts), decode(ids, counts, ended, self.tokenizer)
 
     def _remembered(self, input_ids: Tensor) -> list[_Prompt]:
         """The prompts of the next rows, after a look at whether they are these rows'."""

@@ -15,7 +15,7 @@ from trl_instruct.console import progress_bar
 from trl_instruct.data.records import load_prompts
 from trl_instruct.errors import InputError
 from trl_instruct.files import written_at_once
-from trl_instruct.generation.sampling import prompt_tokens, sample_several
+from trl_instruct.generation.sampling import Completion, prompt_tokens, sample_several
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource, model_name
 from trl_instruct.models.tokenizers import check_tokenizer, load_tokenizer
@@ -188,14 +188,16 @@ def _check_request(
 
 def _ranking(
     record: dict[str, Any],
-    drawn: list[str],
+    drawn: list[Completion],
     gold: RewardFunction | None,
     labeler: Labeler | None,
     counts: dict[str, int],
 ) -> dict[str, Any] | None:
     """One ranking-ready record, or None (counted) where there is nothing to rank."""
-    written = [text for text in drawn if text.strip()]
-    distinct = list(dict.fromkeys(written))
+    written = [completion for completion in drawn if completion.text.strip()]
+    distinct: dict[str, list[int]] = {}
+    for completion in written:
+        distinct.setdefault(*completion)
     counts["empty"] += len(drawn) - len(written)
     counts["duplicates"] += len(written) - len(distinct)
     if len(distinct) < 2:
@@ -203,10 +205,11 @@ def _ranking(
         return None
     counts["responses"] += len(distinct)
     prompt = record["prompt"]
-    responses = as_completions([prompt] * len(distinct), distinct)
+    responses = as_completions([prompt], list(distinct))
     if gold is None or labeler is None:
         return {**record, "responses": responses, "ranks": None}
     columns = {k: [v] * len(distinct) for k, v in record.items() if k != "prompt"}
+    columns["completion_ids"] = list(distinct.values())
     gold_scores = call_reward(gold, [prompt] * len(distinct), responses, columns)
     scores = list(labeler(gold_scores))
     return {**record, "responses": responses, "scores": scores, "gold_scores": gold_scores}

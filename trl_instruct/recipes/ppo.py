@@ -22,12 +22,7 @@ from trl_instruct.ppo_trainer.trainer import PPOTrainer
 from trl_instruct.ppo_trainer.upstream import upstream_trainer
 from trl_instruct.recipes.memory import Work, memory_table
 from trl_instruct.recipes.options import stage_options
-from trl_instruct.recipes.stage import (
-    StageResult,
-    StageRun,
-    run_stage,
-    starting_point,
-)
+from trl_instruct.recipes.stage import StageResult, StageRun, run_stage, starting_point
 from trl_instruct.rewards.function import RewardFunction, parts_of
 from trl_instruct.rewards.load import Reward, load_reward
 

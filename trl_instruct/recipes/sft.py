@@ -11,11 +11,7 @@ from trl import ModelConfig, SFTTrainer
 from trl_instruct.configs import SFTConfig
 from trl_instruct.data.records import load_demonstrations
 from trl_instruct.errors import InputError
-from trl_instruct.models.adapters import (
-    keep_float32,
-    new_adapter_config,
-    trained_weights,
-)
+from trl_instruct.models.adapters import keep_float32, new_adapter_config, trained_weights
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource, context_length
 from trl_instruct.models.tokenizers import check_vocabulary

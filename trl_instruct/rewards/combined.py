@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from trl_instruct.errors import InputError
-from trl_instruct.rewards.function import RewardFunction, as_text, call_reward, reward_name
+from trl_instruct.rewards.function import RewardFunction, Scores, as_text, call_part, reward_name
 
 
 class WeightedSum:
-    """The sum of several rewards' scores, each times its weight.
+    """The sum of several rewards' scores, each times its weight; of those that apply, as in TRL.
 
     Args:
         rewards: reward functions.
@@ -34,11 +34,14 @@ class WeightedSum:
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
-    ) -> list[float]:
-        """Scores of the completions, one float each."""
-        scores = [call_reward(part, prompts, completions, columns) for part in self.parts]
-        rows = zip(*scores, strict=True)
-        return [sum(w * s for w, s in zip(self.weights, row, strict=True)) for row in rows]
+    ) -> Scores:
+        """Scores of the completions; None where none of the rewards applies."""
+        scores = [call_part(part, prompts, completions, columns) for part in self.parts]
+        return [self._sum(row) for row in zip(*scores, strict=True)]
+
+    def _sum(self, row: Sequence[float | None]) -> float | None:
+        given = [w * s for w, s in zip(self.weights, row, strict=True) if s is not None]
+        return sum(given) if given else None
 
 
 class Clipped:
@@ -64,10 +67,10 @@ class Clipped:
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
-    ) -> list[float]:
-        """Scores of the completions, one float each."""
-        scores = call_reward(self.parts[0], prompts, completions, columns)
-        return [min(self.high, max(self.low, score)) for score in scores]
+    ) -> Scores:
+        """Scores of the completions; None where the reward does not apply."""
+        scores = call_part(self.parts[0], prompts, completions, columns)
+        return [s if s is None else min(self.high, max(self.low, s)) for s in scores]
 
 
 class Moments(NamedTuple):
@@ -122,13 +125,13 @@ class Normalised:
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
-    ) -> list[float]:
-        """Scores of the completions, one float each."""
-        scores = call_reward(self.parts[0], prompts, completions, columns)
-        self.own = self.own.joined(Moments.of(scores))
+    ) -> Scores:
+        """Scores of the completions; None where the reward does not apply."""
+        scores = call_part(self.parts[0], prompts, completions, columns)
+        self.own = self.own.joined(Moments.of([score for score in scores if score is not None]))
         count, mean, squares = self.shared.joined(self.own)
         std = max(math.sqrt(squares / (count - 1)), 1e-8) if count > 1 else 1.0
-        return [(score - mean) / std for score in scores]
+        return [s if s is None else (s - mean) / std for s in scores]
 
     def state_dict(self) -> dict[str, Any]:
         """The moments: of all processes up to the last `merge`, and this one's since."""

@@ -1,8 +1,9 @@
 """TRL's reward-function signature: how a reward is called, and what is told where it fails.
 
-f(prompts, completions, **columns) -> list[float], or an async function of that form: one score per
-completion; `columns` are the prompt dataset's further columns. Prompts and completions are both
-texts or both lists of messages.
+f(prompts, completions, completion_ids, **columns) -> list[float | None], or an async function of
+that form: one score per completion, None where the reward does not apply to it. Prompts and
+completions are both texts or both lists of messages; `completion_ids` are the completions' tokens,
+EOS included; `columns` are the prompt dataset's further columns. A function names what it wants.
 """
 
 import asyncio
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 
 from trl_instruct.errors import InputError
 
-RewardFunction = Callable[..., Sequence[float] | Awaitable[Sequence[float]]]
+Scores = list[float | None]
+RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
 Columns = Mapping[str, Sequence[Any]]
 
 LOOP_THREAD = "async rewards"
@@ -51,20 +53,39 @@ def call_reward(
         reward: any callable with the signature above; columns it has no parameter for are left
             out.
         prompts, completions: B texts, or B lists of messages.
-        columns: further columns, B values each.
+        columns: `completion_ids` and further columns, B values each.
 
     Returns:
         B finite floats.
 
     Raises:
         InputError: parameters of other names.
-        RewardError: it raised, gave another number of scores than completions, or a score that is
-            no finite number. What it remembers (`state_dict`) is then as before the call.
+        RewardError: it raised, gave another number of scores than completions, a score that is no
+            finite number, or None. What it remembers (`state_dict`) is then as before the call.
     """
+    scores = _call(reward, prompts, completions, columns)
+    return [score for score in scores if score is not None]  # None was a fault
+
+
+def call_part(
+    reward: RewardFunction, prompts: Sequence[Any], completions: Sequence[Any], columns: Columns
+) -> Scores:
+    """As `call_reward`, for a part of a reward: None where it does not apply."""
+    return _call(reward, prompts, completions, columns, none_is_fault=False)
+
+
+def _call(
+    reward: RewardFunction,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    columns: Columns,
+    *,
+    none_is_fault: bool = True,
+) -> Scores:
     given = (reward, prompts, completions, _wanted(reward, columns))
     before = _memory(reward)
     try:
-        scores, faults = _ask(*given)
+        scores, faults = _ask(*given, none_is_fault=none_is_fault)
         for row, fault in faults.items():
             raise RewardError(fault, row)
     except RewardError as error:
@@ -96,7 +117,8 @@ def try_reward(
     given = (reward, prompts, completions, _wanted(reward, columns))
     before = _memory(reward)
     try:
-        return _ask(*given)
+        scores, faults = _ask(*given)
+        return _as_floats(scores), faults
     except RewardUnreachableError as away:
         _restore(reward, before)
         rows = range(len(completions))
@@ -105,10 +127,10 @@ def try_reward(
         _restore(reward, before)
         answers = list(_one_by_one(*given))
     faults = {row: fault for row, (_, fault) in enumerate(answers) if fault is not None}
-    scores = [score for score, _ in answers]
-    if before.states and len(faults) < len(scores):
-        scores = _without(faults, scores, before, *given)
-    return scores, faults
+    alone = [score for score, _ in answers]
+    if before.states and len(faults) < len(alone):
+        alone = _without(faults, alone, before, *given)
+    return alone, faults
 
 
 def _without(
@@ -134,7 +156,7 @@ def _without(
     if more:
         _restore(reward, alone)
         return scores
-    given = dict(zip(kept, together, strict=True))
+    given = dict(zip(kept, _as_floats(together), strict=True))
     return [given.get(row, math.nan) for row in range(count)]
 
 
@@ -160,8 +182,8 @@ def _one_by_one(
         score, fault = math.nan, unreachable
         try:
             if unreachable is None:
-                (score,), faults = _ask(reward, *_rows([row], prompts, completions, columns))
-                fault = faults.get(0)
+                scores, faults = _ask(reward, *_rows([row], prompts, completions, columns))
+                (score,), fault = _as_floats(scores), faults.get(0)
         except RewardUnreachableError as error:
             fault = unreachable = error.fault
         except RewardError as error:
@@ -190,7 +212,9 @@ def _ask(
     prompts: Sequence[Any],
     completions: Sequence[Any],
     columns: dict[str, Any],
-) -> tuple[list[float], dict[int, str]]:
+    *,
+    none_is_fault: bool = True,
+) -> tuple[Scores, dict[int, str]]:
     """As `try_reward`, in one call. RewardError where it raises or gives a wrong count."""
     name, count = reward_name(reward), len(completions)
     try:
@@ -208,17 +232,25 @@ def _ask(
             f"Reward {name!r} returned {given} for {count} completions; it must return a list "
             "with one float per completion."
         )
-    floats = [_float(score) for score in scores]
+    read = [None if score is None else _float(score) for score in scores]
     faults = {
         row: f"Reward {name!r} gave the score {scores[row]!r}; it must be a finite number."
-        for row, score in enumerate(floats)
-        if math.isnan(score)
+        for row, score in enumerate(read)
+        if score is not None and math.isnan(score)
     }
-    return floats, faults
+    if none_is_fault:
+        told = f"Reward {name!r} gave the score None; it does not apply, nor does another."
+        faults |= {row: told for row, score in enumerate(read) if score is None}
+    return read, dict(sorted(faults.items()))
+
+
+def _as_floats(scores: Scores) -> list[float]:
+    """NaN for None."""
+    return [math.nan if score is None else score for score in scores]
 
 
 def _wanted(reward: RewardFunction, columns: Columns) -> dict[str, Any]:
-    """The columns that the reward has parameters for."""
+    """The columns that the reward has parameters for; InputError where it needs one more."""
     parameters = inspect.signature(reward).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if not takes_all and not {"prompts", "completions"} <= set(parameters):
@@ -227,7 +259,19 @@ def _wanted(reward: RewardFunction, columns: Columns) -> dict[str, Any]:
             "name, so it needs the parameters (prompts, completions), and (..., **columns) for "
             "further columns."
         )
+    given = {"prompts", "completions", *columns}
+    lacking = [p.name for p in parameters.values() if _is_needed(p) and p.name not in given]
+    if lacking:
+        raise InputError(
+            f"Reward {reward_name(reward)!r} needs `{lacking[0]}`, and there is no such column. "
+            f"It is given {', '.join(sorted(given))}."
+        )
     return {k: v for k, v in columns.items() if takes_all or k in parameters}
+
+
+def _is_needed(parameter: inspect.Parameter) -> bool:
+    named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    return named and parameter.default is parameter.empty
 
 
 @cache
@@ -299,6 +343,13 @@ def place_on(reward: RewardFunction, device: Any) -> None:
     for part in parts_of(reward):
         if hasattr(part, "to"):
             part.to(device)
+
+
+def tell_tokenizer(reward: RewardFunction, tokenizer: Any) -> None:
+    """Tell the models of a reward whose tokens `completion_ids` will be: the policy's."""
+    for part in parts_of(reward):
+        if hasattr(part, "ids_are_of"):
+            part.ids_are_of(tokenizer)
 
 
 def states_of(reward: RewardFunction) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trl_instruct.errors import InputError
-from trl_instruct.rewards.function import RewardError, RewardUnreachableError, is_column
+from trl_instruct.rewards.function import RewardError, RewardUnreachableError, Scores, is_column
 
 # Where the token of a reward server is looked for: a command line is seen by all of a machine.
 TOKEN_VARIABLE = "REWARD_SERVER_TOKEN"
@@ -25,8 +25,9 @@ WORTH_ANOTHER_TRY = (408, 429)
 class HTTPReward:
     """A reward server as a reward function.
 
-    It gets POST requests `{"prompts": [...], "completions": [...], <column>: [...]}` and answers
-    `{"scores": [...]}`; `{"error": "..."}` with a status of 400 or more tells why there are none.
+    It gets POST requests `{"prompts": [...], "completions": [...], <column>: [...]}`, where
+    `completion_ids` is one of the columns. It answers `{"scores": [...]}`, null where the reward
+    does not apply; `{"error": "..."}` with a status of 400 or more says why there are none.
     `trl-instruct serve-reward` is such a server.
 
     Args:
@@ -57,8 +58,8 @@ class HTTPReward:
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
-    ) -> list[float]:
-        """Scores of the completions, one float each.
+    ) -> Scores:
+        """Scores of the completions; None where the server's reward does not apply.
 
         Raises:
             RewardUnreachableError: it stayed away, or refused the token.
@@ -67,13 +68,13 @@ class HTTPReward:
         count = len(completions)
         given = {k: v for k, v in columns.items() if is_column(v, count)}
         given |= {"prompts": prompts, "completions": completions}
-        scores: list[float] = []
+        scores: Scores = []
         for start in range(0, count, self.batch_size):
             batch = {k: list(v[start : start + self.batch_size]) for k, v in given.items()}
             scores += self._ask(batch)
         return scores
 
-    def _ask(self, batch: dict[str, list[Any]]) -> list[float]:
+    def _ask(self, batch: dict[str, list[Any]]) -> Scores:
         answer = post_json(
             self.url, batch, token=self.token, timeout=self.timeout, retries=self.retries
         )

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl_instruct.models.properties import context_length, model_name
 from trl_instruct.models.tokenizers import check_tokenizer
 from trl_instruct.rewards.score_position import batched_logits
-from trl_instruct.rewards.tokens import reward_rows
+from trl_instruct.rewards.tokens import reward_rows, same_tokenizer
 from trl_instruct.scalar_head import keep_shift, shift_of
 
 
@@ -18,7 +18,9 @@ class RewardModel:
     """A scalar sequence classifier as a reward function, with a tokenizer of its own.
 
     Prompt + completion is tokenised as TRL's RewardTrainer tokenised it in training: joined, EOS
-    at the end for text, the chat template for messages. What exceeds the model's context is cut
+    at the end for text, the chat template for messages. A trainer whose policy has the same
+    tokenizer and chat template tells so (`ids_are_of`); the model then reads the sampled tokens, as
+    the paper's does. What exceeds the model's context is cut
     from the left, and counted in `truncated`. The shift in the model's config is taken off, so that
     demonstrations score 0 on average. Where the score is read: `rewards/score_position.py`.
     """
@@ -29,6 +31,7 @@ class RewardModel:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = check_tokenizer(tokenizer, model_name(model))
         self.batch_size = batch_size
+        self.reads_ids = False
         self.truncated = 0
 
     @property
@@ -38,6 +41,10 @@ class RewardModel:
     def to(self, device: torch.device) -> None:
         """Put the model there."""
         self.model.to(device)
+
+    def ids_are_of(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Told once whose tokens `completion_ids` are: it reads them where they are its own too."""
+        self.reads_ids = same_tokenizer(tokenizer, self.tokenizer)
 
     @property
     def shift(self) -> float:
@@ -59,10 +66,15 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[list[int]] | None = None,
+        **columns: Any,
     ) -> list[float]:
         """Scores of the completions, one float each."""
-        rows = reward_rows(prompts, completions, self.tokenizer)
+        known = completion_ids if self.reads_ids else None
+        rows = reward_rows(prompts, completions, self.tokenizer, known)
         context = context_length(self.model)
         if context is not None:
             self.truncated += sum(len(row) > context for row in rows)

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from trl_instruct.errors import InputError
-from trl_instruct.rewards.function import RewardFunction, call_reward, is_column, reward_name
+from trl_instruct.rewards.function import RewardFunction, Scores, call_part, is_column, reward_name
 
 LOOPBACK = "127.0.0.1"
 MOST_BYTES = 16 * 2**20
@@ -61,7 +61,7 @@ class RewardServer(ThreadingHTTPServer):
         shown = f"[{host!s}]" if self.address_family == socket.AF_INET6 else host
         return f"http://{shown!s}:{port}/score"
 
-    def score(self, request: dict[str, Any]) -> list[float]:
+    def score(self, request: dict[str, Any]) -> Scores:
         """Scores of a request's completions.
 
         Raises:
@@ -75,7 +75,7 @@ class RewardServer(ThreadingHTTPServer):
             if not is_column(values, len(completions)):
                 raise InputError(f"`{name}` must be a list as long as `completions`.")
         with self.lock:
-            return call_reward(self.reward, prompts, completions, columns) if completions else []
+            return call_part(self.reward, prompts, completions, columns) if completions else []
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -8,134 +8,80 @@ from itertools import takewhile
 from typing import Any
 
 from tokenizers import Tokenizer
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-
-class SampledText(str):
-    """A completion as text that knows which tokens were sampled, and behind which prompt.
-
-    To a reward it is a text like any other, in a list, behind an adapter or in a message; a copy
-    that is sent elsewhere is plain text.
-
-    Args:
-        text: the completion.
-        prompt: text or messages.
-        prompt_ids, completion_ids: their tokens, without what ended the completion.
-        tokenizer: the policy's.
-    """
-
-    prompt: Any
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    tokenizer: PreTrainedTokenizerBase
-
-    def __new__(
-        cls,
-        text: str,
-        prompt: Any,
-        prompt_ids: list[int],
-        completion_ids: list[int],
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> "SampledText":
-        self = super().__new__(cls, text)
-        self.prompt, self.tokenizer = prompt, tokenizer
-        self.prompt_ids, self.completion_ids = prompt_ids, completion_ids
-        return self
-
-    def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        return str, (str(self),)
-
-
-def sampled_texts(
-    texts: Sequence[str],
-    prompts: Sequence[Any],
-    prompt_ids: Sequence[list[int]],
-    completion_ids: Tensor,
-    lengths: Tensor,
-    ended: Tensor,
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[str]:
-    """B completions as text, each with the tokens it was decoded from.
-
-    One that holds special tokens, which its text does not show, is plain text: a reward model that
-    read them would judge what nobody sees.
-
-    Args:
-        texts, prompts: B each, `prompt_ids` the prompts' tokens, of which none is cut.
-        completion_ids, lengths, ended: `(B, C)`, `(B,)`, `(B,)`, as in `Rollout`.
-        tokenizer: what decoded them.
-    """
-    added = tokenizer.added_tokens_decoder.items()
-    special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
-    counts = (lengths - ended.long()).tolist()
-    sampled: list[str] = []
-    rows = zip(texts, prompts, prompt_ids, completion_ids.tolist(), counts, strict=True)
-    for text, prompt, opening, ids, count in rows:
-        own = ids[:count]
-        plain = special.isdisjoint(own)
-        sampled.append(SampledText(text, prompt, opening, own, tokenizer) if plain else text)
-    return sampled
+from trl_instruct.models.tokenizers import tokenize_prompts
 
 
 def reward_rows(
-    prompts: Sequence[Any], completions: Sequence[Any], tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    completion_ids: Sequence[list[int]] | None = None,
 ) -> list[list[int]]:
     """The tokens a reward model reads, a row for each completion.
 
-    Those that were sampled, where they were sampled behind this prompt with the reward model's
-    tokenizer and chat template, and are what it reads of the text; else those that its tokenizer
-    makes of the text.
+    The sampled tokens where they are what the model reads of the text; else those that its
+    tokenizer makes of the text.
 
     Args:
         prompts, completions: texts, or lists of messages.
         tokenizer: the reward model's.
+        completion_ids: the tokens that each completion was decoded from, by a tokenizer like this
+            one; what ended a completion may be among them. None: only the texts are known.
     """
+    known: Sequence[list[int] | None] = completion_ids or [None] * len(completions)
     return [
-        _sampled_row(prompt, completion, tokenizer) or token_ids(prompt, completion, tokenizer)
-        for prompt, completion in zip(prompts, completions, strict=True)
+        _sampled_row(*row, tokenizer) or token_ids(*row[:2], tokenizer)
+        for row in zip(prompts, completions, known, strict=True)
     ]
 
 
 def _sampled_row(
-    prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase
+    prompt: Any, completion: Any, ids: list[int] | None, tokenizer: PreTrainedTokenizerBase
 ) -> list[int] | None:
-    """The tokens that were sampled, closed as the text is; None where the text is to be read."""
+    """Prompt, sampled tokens, and what closes them; None where the text must be tokenised afresh.
+
+    That is so where the text shows something else than the tokens (special tokens in between, a
+    stop string that was taken off), and where `_closing` finds no end.
+    """
     text = _answer(completion)
-    if not isinstance(text, SampledText) or text.prompt != prompt:
+    if ids is None or text is None:
         return None
-    if not same_tokenizer(text.tokenizer, tokenizer):
+    own = next((part for part in (ids, ids[:-1]) if tokenizer.decode(part) == text), None)
+    (opening,) = tokenize_prompts([prompt], tokenizer)
+    closing = _closing(prompt, completion, text, opening, tokenizer)
+    if own is None or closing is None:
         return None
-    closing = _closing(prompt, completion, text, tokenizer)
-    if closing is None:
-        return None
-    end = tokenizer(closing, add_special_tokens=False)["input_ids"]
-    return [*text.prompt_ids, *text.completion_ids, *end]
+    return [*opening, *own, *tokenizer(closing, add_special_tokens=False)["input_ids"]]
 
 
-def _answer(completion: Any) -> Any:
+def _answer(completion: Any) -> str | None:
     """The text of a completion that is a text, or one message of the assistant's."""
-    if isinstance(completion, list):
-        roles = [message.get("role") for message in completion]
-        return completion[0].get("content") if roles == ["assistant"] else None
-    return completion
+    if isinstance(completion, str):
+        return completion
+    roles = [message.get("role") for message in completion]
+    return completion[0].get("content") if roles == ["assistant"] else None
 
 
 def _closing(
-    prompt: Any, completion: Any, text: SampledText, tokenizer: PreTrainedTokenizerBase
+    prompt: Any,
+    completion: Any,
+    text: str,
+    opening: list[int],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> str | None:
-    """What stands behind the completion where a reward model reads it: EOS, or the template's end.
+    """What a reward model reads behind the completion: EOS, or the end of the template's turn.
 
     Returns:
-        None where something else stands before it than the prompt and the completion, as they are:
-        thoughts that a template puts in or leaves out, a text that it trims, an EOS behind the
-        prompt.
+        None where the model would read prompt or completion otherwise than the policy did: a
+        template that puts thoughts in, leaves them out or trims the text, an EOS behind the prompt.
     """
     if isinstance(prompt, str):
-        return None if text.prompt_ids[-1] == tokenizer.eos_token_id else tokenizer.eos_token
-    opening = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        return None if opening[-1] == tokenizer.eos_token_id else tokenizer.eos_token
+    before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
-    before = opening + text
+    before += text
     return whole[len(before) :] if whole.startswith(before) else None
 
 

@@ -1,0 +1,79 @@
+"""What PPO adds to a checkpoint: the value model, the policy's moving average, and its progress."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trl_instruct.files import write_json
+from trl_instruct.models.checkpoints import load_weights
+from trl_instruct.ppo_trainer.ema import MovingAverage
+from trl_instruct.ppo_trainer.ptx import PretrainingRows
+from trl_instruct.ppo_trainer.rollouts import check_same_order
+from trl_instruct.rewards.function import RewardFunction, load_states, states_of
+
+VALUE, EMA, PROGRESS = "value_model", "ema.safetensors", "ppo_state.json"
+
+
+class Resumable(Protocol):
+    """What a checkpoint holds of a PPOTrainer, beside the Trainer's own state."""
+
+    @property
+    def policy(self) -> PreTrainedModel: ...
+    @property
+    def value_model(self) -> PreTrainedModel: ...
+    @property
+    def prompt_order(self) -> dict[str, int]: ...
+
+    average: MovingAverage | None
+    pretraining: PretrainingRows | None
+    reward: RewardFunction
+    kl_coef: float
+    metrics: dict[str, Any]
+
+
+def save_rest(trainer: Resumable, folder: Path, value_state: dict[str, Tensor] | None) -> None:
+    """Write what the run goes on with, beside the policy.
+
+    Args:
+        trainer: the run.
+        folder: the checkpoint's, in which the policy is already.
+        value_state: the value model's weights, gathered; None: it holds them itself.
+    """
+    trainer.value_model.save_pretrained(folder / VALUE, state_dict=value_state)
+    if trainer.average is not None:
+        trainer.average.save(folder / EMA)
+    progress = {
+        "prompt_order": trainer.prompt_order,
+        "kl_coef": trainer.kl_coef,
+        "ptx": trainer.pretraining and trainer.pretraining.state(),
+        "reward": states_of(trainer.reward),
+        "metrics": trainer.metrics,
+    }
+    write_json(folder / PROGRESS, progress)
+
+
+def load_models(trainer: Resumable, checkpoint: Path) -> None:
+    """Set policy and value model to the weights of a checkpoint."""
+    load_weights(trainer.policy, checkpoint)
+    load_weights(trainer.value_model, checkpoint / VALUE)
+
+
+def load_rest(trainer: Resumable, checkpoint: Path) -> None:
+    """Take over what `save_rest` wrote, but for the weights.
+
+    Raises:
+        InputError: the run would take other prompts than the one that it resumes.
+    """
+    progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+    check_same_order(progress["prompt_order"], trainer.prompt_order, checkpoint)
+    trainer.metrics, trainer.kl_coef = progress["metrics"], progress["kl_coef"]
+    load_states(trainer.reward, progress["reward"])
+    if trainer.pretraining is not None:
+        trainer.pretraining.load_state(progress["ptx"])
+    if trainer.average is not None:
+        trainer.average.load(checkpoint / EMA)
