@@ -14,10 +14,8 @@ from trl import ModelConfig
 
 from trl_instruct.errors import InputError
 from trl_instruct.models.adapters import (
-    adapter_config,
-    check_decided,
+    Adapter,
     new_adapter_config,
-    on_adapter,
     peft_config_of,
 )
 from trl_instruct.models.load import load_policy, load_reward_model, merged
@@ -139,9 +137,9 @@ def test_the_score_is_read_where_it_was_trained(make_policy, eos_padded_tokenize
 
 def test_options_that_the_adapter_has_decided(folders):
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    check_decided(folders["sft"], LORA)
-    check_decided(folders["sft"], ModelConfig(lora_r=4, lora_target_modules=names))
-    check_decided(folders["sft"], ModelConfig(lora_target_modules="all-linear"))
+    Adapter.read(folders["sft"]).check_options(LORA)
+    Adapter.read(folders["sft"]).check_options(ModelConfig(lora_r=4, lora_target_modules=names))
+    Adapter.read(folders["sft"]).check_options(ModelConfig(lora_target_modules="all-linear"))
     for options, told in (
         ({"lora_r": 8}, "lora_r is 8, but the adapter in .* has 4. Leave lora_r .*merge first"),
         ({"lora_alpha": 64}, "lora_alpha is 64, .* has 8"),
@@ -245,7 +243,7 @@ def test_what_was_trained_over_4_bit_is_merged_in_full_precision(folders):
     """Merged into the 4-bit weights, the adapter would be rounded with them."""
     base = AutoModelForCausalLM.from_pretrained(folders["base"])
     expected = logits(PeftModel.from_pretrained(base, folders["sft"]))
-    model = merged(folders["sft"], ModelConfig(load_in_4bit=True))
+    model = merged(Adapter.read(folders["sft"]), ModelConfig(load_in_4bit=True))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     torch.testing.assert_close(logits(model), expected)
 
@@ -258,9 +256,9 @@ def test_adapters_of_other_methods_are_merged_too(folders, tmp_path):
     dora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=2, use_dora=True)
     model.add_adapter(dora)
     model.save_pretrained(tmp_path / "dora")
-    assert adapter_config(tmp_path / "dora").use_dora
+    assert Adapter.read(tmp_path / "dora").config.use_dora
     other = AutoModelForCausalLM.from_pretrained(folders["base"])
     torch.testing.assert_close(
         logits(load_policy(tmp_path / "dora", ModelConfig())),
-        logits(on_adapter(other, tmp_path / "dora")),
+        logits(Adapter.read(tmp_path / "dora").on(other)),
     )

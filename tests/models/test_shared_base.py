@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import ModelConfig
 
 from trl_instruct.errors import InputError
+from trl_instruct.models.adapters import Adapter
 from trl_instruct.models.load import load_policy, load_reward_model
 from trl_instruct.models.shared_base import SharedBase, classifier_over, view_of
 from trl_instruct.ppo_trainer.micro_batch import ppo_sums
@@ -52,13 +53,13 @@ def one_base(folders, tokenizer, config=LORA):
     """The four roles over one base."""
     base = SharedBase(folders["sft"], config)
     policy = base.policy()
-    judge = RewardModel(base.classifier(folders["rm"]), tokenizer)
+    judge = RewardModel(base.classifier(Adapter.read(folders["rm"])), tokenizer)
     ref = view_of(policy).requires_grad_(False)
     return {
         "model": policy,
         "ref_model": ref,
         "reward_model": judge,
-        "value_model": base.classifier(folders["rm"]),
+        "value_model": base.classifier(Adapter.read(folders["rm"])),
     }
 
 
@@ -285,12 +286,13 @@ def test_a_classifier_over_a_language_models_weights(kind, make_policy):
 def test_which_adapters_a_base_holds(make_folders, policy, tmp_path):
     folders = make_folders()
     base = SharedBase(folders["base"], LORA)
-    assert base.holds(folders["rm"]) and base.holds(str(folders["sft"]))
-    assert not base.holds(folders["base"]) and not base.holds(policy) and not base.holds(max)
-    assert not SharedBase(policy, LORA).holds(folders["rm"])
+    assert base.adapter_in(folders["rm"]).config.task_type == "SEQ_CLS"
+    assert base.adapter_in(str(folders["sft"])).config.task_type == "CAUSAL_LM"
+    assert [base.adapter_in(source) for source in (folders["base"], policy, max)] == [None] * 3
+    assert SharedBase(policy, LORA).adapter_in(folders["rm"]) is None
 
 
 def test_a_policys_adapter_is_no_reward_model(make_folders):
     folders = make_folders()
     with pytest.raises(InputError, match="an adapter for CAUSAL_LM; one for SEQ_CLS is needed"):
-        SharedBase(folders["base"], LORA).classifier(folders["sft"])
+        SharedBase(folders["base"], LORA).classifier(Adapter.read(folders["sft"]))

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from trl import ModelConfig
 
 from trl_instruct.errors import InputError
-from trl_instruct.models.adapters import adapter_config, is_quantized
+from trl_instruct.models.adapters import Adapter, is_quantized
 from trl_instruct.models.merging import merge
 from trl_instruct.ppo_trainer.roles import load_roles
 from trl_instruct.recipes.ppo import ppo
@@ -50,7 +50,7 @@ def run_ppo(model, reward, folder, **options):
 
 
 def base_of(result):
-    return adapter_config(result).base_model_name_or_path
+    return Adapter.read(result).base
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_a_chain_stays_over_the_first_base(chain, saved_policy):
         assert base_of(result) == str(saved_policy)
         left = {path.name for path in result.path.iterdir()}
         assert not {"base", "model.safetensors"} & left
-        assert adapter_config(result).r == 4
+        assert Adapter.read(result).config.r == 4
         size = sum(path.stat().st_size for path in result.path.glob("*.safetensors"))
         assert size < 40_000, name
     AutoPeftModelForCausalLM.from_pretrained(chain["ppo"])

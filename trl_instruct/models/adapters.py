@@ -1,9 +1,13 @@
 """LoRA adapters: make one, go on from one, start a reward model from a policy's."""
 
+from __future__ import annotations
+
+import contextlib
 import copy
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,44 +62,154 @@ def is_adapter(source: Any) -> bool:
     return not isinstance(source, nn.Module) and (Path(source) / CONFIG).is_file()
 
 
-def adapter_config(folder: str | os.PathLike) -> PeftConfig:
-    """The config of the adapter in a folder; InputError where it is broken or names no base."""
-    path = os.fspath(folder)
-    try:
-        config = PeftConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(
-            f"{os.path.join(path, CONFIG)!r} is no adapter's config "
-            f"({type(error).__name__}: {' '.join(str(error).split())}). Give a folder that peft's "
-            "save_pretrained or a stage has written."
-        ) from error
-    if not config.base_model_name_or_path:
-        raise InputError(
-            f"The adapter in {path!r} names no base model (base_model_name_or_path in {CONFIG}), "
-            "so nothing tells what it belongs on. Name the base there."
-        )
-    return config
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT adapter, its config read once from its folder.
+
+    Fields: `folder`; `config` with the form of the adapter; the `base` model that it names.
+    """
+
+    folder: str
+    config: PeftConfig
+    base: str
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike) -> Adapter:
+        """The adapter in a folder; InputError where its config is broken or names no base."""
+        path = os.fspath(folder)
+        try:
+            config = PeftConfig.from_pretrained(path)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"{os.path.join(path, CONFIG)!r} is no adapter's config "
+                f"({type(error).__name__}: {' '.join(str(error).split())}). Give a folder that "
+                "peft's save_pretrained or a stage has written."
+            ) from error
+        if not config.base_model_name_or_path:
+            raise InputError(
+                f"The adapter in {path!r} names no base model (base_model_name_or_path in "
+                f"{CONFIG}), so nothing tells what it belongs on. Name the base there."
+            )
+        return cls(path, config, config.base_model_name_or_path)
+
+    def check_task(self, needed: str) -> None:
+        """InputError where it is one for another kind of model."""
+        if self.config.task_type not in (needed, None):
+            raise InputError(
+                f"{self.folder!r} holds an adapter for {self.config.task_type}; one for {needed} "
+                f"is needed (a policy is {POLICY}, a reward model {CLASSIFIER})."
+            )
+
+    def check_base(self) -> None:
+        """InputError where its base has other weights than when it was saved.
+
+        Nothing is checked where no fingerprint was kept, or the base is in no folder.
+        """
+        kept, now = Path(self.folder) / FINGERPRINT, fingerprint(self.base)
+        if now and kept.is_file() and kept.read_text(encoding="utf-8").strip() != now:
+            raise InputError(
+                f"The adapter in {self.folder!r} was trained over other weights than "
+                f"{self.base!r} has now: that model has been trained or made again since. Train "
+                f"the adapter again (or remove {FINGERPRINT} if you know better)."
+            )
+
+    def keep_fingerprint(self) -> None:
+        """Write down beside the adapter which weights its base has, if they are in a folder."""
+        if digest := fingerprint(self.base):
+            (Path(self.folder) / FINGERPRINT).write_text(f"{digest}\n", encoding="utf-8")
+
+    def check_options(self, model_config: ModelConfig) -> None:
+        """InputError for LoRA options that were set and are not those of the adapter."""
+        defaults = ModelConfig()
+        for option, name in DECIDED.items():
+            asked, has = getattr(model_config, option), getattr(self.config, name, None)
+            if asked in (getattr(defaults, option), EVERY_LINEAR) or _same(asked, has):
+                continue
+            raise InputError(
+                f"{option} is {_listed(asked)}, but the adapter in {self.folder!r}, from which "
+                f"this stage continues, has {_listed(has)}. Leave {option} out; or, for an adapter "
+                "of another form, merge first (trl-instruct merge ADAPTER OUTPUT_DIR) and start "
+                "from that."
+            )
+
+    def on(self, model: PreTrainedModel, *, trainable: bool = True) -> PeftModel:
+        """A base model with the adapter on it, in float32 whatever the base is.
+
+        Args:
+            model: the adapter's base, of the adapter's kind.
+            trainable: whether the adapter trains; the base never does.
+
+        Raises:
+            InputError: an adapter that does not fit this model.
+        """
+        with self._fitting(model):
+            adapted = PeftModel.from_pretrained(model, self.folder, is_trainable=trainable)
+            saved = load_peft_weights(self.folder, device="cpu")
+            _check_names(saved, get_peft_model_state_dict(adapted))
+        return float32_head(adapted)
+
+    def on_classifier(self, model: PreTrainedModel) -> PeftModel:
+        """A classifier with the adapter's LoRA weights and a head of its own, to train.
+
+        Args:
+            model: a scalar sequence classifier over the adapter's base; its head is kept.
+
+        Raises:
+            InputError: an adapter that does not fit this model.
+        """
+        config, heads = copy.deepcopy(self.config), {"lm_head", "score"}
+        config.task_type, config.inference_mode = CLASSIFIER, False
+        kept = [name for name in config.modules_to_save or () if name not in heads]
+        config.modules_to_save = [*kept, "score"]
+        weights = load_peft_weights(self.folder, device="cpu")
+        weights = {name: w for name, w in weights.items() if not heads & set(name.split("."))}
+        with self._fitting(model):
+            adapted = get_peft_model(model, config)
+            own = get_peft_model_state_dict(adapted)
+            _check_names(weights, own)
+            set_peft_model_state_dict(adapted, {**own, **weights})
+        return float32_head(adapted)
+
+    @contextlib.contextmanager
+    def _fitting(self, model: PreTrainedModel) -> Iterator[None]:
+        """InputError for whatever peft says of an adapter that does not fit."""
+        try:
+            yield
+        except (RuntimeError, ValueError, KeyError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            told = " ".join(line.strip() for line in lines[:2])
+            raise InputError(
+                f"The adapter in {self.folder!r} does not fit the {type(model).__name__} from "
+                f"{model_name(model)!r}: {told}. Was it trained on another model, or has that "
+                "folder another one since?"
+            ) from error
 
 
-def check_base(folder: str | os.PathLike) -> None:
-    """InputError where the base that an adapter names has other weights than in its training."""
-    path, base = os.fspath(folder), adapter_config(folder).base_model_name_or_path
-    if is_other_base(path, base):
-        raise InputError(
-            f"The adapter in {path!r} was trained over other weights than lie in {base!r} now: "
-            "that model has been trained or made again since. Train the adapter again (or remove "
-            f"{FINGERPRINT} if you know better)."
-        )
+def _check_names(weights: Iterable[str], own: Iterable[str]) -> None:
+    """ValueError for weights that the model has no place for: peft would pass over them."""
+    if strange := sorted(name for name in set(weights) - set(own) if "lora_" in name):
+        raise ValueError(f"it has no {strange[0]}")
 
 
-def check_task(folder: str | os.PathLike, needed: str) -> None:
-    """InputError where the adapter in a folder is one for another kind of model."""
-    task = adapter_config(folder).task_type
-    if task not in (needed, None):
-        raise InputError(
-            f"{os.fspath(folder)!r} holds an adapter for {task}; one for {needed} is needed (a "
-            f"policy is {POLICY}, a reward model {CLASSIFIER})."
-        )
+def fingerprint(folder: str | os.PathLike) -> str | None:
+    """A digest of the weights in a folder; None where there are none (a Hub id).
+
+    Of each safetensors file: its name, its length, its head with the names and shapes of the
+    weights, and 16 samples of them, evenly spaced. Training changes nearly every weight, so that
+    another model differs in each sample.
+    """
+    files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        length = file.stat().st_size
+        digest.update(f"{file.name} {length}".encode())
+        with file.open("rb") as content:
+            for sample in range(SAMPLES + 1):
+                content.seek(max(0, length - SIZE) * sample // SAMPLES)
+                digest.update(content.read(SIZE))
+    return digest.hexdigest()
 
 
 def peft_config_of(model_config: ModelConfig, task_type: str = POLICY) -> PeftConfig | None:
@@ -149,68 +263,6 @@ def with_lora(
     return float32_head(get_peft_model(model, config)) if config else model
 
 
-def on_adapter(
-    model: PreTrainedModel, folder: str | os.PathLike, *, trainable: bool = True
-) -> PeftModel:
-    """A base model with the adapter in a folder on it, in float32 whatever the base is.
-
-    Args:
-        model: the adapter's base, of the adapter's kind.
-        folder: where the adapter lies.
-        trainable: whether the adapter trains; the base never does.
-
-    Raises:
-        InputError: an adapter that does not fit this model.
-    """
-    try:
-        adapted = PeftModel.from_pretrained(model, os.fspath(folder), is_trainable=trainable)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise _misfit(folder, model, error) from error
-    saved = load_peft_weights(os.fspath(folder), device="cpu")
-    _check_names(saved, get_peft_model_state_dict(adapted), folder, model)
-    return float32_head(adapted)
-
-
-def classifier_on_adapter(model: PreTrainedModel, folder: str | os.PathLike) -> PeftModel:
-    """A classifier with the LoRA weights of a policy's adapter and a head of its own, to train.
-
-    Args:
-        model: a scalar sequence classifier over the adapter's base; its head is kept.
-        folder: where the policy's (or another reward model's) adapter lies.
-
-    Raises:
-        InputError: an adapter that does not fit this model.
-    """
-    config = copy.deepcopy(adapter_config(folder))
-    config.task_type, config.inference_mode = CLASSIFIER, False
-    kept = [name for name in config.modules_to_save or () if name not in ("lm_head", "score")]
-    config.modules_to_save = [*kept, "score"]
-    weights = load_peft_weights(os.fspath(folder), device="cpu")
-    weights = {k: v for k, v in weights.items() if not {"lm_head", "score"} & set(k.split("."))}
-    try:
-        adapted = get_peft_model(model, config)
-        own = get_peft_model_state_dict(adapted)
-        _check_names(weights, own, folder, model)
-        set_peft_model_state_dict(adapted, {**own, **weights})
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise _misfit(folder, model, error) from error
-    return float32_head(adapted)
-
-
-def check_decided(folder: str | os.PathLike, model_config: ModelConfig) -> None:
-    """InputError for LoRA options that were set and are not those of the adapter to go on from."""
-    config, defaults = adapter_config(folder), ModelConfig()
-    for option, name in DECIDED.items():
-        asked, has = getattr(model_config, option), getattr(config, name, None)
-        if asked in (getattr(defaults, option), EVERY_LINEAR) or _same(asked, has):
-            continue
-        raise InputError(
-            f"{option} is {_listed(asked)}, but the adapter in {os.fspath(folder)!r}, which this "
-            f"stage goes on from, has {_listed(has)}. Leave {option} out; or, for an adapter of "
-            "another form, merge first (trl-instruct merge ADAPTER OUTPUT_DIR) and start from that."
-        )
-
-
 def float32_head(model: PreTrainedModel) -> PreTrainedModel:
     """Let the head of a classifier with an adapter train in float32, as peft lets LoRA weights.
 
@@ -256,24 +308,6 @@ def is_quantized(model: nn.Module) -> bool:
     return any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (8, 4))
 
 
-def _check_names(
-    weights: Iterable[str], own: Iterable[str], folder: str | os.PathLike, model: nn.Module
-) -> None:
-    """InputError for weights that the model has no place for: peft would pass over them."""
-    if strange := sorted(name for name in set(weights) - set(own) if "lora_" in name):
-        raise _misfit(folder, model, f"it has no {strange[0]}")
-
-
-def _misfit(folder: str | os.PathLike, model: nn.Module, why: Any) -> InputError:
-    lines = str(why).strip().splitlines() or [type(why).__name__]
-    told = " ".join(line.strip() for line in lines[:2])
-    name = model_name(model)
-    return InputError(
-        f"The adapter in {os.fspath(folder)!r} does not fit the {type(model).__name__} from "
-        f"{name!r}: {told}. Was it trained on another model, or has that folder another one since?"
-    )
-
-
 def _same(asked: Any, has: Any) -> bool:
     """Whether an option says what the adapter has, which may name each module by its path."""
     if isinstance(has, list | tuple | set):
@@ -288,40 +322,3 @@ def _last_names(paths: Iterable[str]) -> set[str]:
 
 def _listed(value: Any) -> str:
     return ", ".join(sorted(_last_names(value))) if isinstance(value, list | set) else str(value)
-
-
-def fingerprint(folder: str | os.PathLike) -> str | None:
-    """A digest of the weights in a folder; None where there are none (a Hub id).
-
-    Of each safetensors file: its name, its length, its head with the names and shapes of the
-    weights, and 16 samples of them, evenly spaced. Training changes nearly every weight, so that
-    another model differs in each sample.
-    """
-    files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        length = file.stat().st_size
-        digest.update(f"{file.name} {length}".encode())
-        with file.open("rb") as content:
-            for sample in range(SAMPLES + 1):
-                content.seek(max(0, length - SIZE) * sample // SAMPLES)
-                digest.update(content.read(SIZE))
-    return digest.hexdigest()
-
-
-def keep_fingerprint(adapter: Path, base: str | os.PathLike) -> None:
-    """Write down beside an adapter which weights its base has, where they lie in a folder."""
-    digest = fingerprint(base)
-    if digest is not None:
-        (adapter / FINGERPRINT).write_text(f"{digest}\n", encoding="utf-8")
-
-
-def is_other_base(adapter: str | os.PathLike, base: str | os.PathLike) -> bool:
-    """Whether the base's folder holds other weights than when the adapter was saved.
-
-    False where nothing was written down, or no weights lie there.
-    """
-    kept, now = Path(adapter) / FINGERPRINT, fingerprint(base)
-    return kept.is_file() and now is not None and kept.read_text(encoding="utf-8").strip() != now

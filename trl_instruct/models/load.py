@@ -28,18 +28,7 @@ from trl import ModelConfig, get_quantization_config
 from trl_instruct.console import quiet_loading, silence_model_file_bars
 from trl_instruct.errors import InputError
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE
-from trl_instruct.models.adapters import (
-    CLASSIFIER,
-    POLICY,
-    adapter_config,
-    check_base,
-    check_decided,
-    check_task,
-    classifier_on_adapter,
-    is_adapter,
-    is_quantized,
-    on_adapter,
-)
+from trl_instruct.models.adapters import CLASSIFIER, POLICY, Adapter, is_adapter, is_quantized
 from trl_instruct.models.properties import ModelSource, is_nameless, unwrapped
 from trl_instruct.scalar_head import (
     disable_rescaling,
@@ -74,11 +63,11 @@ def load_policy(
     if not is_adapter(source):
         return _load(source, AutoModelForCausalLM, model_config, trust_remote_code)
     check_finished(Path(source))
-    check_task(source, POLICY)
+    adapter = Adapter.read(source)
+    adapter.check_task(POLICY)
     if not keeps_adapter(model_config):
-        return merged(source, model_config, trust_remote_code=trust_remote_code)
-    base = base_of(source, model_config, trust_remote_code=trust_remote_code)
-    return on_adapter(base, source)
+        return merged(adapter, model_config, trust_remote_code=trust_remote_code)
+    return adapter.on(base_of(adapter, model_config, trust_remote_code=trust_remote_code))
 
 
 def keeps_adapter(model_config: ModelConfig) -> bool:
@@ -87,26 +76,24 @@ def keeps_adapter(model_config: ModelConfig) -> bool:
 
 
 def base_of(
-    folder: str | os.PathLike,
+    adapter: Adapter,
     model_config: ModelConfig,
     kind: Any = AutoModelForCausalLM,
     *,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The base model that the adapter in a folder names, as a causal language model or classifier.
+    """The base model that an adapter names, as a causal language model or classifier.
 
     Raises:
-        InputError: a broken config, another base by now, or LoRA options that are not those of the
-            adapter.
+        InputError: another base by now, or LoRA options that are not those of the adapter.
     """
-    check_base(folder)
+    adapter.check_base()
     if model_config.use_peft:
-        check_decided(folder, model_config)
-    base = adapter_config(folder).base_model_name_or_path
+        adapter.check_options(model_config)
     if kind is AutoModelForCausalLM:
-        return _load(base, kind, model_config, trust_remote_code)
+        return _load(adapter.base, kind, model_config, trust_remote_code)
     head = ("score.weight",)
-    return _load(base, kind, model_config, trust_remote_code, may_lack=head, num_labels=1)
+    return _load(adapter.base, kind, model_config, trust_remote_code, may_lack=head, num_labels=1)
 
 
 def load_reward_model(
@@ -151,17 +138,18 @@ def _adapter_classifier(
 ) -> PreTrainedModel:
     """A reward model from an adapter folder: a reward model's, or, for a fresh head, any."""
     check_finished(Path(source))
+    adapter = Adapter.read(source)
     if not fresh_head:
-        check_task(source, CLASSIFIER)
+        adapter.check_task(CLASSIFIER)
     if keeps_adapter(model_config):
         kind = AutoModelForSequenceClassification
-        base = base_of(source, model_config, kind, trust_remote_code=trust_remote_code)
+        base = base_of(adapter, model_config, kind, trust_remote_code=trust_remote_code)
         if fresh_head:
-            return classifier_on_adapter(base, source)
-        model = on_adapter(base, source)
+            return adapter.on_classifier(base)
+        model = adapter.on(base)
         read_beside_adapter(model, Path(source))
         return model
-    model = merged(source, model_config, trust_remote_code=trust_remote_code)
+    model = merged(adapter, model_config, trust_remote_code=trust_remote_code)
     return model if hasattr(model, "score") else _classifier_from_policy(model)
 
 
@@ -262,27 +250,24 @@ def _keep_layout(model: PreTrainedModel) -> None:
 
 
 def merged(
-    folder: str | os.PathLike,
-    model_config: ModelConfig,
-    *,
-    trust_remote_code: bool = False,
+    adapter: Adapter, model_config: ModelConfig, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model that an adapter folder stands for, with the adapter in its weights.
+    """The model that an adapter stands for, with the adapter in its weights.
 
     It is merged into the base in full precision, also where it was trained over 8- or 4-bit
     weights: merged into those it would be rounded with them.
 
     Args:
-        folder: of an adapter for a policy or a reward model.
+        adapter: for a policy or a reward model.
         model_config: for dtype and the like.
     """
-    path, plain = os.fspath(folder), {"load_in_8bit": False, "load_in_4bit": False}
-    task = adapter_config(path).task_type
-    kind = AutoModelForSequenceClassification if task == CLASSIFIER else AutoModelForCausalLM
-    config = dataclasses.replace(model_config, **plain, use_peft=False)
-    base = base_of(path, config, kind, trust_remote_code=trust_remote_code)
-    model = on_adapter(base, path, trainable=False).merge_and_unload()
-    read_beside_adapter(model, Path(path))
+    plain = {"load_in_8bit": False, "load_in_4bit": False, "use_peft": False}
+    judges = adapter.config.task_type == CLASSIFIER
+    kind = AutoModelForSequenceClassification if judges else AutoModelForCausalLM
+    config = dataclasses.replace(model_config, **plain)
+    base = base_of(adapter, config, kind, trust_remote_code=trust_remote_code)
+    model = adapter.on(base, trainable=False).merge_and_unload()
+    read_beside_adapter(model, Path(adapter.folder))
     return model
 
 

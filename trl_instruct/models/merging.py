@@ -6,7 +6,7 @@ from pathlib import Path
 from trl import ModelConfig
 
 from trl_instruct.errors import InputError
-from trl_instruct.models.adapters import CONFIG, WEIGHTS, is_adapter
+from trl_instruct.models.adapters import CONFIG, WEIGHTS, Adapter, is_adapter
 from trl_instruct.models.load import check_finished, merged
 from trl_instruct.models.tokenizers import load_tokenizer
 from trl_instruct.scalar_head import SHIFT_FILE
@@ -38,7 +38,7 @@ def merge(
         raise InputError(f"output_dir {str(folder)!r} is not empty. Choose a new or empty folder.")
     check_finished(Path(adapter))
     tokenizer = load_tokenizer(adapter)
-    model = merged(adapter, ModelConfig(dtype=dtype))
+    model = merged(Adapter.read(adapter), ModelConfig(dtype=dtype))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -51,6 +51,6 @@ def merge_in_place(folder: Path, model_config: ModelConfig) -> None:
         folder: of a stage that is being finished.
         model_config: of the stage; what it says of quantisation does not matter here.
     """
-    merged(folder, model_config).save_pretrained(folder)
+    merged(Adapter.read(folder), model_config).save_pretrained(folder)
     for name in (CONFIG, WEIGHTS, SHIFT_FILE):
         (folder / name).unlink(missing_ok=True)

@@ -18,16 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from trl import ModelConfig
 
 from trl_instruct.errors import InputError
-from trl_instruct.models.adapters import (
-    CLASSIFIER,
-    adapter_config,
-    check_base,
-    check_task,
-    classifier_on_adapter,
-    is_adapter,
-    on_adapter,
-    with_lora,
-)
+from trl_instruct.models.adapters import CLASSIFIER, Adapter, is_adapter, with_lora
 from trl_instruct.models.load import base_of, check_finished, load_policy
 from trl_instruct.models.properties import ModelSource, model_name
 from trl_instruct.scalar_head import read_beside_adapter, register_scalar_head
@@ -53,13 +44,13 @@ class SharedBase:
     ):
         trust = {"trust_remote_code": trust_remote_code}
         self.model_config = model_config
-        self.adapter = os.fspath(source) if is_adapter(source) else None  # type: ignore[arg-type]
+        self.adapter = Adapter.read(source) if is_adapter(source) else None  # type: ignore[arg-type]
         if self.adapter is None:
             self.name = model_name(source)
             self.model = load_policy(source, model_config, **trust)
         else:
-            check_finished(Path(self.adapter))
-            self.name = adapter_config(self.adapter).base_model_name_or_path
+            check_finished(Path(self.adapter.folder))
+            self.name = self.adapter.base
             self.model = base_of(self.adapter, model_config, **trust)
         self.model.requires_grad_(False)
 
@@ -67,21 +58,22 @@ class SharedBase:
         """The policy: the adapter that it starts from, or a fresh one. Trains."""
         if self.adapter is None:
             return with_lora(view_of(self.model), self.model_config)
-        return on_adapter(view_of(self.model), self.adapter)
+        return self.adapter.on(view_of(self.model))
 
-    def holds(self, source: object) -> bool:
-        """Whether the source is the folder of an adapter over this base."""
+    def adapter_in(self, source: object) -> Adapter | None:
+        """The adapter over this base in a folder; None where the source is none."""
         if not isinstance(source, str | os.PathLike) or not is_adapter(source):
-            return False
-        return _same_place(adapter_config(source).base_model_name_or_path, self.name)
+            return None
+        adapter = Adapter.read(source)
+        return adapter if _same_place(adapter.base, self.name) else None
 
-    def classifier(self, source: str | os.PathLike) -> PeftModel:
-        """The reward model in an adapter folder, with its head and shift. Trains."""
-        check_finished(Path(source))
-        check_base(source)
-        check_task(source, CLASSIFIER)
-        model = on_adapter(classifier_over(self.model), source)
-        read_beside_adapter(model, Path(source))
+    def classifier(self, adapter: Adapter) -> PeftModel:
+        """The reward model that an adapter over this base is, with its head and shift. Trains."""
+        check_finished(Path(adapter.folder))
+        adapter.check_base()
+        adapter.check_task(CLASSIFIER)
+        model = adapter.on(classifier_over(self.model))
+        read_beside_adapter(model, Path(adapter.folder))
         return model
 
     def fresh_classifier(self) -> PeftModel:
@@ -89,7 +81,7 @@ class SharedBase:
         model = classifier_over(self.model)
         if self.adapter is None:
             return with_lora(model, self.model_config, CLASSIFIER)
-        return classifier_on_adapter(model, self.adapter)
+        return self.adapter.on_classifier(model)
 
 
 def _same_place(one: str, other: str) -> bool:

@@ -115,8 +115,8 @@ def load_roles(
         start = _head_on(policy, config, model_config)
     elif base is not None and value == FROM_POLICY:
         start = base.fresh_classifier()
-    elif base is not None and base.holds(value):
-        start = base.classifier(value)
+    elif base is not None and (adapter := base.adapter_in(value)):
+        start = base.classifier(adapter)
     else:
         start = _full_value_model(value, model, policy, **trust)
     roles = Roles(with_lora(policy, model_config), ref_policy, judge, start)
@@ -145,12 +145,13 @@ def _over(
     """The reward, those of its models that are adapters over the base loaded there."""
     if isinstance(reward, list | tuple):
         return [_over(base, part, tokenizer, config) for part in reward]
-    if base is None or not base.holds(reward):
+    adapter = base.adapter_in(reward) if base is not None else None
+    if base is None or adapter is None:
         return reward
     own = load_tokenizer(reward, trust_remote_code=config.trust_remote_code)
     check_same_tokens(own, tokenizer, (f"The reward model {os.fspath(reward)!r}", "the policy"))
     size = config.local_rollout_forward_batch_size
-    return RewardModel(base.classifier(reward), own, batch_size=size)
+    return RewardModel(base.classifier(adapter), own, batch_size=size)
 
 
 def _reads_alike(reward: RewardFunction, tokenizer: PreTrainedTokenizerBase) -> bool:

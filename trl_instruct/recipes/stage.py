@@ -37,7 +37,7 @@ from trl_instruct.configs import RewardConfig, SFTConfig, StageConfig
 from trl_instruct.console import progress_bar
 from trl_instruct.errors import InputError
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, write_json
-from trl_instruct.models.adapters import FINGERPRINT, adapter_config, is_adapter, keep_fingerprint
+from trl_instruct.models.adapters import FINGERPRINT, Adapter, is_adapter
 from trl_instruct.models.checkpoints import all_checkpoints, find_checkpoint, is_whole
 from trl_instruct.models.load import base_for_adapter, check_finished
 from trl_instruct.models.merging import merge_in_place
@@ -277,7 +277,7 @@ class StageRun:
                 merge_in_place(self.folder, self.model_config)
                 shutil.rmtree(self.base_folder, ignore_errors=True)
             if is_adapter(self.folder):
-                keep_fingerprint(self.folder, adapter_config(self.folder).base_model_name_or_path)
+                Adapter.read(self.folder).keep_fingerprint()
             # Pickled arguments serve nobody here: config.yaml holds them as text.
             (self.folder / "training_args.bin").unlink(missing_ok=True)
             trainer.save_state()
