@@ -36,12 +36,12 @@ from trl_instruct.data.records import (
     map_records,
     require_columns,
 )
+from trl_instruct.data.ties import TIES, wins
 from trl_instruct.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 WHICH = ("all", "adjacent", "best_vs_rest")
-TIES = ("drop", "half")
 
 
 def rankings_to_pairs(
@@ -128,15 +128,16 @@ def ranking_to_pairs(
     compared = []
     for i, j in combinations(range(len(ranks)), 2):
         chosen, rejected = (i, j) if ranks[i] <= ranks[j] else (j, i)
-        distance = ranks[rejected] - ranks[chosen]
         if which == "best_vs_rest" and ranks[chosen] != 1:
             continue
-        if distance <= reach and (distance > 0 or ties == "half"):
+        near = ranks[rejected] - ranks[chosen] <= reach
+        if near and wins(ranks[chosen], ranks[rejected], ties=ties):
             compared.append((chosen, rejected))
     if max_pairs is not None and len(compared) > max_pairs:
         drawn = sorted(compared, key=lambda pair: _lot(ranking, pair, seed))[:max_pairs]
         compared = [pair for pair in compared if pair in drawn]
-    return [pair for i, j in compared for pair in ([(i, j), (j, i)][: 1 + (ranks[i] == ranks[j])])]
+    both = ((i, j) for pair in compared for i, j in (pair, pair[::-1]))
+    return [(i, j) for i, j in both if wins(ranks[i], ranks[j], ties=ties)]
 
 
 def load_pairs(

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from trl_instruct.data.ties import wins
+
 
 def pair_weights(ranks: Tensor, weights: Tensor | None = None, *, ties: str = "drop") -> Tensor:
     """Weight of every comparison in the loss: averaged per prompt first, then over prompts.
@@ -15,7 +17,7 @@ def pair_weights(ranks: Tensor, weights: Tensor | None = None, *, ties: str = "d
     Args:
         ranks: `(B, K)` 1 = best, equal = tie, 0 = no response.
         weights: `(B,)` of the prompts; None: all 1.
-        ties: "drop", or "half": a tie is a comparison that each of the two wins by half.
+        ties: as in `wins`.
 
     Returns:
         `(B, K, K)`: of response i over response j, 0 where that is no comparison.
@@ -24,10 +26,8 @@ def pair_weights(ranks: Tensor, weights: Tensor | None = None, *, ties: str = "d
     [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
     """
     there = (ranks > 0).unsqueeze(2) & (ranks > 0).unsqueeze(1)
-    table = (there & (ranks.unsqueeze(2) < ranks.unsqueeze(1))).float()
-    if ties == "half":
-        other = ~torch.eye(ranks.shape[1], dtype=torch.bool, device=ranks.device)
-        table = table + 0.5 * (there & other & (ranks.unsqueeze(2) == ranks.unsqueeze(1)))
+    others = ~torch.eye(ranks.shape[1], dtype=torch.bool, device=ranks.device)
+    table = (there & others) * wins(ranks.unsqueeze(2), ranks.unsqueeze(1), ties=ties)
     pairs = table.sum(dim=(1, 2), keepdim=True)
     share = table / pairs.clamp(min=1) / (pairs > 0).sum().clamp(min=1)
     return share if weights is None else share * weights.view(-1, 1, 1)
@@ -49,19 +49,3 @@ def pair_loss(chosen: Tensor, rejected: Tensor, weights: Tensor, *, center: floa
     """
     losses = center * (chosen + rejected) ** 2 - logsigmoid(chosen - rejected)
     return (weights * losses).sum()
-
-
-def ranking_loss(scores: Tensor, ranks: Tensor) -> Tensor:
-    """Loss of a reward model on K-way rankings: `pair_loss` with the weights of `pair_weights`.
-
-    Args:
-        scores: `(B, K)` scores of each prompt's responses; finite where there is none.
-        ranks: `(B, K)` 1 = best, equal = tie, 0 = no response.
-
-    Returns:
-        scalar; a ranking without any pair does not count.
-
-    >>> ranking_loss(torch.tensor([[1.0, 0.0, 9.0]]), torch.tensor([[1, 2, 0]]))
-    tensor(0.3133)
-    """
-    return pair_loss(scores.unsqueeze(2), scores.unsqueeze(1), pair_weights(ranks))

@@ -269,7 +269,7 @@ class RankingRewardTrainer(RewardTrainer):
     def _log_scores(self, scores: Tensor, ranks: Tensor, tokens: Tensor) -> None:
         """The metrics of TRL's RewardTrainer, over all comparisons of the batch."""
         mode = "train" if self.model.training else "eval"
-        better = (ranks.unsqueeze(2) < ranks.unsqueeze(1)) & (ranks > 0).unsqueeze(2)
+        better = pair_weights(ranks) > 0
         margins = (scores.unsqueeze(2) - scores.unsqueeze(1))[better]
         given = scores[ranks > 0]
         sums = [(margins > 0).sum(), margins.sum(), better.sum(), given.sum(), (ranks > 0).sum()]

@@ -1,0 +1,47 @@
+import math
+
+import pytest
+import torch
+
+from trl_instruct.ppo_trainer.losses import policy_clipped, policy_loss, value_clipped, value_loss
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "clipped"),
+    [
+        (1.0, 2.0, -2.0, False),
+        (1.1, 2.0, -2.2, False),
+        (1.1, -2.0, 2.2, False),
+        (1.5, 2.0, -2.4, True),  # already likelier: no more than 1.2
+        (1.5, -2.0, 3.0, False),  # the wrong way: the full price
+        (0.5, 2.0, -1.0, False),
+        (0.5, -2.0, 1.6, True),
+    ],
+)
+def test_policy_loss_by_hand(ratio, advantage, loss, clipped):
+    logprobs = torch.tensor([[math.log(ratio) - 3.0]], requires_grad=True)
+    arguments = (logprobs, torch.tensor([[-3.0]]), torch.tensor([[advantage]]))
+    result = policy_loss(*arguments, cliprange=0.2)
+    torch.testing.assert_close(result, torch.tensor([[loss]]))
+    assert policy_clipped(*arguments, cliprange=0.2).item() is clipped
+    # d loss / d logprob = -A * ratio, and nothing where the clip is active
+    result.sum().backward()
+    gradient = 0.0 if clipped else -advantage * ratio
+    torch.testing.assert_close(logprobs.grad, torch.tensor([[gradient]]))
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "target", "loss", "clipped"),
+    [
+        (0.1, 0.0, 1.0, 0.405, False),
+        (1.0, 0.0, 1.0, 0.32, True),  # counts as 0.2
+        (-1.0, 0.0, -1.0, 0.32, True),  # counts as -0.2
+        (1.0, 0.0, -1.0, 2.0, False),  # the wrong way: the full price
+        (3.0, 3.0, 1.0, 2.0, False),
+    ],
+)
+def test_value_loss_by_hand(value, old, target, loss, clipped):
+    arguments = [torch.tensor([[number]]) for number in (value, old, target)]
+    result = value_loss(*arguments, cliprange_value=0.2)
+    torch.testing.assert_close(result, torch.tensor([[loss]]))
+    assert value_clipped(*arguments, cliprange_value=0.2).item() is clipped
