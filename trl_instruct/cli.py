@@ -57,20 +57,27 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Ctrl-C ends in one line too, with the shell's exit status for it, 130.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    name = arguments.pop(0) if arguments else "--help"
-    if name not in COMMANDS:
-        print(f"usage: trl-instruct {{{','.join(COMMANDS)}}} [--config FILE] [--option value ...]")
-        print("       trl-instruct <stage> --help lists the options of a stage.")
-        sys.exit(0 if name in ("-h", "--help") else 2)
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    name = "trl-instruct"
     try:
-        COMMANDS[name](arguments)
+        name = _named_command(arguments[:1])
+        COMMANDS[name](arguments[1:])
     except InputError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _named_command(arguments: list[str]) -> str:
+    """The command that the first argument names. It parses its own options."""
+    parser = _Parser(prog="trl-instruct", description="InstructGPT in three stages: sft, rm, ppo.")
+    parser.epilog = "trl-instruct COMMAND --help lists the options of a command."
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=str(command.__doc__).splitlines()[0])
+    return parser.parse_args(arguments).command
 
 
 class _Parser(TrlParser):
@@ -121,13 +128,13 @@ def _check_file(following: list[str], config_class: type[Config]) -> None:
 
 
 def pretrain_command(arguments: list[str]) -> None:
-    """Stage 0."""
+    """Stage 0: a tokenizer and a small base model from scratch, on any text."""
     config, _ = parse(PretrainConfig, arguments)
     _tell(f"base model: {pretrain(config.dataset_name, config=config)}")
 
 
 def sft_command(arguments: list[str]) -> None:
-    """Stage 1."""
+    """Stage 1: fine-tune a model on demonstrations."""
     config, model_config = parse(SFTConfig, arguments)
     model = model_config.model_name_or_path
     result = sft(model, config.dataset_name, config=config, model_config=model_config)
@@ -136,7 +143,7 @@ def sft_command(arguments: list[str]) -> None:
 
 
 def candidates_command(arguments: list[str]) -> None:
-    """Between stages 1 and 2."""
+    """Between 1 and 2: sample completions of each prompt, for a labeler to rank."""
     candidates(*parse(CandidatesConfig, arguments))
 
 
@@ -147,7 +154,7 @@ def _tell(message: str) -> None:
 
 
 def serve_reward_command(arguments: list[str]) -> None:
-    """A reward behind an address, until it is interrupted."""
+    """Serve a reward over HTTP, until it is interrupted."""
     parser = _Parser([], prog="trl-instruct serve-reward", allow_abbrev=False)
     parser.add_argument("--reward_model_path", nargs="+", required=True, help="As in `ppo`.")
     parser.add_argument("--reward_weights", nargs="+", type=float, help="As in `ppo`.")
@@ -181,7 +188,7 @@ def _add_dtype(parser: ArgumentParser) -> None:
 
 
 def report_command(arguments: list[str]) -> None:
-    """A page on a finished stage and those it came from."""
+    """Write one page on a finished stage and those it came from: what is at fault?"""
     parser = _Parser([], prog="trl-instruct report", allow_abbrev=False)
     parser.add_argument("folder", help="What sft, rm or ppo left.")
     parser.add_argument("--evaluation", help="The JSON that evaluate saved.")
@@ -203,7 +210,7 @@ def _tell_diagnosis(name: str, folder: StageResult) -> None:
 
 
 def generate_command(arguments: list[str]) -> None:
-    """What checkpoints say to prompts, or to what is typed until the end of the input."""
+    """Let checkpoints answer side by side, to given prompts or in a conversation."""
     parser = _Parser([], prog="trl-instruct generate", allow_abbrev=False)
     name = "Checkpoints, each `name=folder` or Hub id; alone, the last part is the name."
     parser.add_argument("--models", nargs="+", required=True, help=name)
@@ -264,7 +271,7 @@ def _typed_lines() -> Iterator[str]:
 
 
 def rm_command(arguments: list[str]) -> None:
-    """Stage 2."""
+    """Stage 2: train a reward model from rankings or pairs."""
     config, model_config = parse(RewardConfig, arguments)
     model = model_config.model_name_or_path
     result = rm(model, config.dataset_name, config=config, model_config=model_config)
@@ -273,7 +280,7 @@ def rm_command(arguments: list[str]) -> None:
 
 
 def ppo_command(arguments: list[str]) -> None:
-    """Stage 3, and the comparison with what it started from."""
+    """Stage 3: optimise a policy against a reward with PPO, and compare it with its start."""
     config, model_config = parse(PPOConfig, arguments)
     model, reward = model_config.model_name_or_path, config.reward_model_path
     if reward is None:
@@ -286,7 +293,7 @@ def ppo_command(arguments: list[str]) -> None:
 
 
 def evaluate_command(arguments: list[str]) -> None:
-    """Checkpoints side by side on held-out prompts."""
+    """Measure checkpoints side by side on held-out prompts."""
     config, model_config = parse(EvaluateConfig, arguments)
     if model_config.model_name_or_path:
         given = model_config.model_name_or_path
@@ -297,7 +304,7 @@ def evaluate_command(arguments: list[str]) -> None:
 
 
 def merge_command(arguments: list[str]) -> None:
-    """A LoRA adapter merged into its base."""
+    """Merge a LoRA adapter into its base."""
     parser = _Parser([], prog="trl-instruct merge", allow_abbrev=False)
     parser.add_argument("adapter", help="Folder of the adapter.")
     parser.add_argument("output_dir", help="A new folder for the merged model.")

@@ -32,7 +32,7 @@ def share(kind, *command):
     config = ROOT / "recipes" / "accelerate" / f"{kind}.yaml"
     cpu = {"ACCELERATE_USE_CPU": "true"} if kind == "fsdp" else {"DS_ACCELERATOR": "cpu"}
     ran = subprocess.run(
-        [*LAUNCHER, str(config), str(SCRIPT.with_name("sharing.py")), *map(str, command)],
+        [*LAUNCHER, str(config), str(SCRIPT.with_name("sharded_launch.py")), *map(str, command)],
         env={**os.environ, **cpu, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

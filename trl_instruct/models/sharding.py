@@ -129,12 +129,12 @@ def mark_fsdp_root(model: nn.Module) -> None:
     """Let FSDP know which module is the whole: it takes the first that is called for it.
 
     Args:
-        model: as `Accelerator.prepare` gave it, with a method `touch` that does nothing.
+        model: as `Accelerator.prepare` gave it, with a method `no_op` that does nothing.
     """
     if isinstance(model, FSDPModule):
-        register_fsdp_forward_method(model, "touch")
+        register_fsdp_forward_method(model, "no_op")
         with torch.no_grad():
-            cast(Any, model).touch()
+            cast(Any, model).no_op()
         model.reshard()  # the root's own weights stay whole after a pass
 
 

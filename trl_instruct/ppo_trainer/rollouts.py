@@ -180,7 +180,7 @@ class PolicyAndValue(nn.Module):
     # TRL asks before it generates with ZeRO-3. In eval mode nothing is computed twice.
     is_gradient_checkpointing = False
 
-    def touch(self) -> None:
+    def no_op(self) -> None:
         """Nothing: see `sharding.mark_fsdp_root`."""
 
     def gradient_checkpointing_enable(self, checkpoint_kwargs: dict[str, Any] | None) -> None:

@@ -93,7 +93,7 @@ class RankingRewardTrainer(RewardTrainer):
             self.data_collator = RankingCollator(
                 self.processing_class.pad_token_id, self.args.pad_to_multiple_of
             )
-        callback = _NoPadTokenWhereItIsEos(self.processing_class, own)
+        callback = _NoPadTokenIfEos(self.processing_class, own)
         callback.settle(self.model)
         self.add_callback(callback)
 
@@ -127,7 +127,7 @@ class RankingRewardTrainer(RewardTrainer):
         if len(dataset):
             longest = dataset["longest"][:]
             self._probe_with([dataset[longest.index(max(longest))]])
-        return self._with_mean_weight_1(dataset)
+        return self._scale_weights(dataset)
 
     def _prepare_pairs(self, dataset: Any, *given: Any) -> Any:
         """TRL's own preparation; it leaves overlong pairs out."""
@@ -154,7 +154,7 @@ class RankingRewardTrainer(RewardTrainer):
                 self._probe = record["response_ids"]
                 self._checked = False
 
-    def _with_mean_weight_1(self, dataset: Any) -> Any:
+    def _scale_weights(self, dataset: Any) -> Any:
         """Weights that average over prompts or pairs as asked; no column where all are equal."""
         weights = torch.tensor(dataset["weight"][:], dtype=torch.float64)
         if self.average_over == "pairs":
@@ -299,7 +299,7 @@ def _pair_rows(ranks: Tensor, weights: Tensor) -> Tensor:
     return torch.cat([rows[weights > 0] for rows in both])
 
 
-class _NoPadTokenWhereItIsEos(TrainerCallback):
+class _NoPadTokenIfEos(TrainerCallback):
     """With pad == eos the model's config names no pad token, so that its score stands at the EOS.
 
     TRL and transformers put the tokenizer's there, when the trainer is made and when it starts. An
