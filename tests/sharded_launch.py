@@ -1,6 +1,6 @@
 """Runs a script in CPU processes that share weights out among them, as it would run on GPUs.
 
-accelerate launch --config_file recipes/accelerate/fsdp.yaml tests/sharded_launch.py SCRIPT [ARGUMENT ...]
+accelerate launch --config_file FILE tests/sharded_launch.py SCRIPT [ARGUMENT ...]
 
 accelerate reads its settings of FSDP and DeepSpeed only where the devices are no CPUs. Here it is
 told that they are GPUs; all else is as it is: the same collectives, over gloo.
