@@ -3,7 +3,7 @@
 CONFIG ?= tiny
 # More options for the stages named on the command line: make ppo ARGS="--learning_rate 1e-5"
 ARGS ?=
-# Where real data lie, for the benchmarks that read them.
+# Folder of real data, for the benchmarks that read it.
 DATA ?= ../shared/data
 # How to start a stage: make ppo LAUNCH="accelerate launch --num_processes 4"
 LAUNCH ?= python
@@ -14,8 +14,8 @@ CONFIGS = recipes/configs/$(CONFIG)
 RUN = runs/$(CONFIG)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONUNBUFFERED = 1
-# For models as small as the tiny default's a second thread pays only where it is not waited for:
-# how many to use is measured at installation (benchmarks/threads.py).
+# For models as small as the tiny default's, a second thread pays only if nothing waits for it:
+# installation measures how many to use (benchmarks/threads.py).
 ifneq ($(filter tiny%,$(CONFIG)),)
 export OMP_NUM_THREADS ?= $(or $(shell cat .venv/threads 2>/dev/null),1)
 else
@@ -34,7 +34,7 @@ help:  ## this list
 
 # ---- environment ---------------------------------------------------------------------------------
 
-install:  ## make .venv with the tested set of packages (does nothing where that is done)
+install:  ## make .venv with the tested set of packages (does nothing if that is done)
 	@test .venv/installed -nt pyproject.toml -a .venv/installed -nt constraints.txt || { \
 	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	    || { echo "Python 3.10 or newer is needed; set PYTHON=/path/to/python3"; exit 1; }; \
@@ -56,12 +56,12 @@ install-trl112:  ## make .venv-trl112: TRL 1.12.0, the last that has a PPOTraine
 config = $(if $(filter base,$(1)),trl_instruct/tiny/pretrain.yaml,$(CONFIGS)/$(1).yaml)
 folder = $(RUN)/$(subst evaluate,evaluation,$(1))
 metrics = $(foreach stage,$(1),$(call folder,$(stage))/metrics.json)
-# What stands behind `option:` and, in a list, behind `- ` or `- name=`.
+# Values after `option:` and, in lists, after `- ` or `- name=`.
 named = $(shell sed -nE 's/^([a-z_]+:| *- ) *([^ /=:]+=)?//p' $(call config,$(1)) 2>/dev/null)
 data = $(wildcard $(filter-out $(RUN)/%,$(filter %.json %.jsonl %.gz %.csv %.parquet,$(named))))
 earlier = $(foreach stage,$(filter-out $(1),$(STAGES)),\
   $(if $(filter $(RUN)/$(stage) $(RUN)/$(stage)/%,$(named)),$(stage)))
-# The model "tiny" is the base model: `sft` makes it where it is missing.
+# The model "tiny" is the base model: `sft` makes it if it is missing.
 tiny_base = $(if $(filter tiny,$(named)),$(if $(filter sft,$(1)),$(wildcard $(call metrics,base))))
 inputs = $(call metrics,$(earlier)) $(tiny_base) $(data)
 forced = $(if $(ARGS),$(if $(filter $(1),$(MAKECMDGOALS)),FORCE))
@@ -70,7 +70,7 @@ base: ## stage 0: pre-train the tiny default's base model
 sft: ## stage 1: supervised fine-tuning
 candidates: ## completions of the SFT policy, for the labeler to rank
 rm: ## stage 2: the reward model
-ppo: ## stage 3: PPO, and the table of what was achieved
+ppo: ## stage 3: PPO, and the table of results
 evaluate: ## base, SFT and PPO side by side: win rates, KL, perplexity, fluency, best of n
 
 define stage_rules
@@ -86,9 +86,9 @@ $(foreach stage,$(STAGES),$(eval $(call stage_rules,$(stage))))
 $(CONFIGS)/%.yaml:
 	@test -f $@ || { echo "CONFIG=$(CONFIG) has no $*: there is no $@"; exit 1; }
 
-# With evaluate.yaml the page has the models side by side, and best of n.
+# With evaluate.yaml, the page has the models side by side, and best of n.
 evaluated = $(if $(wildcard $(CONFIGS)/evaluate.yaml),$(call metrics,evaluate))
-report: install $(evaluated)  ## one page on all stages so far: what is at fault, if anything is, and figures
+report: install $(evaluated)  ## one page on all stages so far: what is at fault, if anything, and figures
 	@python recipes/report.py $(RUN)/$(lastword $(foreach stage,$(filter-out evaluate,$(STAGES)),\
 	  $(if $(wildcard $(call metrics,$(stage))),$(stage)))) --output_file $(RUN)/report.html \
 	  $(if $(evaluated),--evaluation $(RUN)/evaluation/evaluation.json)
@@ -127,7 +127,7 @@ check: install  ## format, lint, types, import contracts
 	mypy
 	lint-imports
 
-# A file stays in one process, for the models that its tests share.
+# A file stays in one process: its tests share models.
 AT_ONCE = -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test: install  ## all tests, on all cores

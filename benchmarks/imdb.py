@@ -3,9 +3,9 @@
 python benchmarks/imdb.py ../shared/data        # about seven minutes on one CPU core
 
 The twin of recipes/configs/gpt2-imdb. A small policy is pre-trained on the reviews; a sentiment
-classifier with a tokenizer of its own learns their labels, and PPO optimises the policy against it.
-A second classifier, of other reviews and another seed, judges the result and is never trained on:
-where only the first one's score rises, the policy exploits it.
+classifier with its own tokenizer learns their labels, and PPO optimises the policy against it. A
+second classifier, from other reviews and another seed, judges the result and is never trained on:
+if only the first judge's score rises, the policy exploits it.
 """
 
 import argparse
@@ -85,10 +85,10 @@ PPO: dict[str, Any] = {
 
 
 class Reviews(NamedTuple):
-    """The reviews, no two parts with one in common.
+    """The reviews in disjoint parts.
 
-    judge, second: for the two classifiers; prompts: whose openings PPO continues; test: for nothing
-    but measuring.
+    judge, second: for the two classifiers; prompts: PPO continues their openings; test: only for
+    measuring.
     """
 
     judge: Dataset
@@ -98,11 +98,7 @@ class Reviews(NamedTuple):
 
 
 def split(reviews: Dataset) -> Reviews:
-    """Three eighths, three eighths and a quarter of the training reviews, rounded down; the test
-    reviews.
-
-    A text that stands there twice counts once, so that no part has a review of another.
-    """
+    """3/8, 3/8 and 1/4 of the training reviews, rounded down; the test reviews; no text twice."""
     first = {text: row for row, text in reversed(list(enumerate(reviews["text"])))}
     reviews = reviews.select(sorted(first.values()))
     train = reviews.filter(lambda row: row["split"] == "train").shuffle(seed=0)
@@ -116,7 +112,7 @@ def split(reviews: Dataset) -> Reviews:
 
 
 def classifier_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """BPE of lower-case words with [CLS] in front: nothing of the policy's byte-level one."""
+    """BPE of lower-case words with [CLS] in front, unlike the policy's byte-level one."""
     core = Tokenizer(models.BPE(unk_token="[UNK]"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -138,7 +134,7 @@ def classifier_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokeniz
 
 
 def train_classifier(reviews: Dataset, folder: Path, *, vocab_size: int, seed: int) -> str:
-    """A small DistilBERT from scratch on whole reviews and their openings; its folder."""
+    """Train a small DistilBERT from scratch on whole reviews and their openings; its folder."""
     set_seed(seed)
     tokenizer = classifier_tokenizer(reviews["text"][:], vocab_size)
 
@@ -174,12 +170,12 @@ def train_classifier(reviews: Dataset, folder: Path, *, vocab_size: int, seed: i
 
 
 def positive(folder: str) -> ClassifierReward:
-    """The classifier as a reward: log-odds, so that above 0 it calls the text positive."""
+    """The classifier as a reward: log-odds, above 0 for a positive text."""
     return ClassifierReward(folder, "POSITIVE", measure="log_odds")
 
 
 def accuracy(judge: ClassifierReward, reviews: Dataset, characters: int | None = None) -> Interval:
-    """Share of the reviews, or of their first characters, whose label the classifier finds."""
+    """Fraction of the reviews (or their first characters) that the classifier labels correctly."""
     texts = [text[:characters] for text in reviews["text"]]
     scores = judge([""] * len(texts), texts)
     labels = [label == "pos" for label in reviews["label"]]
@@ -223,7 +219,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def samples_table(prompts: list[str], before: ModelMeasurement, after: ModelMeasurement) -> str:
-    """The first completions of both, with the score of the judge that PPO saw, as Markdown."""
+    """The first completions of both with the score from PPO's judge, as Markdown."""
     lines = ["| opening | before | after |", "|---|---|---|"]
     for index, prompt in enumerate(prompts):
         told = [
@@ -235,10 +231,10 @@ def samples_table(prompts: list[str], before: ModelMeasurement, after: ModelMeas
 
 
 def inert(text: str) -> str:
-    r"""Text as one line of Markdown that stays text: reviews and models may write anything.
+    r"""Text as one escaped line of Markdown: reviews and models may write anything.
 
     >>> inert("a *b* | <br>\nc\x1b")
-    'a \\*b\\* \\| \\<br\\> c\\x1b'
+    'a \\*b\\* \\| \\<br\\> c\\\\x1b'
     """
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
     return re.sub(r"([\\`*_\[\]<>&|~$#])", r"\\\1", shown)
@@ -252,14 +248,14 @@ class Clock:
         self.started = time.process_time()
 
     def lap(self, name: str) -> None:
-        """The step of that name ends."""
+        """End the step of that name."""
         now = time.process_time()
         self.seconds[name], self.started = round(now - self.started, 1), now
         print(f"{name}: {self.seconds[name]:.0f} s", flush=True)
 
 
 def run(reviews: Reviews) -> dict[str, Any]:
-    """All steps; what was measured."""
+    """Run all steps and return the measurements."""
     clock = Clock()
     read = [row for part in reviews[:3] for row in part["text"]]
     texts = Dataset.from_dict({"text": read})
@@ -292,12 +288,12 @@ def run(reviews: Reviews) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run, print the tables and keep them."""
+    """Run, print and save the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="folder of the real data")
     path = parser.parse_args().data / FILE
     if not path.is_file():
-        print(f"There is no {path}: not measured. The reviews are no part of the project.")
+        print(f"Missing {path}: not measured. The reviews are not part of the project.")
         sys.exit(1)
     measured = run(split(load_texts(path)))
     tables = table(measured["rows"]) + "\n\n" + measured["samples"] + "\n"

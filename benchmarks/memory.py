@@ -2,19 +2,19 @@
 
 make bench-memory
 
-Each configuration runs `ppo(...)` in a process of its own, on the same GPT-2 of 110 million
-parameters over 32,000 tokens with random weights, the same prompts and batch.
+Each configuration runs `ppo(...)` in its own process, with the same prompts and batch, on the same
+GPT-2 of 110 million parameters and a vocabulary of 32,000, with random weights.
 
-- four_models: policy, reference, reward and value, each a model of full size; two of them train.
-- lora_policy: the policy is an adapter, its base the reference; reward and value are of full size.
-  That is what TRL 1.12's PPOTrainer offers.
+- four_models: policy, reference, reward and value, each a full model; two of them train.
+- lora_policy: the policy is an adapter, its base the reference; reward and value are full models,
+  as in TRL 1.12's PPOTrainer.
 - one_base_*: adapters over one base in all four roles, with the base in float32, 8 or 4 bit, and on
   a GPU in bfloat16.
 
-Measured is the second of two iterations: by then the optimizer has its state. `memory_mb`: on CPU
-the peak of the resident set in it, less what it was with the libraries loaded and no model (Linux);
-on a GPU the peak of what torch had allocated. `seconds`: its time. `one_base_ratio`: the least
-memory with one base / that of four models; `lora_policy_ratio`: to lora_policy.
+The second of two iterations is measured, when the optimizer has its state. `memory_mb`: on CPU
+(Linux) the peak of the resident set, less its size with only the libraries loaded; on a GPU the
+peak that torch allocated. `seconds`: its time. `one_base_ratio`: the least memory with one base /
+that of four models; `lora_policy_ratio`: / that of lora_policy.
 """
 
 import argparse
@@ -52,12 +52,12 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "one_base_8bit": {**LORA, "share_base": True, "load_in_8bit": True},
     "one_base_4bit": {**LORA, "share_base": True, "load_in_4bit": True},
 }
-if torch.cuda.is_available():  # a CPU without such instructions takes ten times as long
+if torch.cuda.is_available():  # a CPU without bfloat16 instructions takes ten times as long
     CONFIGURATIONS["one_base_bfloat16"] = {**LORA, "share_base": True, "dtype": "bfloat16"}
 
 
 def save_models(folder: Path) -> int:
-    """A policy, a reward model, and one that is an adapter over the policy; its parameters."""
+    """Save a policy, a reward model and a LoRA one over the policy; the policy's parameters."""
     tokenizer = word_tokenizer()
     config = GPT2Config(
         **{"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS},
@@ -89,7 +89,7 @@ class Weigh(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         LIBC.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         self.started = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -100,10 +100,10 @@ class Weigh(TrainerCallback):
 
 
 def run_configuration(name: str, folder: Path) -> None:
-    """One process: two iterations, and what the second took as a line of JSON."""
+    """One process: two iterations; prints the measurement of the second as a line of JSON."""
     report = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print is no part of the report
-    # Memory in pieces of this size or more is the process's own only while it is in use.
+    os.dup2(2, 1)  # keeps what the libraries print out of the report
+    # Blocks of this size or more are returned to the system as soon as they are freed.
     LIBC.mallopt(M_MMAP_THRESHOLD, 2**20)
     weigh = Weigh()
     ppo(
@@ -129,7 +129,7 @@ def run_configuration(name: str, folder: Path) -> None:
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """What was measured, as Markdown."""
+    """The measurements as Markdown."""
     most = rows["four_models"]["memory_mb"]
     lines = ["| configuration | peak MB | of four models | s an iteration |", "|---|---|---|---|"]
     for name, row in rows.items():

@@ -1,22 +1,19 @@
-"""Our PPO and TRL 1.12's own: iterations of both by turns, the same call and the same settings.
+"""Our PPO and TRL 1.12's own: alternating iterations of the same call with the same settings.
 
 make bench-ppo          # or, in an environment with TRL 1.12: python benchmarks/ppo.py
 
-Each engine runs `ppo(..., engine=...)` in a process of its own, which waits while the other works.
-Policy, reference, reward model and value model are four GPT-2s of 23 million parameters over 32,000
-tokens, with random weights but for an EOS that comes once in about 32 tokens. TRL's engine gets its
-reward through our adapter, which reads rows without their padding; with TRL's own reading of a
-reward model it would take longer.
+Each engine runs `ppo(..., engine=...)` in its own process, which waits while the other works.
+Policy, reference, reward model and value model are four GPT-2s of 23 million parameters and a
+vocabulary of 32,000, with random weights, but EOS about every 32 tokens. TRL's engine gets its
+reward from our RewardModule, which reads rows without padding; TRL's own reading takes longer.
 
-Sizes of batches and gradient checkpointing are the defaults that both have in common.
+Batch sizes and gradient checkpointing are the defaults that both share.
 
-- speed_ratio: episodes per second of ours / of TRL's. `speed_ratio_cpu`: the same of the seconds
-  that the processes computed; `flops_ratio`: of the matrix products, counted in a round that is not
-  timed.
-- memory_ratio: peak of the resident set of ours / of TRL's, less what it was with the libraries
-  loaded and no model; in a round that is not timed, until which freed memory goes back at once.
-  Linux.
-- generation, scoring (log-probabilities, values, rewards) and updates: seconds an iteration, peak
+- speed_ratio: episodes per second of ours / of TRL's. `speed_ratio_cpu`: the same in processor
+  seconds; `flops_ratio`: in matrix products, counted in a round that is not timed.
+- memory_ratio: peak of the resident set of ours / of TRL's, less its size with only the
+  libraries loaded; in an untimed round, up to which freed memory is returned at once. Linux.
+- generation, scoring (log-probabilities, values, rewards) and updates: seconds per iteration, peak
   MB and flops of each. `tokens`: mean length of the completions.
 """
 
@@ -59,10 +56,10 @@ VOCABULARY, WIDTH, LAYERS = 32_000, 384, 6
 EOS = VOCABULARY - 2
 PROMPT, COMPLETION = (32, 256), 64
 EPISODES = 32
-ROUNDS = 3  # that are timed
+ROUNDS = 3  # timed ones
 LIBC, M_MMAP_THRESHOLD = ctypes.CDLL(None), -3
 OWN = 2**20
-"""Memory in pieces of this size or more is the process's own only while it is in use."""
+"""Blocks of this size or more are returned to the system as soon as they are freed."""
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -77,7 +74,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def prompts(count: int) -> Dataset:
-    """Random words; the numbers of words are spread evenly over PROMPT."""
+    """Random words; their numbers are uniform over PROMPT."""
     draw = Random(0)
     texts = [
         " ".join(f"w{draw.randrange(EOS)}" for _ in range(draw.randint(*PROMPT))) + " "
@@ -87,7 +84,7 @@ def prompts(count: int) -> Dataset:
 
 
 def save_models(folder: Path) -> int:
-    """A policy and a reward model with random weights; returns the policy's parameters."""
+    """Save a policy and a reward model with random weights; the policy's parameters."""
     tokenizer = word_tokenizer()
     config = GPT2Config(
         **{"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": LAYERS, "n_head": 6},
@@ -106,9 +103,9 @@ def save_models(folder: Path) -> int:
 
 
 def end_sometimes(policy: Any, eos: int) -> None:
-    """Give EOS about 1/32 of the probability everywhere, by a direction that all states share.
+    """Give EOS a probability of about 1/32 everywhere, by a direction common to all states.
 
-    The other 32,000 logits lie around 0, so that their exponentials sum to about e ** 10.5.
+    The other 32,000 logits are around 0: their exponentials sum to about e ** 10.5.
     """
     direction = torch.nn.functional.normalize(torch.randn(WIDTH), dim=0)
     policy.transformer.ln_f.bias.data = 14.0 * direction
@@ -122,7 +119,7 @@ def resident(name: str) -> float:
 
 
 class Turns(TrainerCallback):
-    """Waits before each iteration until it is this engine's turn, and reports it afterwards."""
+    """Waits for this engine's turn before each iteration, and reports it afterwards."""
 
     def __init__(self, engine: str, report: TextIO):
         self.engine, self.report = engine, report
@@ -135,7 +132,7 @@ class Turns(TrainerCallback):
         self.wait()
 
     def wait(self) -> None:
-        """Start an iteration when told to: one to count flops, one for memory, then for time."""
+        """Start an iteration on demand: one to count flops, one for memory, then timed ones."""
         sys.stdin.readline()
         self.row, self.cpu = {}, time.process_time()
         if self.rounds == 0:
@@ -146,8 +143,8 @@ class Turns(TrainerCallback):
         self.begin_phase()
 
     def begin_phase(self) -> None:
-        LIBC.malloc_trim(0)  # what was freed before is no part of it
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        LIBC.malloc_trim(0)  # leave out memory freed before
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         self.flops = self.counter.get_total_flops() if self.counter else 0
         self.started = time.perf_counter()
 
@@ -168,7 +165,7 @@ class Turns(TrainerCallback):
         self.wait()
 
     def install(self) -> None:
-        """Note where generation and scoring end; both engines call a function there."""
+        """Record where generation and scoring end: both engines call a function there."""
         if self.engine == "trl":
             module: Any = importlib.import_module("trl.experimental.ppo.ppo_trainer")
             self.watch(module, "batch_generation", lambda output: output[0][:, -COMPLETION:])
@@ -178,7 +175,7 @@ class Turns(TrainerCallback):
             self.watch(ours.PPOTrainer, "advantages")
 
     def watch(self, owner: Any, name: str, completions: Callable[..., Any] | None = None) -> None:
-        """End of scoring before the function; or of generation after it, with its completions."""
+        """End scoring before the function, or generation after it if `completions` is given."""
         function = getattr(owner, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -196,16 +193,16 @@ class Turns(TrainerCallback):
 
 
 def run_engine(engine: str, folder: Path) -> None:
-    """One engine's process: iterations on demand, a line of JSON each."""
+    """One engine's process: iterations on demand, a line of JSON for each."""
     report = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print is no part of the report
-    LIBC.mallopt(M_MMAP_THRESHOLD, OWN)  # from the models' weights on
+    os.dup2(2, 1)  # keeps what the libraries print out of the report
+    LIBC.mallopt(M_MMAP_THRESHOLD, OWN)  # before the models' weights
     turns = Turns(engine, report)
     turns.install()
     ppo(
         folder / "policy",
         folder / "rm",
-        prompts(EPISODES * (ROUNDS + 3)),  # TRL's last batch of a pass takes more steps
+        prompts(EPISODES * (ROUNDS + 3)),  # TRL's last batch of an epoch takes more steps
         folder / engine,
         engine=engine,
         callbacks=[turns],
@@ -223,7 +220,7 @@ def run_engine(engine: str, folder: Path) -> None:
 
 
 def race(folder: Path) -> dict[str, list[dict[str, float]]]:
-    """Iterations of both engines by turns."""
+    """Alternate iterations of both engines."""
     command = [sys.executable, __file__, "--folder", str(folder), "--engine"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     workers = {engine: subprocess.Popen([*command, engine], **pipes) for engine in ENGINES}
@@ -238,7 +235,7 @@ def race(folder: Path) -> dict[str, list[dict[str, float]]]:
 
 
 def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
-    """An engine's mean iteration, and its flops and peaks from the two rounds before."""
+    """An engine's mean iteration, with flops and peaks from the two untimed rounds."""
     counted, weighed, *timed = rows
     result = {}
     for name in (*PHASES, "seconds_cpu", "tokens"):
@@ -256,7 +253,7 @@ def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def compare(trls: dict[str, float], mine: dict[str, float]) -> dict[str, float]:
-    """The ratios: more is better for speed, less for memory."""
+    """The ratios: higher is better for speed, lower for memory."""
     return {
         "speed_ratio": trls["seconds"] / mine["seconds"],
         "speed_ratio_cpu": trls["seconds_cpu"] / mine["seconds_cpu"],
@@ -266,7 +263,7 @@ def compare(trls: dict[str, float], mine: dict[str, float]) -> dict[str, float]:
 
 
 def table(engines: dict[str, dict[str, float]]) -> str:
-    """What was measured, as Markdown: seconds, MB and teraflops."""
+    """The measurements as Markdown: seconds, MB and teraflops."""
     heads = [f"{phase} s / MB / Tflop" for phase in PHASES]
     lines = [f"| engine | {' | '.join(heads)} | all s / MB | episodes/s | tokens |"]
     lines.append("|---" * 7 + "|")

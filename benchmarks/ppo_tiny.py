@@ -2,10 +2,10 @@
 
 make bench-ppo-tiny     # or, in an environment with TRL 1.12: python benchmarks/ppo_tiny.py
 
-Both engines start from the policy and the reward model of `make sft rm`, with the options of
-recipes/configs/tiny/ppo.yaml and the same number of episodes, for several seeds. TRL's engine takes
-one optimizer step an iteration however many minibatches it is told to take, where ours takes four;
-in a third row it gets four passes over each batch, and so as many steps.
+Both engines start from the policy and reward model of `make sft rm`, with the options of
+recipes/configs/tiny/ppo.yaml and the same number of episodes, for several seeds. Per iteration,
+TRL's engine takes one optimizer step for any number of minibatches, ours four; in a third row TRL's
+makes four passes over each batch, and so as many steps.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def measure(policy: Path, reference: Path, options: dict[str, Any]) -> dict[str,
 
 
 def run(engine: dict[str, Any], seed: int, options: dict[str, Any]) -> dict[str, Any]:
-    """One PPO run: what it reached, and the seconds it trained for."""
+    """One PPO run: its results and training seconds."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         given = {**options, **engine, "seed": seed, "disable_tqdm": True, "report_to": "none"}
@@ -70,19 +70,19 @@ def run(engine: dict[str, Any], seed: int, options: dict[str, Any]) -> dict[str,
 
 
 def row(name: str, runs: list[dict[str, Any]]) -> str:
-    """One line of the table: gold of every seed, mean KL and seconds."""
+    """One line of the table: gold for every seed, mean KL and seconds."""
     golds = " ".join(f"{one['gold']['mean']:.3f}" for one in runs)
     means = [statistics.fmean(one[what] for one in runs) for what in ("kl", "seconds")]
     return f"| {name} | {golds} | {means[0]:.2f} | {means[1]:.0f} |"
 
 
 def main() -> None:
-    """Run all engines by turns, print the table, write the result."""
+    """Run all engines in turn, print the table, write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("seeds", nargs="*", type=int, default=[0, 1])
     seeds = parser.parse_args().seeds
     if not (RUN / "rm" / "metrics.json").is_file():
-        raise SystemExit("The tiny default's policy and reward model are not there: make sft rm")
+        raise SystemExit("The tiny default's policy and reward model are missing: make sft rm")
     transformers.logging.set_verbosity_error()
     disable_progress_bars()
     file = ROOT / "recipes" / "configs" / "tiny" / "ppo.yaml"

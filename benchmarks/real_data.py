@@ -1,10 +1,10 @@
-"""All stages on real data, English and Chinese: they run through, learn, and what they save loads.
+"""All stages on real data, English and Chinese: they finish, learn, and save what loads.
 
 python benchmarks/real_data.py ../shared/data                  # about ten minutes each
 python benchmarks/real_data.py ../shared/data --languages zh
 
-A base of a million parameters, made on the spot, one pass over everything. It shows that the stages
-stand real text; what so small a model then says is of no quality.
+One epoch each, from a base of a million parameters that is trained first. It shows that the stages
+run on real text; the text of so small a model is poor.
 """
 
 import argparse
@@ -68,7 +68,7 @@ class Language(NamedTuple):
     demonstrations: str
     rankings: str
     prompts: str
-    text: str | None  # None: there is no corpus; the texts of the other files serve
+    text: str | None  # None: no corpus; uses the texts of the other files
     question: str
 
 
@@ -101,7 +101,7 @@ class Data(NamedTuple):
 
 
 def load(folder: Path, language: Language) -> Data:
-    """Everything, as the loaders give it; a tenth of the ranked prompts held out."""
+    """Load everything; a tenth of the ranked prompts is held out."""
 
     def file(name: str) -> Path:
         return folder / f"{name}.jsonl.gz"
@@ -120,13 +120,13 @@ def load(folder: Path, language: Language) -> Data:
 
 
 def as_line(record: dict[str, Any]) -> dict[str, str]:
-    """The prompt, behind the turns before it where there are any, ending its line."""
+    """The prompt after its previous turns, if any, with a line end."""
     turns = [text for turn in record.get("history") or [] for text in turn]
     return {"prompt": "\n".join([*turns, record["prompt"]]) + "\n"}
 
 
 def stages_of(data: Data, folder: Path) -> Iterator[tuple[str, StageResult]]:
-    """Base, SFT, RM from rankings and from pairs, PPO, one pass each, as they end."""
+    """Base, SFT, RM from rankings and from pairs, PPO, one epoch each, as they end."""
     base = pretrain(
         data.texts,
         folder / "base",
@@ -179,19 +179,19 @@ def stages_of(data: Data, folder: Path) -> Iterator[tuple[str, StageResult]]:
 
 
 def logged(result: StageResult, key: str) -> list[float]:
-    """What a stage logged of one metric, in order."""
+    """The values that a stage logged of a metric, in order."""
     state = json.loads((result.path / "trainer_state.json").read_text(encoding="utf-8"))
     return [log[key] for log in state["log_history"] if key in log]
 
 
 def ends(curve: list[float]) -> tuple[float, float]:
-    """Mean of the first and of the last tenth of a curve."""
+    """Means of the first and last tenth of a curve."""
     tenth = max(1, len(curve) // 10)
     return statistics.fmean(curve[:tenth]), statistics.fmean(curve[-tenth:])
 
 
 def loads(name: str, folder: Path, question: str) -> str:
-    """Load what a stage saved with plain transformers and use it; what it answers."""
+    """Load what a stage saved with plain transformers; a score or an answer from it."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if name.startswith("rm"):
         model = AutoModelForSequenceClassification.from_pretrained(folder)
@@ -207,7 +207,7 @@ def loads(name: str, folder: Path, question: str) -> str:
 
 
 def check(name: str, result: StageResult, question: str) -> dict[str, Any]:
-    """What a stage achieved; SystemExit where its loss did not fall or a figure is not finite."""
+    """A stage's results; SystemExit if its loss did not fall or a number is not finite."""
     report = {"metrics": result.metrics, "sample": loads(name, result.path, question)}
     if name == "ppo":
         for label, key in (("score", "objective/scores"), ("kl", "objective/kl")):
@@ -225,7 +225,7 @@ def check(name: str, result: StageResult, question: str) -> dict[str, Any]:
 
 
 def measure(code: str, folder: Path) -> dict[str, Any]:
-    """All stages of one language, each checked as it ends."""
+    """Run all stages of one language and check each."""
     language = LANGUAGES[code]
     print(f"\n{code}: loading {', '.join(filter(None, language[:4]))}", flush=True)
     data = load(folder, language)
@@ -256,7 +256,7 @@ def accuracy(metrics: dict[str, Any]) -> str:
 
 
 def table(measured: dict[str, Any]) -> str:
-    """One row a stage, as Markdown."""
+    """One row per stage, as Markdown."""
     lines = ["| | stage | steps | what | start | end | CPU s | |", "|---" * 8 + "|"]
     for code, language in measured.items():
         for name, stage in language["stages"].items():
@@ -272,7 +272,7 @@ def table(measured: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run the languages, print the table, write it."""
+    """Run the languages, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="folder of the real data")
     parser.add_argument("--languages", nargs="+", choices=LANGUAGES, default=list(LANGUAGES))
@@ -281,7 +281,7 @@ def main() -> None:
     absent = [n for n in named if not (arguments.data / f"{n}.jsonl.gz").is_file()]
     if absent:
         print(f"{arguments.data} lacks {', '.join(n + '.jsonl.gz' for n in absent)}: not measured.")
-        print("The data are no part of the project; give the folder that holds them.")
+        print("The data are not part of the project; give the folder that holds them.")
         sys.exit(1)
     RUNS.mkdir(parents=True, exist_ok=True)
     measured = {code: measure(code, arguments.data) for code in arguments.languages}

@@ -3,9 +3,9 @@
 python benchmarks/real_rankings.py [folder of the data, default ../shared/data]
 
 Two sets, each in jsonl.gz files: AlpacaEval responses ranked by GPT-4 (English, K = 4 to 9) and
-OASST1 (Chinese, ranked by people). For each a small base model is made on the spot from text of the
-language, a reward model is trained from it, and a fifth of the prompts is held out. The numbers go
-to runs/bench/real_rankings.json.
+OASST1 (Chinese, ranked by people). For each, a small base model is trained on text of the language
+and a reward model from it, with a fifth of the prompts held out. The results are written to
+runs/bench/real_rankings.json.
 """
 
 import json
@@ -65,13 +65,13 @@ COMMON: dict[str, Any] = {
 
 
 def with_history(record: dict[str, Any]) -> dict[str, Any]:
-    """The prompt with the turns before it, one a line."""
+    """The prompt with its previous turns, one per line."""
     turns = [turn for pair in record.get("history") or [] for turn in pair]
     return {"prompt": "\n".join([*turns, record["prompt"], ""])}
 
 
 def texts(folder: Path, names: tuple[str, ...], rankings: Dataset) -> Dataset:
-    """What the base model reads: the language's text, and the rankings that are trained on."""
+    """The base model's training text: the language's text and the training rankings."""
     parts = []
     for name in names:
         records = load_records(folder / f"{name}.jsonl.gz")
@@ -83,7 +83,7 @@ def texts(folder: Path, names: tuple[str, ...], rankings: Dataset) -> Dataset:
 
 
 def measure(folder: Path, name: str) -> dict[str, Any]:
-    """Base, reward model and evaluation of one set; its metrics and seconds."""
+    """Train and evaluate on one set; its metrics and seconds."""
     started = time.perf_counter()
     rankings = load_rankings(load_records(folder / f"{name}.jsonl.gz").map(with_history))
     train, test = split_by_prompt(rankings, 0.2)
@@ -109,7 +109,7 @@ def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT.parent / "shared" / "data"
     missing = [name for name in SETS if not (folder / f"{name}.jsonl.gz").is_file()]
     if missing:
-        print(f"{folder} holds no {missing[0]}.jsonl.gz: nothing to measure. Give its folder.")
+        print(f"{folder} lacks {missing[0]}.jsonl.gz: not measured. Give the folder that holds it.")
         return
     shutil.rmtree(RUNS, ignore_errors=True)
     rows = [measure(folder, name) for name in SETS]

@@ -1,15 +1,15 @@
-"""Rankings against pairs: whole training steps of our trainer and of TRL's, the same rankings.
+"""Rankings against pairs: whole training steps of our trainer and TRL's on the same rankings.
 
 python benchmarks/rm.py                      # gpt2 and llama, 6 layers x 384, about seven minutes
 python benchmarks/rm.py llama
 
 TRL's RewardTrainer gets the C(K,2) pairs of every prompt in one batch, ours the rankings; both do a
-forward and a backward pass and a step of AdamW, without gradient checkpointing, by turns in one
-process. Both start from the same weights, and their first losses are checked to be the same.
+forward pass, a backward pass and a step of AdamW, without gradient checkpointing, in turn in one
+process. Both start from the same weights, and their first losses are checked to be equal.
 
-- ratio: seconds of TRL's step / seconds of ours, the fastest of each. In rm.json also `ratio_cpu`,
-  of the seconds that the process computed: the same but for what else the machine did.
-- limit: the same by counting tokens: K (K - 1) (P + C) / (P + K C).
+- ratio: seconds of TRL's step / seconds of ours, the fastest of each. rm.json also has `ratio_cpu`,
+  in processor seconds, unaffected by other load on the machine.
+- limit: the same in tokens: K (K - 1) (P + C) / (P + K C).
 - MB: growth of the resident set in the first step (activations, gradients, optimizer), Linux.
 """
 
@@ -40,7 +40,7 @@ RESULT = Path(__file__).parents[1] / "runs" / "bench" / "rm.json"
 PROMPTS = (64, 256)
 RESPONSE = 64
 PROMPTS_PER_STEP = {2: 4, 4: 2, 9: 1}
-# Rounds that are timed: two at least, then more until so many, or so many seconds, are over.
+# Timed rounds: at least two, then more up to this many rounds or seconds.
 STEPS, SECONDS = 6, 10.0
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 6, "n_embd": 384, "n_head": 6, "n_positions": 1024},
@@ -52,7 +52,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def rankings(k: int, prompt: int, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Rankings of K random responses whose tokens are counted: a letter is one, the EOS another."""
+    """Rankings of K random responses of RESPONSE tokens: one per letter, and EOS."""
     draw = random.Random(0)
 
     def text(length: int) -> str:
@@ -71,7 +71,7 @@ def rankings(k: int, prompt: int, tokenizer: PreTrainedTokenizerBase) -> Dataset
 
 
 def stepper(trainer: trl.RewardTrainer) -> Callable[[], float]:
-    """A function that does one training step on the trainer's one batch and returns the loss."""
+    """A function that takes a training step on the trainer's only batch and returns the loss."""
     batch = next(iter(trainer.get_train_dataloader()))
     optimizer = trainer.create_optimizer()
     model = trainer.model.train()
@@ -88,7 +88,7 @@ def stepper(trainer: trl.RewardTrainer) -> Callable[[], float]:
 
 
 def make_steppers(kind: str, k: int, prompt: int, folder: str) -> dict[str, Callable[[], float]]:
-    """Steps of TRL's trainer on the pairs and of ours on the rankings, from the same weights."""
+    """Steps of TRL's trainer on pairs and of ours on rankings, from the same weights."""
     tokenizer = train_tokenizer(["a"], 258, 1024)
     config = AutoConfig.for_model(
         kind,
@@ -120,7 +120,7 @@ def make_steppers(kind: str, k: int, prompt: int, folder: str) -> dict[str, Call
 
 
 def growth(step: Callable[[], float]) -> tuple[float, float | None]:
-    """What a step returns, and by how many MB the resident set grew at most while it ran."""
+    """The loss of a step, and the largest growth of the resident set in it, in MB."""
     status = Path("/proc/self/status")
     if not status.exists():
         return step(), None
@@ -129,14 +129,14 @@ def growth(step: Callable[[], float]) -> tuple[float, float | None]:
         lines = status.read_text().splitlines()
         return int(next(line for line in lines if line.startswith(name)).split()[1])
 
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier steps left behind is no part of it
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    ctypes.CDLL(None).malloc_trim(0)  # leave out memory freed before
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = read("VmRSS")
     return step(), (read("VmHWM") - before) / 1024
 
 
 def race(steps: dict[str, Callable[[], float]]) -> list[dict[str, tuple[float, float]]]:
-    """Rounds of steps by turns: seconds of each, and seconds that it computed, in all threads."""
+    """Rounds of steps in turn: wall and processor seconds of each, over all threads."""
     rounds: list[dict[str, tuple[float, float]]] = []
     start = time.perf_counter()
     while len(rounds) < 2 or (len(rounds) < STEPS and time.perf_counter() - start < SECONDS):
@@ -185,7 +185,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, print the table row by row, write the rows."""
+    """Measure, print each row of the table, write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=list(ARCHITECTURES), metavar="gpt2 | llama")
     models = parser.parse_args().models

@@ -1,9 +1,8 @@
-"""How many threads the tiny default's models are to have: prints 1 or 2.
+"""Prints how many threads the tiny default should use: 1 or 2.
 
-A second thread makes a training step 1.5 times faster where the other core is idle, and half as
-fast where it is not: then it waits for its part of each of hundreds of small operations. The number
-changes the order of sums, so it is measured once, at installation, and kept: the same machine gives
-the same numbers.
+A second thread makes a training step 1.5 times faster if the other core is idle, and half as fast
+if it is busy, because each of hundreds of small operations then waits. The number changes the order
+of sums, so it is measured once, at installation: the same machine gives the same results.
 """
 
 import os
@@ -16,7 +15,7 @@ STEPS, ROUNDS, LEAST_GAIN = 5, 3, 1.2
 
 
 def seconds(threads: int, model: LlamaForCausalLM, ids: torch.Tensor) -> float:
-    """Forward and backward passes with so many threads."""
+    """Time of forward and backward passes with this many threads."""
     torch.set_num_threads(threads)
     started = time.perf_counter()
     for _ in range(STEPS):
@@ -25,7 +24,7 @@ def seconds(threads: int, model: LlamaForCausalLM, ids: torch.Tensor) -> float:
 
 
 def main() -> None:
-    """Measure batches of stage 0, in turns, so that a busy moment meets both."""
+    """Measure batches of stage 0 in turn, so that a busy moment affects both."""
     sizes = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=900, num_attention_heads=4, **sizes))
     ids = torch.arange(16 * 48).view(16, 48) % 900

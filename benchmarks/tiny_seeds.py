@@ -17,7 +17,7 @@ RUNS = ROOT / "runs" / "seeds"
 
 
 def run_stage(name: str, config: Path, seed: int, options: dict[str, Path]) -> None:
-    """One recipe, as make starts it, with folders of its own."""
+    """Run one recipe as make does, with its own folders."""
     command = [sys.executable, str(ROOT / "recipes" / f"{name}.py"), "--config", str(config)]
     for option, value in {**options, "seed": seed}.items():
         command += [f"--{option}", str(value)]
@@ -25,7 +25,7 @@ def run_stage(name: str, config: Path, seed: int, options: dict[str, Path]) -> N
 
 
 def run_chain(seed: int) -> dict:
-    """All stages for one seed; the summary, with the wall time of everything."""
+    """Run all stages for one seed; the summary, with the total wall time."""
     run = RUNS / str(seed)
     started = time.perf_counter()
     policy = {"model_name_or_path": run / "sft"}

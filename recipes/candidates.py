@@ -2,9 +2,8 @@
 
     python recipes/candidates.py --config recipes/configs/tiny/candidates.yaml
 
-Options: `--help`; trl_instruct/configs.py explains them. What happens:
-`sample_candidates` in trl_instruct/recipes/candidates.py. From Python:
-`from trl_instruct import sample_candidates`.
+Options: `--help`; trl_instruct/configs.py explains them. Code: trl_instruct/recipes/candidates.py.
+From Python: `from trl_instruct import sample_candidates`.
 """
 
 import sys

@@ -5,10 +5,10 @@
         --judges runs/mine/rm other=runs/other/rm --dataset_name prompts.jsonl \\
         --output_dir runs/mine/evaluation
 
-It prints the tables and leaves evaluation.json and evaluation.png.
+It prints the tables and saves evaluation.json and evaluation.png.
 
-Options: `--help`; trl_instruct/configs.py explains them. What happens: `evaluate` in
-trl_instruct/evaluation/evaluate.py. From Python: `from trl_instruct import evaluate`.
+Options: `--help`; trl_instruct/configs.py explains them. Code: trl_instruct/evaluation/evaluate.py.
+From Python: `from trl_instruct import evaluate`.
 """
 
 import sys

@@ -1,14 +1,14 @@
-"""What checkpoints say, side by side: to given prompts, or in a conversation.
+"""Let checkpoints answer side by side, to given prompts or in a conversation.
 
     python recipes/generate.py --models runs/tiny/sft runs/tiny/ppo --prompt_suffix '\\n'
     python recipes/generate.py --models base=gpt2 runs/mine/ppo --prompts "2+2=" "The sky is"
     python recipes/generate.py --models runs/mine/ppo --dataset_name prompts.jsonl
 
-Without prompts it reads them from the keyboard, a line each, until Ctrl-D. A model with a chat
-template is given messages and remembers the conversation; any other goes on with the text as it
-stands, so that `--prompt_suffix` gives what a prompt of its records ends with.
+Without prompts it reads them from the keyboard, one per line, until Ctrl-D. A model with a chat
+template gets messages and remembers the conversation. Any other continues the text: set
+`--prompt_suffix` to the end of the prompts in its records.
 
-Options: `--help`. What happens: trl_instruct/evaluation/answers.py.
+Options: `--help`. Code: trl_instruct/evaluation/answers.py.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
     python recipes/ppo.py --config recipes/configs/tiny/ppo.yaml
 
-Options: `--help`; trl_instruct/configs.py explains them. What happens: `ppo` in
-trl_instruct/recipes/ppo.py. From Python: `from trl_instruct import ppo`.
+Options: `--help`; trl_instruct/configs.py explains them. Code: trl_instruct/recipes/ppo.py.
+From Python: `from trl_instruct import ppo`.
 """
 
 import sys

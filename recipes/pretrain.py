@@ -1,9 +1,9 @@
-"""Stage 0: train a small base model from scratch, where no pretrained one is to be had.
+"""Stage 0: train a small base model from scratch, if no pretrained one is available.
 
     python recipes/pretrain.py --config trl_instruct/tiny/pretrain.yaml
 
-Options: `--help`; trl_instruct/configs.py explains them. What happens: `pretrain` in
-trl_instruct/recipes/pretrain.py. From Python: `from trl_instruct import pretrain`.
+Options: `--help`; trl_instruct/configs.py explains them. Code: trl_instruct/recipes/pretrain.py.
+From Python: `from trl_instruct import pretrain`.
 """
 
 import sys

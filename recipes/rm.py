@@ -2,11 +2,11 @@
 
     python recipes/rm.py --config recipes/configs/tiny/rm.yaml
 
-It leaves the model, metrics.json and a figure of them, rm.png. With `--demonstrations_name` the
-score is shifted so that demonstrations have 0 on average.
+It saves the model, metrics.json and their figure, rm.png. `--demonstrations_name` shifts the score
+so that demonstrations average 0.
 
-Options: `--help`; trl_instruct/configs.py explains them. What happens: `rm` in
-trl_instruct/recipes/rm.py. From Python: `from trl_instruct import rm`.
+Options: `--help`; trl_instruct/configs.py explains them. Code: trl_instruct/recipes/rm.py.
+From Python: `from trl_instruct import rm`.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Tiny random models and a byte-level tokenizer, built on the spot: CPU, no download, no cache."""
+"""Tiny random models and a byte-level tokenizer, built in memory: CPU, no download, no cache."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ from trl_instruct.ppo_trainer.trainer import PPOTrainer
 
 CONTEXT = 128
 PROMPTS = [f"{'long ' * (row % 3)}prompt {row}: " for row in range(16)]
-# A quarter of the vocabulary ends a completion of the trainers' policies, so that lengths differ.
+# A quarter of the vocabulary ends a completion of `make_trainer`'s policy, so lengths differ.
 STOPS = [256, *range(64)]
 LLAMA = {
     "hidden_size": 16,
@@ -50,7 +50,7 @@ ARCHITECTURES = {
         "num_attention_heads": 2,
         "max_position_embeddings": CONTEXT,
     },
-    # rescale_every: at its default of 6, two layers would never be rescaled
+    # rescale_every: with the default of 6, two layers are never rescaled
     "rwkv": {
         "hidden_size": 16,
         "num_hidden_layers": 2,
@@ -81,7 +81,7 @@ def pytest_unconfigure():
 
 
 def byte_tokenizer(pad_token="<pad>", chat_template=None):
-    """One token per byte, then the special ones: ids 0-255, <eos> 256, <pad> 257."""
+    """One token per byte, ids 0-255, then <eos> 256 and <pad> 257."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({char: index for index, char in enumerate(alphabet)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -95,7 +95,7 @@ def byte_tokenizer(pad_token="<pad>", chat_template=None):
 
 
 def tiny_model(kind="llama", *, classifier=False, seed=0, **options):
-    """A random model of that architecture over the byte tokenizer's 258 tokens, on CPU."""
+    """A random model of an architecture with the byte tokenizer's 258 tokens, on CPU."""
     torch.manual_seed(seed)
     tokens = {"vocab_size": 258, "bos_token_id": None, "eos_token_id": 256, "pad_token_id": 257}
     config = AutoConfig.for_model(
@@ -123,7 +123,7 @@ def chat_tokenizer():
 
 @pytest.fixture(scope="session")
 def eos_padded_tokenizer():
-    """The same with pad == eos, as everyone uses GPT-2."""
+    """The same with pad == eos, as is usual for GPT-2."""
     return byte_tokenizer(pad_token="<eos>")
 
 
@@ -175,7 +175,7 @@ def saved_reward_model(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def ppo_config(tmp_path):
-    """ppo_config(**options): a PPOConfig for seconds on CPU: 8 episodes an iteration, 4 tokens."""
+    """ppo_config(**options): a PPOConfig for quick CPU runs: 8 episodes per iteration, 4 tokens."""
 
     def make(**options):
         defaults = {
@@ -211,7 +211,7 @@ def prompts():
 
 @pytest.fixture
 def make_trainer(ppo_config, tokenizer, make_policy, make_reward_model):
-    """make_trainer(kind="llama", *, what PPOTrainer takes, **PPOConfig options)."""
+    """make_trainer(kind="llama", *, PPOTrainer arguments, **PPOConfig options)."""
 
     def make(kind="llama", **options):
         policy = make_policy(kind)

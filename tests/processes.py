@@ -1,8 +1,8 @@
 """PPO on the same rollouts in one process or several: python tests/processes.py FOLDER [HOW].
 
-torchrun --nproc_per_node 2 tests/processes.py FOLDER [HOW]; HOW is what is done where the reward
-fails on a prompt that one process has (skip, stop), one_base: the models are adapters over one,
-no_average: without a moving average of the policy, or bf16: in that, and without one too.
+torchrun --nproc_per_node 2 tests/processes.py FOLDER [HOW]; HOW: skip or stop (what to do if the
+reward fails on one process's prompt), one_base (the models are adapters over one base), no_average
+(of the policy's weights), or bf16 (and no average).
 """
 
 import math
@@ -27,7 +27,7 @@ ITERATIONS = 2
 
 
 def prepared(policy, prompts, *, max_new_tokens, eos_token_ids, **options):
-    """The same completion for a prompt in every process: 1 to C tokens, some without an end."""
+    """The same completion for a prompt in every process: 1 to C tokens, some without EOS."""
     rows = []
     for prompt in prompts:
         generator = torch.Generator().manual_seed(sum(prompt))
@@ -40,7 +40,7 @@ def prepared(policy, prompts, *, max_new_tokens, eos_token_ids, **options):
 
 
 def in_order(trainer):
-    """Minibatches that hold the same episodes however many processes share them."""
+    """Minibatches with the same episodes for any number of processes."""
     return lambda: torch.arange(trainer.local_batch_size).split(trainer.minibatch_size)
 
 
@@ -51,7 +51,7 @@ def failing(prompts, completions):
 
 
 def one_base(folder):
-    """Policy, reference, reward and value over the base in the folder beside."""
+    """Policy, reference, reward and value over the base in `base`, next to the folder."""
     base = SharedBase(folder.parent / "base", ModelConfig(use_peft=True))
     torch.manual_seed(0)
     policy, value = base.policy(), base.fresh_classifier()

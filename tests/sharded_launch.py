@@ -1,9 +1,9 @@
-"""Runs a script in CPU processes that share weights out among them, as it would run on GPUs.
+"""Runs a script with weights sharded over CPU processes, as it would run on GPUs.
 
 accelerate launch --config_file FILE tests/sharded_launch.py SCRIPT [ARGUMENT ...]
 
-accelerate reads its settings of FSDP and DeepSpeed only where the devices are no CPUs. Here it is
-told that they are GPUs; all else is as it is: the same collectives, over gloo.
+accelerate ignores its FSDP and DeepSpeed settings on CPU. Here it takes the CPUs for GPUs; all else
+is unchanged: the same collectives, over gloo.
 """
 
 import os

@@ -115,7 +115,7 @@ def test_a_scheduler_without_a_floor_gets_none():
         ({"learning_rate": -1}, r"learning_rate is -1; it must not be negative"),
         ({"per_device_train_batch_size": 0}, r"train_batch_size is 0; it must be at least 1"),
         ({"gradient_accumulation_steps": 0}, r"accumulation_steps is 0; it must be at least 1"),
-        ({"num_train_epochs": -1.0}, r"num_train_epochs is -1.0; make it more than 0"),
+        ({"num_train_epochs": -1.0}, r"num_train_epochs is -1.0; make it above 0"),
         ({"learning_rate": None}, r"learning_rate is null or absent; float is needed"),
     ],
 )
@@ -138,8 +138,8 @@ def test_bad_options_are_named(options, message):
         ({"value_learning_rate": -1.0}, "value_learning_rate is -1.0; it must not be negative"),
         ({"cliprange": -0.2}, "cliprange is -0.2; it must not be negative"),
         ({"gamma": 1.5}, "gamma is 1.5; it must be between 0 and 1"),
-        ({"temperature": 0.0}, "temperature is 0.0; PPO samples"),
-        ({"missing_eos_penalty": -1.0}, "give it as a positive number"),
+        ({"temperature": 0.0}, "temperature is 0.0; to sample, it must be above 0"),
+        ({"missing_eos_penalty": -1.0}, "give a positive number"),
         ({"kl_estimator": "k2"}, "kl_estimator is str 'k2'"),
     ],
 )
@@ -167,9 +167,9 @@ def test_a_ready_config_is_copied_and_takes_no_options_beside_it():
     taken, model_taken = resolve(SFTConfig, config, model_config, {})
     assert taken is not config and as_dict(taken) == as_dict(config)
     assert model_taken is not model_config and model_taken == model_config
-    with pytest.raises(InputError, match=r"config= and the options \['seed'\] were both given"):
+    with pytest.raises(InputError, match=r"config= and options \['seed'\] were given"):
         resolve(SFTConfig, config, None, {"seed": 1})
-    with pytest.raises(InputError, match=r"model_config= and the options \['lora_r'\]"):
+    with pytest.raises(InputError, match=r"model_config= and options \['lora_r'\]"):
         resolve(SFTConfig, None, model_config, {"output_dir": "x", "lora_r": 1})
 
 
@@ -184,7 +184,7 @@ def test_resume_from_checkpoint_as_a_flag_gives_it(given, taken):
 @pytest.mark.parametrize("name", ["top_p", "top_k", "repetition_penalty"])
 def test_sampling_settings_that_would_break_the_importance_ratio(name):
     with pytest.raises(
-        InputError, match=f"{name} is no option here: PPO weighs each sampled token"
+        InputError, match=f"{name} is not an option here: PPO weighs each sampled token"
     ):
         resolve(PPOConfig, None, None, {"output_dir": "x", name: 0.9})
     with pytest.raises(InputError, match="Unknown option"):
@@ -192,5 +192,7 @@ def test_sampling_settings_that_would_break_the_importance_ratio(name):
 
 
 def test_options_of_trls_ppo_config_that_have_another_name_here():
-    with pytest.raises(InputError, match=r"sft_model_path is no option here: .*model_name_or_path"):
+    with pytest.raises(
+        InputError, match=r"sft_model_path is not an option here: .*model_name_or_path"
+    ):
         resolve(PPOConfig, None, None, {"output_dir": "x", "sft_model_path": "gpt2"})

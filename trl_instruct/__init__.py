@@ -44,7 +44,7 @@ _EXPORTS = {
 }
 __all__ = list(_EXPORTS)
 
-silence_harmless_warnings()  # before the first import of a library that gives one
+silence_harmless_warnings()  # before the first import of a library that warns
 
 
 def __getattr__(name: str) -> Any:

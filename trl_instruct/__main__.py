@@ -1,4 +1,4 @@
-"""Where the command line starts, with nothing loaded yet: `python -m trl_instruct sft ...`."""
+"""Entry point of the command line, before any import: `python -m trl_instruct sft ...`."""
 
 import gc
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> None:
     """`cli.main`, with the libraries loaded in three quarters of the time.
 
-    While they load, Python would look for garbage again and again among what stays to the end.
+    During loading, Python would search for garbage again and again among objects that are kept.
     """
     gc.disable()
     from trl_instruct import cli

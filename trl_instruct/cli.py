@@ -1,4 +1,4 @@
-"""The command line: YAML and flags through TrlParser into the same calls Python users make.
+"""The command line: TrlParser turns YAML and flags into the calls that Python users make.
 
 `trl-instruct sft --config sft.yaml --learning_rate 1e-5`; recipes/*.py are the same commands in a
 clone, for `accelerate launch`.
@@ -53,10 +53,7 @@ from trl_instruct.rewards.server import LOOPBACK, MOST_BYTES, RewardServer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stage that the first argument names; a user's mistake ends in one line, exit 2.
-
-    Ctrl-C ends in one line too, with the shell's exit status for it, 130.
-    """
+    """Run the command named first; a mistake ends in one line and exit 2, Ctrl-C in exit 130."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     name = "trl-instruct"
     try:
@@ -81,14 +78,14 @@ def _named_command(arguments: list[str]) -> str:
 
 
 class _Parser(TrlParser):
-    """TrlParser whose mistakes are InputErrors, without a usage text of 150 options."""
+    """TrlParser that raises InputError instead of printing the usage of 150 options."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; --help lists the options.")
 
 
 def parse(config_class: type[Config], arguments: list[str]) -> tuple[Config, ModelConfig]:
-    """A stage's options from `--config FILE` and flags, which win; an unknown one is an error."""
+    """A stage's options from `--config FILE` and flags (flags win); unknown ones are an error."""
     arguments = [part for a in arguments for part in _split_config(a)]
     if "--config" in arguments:
         _check_file(arguments[arguments.index("--config") + 1 :], config_class)
@@ -113,16 +110,16 @@ def _check_file(following: list[str], config_class: type[Config]) -> None:
     """Check the options of the YAML file that follows --config."""
     path = Path(following[0]) if following else None
     if path is None or not path.is_file():
-        raise InputError(f"--config needs a YAML file; given was {str(path or 'nothing')!r}.")
+        raise InputError(f"--config needs a YAML file; {str(path or 'nothing')!r} was given.")
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise InputError(f"{path} holds {kind_of(options)}; lines of `option: value` are needed.")
     options.pop("env", None)  # environment variables, which TrlParser sets
     check_names(options, config_class, f"{path}: ")
-    # Text is left to the parser, which reads it as a flag's: 1e-5 is text in YAML.
+    # The parser reads text, as from a flag: 1e-5 is text in YAML.
     typed = {name: value for name, value in options.items() if not isinstance(value, str)}
     check_types(typed, config_class, f"{path}: ")
 
@@ -148,24 +145,22 @@ def candidates_command(arguments: list[str]) -> None:
 
 
 def _tell(message: str) -> None:
-    """A line for the user, once for all processes."""
+    """Print a line for the user, from the main process."""
     if PartialState().is_main_process:
         print(message)
 
 
 def serve_reward_command(arguments: list[str]) -> None:
-    """Serve a reward over HTTP, until it is interrupted."""
+    """Serve a reward over HTTP until interrupted."""
     parser = _Parser([], prog="trl-instruct serve-reward", allow_abbrev=False)
     parser.add_argument("--reward_model_path", nargs="+", required=True, help="As in `ppo`.")
     parser.add_argument("--reward_weights", nargs="+", type=float, help="As in `ppo`.")
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="Allow a model's own code from the Hub."
-    )
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run code from the Hub.")
     _add_dtype(parser)
-    parser.add_argument("--host", default=LOOPBACK, help="Where to listen (%(default)s).")
+    parser.add_argument("--host", default=LOOPBACK, help="Address (%(default)s).")
     parser.add_argument("--port", type=int, default=8000, help="Its port (%(default)s).")
     parser.add_argument(
-        "--max_bytes", type=int, default=MOST_BYTES, help="Of a request (%(default)s)."
+        "--max_bytes", type=int, default=MOST_BYTES, help="Largest request (%(default)s)."
     )
     parser.epilog = f"With {TOKEN_VARIABLE} in the environment, requests must carry that token."
     options = parser.parse_args(arguments)
@@ -184,13 +179,13 @@ def serve_reward_command(arguments: list[str]) -> None:
 
 
 def _add_dtype(parser: ArgumentParser) -> None:
-    parser.add_argument("--dtype", default="float32", help="Of the weights (%(default)s).")
+    parser.add_argument("--dtype", default="float32", help="Weights' dtype (%(default)s).")
 
 
 def report_command(arguments: list[str]) -> None:
     """Write one page on a finished stage and those it came from: what is at fault?"""
     parser = _Parser([], prog="trl-instruct report", allow_abbrev=False)
-    parser.add_argument("folder", help="What sft, rm or ppo left.")
+    parser.add_argument("folder", help="Result of sft, rm or ppo.")
     parser.add_argument("--evaluation", help="The JSON that evaluate saved.")
     parser.add_argument("--output_file", help="Default: report.html in the folder.")
     options = parser.parse_args(arguments)
@@ -202,7 +197,7 @@ def report_command(arguments: list[str]) -> None:
 
 
 def _tell_diagnosis(name: str, folder: StageResult) -> None:
-    """What the stage's figures say of it, and a page on all so far."""
+    """Print the stage's diagnosis, and write the report on all stages so far."""
     if PartialState().is_main_process:
         for line in summary_lines({name: read_chain(folder)[name]}):
             print(line)
@@ -212,20 +207,20 @@ def _tell_diagnosis(name: str, folder: StageResult) -> None:
 def generate_command(arguments: list[str]) -> None:
     """Let checkpoints answer side by side, to given prompts or in a conversation."""
     parser = _Parser([], prog="trl-instruct generate", allow_abbrev=False)
-    name = "Checkpoints, each `name=folder` or Hub id; alone, the last part is the name."
+    name = "Checkpoints: `name=source`, or a folder or Hub id, named by its last part."
     parser.add_argument("--models", nargs="+", required=True, help=name)
-    parser.add_argument("--prompts", nargs="+", help="Texts; none: they are typed, a line each.")
-    parser.add_argument("--dataset_name", help="Prompts as records, instead.")
-    suffix = "Put behind a typed text where there is no chat template; \\n is a line break."
+    parser.add_argument("--prompts", nargs="+", help="Texts; default: typed, one per line.")
+    parser.add_argument("--dataset_name", help="Records with prompts, instead.")
+    suffix = "Appended to typed text if there is no chat template; \\n is a line break."
     parser.add_argument("--prompt_suffix", default="", help=suffix)
-    text = "Go on with typed texts as they stand, also where there is a chat template."
+    text = "Continue typed text unchanged, even if there is a chat template."
     parser.add_argument("--text", action="store_true", help=text)
     parser.add_argument("--num_completions", type=int, default=1, help="Per prompt (%(default)s).")
     length = "Longest completion, tokens (%(default)s)."
     parser.add_argument("--response_length", type=int, default=128, help=length)
     parser.add_argument("--temperature", type=float, default=1.0, help="Above 0 (%(default)s).")
-    parser.add_argument("--stop_strings", nargs="+", help="Texts that end one, beside EOS.")
-    parser.add_argument("--seed", type=int, default=0, help="Of sampling (%(default)s).")
+    parser.add_argument("--stop_strings", nargs="+", help="Texts that end one, besides EOS.")
+    parser.add_argument("--seed", type=int, default=0, help="For sampling (%(default)s).")
     _add_dtype(parser)
     options = parser.parse_args(arguments)
     for name in ("num_completions", "response_length", "temperature"):
@@ -244,7 +239,7 @@ def _generate(options: Namespace, models: dict[str, str]) -> None:
         options.dtype,
     )
     if options.prompts and options.dataset_name:
-        raise InputError("prompts and dataset_name were both given; one of them is needed.")
+        raise InputError("prompts and dataset_name were both given; use one of them.")
     typed = {"suffix": options.prompt_suffix.replace("\\n", "\n"), "chat": not options.text}
     if options.dataset_name:
         prompts = load_prompts(options.dataset_name)["prompt"][:]
@@ -258,7 +253,7 @@ def _generate(options: Namespace, models: dict[str, str]) -> None:
 
 
 def _typed_lines() -> Iterator[str]:
-    """Lines of the standard input, to its end; what comes from no keyboard is shown."""
+    """Lines of standard input to its end, echoed unless they come from a keyboard."""
     keyboard = sys.stdin.isatty()
     while True:
         try:

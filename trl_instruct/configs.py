@@ -1,5 +1,5 @@
-"""One dataclass a stage, extending TRL's. InstructGPT's published values are the defaults where
-they make sense at any scale; the source stands in each field's help (Ouyang et al. 2022)."""
+"""One dataclass per stage, extending TRL's. Defaults are InstructGPT's published values where they
+make sense at any scale; each field's help cites the place in the paper (Ouyang et al. 2022)."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -15,16 +15,16 @@ def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help.replace("%", "%%")})  # argparse formats it
 
 
-# A mixin: were StageConfig a TrainingArguments itself, its defaults would hide those of TRL's.
+# A mixin: if StageConfig were a TrainingArguments itself, its defaults would hide TRL's.
 _Mixin: Any = TrainingArguments if TYPE_CHECKING else object
 
 
 @dataclass
 class StageConfig(_Mixin):
-    """What the stages have in common: where the data are, and what may be overwritten."""
+    """Options of every stage: where the data are, what may be overwritten, ..."""
 
     REFUSED: ClassVar[dict[str, str]] = {}
-    """Names that a user may look for among the options, and why they are none."""
+    """Names that a user may take for options, and why they are refused."""
 
     dataset_name: str | None = _option(
         None, "Training data: a Hub id, a local json / jsonl(.gz) / csv / parquet, or tiny:<split>."
@@ -33,18 +33,16 @@ class StageConfig(_Mixin):
     eval_dataset_name: str | None = _option(None, "Held-out data, named like dataset_name.")
     eval_dataset_split: str = _option("train", "Its split; a single file has only `train`.")
     overwrite_output_dir: bool = _option(False, "Replace the run that output_dir holds.")
-    trust_remote_code: bool = _option(
-        False, "Allow models and tokenizers that bring Python code of their own from the Hub."
-    )
+    trust_remote_code: bool = _option(False, "Let models and tokenizers run code from the Hub.")
     merge_adapter: bool = _option(
-        False, "Leave the merged model of full size instead of a LoRA adapter (not in checkpoints)."
+        False, "Save the merged full model, not a LoRA adapter (checkpoints keep the adapter)."
     )
     bf16: bool | None = _option(
-        None, "bfloat16 mixed precision. Default: on an accelerator that has it yes, on CPU no."
+        None, "bfloat16 mixed precision. Default: yes on an accelerator that has it, no on CPU."
     )
 
     def __post_init__(self) -> None:
-        switches: dict[Any, bool] = {"true": True, "false": False}  # a flag gives text
+        switches: dict[Any, bool] = {"true": True, "false": False}  # flags are text
         resume: str | bool | None = self.resume_from_checkpoint
         self.resume_from_checkpoint: str | bool | None = switches.get(str(resume).lower(), resume)
         if self.bf16 is None:
@@ -60,20 +58,18 @@ class StageConfig(_Mixin):
             raise InputError(f"learning_rate is {self.learning_rate}; it must not be negative.")
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             epochs = self.num_train_epochs
-            raise InputError(
-                f"num_train_epochs is {epochs}; make it more than 0, or set max_steps."
-            )
+            raise InputError(f"num_train_epochs is {epochs}; make it above 0, or set max_steps.")
 
 
 def has_bf16() -> bool:
-    """Whether there is an accelerator that computes in bfloat16 (a T4 or V100 imitates it)."""
+    """Whether an accelerator computes in bfloat16 (a T4 or V100 only emulates it)."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.accelerator.is_available()
 
 
 def check_counts(config: StageConfig, *names: str) -> None:
-    """InputError for an option that counts something and is below 1 (None: it is left open)."""
+    """InputError for a count below 1; None is allowed."""
     for name in names:
         count = getattr(config, name)
         if count is not None and count < 1:
@@ -120,45 +116,36 @@ class RewardConfig(StageConfig, trl.RewardConfig):
     num_train_epochs: float = _option(1.0, "Passes over the rankings (C.2: 1; more overfits).")
     lr_scheduler_type: str = _option("cosine_with_min_lr", "Cosine to 10 % of the peak (C.2).")
     per_device_train_batch_size: int = _option(
-        8, "Prompts per forward pass and device (C.2), or pairs."
+        8, "Prompts (C.2) or pairs per forward pass and device."
     )
     gradient_accumulation_steps: int = _option(8, "8 x 8 = 64 prompts a step (C.2: 64).")
     forward: Literal["shared_prefix", "grouped", "pairs"] = _option(
         "shared_prefix",
-        "How rankings are computed: shared_prefix, a prompt once for all its responses (where the "
-        "model cannot: grouped); grouped, once for each; pairs, both responses of each pair.",
+        "shared_prefix computes a prompt once for all its responses (grouped if the model cannot); "
+        "grouped, once for each response; pairs, both responses of each pair.",
     )
     average_over: Literal["prompts", "pairs"] = _option(
-        "prompts", "The loss of rankings is averaged per prompt, then over prompts (3.5); or pairs."
+        "prompts", "Average rankings' losses per prompt, then over prompts (3.5); or over pairs."
     )
-    ties: Literal["drop", "half"] = _option(
-        "drop", "Ties in rankings are no comparisons (C.2), or ones that each of the two half wins."
-    )
-    batch_by_length: bool = _option(
-        True, "Batches of rankings of similar length at random order: less padding."
-    )
+    ties: Literal["drop", "half"] = _option("drop", "Drop ties (C.2), or give both half a win.")
+    batch_by_length: bool = _option(True, "Batch rankings by length, in random order, to pad less.")
     eval_size: float = _option(
-        0.1,
-        "Share of the prompts held out for evaluation where there is no eval dataset; 0: none.",
+        0.1, "Fraction of prompts held out if there is no eval dataset; 0: none."
     )
     demonstrations_name: str | None = _option(
-        None,
-        "Demonstrations, named like dataset_name: the score is shifted so that they have 0 on "
-        "average (3.5). Default: no shift.",
+        None, "Demonstrations, named like dataset_name, to score 0 on average (3.5); default: none."
     )
-    rating_order: list[str] | None = _option(
-        None, "Where `ratings` are labels: their order, best first: good ok fair poor."
-    )
+    rating_order: list[str] | None = _option(None, "Rating labels, best first: good ok fair poor.")
     truncate_prompt: bool = _option(
         False,
-        "Cut prompts from the left where a response would exceed max_length; else such a response "
-        "is left out. Responses are never cut.",
+        "Cut prompts from the left if a response would exceed max_length; default: leave the "
+        "response out. Responses are never cut.",
     )
 
 
 @dataclass
 class PPOConfig(StageConfig, TrainingArguments):
-    """Stage 3, PPO (InstructGPT 3.5, C.4). Fields that TRL's PPOConfig has too have its names.
+    """Stage 3, PPO (InstructGPT 3.5, C.4). Fields of TRL's PPOConfig keep their names.
 
     minibatch = one optimizer step = per_device_train_batch_size x gradient_accumulation_steps x
     processes; a rollout batch = num_mini_batches minibatches; num_ppo_epochs passes over it.
@@ -171,24 +158,22 @@ class PPOConfig(StageConfig, TrainingArguments):
         "stop_token_id": "completions end at EOS, and at stop_strings.",
     } | dict.fromkeys(
         ("top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"),
-        "PPO weighs each sampled token by the policy's own probability of it. Sampled from another "
-        "distribution, the importance ratio and the KL would be wrong. Leave it out; temperature "
-        "is taken into account.",
+        "PPO weighs each sampled token by the policy's own probability. With tokens from another "
+        "distribution, the importance ratio and KL are wrong. Leave it out; temperature is fine.",
     )
 
     engine: Literal["trl_instruct", "trl"] = _option("trl_instruct", "trl: TRL 1.12's PPOTrainer.")
     reward_model_path: list[str] | None = _option(
         None,
-        "The reward: a reward model's folder or Hub id, `tiny` (the gold scorer), a reward "
-        "server's http://..., or a function or adapter in a Python file, rewards.py:brevity; "
-        "several are summed.",
+        "A reward model's folder or Hub id, `tiny` (the gold scorer), a reward server's http://... "
+        "or a function or reward object in a Python file, rewards.py:brevity; several are summed.",
     )
     reward_weights: list[float] | None = _option(
         None, "Weights of several rewards (TRL's name); default: 1 each."
     )
     gold: str | None = _option(
         None,
-        "A second reward, never trained on, to judge the run (objective/gold) and the result by: "
+        "A second reward, never trained on, that judges the run (objective/gold) and the result: "
         "a reward model or `tiny`.",
     )
     summary_file: str | None = _option(
@@ -206,76 +191,71 @@ class PPOConfig(StageConfig, TrainingArguments):
     num_mini_batches: int = _option(8, "Minibatches (optimizer steps) in a rollout batch (C.4: 8).")
     num_ppo_epochs: int = _option(1, "Passes over a rollout batch (C.4: 1).")
     local_rollout_forward_batch_size: int = _option(
-        64, "Episodes per forward pass and device where no gradient is needed."
+        64, "Episodes per device in a pass without gradient."
     )
     response_length: int = _option(53, "Longest completion, tokens (TRL: 53).")
     opening_length: int | None = _option(
-        None,
-        "The records are texts (`text`), and the prompts their openings, so many tokens of each; "
-        "default: the records have a `prompt`.",
+        None, "Use this many first tokens of each `text` as its prompt; default: use `prompt`."
     )
     max_prompt_length: int | None = _option(
         None, "Longer prompts lose their beginning, and are counted; default: they are an error."
     )
     temperature: float = _option(1.0, "Sampling temperature (C.4: 1); divides all logits.")
     stop_strings: list[str] | None = _option(
-        None, "Texts that end a completion, beside EOS; the reward does not see them."
+        None, "Texts that end a completion, besides EOS; the reward does not see them."
     )
     missing_eos_penalty: float | None = _option(
-        None, "Taken off the score of a completion without EOS or stop string; positive."
+        None, "Subtracted from the score of a completion without EOS or stop string; positive."
     )
     missing_eos_score: float | None = _option(
         None, "The score of a completion without EOS or stop string, whatever the reward says."
     )
     on_error: Literal["stop", "skip"] = _option(
         "stop",
-        "Where the reward raises or gives no finite number: stop, saved as before the iteration; "
-        "or skip the episode in the update, counted in objective/skipped. Where it fails on all "
-        "episodes of a batch, the run stops in either case.",
+        "If the reward raises or is not finite: stop, saved as before the iteration, or skip the "
+        "episode in the update (objective/skipped counts it). If all of a batch fails, stop.",
     )
     kl_coef: float = _option(0.02, "beta of the KL penalty (C.4: 0.02; 0.01-0.02 best, E.7).")
     adaptive_kl_target: float | None = _option(
-        None, "KL per completion, nats, at which kl_coef is held by adapting it; default: fixed."
+        None, "KL per completion, nats, that an adaptive kl_coef holds; default: kl_coef is fixed."
     )
     adaptive_kl_horizon: int = _option(
         10_000, "Episodes over which kl_coef adapts (lm-human-preferences: 10000)."
     )
     target_kl: float | None = _option(
-        None,
-        "An iteration takes no further optimizer step once a step's policy/approxkl, nats per "
-        "token, is above this; default: takes all.",
+        None, "End an iteration once policy/approxkl, nats per token, exceeds this; default: never."
     )
     kl_estimator: Literal["k1", "k3"] = _option("k1", "Estimator of the KL per token.")
     whiten_rewards: bool = _option(False, "Scale the rewards to variance 1, keeping their mean.")
     ptx_coef: float = _option(
-        0.0, "gamma of PPO-ptx: weight of the pretraining loss (C.4: 27.8); 0: plain PPO."
+        0.0, "gamma of PPO-ptx, the weight of the pretraining loss (C.4: 27.8); 0: plain PPO."
     )
     ptx_dataset_name: str | None = _option(
         None, "Pretraining text for PPO-ptx (column `text`), named like dataset_name."
     )
     ptx_dataset_split: str = _option("train", "Its split.")
-    ptx_streaming: bool = _option(False, "Read it as it comes instead of loading it.")
+    ptx_streaming: bool = _option(False, "Stream it instead of loading it.")
     ptx_max_length: int = _option(512, "Tokens in a row of pretraining text.")
     ptx_rows_per_episode: int = _option(8, "Rows of pretraining text per episode (C.4: 8).")
     ema_decay: float | None = _option(
         None,
-        "The result is a moving average of the policy's weights, with this decay per optimizer "
-        "step (C.4: 0.992); default: the policy itself.",
+        "Save a moving average of the policy's weights, with this decay per optimizer step (C.4: "
+        "0.992); default: the policy itself.",
     )
     cliprange: float = _option(0.2, "Clip of the importance ratio (C.4: 0.2).")
     cliprange_value: float = _option(0.2, "Clip of the value's change.")
     vf_coef: float = _option(0.1, "Weight of the value loss (TRL: 0.1).")
     value_model_path: str | None = _option(
         None,
-        "What the value function starts from: `policy` (with a head of zeros), or a reward model's "
-        "folder or Hub id. Default: the reward model (3.5), or the policy where the reward is none "
-        "or has another tokenizer. `value_head`: no model, a head on the policy (one trunk for "
-        "both: less memory and time, but not the paper's).",
+        "Initial value function: `policy` (with a zero head), or a reward model's folder or Hub "
+        "id. Default: the reward model (3.5), or the policy if the reward is not a model or has "
+        "another tokenizer. `value_head`: a head on the policy (one trunk for both: less memory "
+        "and time, but not the paper's).",
     )
     share_base: bool | None = _option(
         None,
-        "With LoRA: load the base once for policy, reference, value and reward, each an adapter "
-        "over it. Default: for those that are; true: an error where one is not; false: no.",
+        "Load the base once for those of policy, reference, value and reward that are LoRA "
+        "adapters over it (default); true: an error if one is not; false: never.",
     )
     value_learning_rate: float | None = _option(
         None, "Learning rate of the value function (C.4: 9e-6); default: learning_rate."
@@ -283,12 +263,12 @@ class PPOConfig(StageConfig, TrainingArguments):
     gamma: float = _option(1.0, "Discount (C.4: none, 1).")
     lam: float = _option(0.95, "lambda of GAE (lm-human-preferences: 0.95).")
     gradient_checkpointing: bool = _option(True, "Recompute activations to save memory.")
-    logging_steps: float = _option(1, "Iterations between two logs.")
+    logging_steps: float = _option(1, "Iterations between logs.")
     num_sample_generations: int = _option(
-        5, "How often in the run a sampled completion is shown (TRL's name); 0: never."
+        5, "How many times a run shows a sampled completion (TRL's name); 0: never."
     )
     metric_for_best_model: str | None = _option(
-        "objective/rlhf_reward", "What save_strategy: best and save_total_limit go by."
+        "objective/rlhf_reward", "Metric for save_strategy: best and save_total_limit."
     )
 
     def __post_init__(self) -> None:
@@ -312,13 +292,13 @@ class PPOConfig(StageConfig, TrainingArguments):
             if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be between 0 and 1.")
         if self.temperature <= 0:
-            raise InputError(f"temperature is {self.temperature}; PPO samples, it must be above 0.")
+            raise InputError(f"temperature is {self.temperature}; to sample, it must be above 0.")
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise InputError("missing_eos_penalty and missing_eos_score exclude each other.")
         if self.missing_eos_penalty is not None and self.missing_eos_penalty < 0:
             raise InputError(
                 f"missing_eos_penalty is {self.missing_eos_penalty}; it is subtracted from the "
-                "score, so give it as a positive number."
+                "score, so give a positive number."
             )
 
 
@@ -332,9 +312,9 @@ class CandidatesConfig(StageConfig, TrainingArguments):
         None, "Longer prompts lose their beginning, and are counted; default: they are an error."
     )
     temperature: float = _option(1.0, "Sampling temperature.")
-    stop_strings: list[str] | None = _option(None, "Texts that end a completion, beside EOS.")
+    stop_strings: list[str] | None = _option(None, "Texts that end a completion, besides EOS.")
     gold: str | None = _option(
-        None, "A simulated labeler ranks by this reward, with noise (`tiny`); none: a person will."
+        None, "A simulated labeler ranks by this reward, with noise (`tiny`); default: a person."
     )
     per_device_eval_batch_size: int = _option(64, "Completions per forward pass.")
 
@@ -357,35 +337,23 @@ class EvaluateConfig(StageConfig, TrainingArguments):
     )
     dataset_train_split: str = _option("train", "Split of the dataset.")
     models: list[str] | None = _option(
-        None, "Checkpoints, each `name=folder` or Hub id; alone, the last part is the name."
+        None, "Checkpoints: `name=source`, or a folder or Hub id, named by its last part."
     )
-    judges: list[str] | None = _option(
-        None, "What scores completions, each `name=reward`, a reward as in `ppo`."
-    )
-    baseline: str | None = _option(
-        None, "Name of the model that win rates are against; default: the first."
-    )
-    reference: str | None = _option(
-        None, "Name of the model that the KL is to, and of the best-of-n curve; default: baseline."
-    )
-    demonstrations_name: str | None = _option(
-        None, "Held-out demonstrations to measure the perplexity on, named like dataset_name."
-    )
-    best_of_n: int = _option(
-        16, "N, completions per prompt for the best-of-n curve by the first judge; 1: none."
-    )
+    judges: list[str] | None = _option(None, "Rewards that judge, as in `ppo`, each `name=reward`.")
+    baseline: str | None = _option(None, "Win rates are against this model; default: the first.")
+    reference: str | None = _option(None, "Model for the KL and best of n; default: baseline.")
+    demonstrations_name: str | None = _option(None, "Held-out demonstrations, for the perplexity.")
+    best_of_n: int = _option(16, "N, completions for best of n by the first judge; 1: none.")
     response_length: int = _option(53, "Longest completion, tokens.")
     max_prompt_length: int | None = _option(
         None, "Longer prompts lose their beginning; default: they are an error."
     )
-    temperature: float = _option(1.0, "Sampling temperature; the KL is between such samplers.")
-    stop_strings: list[str] | None = _option(None, "Texts that end a completion, beside EOS.")
+    temperature: float = _option(1.0, "Sampling temperature, also for the KL.")
+    stop_strings: list[str] | None = _option(None, "Texts that end a completion, besides EOS.")
     per_device_eval_batch_size: int = _option(64, "Completions per forward pass.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "response_length", "max_prompt_length", "best_of_n")
         if self.temperature <= 0:
-            raise InputError(
-                f"temperature is {self.temperature}; it samples, so above 0 is needed."
-            )
+            raise InputError(f"temperature is {self.temperature}; to sample, it must be above 0.")

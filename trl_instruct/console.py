@@ -1,7 +1,7 @@
-"""What reaches a terminal: known harmless output hidden, untrusted text escaped, progress bars.
+"""Terminal output: harmless messages hidden, untrusted text escaped, progress bars.
 
-The libraries' messages that are known to be harmless here are hidden; anything else still shows.
-The package hides them when it is imported: one of them comes with the import of bitsandbytes.
+Only library messages that are known to be harmless here are hidden. The package hides them when
+it is imported: one of them comes with the import of bitsandbytes.
 """
 
 import contextlib
@@ -15,43 +15,40 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-# Tokenizers warn about forks of data workers, and fall back to one thread by themselves.
+# Tokenizers warn when data workers fork, and fall back to one thread.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-
 HARMLESS_WARNINGS = (
-    # TRL's own option names, deprecated by newer transformers, renamed alike in every TRL release.
+    # TRL's option names: newer transformers deprecate and rename them, alike in all TRL releases.
     r".*gradient_checkpointing.* is deprecated",
-    # GPT-2's linear layers have their weights the other way round, which peft sees by itself.
+    # GPT-2's linear layers store their weights transposed, which peft detects.
     r"fan_in_fan_out is set to False but the target module is `Conv1D`",
     # CPU machines: pinned memory is an option for accelerators.
     r".*pin_memory.* argument is set as true but no accelerator is found",
 )
 
-
-# By the logger that gives them: a filter sees only what is logged on its own logger.
+# By logger: a filter sees only what its own logger logs.
 HARMLESS_LOGS = {
-    # A file of faulty JSON: our loader says in which line.
+    # Invalid JSON: our loader names the line.
     "datasets.packaged_modules.json.json": r"Failed to load JSON from file",
     # On import: an optional kernel package for CPU.
     "bitsandbytes.backends.cpu.ops": r"Failed to load CPU gemm_4bit_forward",
-    # At every product: how 8-bit weights are multiplied, whatever the input comes in.
+    # At every product of 8-bit weights: how it is computed, whatever the dtype of the input.
     "bitsandbytes.autograd._functions": r"MatMul8bitLt: inputs will be cast from",
-    # Every stage counts, or refuses, what is too long for its model.
+    # Every stage counts or refuses texts that are too long for its model.
     "transformers.tokenization_utils_base": r"Token indices sequence length is longer than",
-    # Trainer aligning pad / EOS ids of a model's config with the tokenizer's: what we want.
+    # Trainer aligns the pad / EOS ids of a model's config with the tokenizer's, as intended.
     "transformers.trainer_utils": r"The tokenizer has new PAD/BOS/EOS tokens",
-    # RWKV: it is given no row with padding in front (token_sampling.py, scalar_head.py).
+    # RWKV: it gets no rows padded on the left (token_sampling.py, scalar_head.py).
     "transformers.models.rwkv.modeling_rwkv": r"`attention_mask` was passed, but it is unused",
 }
 
-
-# Bars over the files of a model; loading and saving a small one would flood the screen with them.
+# Bars over the files of a model: for a small one they would flood the screen.
 MODEL_FILE_BARS = ("Writing model shards", "Loading weights")
 
 
 class _Without(logging.Filter):
-    """Drops the messages that begin with the pattern."""
+    """Drops messages that begin with the pattern."""
 
     def __init__(self, pattern: str):
         super().__init__()
@@ -65,7 +62,7 @@ _FILTERS = {name: _Without(pattern) for name, pattern in HARMLESS_LOGS.items()}
 
 
 def silence_harmless_warnings() -> None:
-    """Hide the known ones, from the warnings module and from the libraries' loggers."""
+    """Hide the known ones, from the warnings module and the libraries' loggers."""
     for text in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=text)
     for name, harmless in _FILTERS.items():
@@ -76,7 +73,7 @@ def silence_model_file_bars() -> None:
     """Hide the progress bars of model files (those of downloads and of training stay)."""
     from transformers.utils import logging as transformers_logging
 
-    if hasattr(transformers_logging, "set_tqdm_hook"):  # transformers of early 2026 on
+    if hasattr(transformers_logging, "set_tqdm_hook"):  # transformers since early 2026
         transformers_logging.set_tqdm_hook(_without_model_files)
 
 
@@ -86,10 +83,9 @@ def _without_model_files(bar: Callable[..., Any], args: Any, kwargs: dict[str, A
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence the report on a head that is missing because it is about to be made.
+    """Silence the report on a missing head that is about to be created.
 
-    Nothing is lost: who loads a model under it reads the same report and turns every other gap into
-    an error.
+    Nothing is lost: the caller checks the same report and raises on any other missing weight.
     """
     from transformers.utils import logging as transformers_logging
 
@@ -124,7 +120,7 @@ def one_line(content: Any) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of rows whose columns stand below each other.
+    """Lines of rows with aligned columns.
 
     >>> table([["", "mean"], ["base", "0.5"]])
     ['      mean', 'base  0.5']
@@ -134,6 +130,6 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def progress_bar(name: str, total: int, **options: Any) -> tqdm:
-    """A bar over so many steps; `options` of tqdm."""
+    """A progress bar over `total` steps; `options` are tqdm's."""
     interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
     return tqdm(desc=name, total=total, mininterval=interval, dynamic_ncols=True, **options)

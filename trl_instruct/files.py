@@ -1,4 +1,4 @@
-"""The files of a stage: written as a whole or not at all, NaN as null."""
+"""The files of a stage: written completely or not at all, NaN as null."""
 
 import contextlib
 import json
@@ -8,17 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-# Written when a stage starts and when it has ended: a folder with the first and without the second
-# holds a run that was cut short.
+# Written when a stage starts and when it ends: a folder with only the first holds a run cut short.
 CONFIG_FILE = "config.yaml"
-
-
 METRICS_FILE = "metrics.json"
 
 
 @contextlib.contextmanager
 def written_at_once(path: Path) -> Iterator[TextIO]:
-    """A file to write into that appears under its name when it is whole, or not at all."""
+    """A file to write that appears under its name when it is complete, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -30,25 +27,25 @@ def written_at_once(path: Path) -> Iterator[TextIO]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, the whole file or nothing. NaN becomes null."""
+    """Write a JSON file completely or not at all; NaN becomes null."""
     with written_at_once(path) as file:
         json.dump(_finite(content), file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file; nothing where there is none."""
+    """The content of a JSON file; {} if it is missing."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def read_metrics(folder: Any) -> dict[str, Any]:
-    """The metrics that a stage left in a folder, null as NaN again; none where there are none."""
+    """The metrics of a stage's folder, with null as NaN; {} if there are none."""
     there = isinstance(folder, str | os.PathLike)
     return nulls_as_nan(read_json(Path(folder) / METRICS_FILE)) if there else {}
 
 
 def nulls_as_nan(content: Any) -> Any:
-    """What `write_json` wrote, with NaN where it was: the interval of a single measurement."""
+    """Turn null back into NaN after `write_json`: the interval of a single measurement."""
     if isinstance(content, dict):
         return {key: nulls_as_nan(value) for key, value in content.items()}
     if isinstance(content, list):

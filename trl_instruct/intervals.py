@@ -33,16 +33,14 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def grouped_interval(values: Tensor, groups: Tensor, weights: Tensor | None) -> Interval:
-    """Weighted mean with its 95 % interval, of measurements that hang together in groups.
+    """Weighted mean with its 95 % interval, of measurements that are correlated within groups.
 
-    The pairs of one prompt share their responses, so a prompt is one measurement, weighted by its
-    pairs: the linearised variance of a ratio estimator. With one value a group this is
-    `mean_interval`.
+    Pairs of one prompt share responses, so a prompt is one measurement, weighted by its pairs: the
+    linearised variance of a ratio estimator. With one value per group this is `mean_interval`.
 
     Args:
-        values: `(N,)`.
-        groups: `(N,)` the number of each value's group, from 0.
-        weights: `(N,)`; None: all 1.
+        values, weights: `(N,)`; weights None: all 1.
+        groups: `(N,)` number of each value's group, from 0.
     """
     values = values.double()
     weights = torch.ones_like(values) if weights is None else weights.double()
@@ -67,7 +65,7 @@ def show_interval(interval: Mapping[str, float]) -> str:
 
 
 def show_metric(metrics: Mapping[str, float], name: str, sign: str = "") -> str:
-    """A metric with the interval beside it (`name`, `name_low`, `name_high`), as tables show it.
+    """A metric with its interval (`name`, `name_low`, `name_high`), as tables show it.
 
     >>> show_metric({"gain": 0.5, "gain_low": 0.25, "gain_high": 0.75}, "gain", sign="+")
     '+0.500 [+0.250, +0.750]'

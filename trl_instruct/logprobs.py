@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, and the entropy they come from: pure functions of tensors."""
+"""Log-probabilities of tokens and entropy of their distribution: pure functions of tensors."""
 
 import torch
 from torch import Tensor
@@ -7,15 +7,13 @@ TOKENS_AT_ONCE = 64
 
 
 def log_distribution(logits: Tensor, *, temperature: float) -> Tensor:
-    """Log-probability of every token of the vocabulary under the distribution sampled from.
+    """Log-probability of every token of the vocabulary under the sampling distribution.
 
-    The one tensor of this size that a step computes: log-probabilities, their gradient and the
-    entropy all come from it.
+    The only tensor of this size in a step: log-probabilities, their gradient and entropy use it.
 
     Args:
         logits: `(N, V)`.
-        temperature: the sampling temperature; logits are divided by it here as they were in
-            sampling, else the importance ratio is wrong.
+        temperature: that of sampling; logits are divided by it, or the importance ratio is wrong.
 
     Returns:
         `(N, V)` float32, nats.
@@ -44,13 +42,12 @@ def token_logprobs(log_probs: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def logprobs_in_parts(logits: Tensor, token_ids: Tensor, *, temperature: float) -> Tensor:
-    """Log-probability of each token, where no gradient is needed: `(N,)` nats.
+    """Log-probability of each token if no gradient is needed: `(N,)` nats.
 
-    Some tokens at a time, so that there is no second tensor of the logits' size.
+    Computed in parts, to avoid a second tensor of the logits' size.
 
     Args:
-        logits: `(N, V)`.
-        token_ids: `(N,)`.
+        logits, token_ids: `(N, V)` and `(N,)`.
         temperature: as in `log_distribution`.
 
     >>> logprobs_in_parts(torch.zeros(2, 4), torch.tensor([0, 3]), temperature=1.0).exp()

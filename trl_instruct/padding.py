@@ -14,11 +14,10 @@ from torch.utils.data import Sampler
 
 
 def left_padded_mask(lengths: Tensor, width: int) -> Tensor:
-    """Mask of sequences that stand at the right end of their row (prompts).
+    """Mask of sequences at the right end of their row (prompts).
 
     Args:
         lengths: `(B,)` number of real tokens in each row.
-        width: row width.
 
     Returns:
         `(B, width)` bool.
@@ -31,14 +30,7 @@ def left_padded_mask(lengths: Tensor, width: int) -> Tensor:
 
 
 def right_padded_mask(lengths: Tensor, width: int) -> Tensor:
-    """Mask of sequences that stand at the left end of their row (completions).
-
-    Args:
-        lengths: `(B,)` number of real tokens in each row.
-        width: row width.
-
-    Returns:
-        `(B, width)` bool.
+    """Like `left_padded_mask`, for sequences at the left end of their row (completions).
 
     >>> right_padded_mask(torch.tensor([1, 3]), 3).int().tolist()
     [[1, 0, 0], [1, 1, 1]]
@@ -63,7 +55,7 @@ def position_ids(mask: Tensor) -> Tensor:
 
 
 def padding_before(mask: Tensor) -> Tensor:
-    """Columns in front of each row's first real token.
+    """Columns before each row's first real token.
 
     Args:
         mask: `(B, T)` bool or 0 / 1.
@@ -78,7 +70,7 @@ def padding_before(mask: Tensor) -> Tensor:
 
 
 def roll_rows(values: Tensor, columns: Tensor) -> Tensor:
-    """Each row moved to the left by its own number of columns; what leaves comes in at the right.
+    """Roll each row to the left by its own number of columns; what leaves re-enters at the right.
 
     Args:
         values: `(B, T, ...)`.
@@ -93,13 +85,12 @@ def roll_rows(values: Tensor, columns: Tensor) -> Tensor:
 
 
 def completion_lengths(completion_ids: Tensor, eos_token_ids: list[int]) -> tuple[Tensor, Tensor]:
-    """Length of each sampled completion, its first EOS included, and whether it has one.
+    """Length of each sampled completion, including its first EOS, and whether it has one.
 
-    What a sampler leaves behind the first EOS is filler and never looked at, whatever its value.
+    Tokens after the first EOS are filler and ignored, whatever their value.
 
     Args:
-        completion_ids: `(B, C)` sampled tokens, filler behind the first EOS.
-        eos_token_ids: the tokens that end a completion.
+        completion_ids: `(B, C)` sampled tokens, filler after the first EOS.
 
     Returns:
         lengths `(B,)` int64 in 1..C and ended `(B,)` bool.
@@ -114,13 +105,11 @@ def completion_lengths(completion_ids: Tensor, eos_token_ids: list[int]) -> tupl
 
 
 FULL = 0.8
-"""Least share of a batch that is text."""
+"""Minimum fraction of a batch that is text."""
 
 
 def similar_lengths(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Rows in batches for forward passes, the shortest first, so that little is padding.
-
-    A batch ends before it has `batch_size` rows where more than a fifth of it would be padding.
+    """Batches of up to `batch_size` rows for forward passes, shortest first, 20 % padding at most.
 
     >>> similar_lengths([9, 3, 10, 3], 8)
     [[1, 3], [0, 2]]
@@ -139,10 +128,10 @@ def similar_lengths(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 def length_batches(
     lengths: Sequence[int], batch_size: int, *, seed: int, pool: int = 50
 ) -> list[int]:
-    """An order of rows in which each batch holds similar lengths and batches come at random.
+    """An order of rows in which each batch has similar lengths and batches come at random.
 
-    transformers' own group_by_length sorts the batches of a pool too, so that long and short texts
-    come in waves; a small model then learns markedly less.
+    transformers' group_by_length also sorts the batches of a pool: long and short texts then come
+    in waves, and a small model learns markedly less.
 
     >>> sorted(length_batches([3, 1, 2], 2, seed=0))
     [0, 1, 2]
@@ -160,11 +149,11 @@ def length_batches(
 
 
 class LengthBatchSampler(Sampler[int]):
-    """The rows of a dataset in the order of `length_batches`, another one in every epoch.
+    """The rows of a dataset in the order of `length_batches`, a new one in every epoch.
 
     Args:
         lengths: tokens in each row.
-        batch_size: rows that are computed at the same time, in all processes.
+        batch_size: rows computed at the same time over all processes.
         seed: the same in all processes.
     """
 
@@ -173,7 +162,7 @@ class LengthBatchSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader when an epoch starts; a resumed run meets the same order."""
+        """Called by the data loader when an epoch starts; a resumed run gets the same order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -194,7 +183,7 @@ def pad_rows(rows: list[list[int]], filler: int) -> Tensor:
 
 
 def unpadded(ids: Tensor, lengths: Tensor) -> list[list[int]]:
-    """The rows of `(B, T)` without their padding on the right.
+    """The rows of `(B, T)` without padding on the right.
 
     >>> unpadded(torch.tensor([[1, 2], [3, 0]]), torch.tensor([2, 1]))
     [[1, 2], [3]]

@@ -1,9 +1,8 @@
-"""A scalar head on language models that transformers has no sequence classifier for: RWKV, Mamba.
+"""A scalar head for language models without a sequence classifier in transformers: RWKV, Mamba.
 
-The class made here is to its backbone what `LlamaForSequenceClassification` is to Llama, with the
-same names for the weights (`<backbone>.*`, `score.weight`), and registered with
-`AutoModelForSequenceClassification`, which from then on loads and saves it like any other. On disk
-it is a checkpoint of the backbone's own `model_type`, in safetensors, without code.
+The class made here is built like `LlamaForSequenceClassification`, with the same weight names
+(`<backbone>.*`, `score.weight`). Registered with `AutoModelForSequenceClassification`, it loads and
+saves like any other: as a safetensors checkpoint of the backbone's `model_type`, without code.
 """
 
 import json
@@ -35,7 +34,7 @@ logger = logging.get_logger(__name__)
 def register_scalar_head(config_class: type[PreTrainedConfig]) -> None:
     """Give `AutoModelForSequenceClassification` a classifier for this kind of model.
 
-    Does nothing where it has one, and for models that are no language models.
+    Does nothing if it has one already, or if the model is not a language model.
 
     >>> register_scalar_head(type(AutoConfig.for_model("rwkv")))
     >>> MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(AutoConfig.for_model("rwkv"))].__name__
@@ -46,9 +45,9 @@ def register_scalar_head(config_class: type[PreTrainedConfig]) -> None:
         return
     backbone = MODEL_MAPPING[config_class]
     name = backbone.__name__.removesuffix("Model") + "ForSequenceClassification"
-    # The backbone's own base class brings the prefix of its weights, their initialisation, ...
+    # The backbone's base class has the prefix of its weights, their initialisation, ...
     family = next(c for c in backbone.__mro__[1:] if issubclass(c, PreTrainedModel))
-    # transformers reads a model's module to learn which attention and expert kernels it can take.
+    # transformers reads a model's module to learn which attention and expert kernels it supports.
     classifier = type(name, (ScalarHead, family), {"__module__": backbone.__module__})
     # Without exist_ok, transformers ignores classes for its own configs.
     AutoModelForSequenceClassification.register(config_class, classifier, exist_ok=True)
@@ -57,9 +56,9 @@ def register_scalar_head(config_class: type[PreTrainedConfig]) -> None:
 class ScalarHead(PreTrainedModel):
     """Last token's hidden state -> linear head, over any backbone.
 
-    Which token is the last is read from the attention mask, never from token ids. Rows are moved
-    to the left edge before the backbone reads them, since recurrent backbones know no mask: padding
-    before a sequence would be text to them, and padding behind it comes too late to matter.
+    The attention mask, never a token id, tells which token is last. Rows are first moved to the
+    left edge, because recurrent backbones ignore masks: they would read padding before a sequence
+    as text, but padding after it comes too late to matter.
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -82,11 +81,11 @@ class ScalarHead(PreTrainedModel):
 
         Args:
             input_ids: `(B, T)`.
-            attention_mask: `(B, T)`, 1 on the tokens of a row, which stand side by side; None: all.
+            attention_mask: `(B, T)`, 1 on a row's tokens, which must be contiguous; None: all.
             use_cache, return_dict: have no effect.
 
         Raises:
-            InputError: a mask of another shape, or an argument that would have to change the score.
+            InputError: a mask of another shape, or another argument that would affect the score.
         """
         given = [name for name, value in others.items() if not (value is None or value is False)]
         if given:
@@ -100,7 +99,7 @@ class ScalarHead(PreTrainedModel):
             raise InputError(
                 f"{type(self).__name__} was given an attention_mask of shape "
                 f"{tuple(attention_mask.shape)} for input_ids of shape {tuple(input_ids.shape)}; "
-                "it reads one sequence a row, so the shapes must be equal."
+                "it reads one sequence per row, so the shapes must be equal."
             )
         before = padding_before(attention_mask)
         output = self.base_model(
@@ -114,21 +113,21 @@ class ScalarHead(PreTrainedModel):
         return SequenceClassifierOutputWithPast(logits=logits[rows, last])
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Recompute activations in the backward pass; TRL's default, so no reason to fail."""
+        """Recompute activations in the backward pass, or warn: it is TRL's default."""
         if self.supports_gradient_checkpointing:
             super().gradient_checkpointing_enable(*args, **kwargs)
         else:
             logger.warning_once(
-                f"{type(self).__name__} does not support gradient checkpointing; training goes on "
-                "without. Set gradient_checkpointing=False to be rid of this message."
+                f"{type(self).__name__} does not support gradient checkpointing; training runs "
+                "without it. Set gradient_checkpointing=False to hide this message."
             )
 
 
 def disable_rescaling(model: PreTrainedModel) -> None:
-    """Switch off that RWKV halves weights in place on every change to eval mode, and undo it.
+    """Switch off, and undo, RWKV's halving of weights in place on every change to eval mode.
 
-    It keeps float16 from overflowing. But weights saved in eval mode are wrong once loaded (they
-    are halved again), and so is a LoRA adapter, which is not halved. Does nothing to other models.
+    It keeps float16 from overflowing. But weights saved in eval mode are wrong once loaded (halved
+    again), and so is a LoRA adapter, which is not halved. Does nothing to other models.
     """
     backbone = model.base_model
     if not hasattr(backbone.config, "rescale_every"):
@@ -143,20 +142,17 @@ def disable_rescaling(model: PreTrainedModel) -> None:
         part.config.rescale_every = 0
 
 
-# At import, so that AutoModelForSequenceClassification.from_pretrained finds them from then on.
+# At import, so that AutoModelForSequenceClassification.from_pretrained finds them.
 for _model_type in ("rwkv", "mamba", "mamba2", "falcon_mamba"):
     register_scalar_head(type(AutoConfig.for_model(_model_type)))
 
-
 SHIFT, STD = "reward_shift", "reward_std"
-
-
 # In an adapter's folder, where a config.json would make transformers look for full weights.
 SHIFT_FILE = "reward_config.json"
 
 
 def shift_of(model: PreTrainedModel) -> float:
-    """The shift in the model's config; 0 where there is none."""
+    """The shift in the model's config; 0 if it has none."""
     return float(getattr(model.config, SHIFT, None) or 0.0)
 
 
@@ -167,21 +163,21 @@ def keep_shift(model: PreTrainedModel, shift: float, std: float) -> None:
 
 
 def forget_shift(model: PreTrainedModel) -> None:
-    """Remove the shift of a head that is gone."""
+    """Remove the shift of a head that was replaced."""
     for name in (SHIFT, STD):
         if hasattr(model.config, name):
             delattr(model.config, name)
 
 
 def save_beside_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Write the shift into an adapter's folder; nothing where the model has none."""
+    """Write the shift, if the model has one, into an adapter's folder."""
     values = {name: getattr(model.config, name, None) for name in (SHIFT, STD)}
     if values[SHIFT] is not None:
         (folder / SHIFT_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def read_beside_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Give a model with a merged adapter the shift in the adapter's folder, not its base's."""
+    """Give a model with an adapter the shift in the adapter's folder, not its base's."""
     forget_shift(model)
     if (folder / SHIFT_FILE).is_file():
         values = json.loads((folder / SHIFT_FILE).read_text(encoding="utf-8"))
@@ -189,7 +185,7 @@ def read_beside_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:
-    """The scalar head of a sequence classifier; InputError where it has another kind of head."""
+    """The scalar head of a sequence classifier; InputError if it has none."""
     head = getattr(model, "score", None)
     if isinstance(head, ModulesToSaveWrapper):
         head = head.modules_to_save[head.active_adapter]

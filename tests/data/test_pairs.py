@@ -252,7 +252,7 @@ def test_load_pairs_counts_what_it_leaves_out(caplog, streaming):
     pairs = load_pairs(dataset.to_iterable_dataset() if streaming else dataset, counts=counts)
     assert list(pairs) == rows[1:2]
     assert counts == RankingCounts(3, 4, 1, 0, 2, 2)
-    assert "row 1: chosen is rejected; such pairs are left out" in caplog.text
+    assert "row 1: chosen equals rejected; such pairs are left out" in caplog.text
 
 
 def test_load_pairs_faults():

@@ -82,10 +82,10 @@ def test_pairs_whose_prompts_may_be_cut_become_rankings():
 def test_what_cannot_be_learnt_from_or_measured():
     ties = [{**row, "ranks": [1, 1, 1]} for row in RANKINGS]
     with pytest.raises(
-        InputError, match="8 rankings to train on no ranking has a pair with a winner"
+        InputError, match="None of the 8 rankings to train on has a pair with a winner"
     ):
         load(ties, eval_size=0)
-    with pytest.raises(InputError, match="8 rankings held out no ranking has a pair with a winner"):
+    with pytest.raises(InputError, match="of the 8 rankings held out has a pair with a winner"):
         load(RANKINGS, ties)
     with pytest.raises(InputError, match="eval_size holds out prompts"):
         load(RANKINGS[:1], eval_size=0.1)

@@ -114,7 +114,7 @@ def test_without_noiseless_scores_the_labelers_agreement_is_the_ceiling():
     metrics = {name: value for name, value in RM.items() if name != "ceiling"}
     (finding,) = diagnose({"rm": run({**metrics, "agreement": {"mean": 0.73}})})
     assert (finding.name, finding.level) == ("rm_at_ceiling", "fine")
-    assert "how far labelers agree: 0.730" in finding.figure
+    assert "labeler agreement: 0.730" in finding.figure
 
 
 @pytest.mark.parametrize(

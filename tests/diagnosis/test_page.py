@@ -157,7 +157,7 @@ def test_an_evaluation_without_judges(ppo_folder, evaluation):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"), [(None, "no such file"), ("{", "no JSON"), ("{}", "not what `evaluate`")]
+    ("content", "told"), [(None, "no such file"), ("{", "not JSON"), ("{}", "not what `evaluate`")]
 )
 def test_an_evaluation_that_is_none_is_an_error_and_writes_nothing(
     ppo_folder, tmp_path, content, told

@@ -75,7 +75,7 @@ def test_what_compare_needs(tmp_path):
     with pytest.raises(InputError, match="holds no finished stage"):
         compare(tmp_path)
     finished(tmp_path, "sft")
-    with pytest.raises(InputError, match="holds no policy that `ppo` left"):
+    with pytest.raises(InputError, match="holds no policy trained by `ppo`"):
         compare(tmp_path)
     finished(tmp_path, "ppo")
     with pytest.raises(InputError, match="names no model_name_or_path"):

@@ -182,9 +182,9 @@ def test_the_users_modules_to_save_stay():
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("{", "is no adapter's config .*JSONDecodeError"),
-        ("[1]", "is no adapter's config"),
-        ('{"peft_type": "NOTHING"}', "is no adapter's config .*NOTHING"),
+        ("{", "is not an adapter's config .*JSONDecodeError"),
+        ("[1]", "is not an adapter's config"),
+        ('{"peft_type": "NOTHING"}', "is not an adapter's config .*NOTHING"),
         ('{"peft_type": "LORA"}', "names no base model"),
     ],
 )

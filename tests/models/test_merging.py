@@ -73,7 +73,7 @@ def test_the_dtype_of_the_merged_weights(policy_adapter, tmp_path):
 
 def test_what_cannot_be_merged(policy_adapter, saved_policy, tmp_path, capsys):
     for source in (saved_policy, tmp_path / "nowhere"):
-        with pytest.raises(InputError, match="is no adapter's folder: there is no adapter_config"):
+        with pytest.raises(InputError, match="is not an adapter's folder: there is no adapter_con"):
             merge(source, tmp_path / "x")
     with pytest.raises(InputError, match="is not empty. Choose a new"):
         merge(policy_adapter, policy_adapter)

@@ -140,7 +140,7 @@ def test_a_weight_needs_text_and_text_a_weight(make_trainer, saved_policy, tmp_p
     with pytest.raises(InputError, match="ptx_coef is 27.8, but there is no pretraining text"):
         make_trainer(ptx_coef=27.8)
     prompts = Dataset.from_list(PROMPTS)
-    with pytest.raises(InputError, match="ptx_coef is 0, so that it would not be used"):
+    with pytest.raises(InputError, match="ptx_coef is 0: set ptx_coef to use the text"):
         ppo(saved_policy, vowels, prompts, tmp_path / "x", ptx_dataset=data(), **QUICK_PPO)
     with pytest.raises(InputError, match="A text record needs `text`"):
         ppo(

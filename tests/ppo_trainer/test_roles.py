@@ -189,7 +189,7 @@ def test_a_reward_model_over_another_base(chain, make_policy, tokenizer, tmp_pat
     roles = roles_of(ppo_config, tokenizer, chain["sft"], reward)
     expected = AutoPeftModelForSequenceClassification.from_pretrained(reward, num_labels=1)
     torch.testing.assert_close(logits(roles.reward.model), logits(expected))
-    told = "the value model from '.*other' is no adapter over the policy's base, '.*policy0'"
+    told = "the value model from '.*other' is not an adapter over the policy's base, '.*policy0'"
     with pytest.raises(InputError, match=told):
         run_ppo(chain["sft"], reward, tmp_path / "x", **ON)
     assert not (tmp_path / "x").exists()
@@ -270,10 +270,10 @@ def test_an_attention_of_the_policys_is_its_own(make_reward_model, tokenizer, tm
 def test_sharing_that_is_not_possible(chain, saved_policy, saved_reward_model, tmp_path):
     loaded = AutoPeftModelForCausalLM.from_pretrained(chain["sft"])
     for model, reward, options, told in (
-        (saved_policy, chain["rm"], {}, "without use_peft the policy is no adapter"),
+        (saved_policy, chain["rm"], {}, "without use_peft the policy is not an adapter"),
         (loaded, chain["rm"], ON, "the policy is a loaded PeftModel; give its folder"),
-        (chain["sft"], saved_reward_model, ON, "the value model from .* is no adapter over"),
-        (chain["sft"], [saved_reward_model, vowels], ON, "the reward model from .* is no adapter"),
+        (chain["sft"], saved_reward_model, ON, "the value model from .* is not an adapter over"),
+        (chain["sft"], [saved_reward_model, vowels], ON, "the reward model from .* not an adapter"),
     ):
         given = {"processing_class": AutoTokenizer.from_pretrained(saved_policy), **options}
         with pytest.raises(InputError, match=f"share_base is true, but {told}"):
@@ -333,6 +333,6 @@ def test_a_reward_adapter_of_another_tokenizer_over_the_same_base(
     vocabulary = content["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     file.write_text(json.dumps(content), encoding="utf-8")
-    told = "rm' and the policy are adapters over one base, but of different tokenizers"
+    told = "rm' and the policy are adapters over one base, but with different tokenizers"
     with pytest.raises(InputError, match=told):
         roles_of(ppo_config, tokenizer, chain["sft"], folder)

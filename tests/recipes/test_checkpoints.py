@@ -45,7 +45,7 @@ def test_the_last_whole_checkpoint_is_found(tmp_path):
     assert [is_whole(path) for path in [*made, *half]] == [True, True, False, False]
     assert find_checkpoint(tmp_path, True) == made[1]
     assert find_checkpoint(tmp_path, str(made[0])) == made[0]
-    with pytest.raises(InputError, match="checkpoint-11' is not whole"):
+    with pytest.raises(InputError, match="checkpoint-11' is incomplete"):
         find_checkpoint(tmp_path, str(half[0]))
 
 
@@ -186,7 +186,7 @@ def test_only_what_is_better_is_saved(make_trainer, tmp_path):
 
 
 def test_the_best_of_what(make_trainer):
-    with pytest.raises(InputError, match="'reward'; what is logged: .*objective/scores"):
+    with pytest.raises(InputError, match="'reward', which is not logged: .*objective/scores"):
         make_trainer(metric_for_best_model="reward").train()
 
 

@@ -90,10 +90,10 @@ def test_a_file_is_refused(tmp_path):
 
 def test_a_folder_that_could_not_be_made_is_refused(tmp_path, monkeypatch):
     (tmp_path / "x").write_text("")
-    with pytest.raises(InputError, match=r"output_dir .*x' is no folder\. Choose another"):
+    with pytest.raises(InputError, match=r"output_dir .*x' is not a folder\. Choose another"):
         sft("nowhere", DATA, tmp_path / "x" / "new")
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may do all
-    with pytest.raises(InputError, match="cannot be written into"):
+    with pytest.raises(InputError, match="is not writable"):
         sft("nowhere", DATA, tmp_path / "new" / "deep")
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 

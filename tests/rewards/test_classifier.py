@@ -138,9 +138,9 @@ def test_a_decoder_without_a_pad_token(make_reward_model, eos_padded_tokenizer):
 
 
 def test_a_label_or_measure_that_is_not_there(folder):
-    with pytest.raises(InputError, match="labels NEGATIVE, NEUTRAL, POSITIVE; given was 'positive"):
+    with pytest.raises(InputError, match="labels NEGATIVE, NEUTRAL, POSITIVE; given: 'positive"):
         ClassifierReward(str(folder), "positive")
-    with pytest.raises(InputError, match="given was none"):
+    with pytest.raises(InputError, match="given: none"):
         ClassifierReward(str(folder), {})
     with pytest.raises(InputError, match="measure is 'odds'; one of probability, logit, log_odds"):
         ClassifierReward(str(folder), "POSITIVE", measure="odds")

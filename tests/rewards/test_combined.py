@@ -25,7 +25,7 @@ def test_a_weighted_sum_by_hand():
     assert reward.__name__ == "length + bonus"
     assert WeightedSum([length, length])(PROMPTS, COMPLETIONS) == [2.0, 4.0, 10.0]
     for rewards, weights in (([length], [1.0, 2.0]), ([], None)):
-        with pytest.raises(InputError, match="one weight a reward"):
+        with pytest.raises(InputError, match="one weight per reward"):
             WeightedSum(rewards, weights)
 
 

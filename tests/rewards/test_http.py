@@ -157,7 +157,7 @@ def test_what_may_pass_is_tried_again(waits):
     ("answer", "message"),
     [
         ((422, b"too long"), "HTTP 422 .*too long"),
-        ((200, b"hello"), "answered with no JSON: b'hello'"),
+        ((200, b"hello"), "did not answer with JSON: b'hello'"),
         ((200, b'{"score": [1]}'), r'answered \{"score": \[1\]\}; .* with 3 numbers is needed'),
         ((200, b'{"scores": [1, 2]}'), "with 3 numbers is needed"),
         ((200, b"[1, 2, 3]"), "with 3 numbers is needed"),
@@ -226,7 +226,7 @@ def test_an_answer_may_not_be_endless(monkeypatch):
 def test_what_json_cannot_hold_is_an_error():
     with pytest.raises(RewardError, match="cannot be written as JSON"):
         HTTPReward("http://127.0.0.1:1")(["a"], ["b"], column=[object()])
-    with pytest.raises(InputError, match="'127.0.0.1:80' is no address"):
+    with pytest.raises(InputError, match="'127.0.0.1:80' is not a server's address"):
         HTTPReward("127.0.0.1:80")
 
 
@@ -244,9 +244,9 @@ def test_the_token_is_asked_for(monkeypatch):
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        (b"{", 400, "no JSON"),
+        (b"{", 400, "Not a JSON object"),
         (b"[1]", 400, "an object is needed"),
-        (b"[" * 100_000, 400, "no JSON"),
+        (b"[" * 100_000, 400, "Not a JSON object"),
         (b'{"prompts": ["a"]}', 422, "needs the lists"),
         (b'{"prompts": ["a"], "completions": []}', 422, "`prompts` must be a list as long"),
         (b'{"prompts": ["a"], "completions": ["b"], "x": "c"}', 422, "`x` must be a list"),

@@ -229,7 +229,7 @@ def test_a_name_in_a_python_file(tmp_path):
         "        return [self.value for _ in prompts]\nalways_two = Constant(2.0)\n"
     )
     assert load_reward(f"{file}:always_two")(PROMPTS, COMPLETIONS) == [2.0, 2.0, 2.0]
-    with pytest.raises(InputError, match="defines no function or adapter 'long'"):
+    with pytest.raises(InputError, match="defines no function or reward 'long'"):
         load_reward(f"{file}:long")
     with pytest.raises(InputError, match=r"there is no file missing\.py \(looked in"):
         load_reward("missing.py:short")

@@ -213,7 +213,7 @@ def test_what_normalisation_has_seen_is_saved(make_trainer, tmp_path):
         "reward"
     ]
     assert state["shared"][0] == 8 and state["own"][0] == 0
-    with pytest.raises(InputError, match="what 1 rewards remember, and 0 of this run do"):
+    with pytest.raises(InputError, match="the state of 1 rewards, but 0 of this run have state"):
         make_trainer(max_steps=2).train(resume_from_checkpoint=str(tmp_path / "ppo/checkpoint-1"))
 
 

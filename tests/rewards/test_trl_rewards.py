@@ -127,6 +127,6 @@ def test_a_reward_that_needs_another_column_says_so():
     def solved(prompts, completions, solution):
         return [0.0]
 
-    message = r"'solved' needs `solution`, and there is no such column. It is given completion_ids,"
+    message = r"'solved' needs the column `solution`, which is missing. It gets completion_ids,"
     with pytest.raises(InputError, match=message):
         call_reward(solved, ["a"], ["b"], {"completion_ids": [[1]]})

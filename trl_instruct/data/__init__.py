@@ -1,5 +1,5 @@
 """Records: demonstrations, prompts and texts, rankings, pairs.
 
-`sources` says where they come from, `records` what each must be; `rankings` and `pairs` are the two
-forms of preferences, and `preferences` picks what the reward model trains on and is measured on.
+`sources` loads them and `records` checks them. `rankings` and `pairs` are the two forms of
+preferences; `preferences` picks those that the reward model trains and is evaluated on.
 """

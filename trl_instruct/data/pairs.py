@@ -56,24 +56,22 @@ def rankings_to_pairs(
 ) -> AnyDataset:
     """Rankings -> pairs `prompt`, `chosen`, `rejected` for TRL's RewardTrainer and DPOTrainer.
 
-    All C(K,2) pairs with ties dropped is what InstructGPT trains on (3.5, C.2). Runs as a
-    batched map with flat memory. Only the columns named here come out: TRL's pairs have no place
-    for `labeler` and `weight`.
+    InstructGPT trains on all C(K,2) pairs without the ties (3.5, C.2). A batched map keeps memory
+    flat. All other columns are dropped: TRL's pairs have no place for `labeler` and `weight`.
 
     Args:
-        dataset: rankings, as `load_rankings` gives them (numbers, not labels); an `IterableDataset`
-            gives an `IterableDataset`.
+        dataset: rankings from `load_rankings` (numbers, not labels); a stream gives a stream.
         which: "all"; "adjacent", responses of neighbouring ranks; "best_vs_rest", the best response
             (each of them, if they tie) against every other.
-        ties: "drop", or "half": a tie gives two rows, one in either order, so that its target is
-            one half. Ties between neighbours and among the best belong to the other `which` too.
+        ties: "drop", or "half": a tie gives two rows, one per order, so its target is one half.
+            "adjacent" includes all ties, "best_vs_rest" those among the best.
         margin: add `margin`, the difference of the two scores (0 for a tie).
-        max_pairs: at most this many comparisons of a ranking, drawn with `seed` whatever the order
-            of rows and responses; a tie counts as one.
-        counts: the counts of the rankings are added to it (when streaming: while rows are read).
+        max_pairs: most comparisons per ranking (a tie counts as one), drawn with `seed`
+            independently of the order of rows and responses.
+        counts: the counts of the rankings are added to it (when streaming: as rows are read).
 
     Raises:
-        InputError: an unknown option; a faulty ranking; a margin without scores; no pair at all.
+        InputError: an unknown option; a faulty ranking; a margin without scores; no pairs.
 
     >>> pairs = rankings_to_pairs(Dataset.from_list([
     ...     {"prompt": "2+2=", "responses": ["5", "4", "22"], "ranks": [2, 1, 3]}
@@ -115,9 +113,7 @@ def ranking_to_pairs(
     max_pairs: int | None = None,
     seed: int = 0,
 ) -> list[tuple[int, int]]:
-    """The pairs (chosen, rejected) of one ranking, as indices into its responses.
-
-    Arguments as `rankings_to_pairs`.
+    """Index pairs (chosen, rejected) of one ranking; arguments as `rankings_to_pairs`.
 
     >>> ranking = canonical_ranking({"prompt": "?", "responses": list("abc"), "ranks": [1, 1, 2]})
     >>> ranking_to_pairs(ranking), ranking_to_pairs(ranking, ties="half")
@@ -149,15 +145,14 @@ def load_pairs(
 ) -> AnyDataset:
     """Load pairs: `prompt`, `chosen`, `rejected`, optional `margin`; text or messages.
 
-    Without `prompt` it is what chosen and rejected begin with, as in TRL's implicit-prompt format:
-    the messages they share; in text, all up to the last shared "\\n\\nAssistant:" of a
-    dialogue, otherwise all they share. Further columns are kept. Arguments as `load_records`.
-
-    A pair whose chosen and rejected are the same is left out, counted in `counts` and logged.
+    A missing `prompt` is what chosen and rejected both begin with (TRL's implicit prompt): all
+    shared messages; in text, all up to the last shared "\\n\\nAssistant:" of a dialogue, else all
+    shared text. Other columns are kept. A pair whose chosen and rejected are equal is left out,
+    counted in `counts` and logged. Arguments as `load_records`.
 
     Raises:
         InputError: a missing column; a field null, empty, malformed or of two formats; no shared
-            prompt; a margin that is no finite number; no pair left.
+            prompt; a margin that is not a finite number; no pairs left.
 
     >>> pair = load_pairs(Dataset.from_list([{
     ...     "chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello!",
@@ -196,13 +191,11 @@ def load_pairs(
 def pairs_to_rankings(dataset: Dataset) -> Dataset:
     """Group the pairs of each prompt back into rankings (the reverse of `rankings_to_pairs`).
 
-    Pairs of a prompt that share responses form a group. Where a group is exactly the strict pairs
-    of one ranking, each once, that ranking is given back; two responses without a pair are then a
-    tie. Otherwise (contradictions, repetitions, comparisons left out) each pair stays a ranking of
-    K = 2, so that none is lost or made up. Further columns, `margin` too, do not come along.
-
-    Returns:
-        A dataset of `prompt`, `responses` (best first) and `ranks`.
+    Pairs of a prompt that share responses form a group. If a group is exactly the strict pairs of
+    one ranking, each once, it becomes that ranking; two responses without a pair are then a tie.
+    Otherwise (contradictions, repetitions, missing comparisons) each pair stays a ranking of K = 2:
+    none is lost or invented. The result has `prompt`, `responses` (best first) and `ranks`; other
+    columns, `margin` too, are dropped.
 
     Raises:
         InputError: a streamed dataset; a faulty pair.
@@ -234,7 +227,7 @@ def pairs_to_rankings(dataset: Dataset) -> Dataset:
 
 
 def group_pairs(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[list[Any], list[int]]]:
-    """The rankings (responses best first, ranks) that the (chosen, rejected) of a prompt amount to.
+    """Rankings (responses best first, ranks) from all (chosen, rejected) pairs of one prompt.
 
     >>> group_pairs([("a", "c"), ("b", "c"), ("y", "z")])
     [(['a', 'b', 'c'], [1, 1, 2]), (['y', 'z'], [1, 2])]
@@ -253,7 +246,7 @@ def group_pairs(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[list[Any], list[
 
 
 def _rank_group(pairs: list[tuple[Any, Any]]) -> list[tuple[list[Any], list[int]]]:
-    """One ranking where the pairs are exactly its strict pairs, each once; else one for each."""
+    """One ranking if the pairs are exactly its strict pairs, each once; else one per pair."""
     responses = {content_key(response): response for pair in pairs for response in pair}
     keys = [(content_key(chosen), content_key(rejected)) for chosen, rejected in pairs]
     losses = Counter(rejected for _, rejected in keys)
@@ -270,13 +263,12 @@ def split_by_prompt(
 ) -> tuple[Dataset, Dataset]:
     """Split rankings, pairs or any records into train and test with no prompt on both sides.
 
-    Which prompts are tested depends on their text and the seed alone, not on the order of rows; of
-    a messages prompt roles and contents count. White space around a text is ignored.
+    The split depends only on the seed and the prompts' text (of messages, roles and contents), not
+    on the order of rows. White space around a text is ignored.
 
     Args:
         dataset: rows with `prompt`, text or messages.
-        test_size: the share of distinct prompts to test on (0 < share < 1), or their number.
-        seed: another seed draws other prompts.
+        test_size: the fraction of distinct prompts to test on (between 0 and 1), or their number.
 
     Raises:
         InputError: a streamed dataset; no `prompt`; a side would be empty.
@@ -352,10 +344,10 @@ def _pair_features(features: Features, form: str, margin: bool) -> Features:
 
 
 def _differs(record: Record, row: int, *, counts: RankingCounts, where: Source) -> bool:
-    """Whether a pair has a winner; it is counted as a ranking of K = 2."""
+    """Whether a pair has a winner; counts it as a ranking of K = 2."""
     same = record["chosen"] == record["rejected"]
     if same and not counts.duplicates:
-        logger.warning("%s: chosen is rejected; such pairs are left out", where.where(row))
+        logger.warning("%s: chosen equals rejected; such pairs are left out", where.where(row))
     counts.update(RankingCounts(1, 2 - same, 1 - same, 0, int(same), int(same)))
     return not same
 
@@ -363,7 +355,7 @@ def _differs(record: Record, row: int, *, counts: RankingCounts, where: Source) 
 def _regroup(
     batch: dict[str, list[Any]], indices: list[int], *, dataset: Dataset, groups: list[list[int]]
 ) -> dict[str, list[Any]]:
-    """For a batch of prompts, the rankings of all their pairs."""
+    """The rankings of all pairs of a batch of prompts."""
     table: dict[str, list[Any]] = {"prompt": [], "responses": [], "ranks": []}
     for prompt, index in zip(batch["prompt"], indices, strict=True):
         records = dataset[groups[index]]
@@ -379,7 +371,7 @@ def _refuse_stream(dataset: AnyDataset, name: str) -> None:
 
 
 def content_key(content: Any) -> str:
-    """Text, or messages as text: what counts when two contents are compared."""
+    """The text of a content, for comparisons: of messages, their roles and contents as JSON."""
     if isinstance(content, str):
         return content
     return json.dumps([[message["role"], message["content"]] for message in content])
@@ -390,7 +382,7 @@ def _digest(seed: int, *texts: str) -> bytes:
 
 
 def _lot(ranking: Ranking, pair: tuple[int, int], seed: int) -> bytes:
-    """The lot of a pair; a tie draws the same whichever of the two comes first."""
+    """The key by which a pair is drawn; for a tie it is the same in either order."""
     texts = [content_key(ranking.responses[index]) for index in pair]
     if ranking.ranks[pair[0]] == ranking.ranks[pair[1]]:
         texts.sort()

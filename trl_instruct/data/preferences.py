@@ -1,4 +1,4 @@
-"""What the reward model learns from and is measured on: rankings or pairs, split by prompt."""
+"""What the reward model trains and is evaluated on: rankings or pairs, split by prompt."""
 
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -14,34 +14,31 @@ from trl_instruct.errors import InputError
 
 
 class Preferences(NamedTuple):
-    """Rankings or pairs to train on, rankings to measure on, demonstrations that are to score 0.
-
-    counts: what the source of the first holds.
-    """
+    """Rankings or pairs to train on, rankings to evaluate on, demonstrations to score 0."""
 
     train: Dataset
     held_out: Dataset | None
     demonstrations: Dataset | None
-    counts: RankingCounts
+    counts: RankingCounts  # of all records in the training source
 
 
 def load_preferences(
     dataset: Any, held_out: Any, demonstrations: Any, config: RewardConfig
 ) -> Preferences:
-    """Load what to train on and what to measure on.
+    """Load the preferences to train and to evaluate on.
 
-    For training rankings stay rankings and pairs stay pairs; held-out pairs, and all whose prompts
-    may be cut, become rankings of K = 2. Several labelers' rankings of one prompt stay on one side.
+    For training, rankings stay rankings and pairs stay pairs. Held-out pairs, and all pairs if
+    prompts may be cut, become rankings of K = 2. All rankings of a prompt stay on one side.
 
     Args:
         dataset: rankings or pairs, by name or in memory.
-        held_out: the same to measure on; None: `config.eval_size` of the prompts.
+        held_out: the same, to evaluate on; None: `config.eval_size` of the prompts.
         demonstrations: by name or in memory; None: no shift.
         config: split, seed, rating_order, truncate_prompt.
 
     Raises:
-        InputError: bad records, neither rankings nor pairs, none with a winner, too few prompts to
-            hold any out; demonstrations of another format than the rest.
+        InputError: bad records; neither rankings nor pairs; no pair with a winner; too few prompts
+            to hold any out; demonstrations in another format than the preferences.
     """
     counts = RankingCounts()
     train = _load(dataset, config, config.dataset_train_split, counts)
@@ -59,8 +56,8 @@ def load_preferences(
     for purpose, rows in (("to train on", train), ("held out", test)):
         if rows is not None and not count_pairs(rows):
             raise InputError(
-                f"Of the {len(rows)} rankings {purpose} no ranking has a pair with a winner: all "
-                "are ties. Give more rankings."
+                f"None of the {len(rows)} rankings {purpose} has a pair with a winner: all are "
+                "ties. Give more rankings."
             )
     if config.truncate_prompt:
         if "margin" in train.column_names:
@@ -118,7 +115,7 @@ def _demonstrations(source: Any, train: Dataset) -> Dataset:
 def _load(
     source: Any, config: RewardConfig, split: str, counts: RankingCounts | None = None
 ) -> Dataset:
-    """Rankings or pairs, whichever the columns say."""
+    """Load rankings or pairs, as the columns say."""
     columns = list(first_record(load_records(source, split), Source.of(source, split)))
     if "responses" in columns:
         return load_rankings(source, split, rating_order=config.rating_order, counts=counts)

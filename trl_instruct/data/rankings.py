@@ -57,7 +57,7 @@ class Ranking(NamedTuple):
 
 @dataclass
 class RankingCounts:
-    """What a set of rankings holds: nothing is left out without being counted here.
+    """Counts of a set of rankings, including everything that was left out.
 
     Fields: `records` read; their distinct `responses`; `pairs` with a winner; `ties`; `duplicates`,
     responses that repeat another of the same ranking; `records_without_pair`.
@@ -106,27 +106,26 @@ def load_rankings(
 ) -> AnyDataset:
     """Load rankings and bring them to one form.
 
-    A record has `prompt` (text or messages), `responses` (K >= 2; text, or for a prompt of messages
+    A record has `prompt` (text or messages), `responses` (K >= 2; text, or for a messages prompt
     also messages) and one of
 
     - `ranks`: 1 = best, equal = tie;
-    - `scores` or `ratings`: higher = better, equal = tie; numbers, or labels whose order is given;
-    - neither: the responses are already best first;
+    - `scores` or `ratings`: higher = better, equal = tie; numbers, or labels in a given order;
+    - none of these: the responses are already best first;
 
-    and optionally `labeler` and `weight` (> 0). Several labelers' rankings of one prompt stand side
-    by side. Further columns are kept. A field that is there but null is an error, not an order.
-    Ranking K = 4 to 9 responses: InstructGPT, section 3.5.
+    and optionally `labeler` and `weight` (> 0). Each labeler's ranking of a prompt is a record.
+    Other columns are kept. A field that is present but null is an error, not an order. InstructGPT
+    ranks K = 4 to 9 responses (section 3.5).
 
     Args:
         source, split, streaming: as `load_records`.
         rating_order: the labels of `ratings`, best first: `["good", "ok", "fair", "poor"]`.
-        counts: the counts are added to it (when streaming: while rows are read).
+        counts: the counts are added to it (when streaming: as rows are read).
 
     Returns:
-        A dataset with `prompt`, `responses` (in a conversational dataset each a list of messages),
-        `ranks` (dense, 1 = best), `scores` where the record had numbers or labels (labels count
-        from 0 = worst), and the further columns. A response that repeats another of its ranking
-        keeps the better of the two ranks. The counts are logged.
+        A dataset with `prompt`, `responses` (each a list of messages if the prompt is), `ranks`
+        (dense, 1 = best), `scores` if there were numbers or labels (0 = worst label), and the other
+        columns. A repeated response keeps its better rank. The counts are logged.
 
     Raises:
         InputError: a faulty record, with file, line and field.
@@ -163,11 +162,11 @@ def load_rankings(
 def canonical_ranking(record: Record, rating_order: Sequence[Any] | None = None) -> Ranking:
     """Validate a record and bring it to distinct responses with dense ranks.
 
-    Of identical responses the one with the better rank stays; `duplicates` counts the others.
-    Text responses to a prompt of messages become assistant messages.
+    Of identical responses the best-ranked one stays; `duplicates` counts the others. Text responses
+    to a messages prompt become assistant messages.
 
     Raises:
-        InputError: any fault of the record, named by field; all responses are identical.
+        InputError: a faulty field, which is named; all responses are identical.
 
     >>> canonical_ranking({"prompt": "2+2=", "responses": ["4", "5", "4"], "ranks": [3, 2, 1]})
     Ranking(prompt='2+2=', responses=['5', '4'], ranks=[2, 1], scores=None, duplicates=1)
@@ -199,12 +198,11 @@ def canonical_ranking(record: Record, rating_order: Sequence[Any] | None = None)
 
 
 def canonical_ranks(record: Record, rating_order: Sequence[Any] | None = None) -> list[int]:
-    """The dense ranks of the K `responses`, 1 = best, equal = tie, from whichever field gives them.
+    """Dense ranks of the K `responses` (1 = best, equal = tie), from whichever field has them.
 
     Raises:
-        InputError: K < 2; `ranks`, `scores` or `ratings` null, of another length than `responses`,
-            NaN, infinite, or contradicting each other; ranks that are not whole numbers >= 1; a
-            label that is not in `rating_order`.
+        InputError: K < 2; `ranks`, `scores` or `ratings` null, not one per response, not finite or
+            contradictory; a rank that is not a whole number >= 1; a label not in `rating_order`.
 
     >>> canonical_ranks({"responses": ["a", "b", "c"], "ratings": ["ok", "good", "ok"]},
     ...                 rating_order=["good", "ok", "poor"])
@@ -225,7 +223,7 @@ def canonical_ranks(record: Record, rating_order: Sequence[Any] | None = None) -
     if present and not given:
         raise InputError(
             f"`{'`, `'.join(present)}` null: the ranking is not filled in. Write one number per "
-            "response, or delete the record; only a file without such a field is best first."
+            "response or delete the record; if all responses are best first, remove the field."
         )
     (first, ranks), *others = given.items() or [("responses", list(range(1, len(responses) + 1)))]
     for field, other in others:
@@ -257,7 +255,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def _order(record: Record, field: str, rating_order: Sequence[Any] | None) -> list[int]:
-    """The dense ranks that one of the fields `ranks`, `scores`, `ratings` gives."""
+    """Dense ranks from the field `ranks`, `scores` or `ratings`."""
     if field == "ranks":
         return dense_ranks(
             [_rank(index, rank) for index, rank in enumerate(_values(record, field))]
@@ -271,8 +269,7 @@ def _values(record: Record, field: str) -> list[Any]:
         raise InputError(f"`{field}` is {kind_of(values)}; a list of {needed} is needed.")
     if len(values) != needed:
         raise InputError(
-            f"`{field}` has {len(values)} values for {needed} responses: {values}; one value per "
-            "response is needed."
+            f"`{field}` has {len(values)} values for {needed} responses: {values}; give one each."
         )
     return values
 
@@ -302,7 +299,7 @@ def _numbers(record: Record, field: str, rating_order: Sequence[Any] | None) -> 
 def _level(field: str, label: Any, rating_order: Sequence[Any] | None) -> float:
     if rating_order is None:
         raise InputError(
-            f"`{field}` is the label {label!r}, and the order of labels is not known. Give it, "
+            f"`{field}` is the label {label!r}, but the order of labels is not known. Give it, "
             'best first: rating_order=["good", "ok", "fair", "poor"].'
         )
     if label not in rating_order:
@@ -341,7 +338,7 @@ def _canonical(record: Record, row: int, *, rating_order: Any, where: Source, fo
 
 
 def _check_all(dataset: Dataset, counts: RankingCounts, options: dict[str, Any]) -> bool:
-    """Check every record before anything is written; whether any has scores."""
+    """Check and count all records before any is written; return whether any has scores."""
     scored = False
     for row, record in enumerate(iterate(dataset)):
         ranking = _canonical(record, row, **options)
@@ -373,7 +370,7 @@ def _convert(
 
 
 def _warn_first(counts: RankingCounts, ranking: Ranking, where: Source, row: int) -> None:
-    """A stream has no end to report at: say so at its first repetition and ranking of ties."""
+    """Warn at a stream's first repeated response and first all-tie ranking: it has no final log."""
     if ranking.duplicates and not counts.duplicates:
         logger.warning("%s: repeated responses are left out and counted", where.where(row))
     if not ranking.strict_pairs and not counts.records_without_pair:
@@ -386,7 +383,7 @@ def _log(counts: RankingCounts, where: Source) -> None:
 
 
 def _canonical_features(features: Features, form: str, scored: bool) -> Features:
-    """The column types of canonical rankings; replies in messages where the prompt is."""
+    """Column types of canonical rankings; responses are messages if the prompt is."""
     kept = {name: kind for name, kind in features.items() if name not in ORDERS}
     responses = kept["responses"]
     if form == "messages" and not isinstance(getattr(responses, "feature", None), List):

@@ -1,6 +1,6 @@
 """Load demonstrations, prompts and plain texts; validate these and pairs.
 
-A fault is an `InputError` that names the source, the line (or row) and the field.
+An `InputError` names the source, the line (or row) and the field at fault.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def load_demonstrations(source: Any, split: str = "train", streaming: bool = Fal
     """Demonstrations for SFT: `prompt` and `completion`, both text or both messages.
 
     TRL's `messages` column is split into `prompt` (all but the last message) and `completion` (the
-    last one, which is the assistant's). Further columns are kept. Arguments as `load_records`.
-    The data of step 1 in InstructGPT, section 3.2.
+    last, by the assistant). Other columns are kept. Arguments as `load_records`. The data of step 1
+    in InstructGPT, section 3.2.
 
     Raises:
-        InputError: a column is missing; a field is null, empty, of another type or malformed; text
-            and messages are mixed. When streaming, at the faulty record.
+        InputError: a column is missing; a field is null, empty, malformed or of another type; text
+            and messages are mixed. When streaming: on reading the faulty record.
 
     >>> from datasets import Dataset
     >>> load_demonstrations(Dataset.from_list([{"prompt": "2+2=", "completion": "4"}]))[0]
@@ -70,12 +70,9 @@ def load_demonstrations(source: Any, split: str = "train", streaming: bool = Fal
 
 
 def load_prompts(source: Any, split: str = "train", streaming: bool = False) -> AnyDataset:
-    """Prompts for PPO: `prompt`, text or messages. Further columns reach the reward functions.
+    """Prompts for PPO: `prompt`, text or messages. Other columns reach the reward functions.
 
-    Arguments as `load_records`.
-
-    Raises:
-        InputError: as `load_demonstrations`.
+    Arguments and errors as `load_demonstrations`.
 
     >>> from datasets import Dataset
     >>> load_prompts(Dataset.from_list([{"prompt": "Name a city.", "country": "Italy"}]))[0]
@@ -90,8 +87,7 @@ def load_prompts(source: Any, split: str = "train", streaming: bool = False) -> 
 def load_texts(source: Any, split: str = "train", streaming: bool = False) -> AnyDataset:
     """Plain texts for pre-training and the ptx loss: a `text` column. Arguments as `load_records`.
 
-    Rows whose text is empty or white space (paragraph breaks of some corpora) are left out, and
-    their number is logged.
+    Rows of white space (paragraph breaks of some corpora) are left out; their number is logged.
 
     Raises:
         InputError: `text` is missing, null or not text; no row has any text.
@@ -118,17 +114,17 @@ def load_texts(source: Any, split: str = "train", streaming: bool = False) -> An
 
 
 def openings(texts: AnyDataset, tokenizer: Any, length: int) -> AnyDataset:
-    """Prompts for PPO from plain texts: the opening of each, as `prompt`; the columns stay.
+    """Prompts for PPO from plain texts: the opening of each, as `prompt`; other columns are kept.
 
-    The task of Ziegler et al. 2019, section 3.1: texts are continued in a wanted style.
+    The task of Ziegler et al. 2019, section 3.1: continue texts in a given style.
 
     Args:
-        texts: column `text`, as `load_texts` gives them.
+        texts: column `text`, from `load_texts`.
         tokenizer: the policy's.
-        length: tokens of an opening; a shorter text is one as a whole.
+        length: tokens per opening; a shorter text is used whole.
 
     Raises:
-        InputError: an opening that is nothing but white space.
+        InputError: an opening is only white space.
     """
 
     def opening(batch: Mapping[str, list[str]]) -> dict[str, list[str]]:
@@ -136,14 +132,14 @@ def openings(texts: AnyDataset, tokenizer: Any, length: int) -> AnyDataset:
         cut = tokenizer.batch_decode(
             [row[:length] for row in rows], clean_up_tokenization_spaces=False
         )
-        # The last letter of an opening may be half of one, where a token is a part of a letter.
+        # A cut between two tokens of one character leaves half of it, which decodes to U+FFFD.
         return {"prompt": [text.rstrip("\ufffd") for text in cut]}
 
     return load_prompts(map_records(texts, opening, batched=True))
 
 
 def form_of(record: Record) -> str:
-    """`"messages"` where the record's prompt is a list, `"text"` otherwise."""
+    """`"messages"` if the record's prompt is a list, otherwise `"text"`."""
     return "messages" if isinstance(record.get("prompt"), list) else "text"
 
 
@@ -159,8 +155,7 @@ def check_prompt(record: Record, *, form: str) -> None:
     check_content("prompt", prompt)
     if form_of(record) != form:
         raise InputError(
-            f"`prompt` is {form_of(record)}, but {form} in the first record. Text and messages "
-            "cannot be mixed: write all records in one format."
+            f"`prompt` is {form_of(record)}, but {form} in the first record; both need one format."
         )
 
 
@@ -220,8 +215,7 @@ def check_reply(field: str, value: Any, *, form: str) -> None:
         raise InputError(f"`{field}` is {found}, but `prompt` is {form}; both need one format.")
     if form == "messages" and value[-1]["role"] != "assistant":
         raise InputError(
-            f"`{field}` ends with a message of role {value[-1]['role']!r}; the last message "
-            "needs the role 'assistant'."
+            f"`{field}` ends with a message of role {value[-1]['role']!r}; it must be 'assistant'."
         )
 
 
@@ -229,7 +223,7 @@ def check_pair(record: Record, *, form: str, implicit: bool = False) -> None:
     """Check `prompt`, `chosen`, `rejected` and `margin`; `implicit`: the prompt is in the others.
 
     Raises:
-        InputError: a fault of the record, named by field.
+        InputError: a faulty field, which is named.
 
     >>> check_pair({"prompt": "2+2=", "chosen": "4", "rejected": "5"}, form="text")
     """
@@ -246,7 +240,7 @@ def check_pair(record: Record, *, form: str, implicit: bool = False) -> None:
 
 
 def extract_prompt(record: Record) -> dict[str, Any]:
-    """Split what `chosen` and `rejected` share from both, as `prompt`.
+    """Move what `chosen` and `rejected` both begin with into `prompt`.
 
     >>> extract_prompt({"chosen": "2+2= 4", "rejected": "2+2= 5"})
     {'prompt': '2+2=', 'chosen': ' 4', 'rejected': ' 5'}
@@ -307,9 +301,9 @@ def _has_text(record: Record) -> bool:
 def check_records(
     dataset: AnyDataset, source: Source, check: Callable[[Record], None]
 ) -> AnyDataset:
-    """Run `check` on every record, at once or as a stream is read, adding the place to its error.
+    """The dataset, with `check` run on each record (of a stream: as it is read).
 
-    Returns the dataset. A check raises `InputError` without saying where.
+    `check` raises an `InputError`, to which this adds the file and line or row.
     """
 
     def checked(record: dict[str, Any], row: int) -> dict[str, Any]:
@@ -327,7 +321,7 @@ def check_records(
 def require_columns(
     found: Iterable[str], source: Source, needed: Sequence[str], what: str, otherwise: str = ""
 ) -> None:
-    """Check that the columns a kind of record needs are there.
+    """Check that the columns which a kind of record needs are present.
 
     Raises:
         InputError: one is missing; lists the columns found and suggests what to rename.

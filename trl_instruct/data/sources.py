@@ -47,7 +47,7 @@ CSV_OPTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where records come from, for messages: a name and, for JSON Lines, the file to count in."""
+    """A source's name in messages and, for JSON Lines, the file whose lines are counted."""
 
     name: str
     lines: Path | None = None
@@ -62,7 +62,7 @@ class Source:
         return cls(str(source), path if path.is_file() and _holds_json_lines(path) else None)
 
     def where(self, row: int) -> str:
-        """Row 0, 1, ... as a user finds it: the 1-based line of a JSON Lines file, or the row."""
+        """Where a user finds row 0, 1, ...: its 1-based line in a JSON Lines file, else its row."""
         if self.lines is None:
             return f"{self.name}, row {row + 1}"
         with _open_text(self.lines) as file:
@@ -79,22 +79,19 @@ class Source:
 
 
 def load_records(source: Any, split: str = "train", streaming: bool = False) -> AnyDataset:
-    """Load records from wherever they are, without looking at their fields.
+    """Load records from any source, without checking their fields.
+
+    List cells of a csv file (`responses`, `ranks`, `scores`, `ratings`, `messages`) must be JSON.
 
     Args:
-        source: a `datasets.Dataset` or `IterableDataset` (taken as it is), a `DatasetDict`,
+        source: a `datasets.Dataset` or `IterableDataset` (returned unchanged), a `DatasetDict`,
             `"tiny:<split>"` (the embedded world), a local .json, .jsonl, .json.gz, .jsonl.gz, .csv
             or .parquet file, a local folder, or the id of a dataset on the Hub.
-        split: which split of a folder, a `DatasetDict` or a Hub dataset; a single file has only
-            "train" (slices such as `"train[:100]"` work).
-        streaming: give an `IterableDataset` that reads as it goes.
-
-    Cells of a csv file that hold lists (`responses`, `ranks`, `scores`, `ratings`, `messages`) are
-    written as JSON.
+        split: which split; a single file has only "train" (slices like `"train[:100]"` work).
+        streaming: return an `IterableDataset`, which reads rows on demand.
 
     Raises:
-        InputError: no such file, an unknown extension, malformed JSON (with its line), no such
-            split, no records.
+        InputError: missing file or split, unknown extension, malformed JSON (and line), no records.
 
     >>> load_records(Dataset.from_list([{"prompt": "Name a city."}])).num_rows
     1
@@ -118,11 +115,7 @@ def load_records(source: Any, split: str = "train", streaming: bool = False) -> 
 
 
 def first_record(dataset: AnyDataset, source: Source) -> dict[str, Any]:
-    """The first record.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The first record; InputError if there is none."""
     for record in iterate(dataset, source=source):
         return record
     raise InputError(f"{source.name} holds no records; at least one is needed.")
@@ -131,10 +124,7 @@ def first_record(dataset: AnyDataset, source: Source) -> dict[str, Any]:
 def iterate(
     dataset: AnyDataset, column: str | None = None, *, source: Source | None = None
 ) -> Iterator[Any]:
-    """Rows, or the values of one column, as Python objects; a batch at a time in memory.
-
-    `source` is named in the error where their text is not UTF-8.
-    """
+    """Rows, or one column's values, as Python objects, a batch at a time; errors name `source`."""
     if isinstance(dataset, IterableDataset):
         yield from dataset
         return
@@ -145,20 +135,18 @@ def iterate(
             yield from (row[0] if column else dict(zip(batch, row, strict=True)) for row in values)
     except UnicodeDecodeError as error:
         place = f"{source.name}: the" if source else "The"
-        raise InputError(
-            f"{place} records are not UTF-8 text ({error}); write them as such."
-        ) from None
+        raise InputError(f"{place} records are not UTF-8 text ({error}); write UTF-8.") from None
 
 
 def map_records(dataset: AnyDataset, function: Any, **options: Any) -> AnyDataset:
-    """`dataset.map`, never from the cache, whose key does not change with the code of a package."""
+    """`dataset.map` without its cache, whose key does not change with the code of a package."""
     if isinstance(dataset, Dataset):
         options["load_from_cache_file"] = False
     return dataset.map(function, **options)
 
 
 def name_of(dataset: Any) -> str | None:
-    """How the config names a dataset: a path or id; None for one that lives in memory only."""
+    """A dataset's path or id, for the config; None if it is only in memory."""
     return fspath(dataset) if isinstance(dataset, (str, PathLike)) else None
 
 
@@ -171,7 +159,7 @@ def kind_of(value: Any) -> str:
 
 
 def _load_tiny(name: str, streaming: bool) -> AnyDataset:
-    from trl_instruct.tiny import split  # the world is made only when it is asked for
+    from trl_instruct.tiny import split  # builds the world only when needed
 
     try:
         dataset = split(name)
@@ -197,7 +185,7 @@ def _load_path(
     try:
         return load_dataset(str(source), split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
-        problem = f"no file or folder here, and not to be had from the Hub: {error}"
+        problem = f"no file or folder here, and not found on the Hub: {error}"
     except ValueError as error:
         problem = f"split {split!r} could not be loaded: {error}"
     raise InputError(f"{where.name}: {problem}")
@@ -243,7 +231,7 @@ def _load_file(path: Path, builder: str, split: str, streaming: bool, where: Sou
 
 
 def _check_separator(path: Path, where: Source) -> None:
-    """InputError for a csv whose columns are separated by something else than commas."""
+    """InputError if a csv file's columns are not separated by commas."""
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         header = file.readline()
     other = next((mark for mark in ";\t|" if mark in header), None)
@@ -257,7 +245,7 @@ def _check_separator(path: Path, where: Source) -> None:
 def _guarded(
     dataset: IterableDataset, path: Path, builder: str, where: Source
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a streamed file; a fault of the reader becomes an `InputError` with its line."""
+    """Rows of a streamed file; a reader's error becomes an `InputError` with its line."""
     try:
         yield from dataset
     except InputError:
@@ -267,7 +255,7 @@ def _guarded(
 
 
 def _file_fault(error: Exception, path: Path, builder: str, where: Source) -> InputError:
-    """What is wrong with a file that `datasets` could not read: the first bad line, if it can."""
+    """The error for a file that `datasets` could not read, with the first bad line if found."""
     if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
         return InputError(f"{where.name} holds no records; at least one is needed.")
     try:
@@ -307,18 +295,18 @@ def _parse_json(where: Source, path: Path) -> None:
 
 
 def _check_surrogates(value: Any, place: str) -> None:
-    """InputError for half a character: a "\\ud83d" whose second half was cut off."""
+    """InputError for half a character, a "\\ud83d" whose second half was cut off."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start].encode("unicode_escape").decode()
         raise InputError(
-            f"{place}: {half} is half of a surrogate pair, which is no text; remove it."
+            f"{place}: {half} is half of a surrogate pair, not text; remove it."
         ) from None
 
 
 def _holds_json_lines(path: Path) -> bool:
-    """Whether a row of the file is a line: .jsonl, or a .json that does not open with "["."""
+    """Whether each line of the file is a row: .jsonl, or a .json that opens with a "{...}" line."""
     name = path.name.lower().removesuffix(".gz")
     if not name.endswith(".json"):
         return name.endswith(".jsonl")
@@ -336,7 +324,7 @@ def _open_text(path: Path) -> Any:
 
 
 def _decode_cells(dataset: AnyDataset, where: Source) -> AnyDataset:
-    """Lists in the cells of a csv file, written as JSON: '["a", "b"]' -> ["a", "b"]."""
+    """Decode a csv file's list cells, which are JSON: '["a", "b"]' -> ["a", "b"]."""
     columns = set(dataset.column_names or first_record(dataset, where)) & set(LIST_CELLS)
     if not columns:
         return dataset

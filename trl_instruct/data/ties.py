@@ -1,4 +1,4 @@
-"""Which of two responses wins, by their ranks. Here, and nowhere else, ties are decided."""
+"""Which of two responses wins, by their ranks. Only this module decides ties."""
 
 from typing import Any
 
@@ -6,14 +6,12 @@ TIES = ("drop", "half")
 
 
 def wins(rank: Any, other: Any, *, ties: str = "drop") -> Any:
-    """How much one response wins over another: 1, 0, or what a tie is worth.
+    """1 if a response beats another, 0 if it loses; a tie gives 0 ("drop") or 0.5 ("half").
 
-    InstructGPT drops ties (C.2). With "half" each of the two wins by half, so that the target of
-    the comparison is one half.
+    InstructGPT drops ties (C.2). With "half" the target of the comparison is one half.
 
     Args:
         rank, other: whole numbers, or tensors of them whose shapes broadcast; 1 = best.
-        ties: "drop" or "half".
 
     >>> wins(1, 2), wins(2, 1), wins(2, 2), wins(2, 2, ties="half")
     (1.0, 0.0, 0.0, 0.5)

@@ -1,4 +1,4 @@
-"""What went wrong: which stage is at fault, on one page.
+"""What went wrong, and in which stage: `report` writes it on one page.
 
-`page` is the door, `report`; `stages` and `ppo` hold the thresholds, `figures` the plots.
+`stages` and `ppo` hold the checks and thresholds, `figures` the plots, `page` the HTML.
 """

@@ -1,4 +1,4 @@
-"""The figures of the report: each a small one of its own, so that a phone shows them one by one."""
+"""The figures of the report, small and separate: a phone shows them one by one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_POINTS = 1000
 
 
 class Figure(NamedTuple):
-    """What a page shows: a title, a sentence, an SVG as the address of an image."""
+    """A figure of the page: title, caption, and an SVG as a data URI."""
 
     title: str
     caption: str
@@ -29,8 +29,7 @@ def figures(chain: Mapping[str, FinishedStage], evaluation: Mapping[str, Any]) -
     """All figures that the measurements allow.
 
     Args:
-        chain: as `read_chain` gives it.
-        evaluation: what `evaluate` saved; empty where it has not run.
+        evaluation: what `evaluate` saved; empty if it has not run.
     """
     found = [*_results(chain, evaluation)]
     if "sft" in chain:
@@ -46,20 +45,19 @@ def _results(chain: Mapping[str, FinishedStage], evaluation: Mapping[str, Any]) 
     if "ppo" in chain and chain["ppo"].curve("objective/kl"):
         yield _figure(
             "Reward against KL",
-            "Where PPO went, iteration by iteration: what it gained, and how far from the "
-            "reference it went for it. Best-of-n of the SFT model is what the reward model allows "
-            "without any training.",
+            "Each iteration of PPO: its score, and how far the policy is from the reference. "
+            "Best-of-n of the SFT model is what the reward model allows without any training.",
             lambda axes: _plot_frontier(axes, chain["ppo"], evaluation.get("best_of_n")),
         )
     if evaluation.get("judges"):
         yield _figure(
             "Scores on held-out prompts",
-            "Mean with its 95 % interval, by every judge.",
+            "Mean and 95 % interval by each judge.",
             lambda axes: _plot_scores(axes, evaluation),
         )
         yield _figure(
             "Score against length",
-            "One point a completion. A cloud that only moves to the right has learnt to be long.",
+            "One point per completion. If the cloud only moves to the right, only the length grew.",
             lambda axes: _plot_lengths(axes, evaluation),
         )
 
@@ -68,7 +66,7 @@ def _sft(run: FinishedStage) -> Iterator[Figure]:
     if run.curve("loss"):
         yield _figure(
             "SFT: loss",
-            "Nats per token of the completions: in training, and held out (base and fine-tuned).",
+            "Nats per completion token: in training, and held out (base and fine-tuned).",
             lambda axes: _plot_sft(axes, run),
         )
 
@@ -77,20 +75,20 @@ def _rm(run: FinishedStage) -> Iterator[Figure]:
     if run.curve("accuracy"):
         yield _figure(
             "Reward model: training",
-            "Loss and accuracy on the batch at hand, before it is learnt from.",
+            "Loss and accuracy on each batch before the model is trained on it.",
             lambda axes: _plot_lines(axes, run, "step", loss=LINE, accuracy=FAINT),
         )
     if "accuracy" in run.metrics:
         yield _figure(
             "Reward model: accuracy by difference of rank",
-            "Held-out pairs. Responses of like quality are hard to tell apart for people too.",
+            "Held-out pairs. People, too, find responses of similar quality hard to tell apart.",
             lambda axes: plot_accuracy(
                 axes, run.metrics, "by_distance", "difference of the two ranks"
             ),
         )
         yield _figure(
             "Reward model: calibration",
-            "Whether a difference of scores means what it says.",
+            "How often the higher score wins, against how often the difference predicts it.",
             lambda axes: plot_calibration(axes, run.metrics),
         )
 

@@ -20,11 +20,7 @@ from trl_instruct.files import nulls_as_nan, read_json, written_at_once
 from trl_instruct.recipes.chain import FinishedStage, read_chain
 
 REPORT = "report.html"
-
-
 TEMPLATE = Path(__file__).with_name("page.html")
-
-
 MOST_SAMPLES = 12
 
 
@@ -36,20 +32,19 @@ def report(
 ) -> Path:
     """Write one self-contained HTML page on a finished stage and those it came from.
 
-    On top stands what is at fault, if anything is: each line with the figure it rests on, its
-    threshold and what to do. Below, the stages side by side, figures, completions. Texts of models
-    and data are escaped, and the page loads and runs nothing.
+    Findings come first, each with its figure, threshold and advice; then the stages side by side,
+    figures, completions. Model outputs and data are escaped; the page loads and runs nothing.
 
     Args:
-        folder: what `sft`, `rm` or `ppo` left.
+        folder: output folder of `sft`, `rm` or `ppo`.
         evaluation: the JSON that `evaluate` saved: models side by side, best-of-n, completions.
         output_file: default: report.html in the folder.
 
     Returns:
-        Where the page lies.
+        Path of the page.
 
     Raises:
-        InputError: no finished stage in the folder; an evaluation that is none.
+        InputError: no finished stage in the folder; a file that is not an evaluation.
     """
     chain, compared = read_chain(folder), read_evaluation(evaluation)
     path = Path(output_file or Path(folder) / REPORT)
@@ -82,11 +77,11 @@ def report(
 def summary_lines(
     chain: Mapping[str, FinishedStage], evaluation: Mapping[str, Any] | None = None
 ) -> Iterator[str]:
-    """The page in a few lines: the verdict, what was measured of stages and models, what was found.
+    """The page in a few lines: the verdict, key figures of stages and models, the findings.
 
     Args:
-        chain: as `read_chain` gives it, or some stages of it.
-        evaluation: as `read_evaluation` gives it.
+        chain: as `read_chain` returns it, or some stages of it.
+        evaluation: as `read_evaluation` returns it.
     """
     findings = diagnose(chain)
     yield verdict(findings)
@@ -102,7 +97,7 @@ def summary_lines(
 
 
 def key_figures(name: str, run: FinishedStage) -> str:
-    """The few figures that matter of a stage, in one line."""
+    """The key figures of a stage in one line."""
     metrics = run.metrics
     if name == "rm" and "accuracy" in metrics:
         limit = f", ceiling {metrics['ceiling']:.3f}" if "ceiling" in metrics else ""
@@ -125,23 +120,23 @@ def _counts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]
 
 
 def read_evaluation(path: str | os.PathLike | None) -> dict[str, Any]:
-    """What `evaluate` saved; nothing for None. InputError where it is something else."""
+    """What `evaluate` saved; empty for None. InputError if it is something else."""
     if path is None:
         return {}
     file = Path(path)
     if not file.is_file():
-        raise InputError(f"evaluation {str(file)!r}: there is no such file. Run evaluate first.")
+        raise InputError(f"evaluation {str(file)!r}: no such file. Run evaluate first.")
     try:
         content = read_json(file)
     except json.JSONDecodeError as error:
-        raise InputError(f"evaluation {str(file)!r} is no JSON: {error}") from error
+        raise InputError(f"evaluation {str(file)!r} is not JSON: {error}") from error
     if not isinstance(content, dict) or not {"models", "judges", "points"} <= set(content):
         raise InputError(f"evaluation {str(file)!r} is not what `evaluate` saves.")
     return {**content, "models": nulls_as_nan(content["models"])}
 
 
 def _samples(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Prompts with what each model said and its scores, as text."""
+    """Prompts with each model's completion and its scores, as text."""
     shown = []
     for sample in evaluation.get("samples", [])[:MOST_SAMPLES]:
         said = [
@@ -164,17 +159,13 @@ def _transcript(prompt: Any) -> str:
 
 
 def diagnose(chain: Mapping[str, FinishedStage]) -> list[Finding]:
-    """What the stages' own measurements say, faults and all, in the order the stages ran.
-
-    Args:
-        chain: finished stages by name, as `read_chain` gives them; those missing are passed over.
-    """
+    """The findings for each stage in a chain, from its own measurements, in the order they ran."""
     checks = {"sft": diagnose_sft, "rm": diagnose_rm, "ppo": diagnose_ppo}
     return [f for name, check in checks.items() if name in chain for f in check(chain[name])]
 
 
 def verdict(findings: Sequence[Finding]) -> str:
-    """The findings in one sentence: an earlier stage's fault reaches the later ones.
+    """The findings in one sentence: the first stage at fault affects those after it.
 
     >>> verdict([])
     'No fault found.'
@@ -183,5 +174,5 @@ def verdict(findings: Sequence[Finding]) -> str:
     if not faulty:
         return "No fault found."
     count = "1 fault" if len(faulty) == 1 else f"{len(faulty)} faults"
-    later = "" if faulty[0] == "ppo" else ": what is wrong there reaches the stages after it"
+    later = "" if faulty[0] == "ppo" else ": its faults affect the stages after it"
     return f"{count} found. Begin with {faulty[0]}{later}."

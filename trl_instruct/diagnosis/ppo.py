@@ -1,4 +1,4 @@
-"""What a PPO run's own logs say of it, against thresholds."""
+"""Findings of a PPO run: its own logs against thresholds."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from trl_instruct.diagnosis.stages import Finding
 from trl_instruct.recipes.chain import FinishedStage
 
-# PPO, from the first to the last tenth of the iterations.
+# PPO, comparing the first and the last tenth of the iterations.
 MOST_KL = 0.5  # nats per token
-MOST_FREE_KL = 0.25  # the same where no penalty holds it: it has not come to rest
-LEAST_KL = -0.02  # nats per token; it is a mean over samples, and only that can go below 0
-LEAST_ENTROPY = 0.25  # of what it was
+MOST_FREE_KL = 0.25  # the same without a penalty: KL is still growing then
+LEAST_KL = -0.02  # nats per token; only a mean over samples can be below 0
+LEAST_ENTROPY = 0.25  # of its first value
 MOST_LENGTH = 1.5  # times as long, or as short
 LEAST_ENDED = 0.9
 LEAST_EXPLAINED = 0.05
@@ -30,15 +30,15 @@ def diagnose_ppo(run: FinishedStage) -> Iterator[Finding]:
     """Exploited reward, KL, entropy, length, EOS, value function, clipping, number of episodes.
 
     Args:
-        run: a finished `ppo`. What it has not logged is not looked at: gold without `gold` in its
-            config, length and some others by TRL's own trainer.
+        run: a finished `ppo`. Metrics it did not log are skipped: gold without `gold` in its
+            config, and length and some others with TRL's own trainer.
     """
     if not run.curve("objective/kl"):
         yield Finding(
             "ppo",
             "ppo_unmeasured",
             "unknown",
-            "How PPO went is not known.",
+            "PPO could not be checked.",
             "no logs in its folder",
             "",
             "Leave logging_steps at 1.",
@@ -83,10 +83,9 @@ def _kl(run: FinishedStage) -> Iterator[Finding]:
             "ppo",
             "kl_blow_up",
             "fault",
-            "The policy has left the reference far behind; the reward model was never shown texts "
-            "like its.",
+            "The policy is far from the reference; the reward model has never seen such texts.",
             figure,
-            f"above {most} per token" + " where kl_coef is 0" * free,
+            f"above {most} per token" + " if kl_coef is 0" * free,
             "A higher kl_coef, adaptive_kl_target, or a lower learning_rate.",
         )
     elif per_token < LEAST_KL:
@@ -94,11 +93,11 @@ def _kl(run: FinishedStage) -> Iterator[Finding]:
             "ppo",
             "kl_negative",
             "fault",
-            "The KL is negative, which no true KL is: the completions were not sampled from the "
-            "distribution that the log-probabilities assume.",
+            "The KL is negative, which a true KL never is: the completions were not sampled from "
+            "the distribution that the log-probabilities assume.",
             figure,
             f"below {LEAST_KL} per token",
-            "Check generation settings and dropout of the policy.",
+            "Check the generation settings and the dropout of the policy.",
         )
 
 
@@ -109,7 +108,7 @@ def _entropy(run: FinishedStage) -> Iterator[Finding]:
             "ppo",
             "entropy_collapse",
             "fault",
-            "The policy has all but stopped to vary: one prompt, one completion.",
+            "The policy hardly varies any more: one prompt, one completion.",
             f"entropy {was:.2f} -> {entropy:.2f} nats per token",
             f"below {LEAST_ENTROPY:.0%} of what it was",
             "A higher kl_coef, a lower learning_rate, or fewer episodes.",
@@ -127,8 +126,8 @@ def _length(run: FinishedStage) -> Iterator[Finding]:
             "may pay for length itself.",
             f"{was:.1f} -> {length:.1f} tokens",
             f"{MOST_LENGTH} times as long, or as short",
-            "Look at score against length in the reward model's figure; a length penalty "
-            "(docs/rewards.md), or a higher kl_coef.",
+            "Look at score against length in the reward model's figure; use a length penalty "
+            "(docs/rewards.md) or a higher kl_coef.",
         )
 
 
@@ -155,12 +154,12 @@ def _value(run: FinishedStage) -> Iterator[Finding]:
             "ppo",
             "value_useless",
             "fault",
-            "The value function explains nothing of the returns: the advantages are as noisy as "
-            "without one.",
+            "The value function explains almost none of the returns, so the advantages are as "
+            "noisy as without it.",
             f"explained variance {late:.2f} in the second half",
             f"below {LEAST_EXPLAINED}",
-            "A higher value_learning_rate or vf_coef, more num_ppo_epochs, or start the value "
-            "from the reward model.",
+            "A higher value_learning_rate or vf_coef, more num_ppo_epochs, or a value function "
+            "that starts from the reward model.",
         )
 
 
@@ -172,8 +171,7 @@ def _steps(run: FinishedStage) -> Iterator[Finding]:
             "ppo",
             "clipped_much",
             "fault",
-            "The optimizer's steps are too large: much of each batch is clipped and teaches "
-            "nothing.",
+            "The optimizer's steps are too large: much of each batch is clipped and has no effect.",
             f"{clipped:.0%} of the tokens clipped",
             f"above {MOST_CLIPPED:.0%}",
             "A lower learning_rate, fewer num_ppo_epochs, or target_kl.",
@@ -183,7 +181,7 @@ def _steps(run: FinishedStage) -> Iterator[Finding]:
             "ppo",
             "hardly_moved",
             "fault",
-            "The policy has hardly moved from where it began.",
+            "The policy has hardly changed.",
             f"no token ever clipped, KL to the reference {moved:.4f} nats per token",
             f"none clipped and below {LEAST_MOVED} per token",
             "A higher learning_rate, more episodes, or a lower kl_coef.",
@@ -195,21 +193,21 @@ def _episodes(run: FinishedStage) -> Iterator[Finding]:
     rewards, iterations = [reward for _, reward in curve], curve[-1][0]
     fifth = len(rewards) // 5
     if iterations >= LEAST_ITERATIONS > len(rewards):
-        return  # logged too seldom to tell
+        return  # too few logs to tell
     if iterations >= LEAST_ITERATIONS:
         late, before = rewards[-fifth:], rewards[-2 * fifth : -fifth]
         rise = statistics.fmean(late) - statistics.fmean(before)
         gain = statistics.fmean(late) - statistics.fmean(rewards[:fifth])
         if rise <= max(STILL_RISING * gain, STANDARD_ERRORS * _error(rewards)):
             return
-        figure = f"of {gain:.2f} gained, {rise:.2f} in the last fifth of the iterations"
+        figure = f"{rise:.2f} of {gain:.2f} gained in the last fifth of the iterations"
     else:
         figure = f"{iterations} iterations"
     yield Finding(
         "ppo",
         "too_few_episodes",
         "fault",
-        "PPO was stopped early: there is more to gain.",
+        "PPO was stopped too early: there is more to gain.",
         figure,
         f"fewer than {LEAST_ITERATIONS} iterations, or more than {STILL_RISING:.0%} of the gain in "
         "the last fifth",
@@ -217,7 +215,7 @@ def _episodes(run: FinishedStage) -> Iterator[Finding]:
     )
 
 
-# Each with the metrics that it goes by.
+# Each check with the metrics it needs.
 CHECKS: tuple[tuple[Any, ...], ...] = (
     (_over_optimisation, "objective/gold", "objective/scores"),
     (_kl, "objective/kl", "objective/length"),
@@ -255,7 +253,7 @@ def _window(values: Sequence[float]) -> int:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Mean over a sixth of the curve (3 at least) that ends at each point, or as much as there is.
+    """Trailing mean over a sixth of the curve (at least 3 points, fewer at its start).
 
     >>> _smooth([0.0, 3.0, 6.0, 9.0])
     [0.0, 1.5, 3.0, 6.0]
@@ -267,10 +265,10 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 
 def _error(values: Sequence[float]) -> float:
-    """Standard error of a difference of two smoothed points, from how neighbours differ.
+    """Standard error of the difference of two smoothed points, from differences of neighbours.
 
-    With noise of variance s^2 on each point, neighbours differ with variance 2 s^2, and so do the
-    means of two windows of n points, divided by n: what a slow trend adds is little.
+    With noise of variance s^2 per point, neighbours differ with variance 2 s^2, and the means of
+    two windows of n points with 2 s^2 / n. A slow trend adds little.
     """
     jumps = [b - a for a, b in pairwise(values)]
     return math.sqrt(statistics.fmean(j * j for j in jumps) / _window(values))

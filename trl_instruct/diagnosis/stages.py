@@ -1,4 +1,4 @@
-"""Which stage is at fault: what was measured of each, against thresholds, in plain words."""
+"""Findings of SFT and the reward model: their measurements against thresholds."""
 
 from __future__ import annotations
 
@@ -11,22 +11,13 @@ from trl_instruct.recipes.chain import FinishedStage
 
 # SFT, on held-out demonstrations.
 LEAST_SFT_GAIN = 0.02  # share of the base model's loss
-
-
-STILL_FALLING = 0.05  # share by which the last pass over the data lowered it
-
-
-MOST_SFT_RISE = 0.10  # above its lowest
-
+STILL_FALLING = 0.05  # relative fall of the loss at the last evaluation
+MOST_SFT_RISE = 0.10  # above its lowest loss, as a share
 
 # Reward model, on held-out pairs.
-MOST_LENGTH = 0.6  # correlation of score and length within a prompt, either way
-
-
-MOST_OVERFIT = 0.10  # accuracy on the pairs it was trained on, less that on held-out ones
-
-
-AT_CEILING, BELOW_CEILING = 0.03, 0.10  # below what the labelers' own noise or agreement leaves
+MOST_LENGTH = 0.6  # absolute correlation of score and length within a prompt
+MOST_OVERFIT = 0.10  # accuracy on training pairs minus accuracy on held-out pairs
+AT_CEILING, BELOW_CEILING = 0.03, 0.10  # below the labelers' noise ceiling or agreement
 
 
 def diagnose_sft(run: FinishedStage) -> Iterator[Finding]:
@@ -36,7 +27,7 @@ def diagnose_sft(run: FinishedStage) -> Iterator[Finding]:
             "sft",
             "sft_unmeasured",
             "unknown",
-            "Whether the policy was fine-tuned too little or too much is not known.",
+            "It is not known whether SFT trained the policy too little or too much.",
             "no loss on held-out demonstrations",
             "",
             "Give sft an eval_dataset_name.",
@@ -49,8 +40,8 @@ def diagnose_sft(run: FinishedStage) -> Iterator[Finding]:
             "sft",
             "sft_overtrained",
             "fault",
-            "The policy is trained too much, or at too high a rate: it has begun to forget how to "
-            "answer demonstrations it has not seen.",
+            "SFT trained too long or at too high a learning rate: the policy has become worse on "
+            "demonstrations it has not seen.",
             told,
             f"above the base model's, or {MOST_SFT_RISE:.0%} above its lowest",
             "Fewer num_train_epochs, a lower learning_rate, or more demonstrations. (The paper "
@@ -61,7 +52,7 @@ def diagnose_sft(run: FinishedStage) -> Iterator[Finding]:
             "sft",
             "sft_undertrained",
             "fault",
-            "The policy is trained too little: the demonstrations have not been learnt.",
+            "SFT trained too little: the policy has not learnt the demonstrations.",
             told,
             f"less than {LEAST_SFT_GAIN:.0%} below the base model's, or still falling by more than "
             f"{STILL_FALLING:.0%} from one evaluation to the next",
@@ -81,7 +72,7 @@ def diagnose_rm(run: FinishedStage) -> Iterator[Finding]:
             "rm",
             "rm_unmeasured",
             "unknown",
-            "How well the reward model agrees with the labelers is not known.",
+            "It is not known how well the reward model agrees with the labelers.",
             "no held-out rankings",
             "",
             "Set eval_size, or give rm an eval_dataset_name.",
@@ -94,13 +85,13 @@ def diagnose_rm(run: FinishedStage) -> Iterator[Finding]:
 
 def _rm_against_baselines(metrics: Mapping[str, Any]) -> Iterator[Finding]:
     accuracy = f"held-out accuracy {show_metric(metrics, 'accuracy')}"
-    flipped = "Check what the ranks mean: 1 is the best; of scores and ratings the highest is."
+    flipped = "Check the order: rank 1 is the best; with scores or ratings, the highest is."
     if metrics.get("ceiling", 1.0) < 0.5:
         yield Finding(
             "rm",
             "labels_reversed",
             "fault",
-            "The rankings contradict the scores they were made from: they seem to be upside down.",
+            "The rankings contradict the scores they were made from: they seem to be reversed.",
             f"the labelers' own scores agree with {metrics['ceiling']:.3f} of their comparisons",
             "below 0.5",
             flipped,
@@ -110,10 +101,10 @@ def _rm_against_baselines(metrics: Mapping[str, Any]) -> Iterator[Finding]:
             "rm",
             "rm_reversed",
             "fault",
-            "The reward model prefers what the labelers reject: training or held-out rankings "
-            "seem to be upside down.",
+            "The reward model prefers what the labelers reject: the training or held-out rankings "
+            "seem to be reversed.",
             accuracy,
-            "all of the interval below 0.5",
+            "the whole interval is below 0.5",
             flipped,
         )
     elif metrics["accuracy_low"] <= 0.5:
@@ -123,7 +114,7 @@ def _rm_against_baselines(metrics: Mapping[str, Any]) -> Iterator[Finding]:
             "fault",
             "The reward model is no better than chance.",
             accuracy,
-            "0.5 in the interval",
+            "the interval contains 0.5",
             "More rankings, a higher learning_rate, or a better model to start from; hold out more "
             "prompts if the interval is wide.",
         )
@@ -138,31 +129,30 @@ def _rm_against_length(metrics: Mapping[str, Any]) -> Iterator[Finding]:
         gain = metrics["accuracy"] - (1 - metrics["length_accuracy"])
         halves = (metrics[n] - metrics[f"{n}_low"] for n in ("accuracy", "length_accuracy"))
         low = gain - math.hypot(*halves)
-    correlation = metrics["length_correlation"] or 0.0  # null where lengths never differ
+    correlation = metrics["length_correlation"] or 0.0  # null if lengths never differ
     if low <= 0 or abs(correlation) > MOST_LENGTH:
         yield Finding(
             "rm",
             "rm_is_length",
             "fault",
-            "The reward model goes by the length of an answer: PPO would learn little but that.",
+            "The reward model judges by the length of an answer: PPO would learn little else.",
             f"{gain:+.3f} more accurate than 'the {'longer' if longer else 'shorter'} answer wins' "
-            f"(from {low:+.3f} on, 95 %); correlation of score and length {correlation:+.2f}",
-            f"0 in the interval, or a correlation beyond {MOST_LENGTH} within a prompt",
-            "Rank answers of like length, or more rankings; look at the figure of score and "
-            "length.",
+            f"(at least {low:+.3f}, 95 %); correlation of score and length {correlation:+.2f}",
+            f"the interval contains 0, or the correlation within a prompt is beyond {MOST_LENGTH}",
+            "Rank more answers, or answers of similar length; see the figure of score and length.",
         )
 
 
 def _rm_against_training(metrics: Mapping[str, Any]) -> Iterator[Finding]:
     if metrics.get("train_accuracy") is None or metrics["accuracy_high"] < 0.5:
-        return  # not measured, or reversed: then the gap says nothing more
+        return  # not measured, or reversed, where the gap says nothing
     gap = metrics["train_accuracy"] - metrics["accuracy"]
     if gap > MOST_OVERFIT:
         yield Finding(
             "rm",
             "rm_overfitted",
             "fault",
-            "The reward model has learnt its training rankings by heart, the labelers' noise too.",
+            "The reward model has memorised its training rankings, the labelers' noise included.",
             f"accuracy {metrics['train_accuracy']:.3f} in training, {metrics['accuracy']:.3f} "
             "held out",
             f"a gap above {MOST_OVERFIT}",
@@ -171,9 +161,9 @@ def _rm_against_training(metrics: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _rm_against_ceiling(metrics: Mapping[str, Any]) -> Iterator[Finding]:
-    limit, named = metrics.get("ceiling"), "what the labelers' noise leaves"
+    limit, named = metrics.get("ceiling"), "noise ceiling"
     if limit is None and "agreement" in metrics:
-        limit, named = metrics["agreement"]["mean"], "how far labelers agree"
+        limit, named = metrics["agreement"]["mean"], "labeler agreement"
     if limit is None or limit < 0.5:
         return
     figure = f"held-out accuracy {show_metric(metrics, 'accuracy')}; {named}: {limit:.3f}"
@@ -185,25 +175,25 @@ def _rm_against_ceiling(metrics: Mapping[str, Any]) -> Iterator[Finding]:
             "The reward model is about as accurate as these rankings allow.",
             figure,
             f"the interval reaches to within {AT_CEILING} of it",
-            "Nothing: training it more would not help, only labelers who agree more.",
+            "Nothing to do: more training would not help, only labelers who agree more.",
         )
     elif metrics["accuracy_high"] < limit - BELOW_CEILING:
         yield Finding(
             "rm",
             "rm_undertrained",
             "fault",
-            "The reward model has not learnt what the rankings could teach.",
+            "The reward model has not learnt all that the rankings teach.",
             figure,
-            f"all of the interval more than {BELOW_CEILING} below it",
+            f"the whole interval is more than {BELOW_CEILING} below it",
             "More rankings, a higher learning_rate, or a better model to start from.",
         )
 
 
 class Finding(NamedTuple):
-    """One thing that the figures of a stage say.
+    """One finding about a stage.
 
-    level: "fault", "fine" (worth knowing), or "unknown" (it was not measured).
-    told: what it is; figure: what that rests on; threshold: from where on; advice: what to do.
+    level: "fault", "fine" (worth knowing), or "unknown" (it was not measured). told: the finding;
+    figure: the evidence; threshold: what it was compared with; advice: what to do.
     """
 
     stage: str

@@ -1,4 +1,4 @@
-"""How good: checkpoints side by side on held-out prompts.
+"""Checkpoints side by side on held-out prompts: `evaluate` and `compare`.
 
-`evaluate` and `compare` are the doors; `measurement` is what both measure; `tables` shows it.
+`measurement` samples and scores for both; `tables` shows the result.
 """

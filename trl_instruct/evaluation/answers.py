@@ -1,4 +1,4 @@
-"""What checkpoints say, side by side: to given prompts, or in a conversation."""
+"""Answers of checkpoints side by side, to given prompts or in a conversation."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,8 +15,7 @@ from trl_instruct.models.tokenizers import load_tokenizer
 
 
 class AnswerOptions(NamedTuple):
-    """How completions are drawn, as in `generate`; `num_completions` of each prompt, `dtype`: of
-    the weights."""
+    """Sampling options as in `generate`, completions per prompt, and dtype of the weights."""
 
     response_length: int = 128
     temperature: float = 1.0
@@ -30,13 +29,12 @@ class Speaker:
     """A checkpoint that completes prompts and remembers a conversation.
 
     Args:
-        source: a model as in `sft`, or a folder with an adapter.
-        sampling: how it answers.
-        suffix: what parts a typed text from its completion where there is no chat template.
-        chat: False: a typed text is a text to go on with, whatever the tokenizer's template.
+        source: a model as in `sft`, or an adapter folder.
+        suffix: appended to a typed text that is not sent as a chat message.
+        chat: if False, a typed text is continued even if the tokenizer has a chat template.
 
     Raises:
-        InputError: no language model or no tokenizer there.
+        InputError: the source has no language model or no tokenizer.
     """
 
     def __init__(
@@ -51,7 +49,7 @@ class Speaker:
         self.messages: list[dict[str, str]] = []
 
     def asked(self, text: str) -> Any:
-        """A typed text as a prompt: the user's message, or text that is to be gone on with."""
+        """The prompt for a typed text: a user message, or text to continue."""
         return [{"role": "user", "content": text}] if self.chat else text + self.suffix
 
     def complete(
@@ -61,10 +59,10 @@ class Speaker:
 
         Args:
             prompts: texts, or lists of messages.
-            max_prompt_length: longer prompts lose their beginning; None: they are an error.
+            max_prompt_length: longer prompts are cut from the left; None: no cut.
 
         Raises:
-            InputError: a prompt that does not fit into the context.
+            InputError: a prompt does not fit into the context.
         """
         sampling = self.options
         token_lists, _ = prompt_tokens(
@@ -86,10 +84,10 @@ class Speaker:
         return [[completion.text for completion in given] for given in several]
 
     def reply(self, text: str) -> list[str]:
-        """Answers to the user's next text; the first one stays in the conversation.
+        """Answers to the user's next text; the first one is kept in the conversation.
 
-        Without a chat template each text is a prompt of its own. A conversation that fills the
-        context loses its beginning.
+        Without a chat template each text is a separate prompt. A conversation too long for the
+        context is cut from the left.
         """
         asked = self.asked(text)
         prompt = [*self.messages, *asked] if self.chat else asked
@@ -110,14 +108,13 @@ def answer_prompts(
     suffix: str = "",
     chat: bool = True,
 ) -> Iterator[str]:
-    """What every model says to every prompt, ready to be printed; one model is loaded at a time.
+    """Lines to print: each model's answers to each prompt; one model is loaded at a time.
 
     Args:
         models: checkpoints by name.
-        prompts: texts or lists of messages, as they stand in records; or typed texts.
-        sampling: how they answer.
-        typed: the prompts are typed texts: messages to a model with a chat template.
-        suffix, chat: of `Speaker`, for typed texts.
+        prompts: texts or lists of messages as in records, or typed texts.
+        typed: the prompts are typed texts, which become messages if there is a chat template.
+        suffix, chat: as in `Speaker`, for typed texts.
     """
     answers = {}
     for name, source in models.items():
@@ -142,12 +139,12 @@ def converse(
     suffix: str = "",
     chat: bool = True,
 ) -> Iterator[str]:
-    """What every model replies to every line that a user types, ready to be printed.
+    """Lines to print: each model's reply to each line that the user types.
 
     Args:
-        models: checkpoints by name, all in memory; each has a conversation of its own.
-        lines: the user's; empty ones are passed over.
-        sampling, suffix, chat: of `Speaker`.
+        models: checkpoints by name, all in memory, each with its own conversation.
+        lines: the user's; empty ones are skipped.
+        sampling, suffix, chat: as in `Speaker`.
     """
     speakers = {
         name: Speaker(source, sampling, suffix=suffix, chat=chat) for name, source in models.items()
@@ -159,7 +156,7 @@ def converse(
 
 
 def shown(answers: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Completions below each other, their further lines indented; untrusted text, so escaped.
+    """Completions one below the other, later lines indented; untrusted text, so escaped.
 
     >>> print(*shown({"sft": ["A rose\\nand a lily."], "ppo": ["A\\x1b[2J"]}), sep="\\n")
       sft  A rose

@@ -1,4 +1,4 @@
-"""What the chain of stages achieved: base, SFT and PPO side by side on held-out prompts."""
+"""What the stages achieved: base, SFT and PPO side by side on held-out prompts."""
 
 import os
 import statistics
@@ -29,32 +29,31 @@ SHOWN_SAMPLES = 5
 def compare(
     policy: str | os.PathLike, *, reward: Any = None, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Measure a PPO policy beside what it came from; print the table and save it.
+    """Measure a PPO policy beside the models it came from; print the table and save it.
 
-    What it came from stands in each stage's config: the SFT policy it started from, the base model
-    of that, the reward model, the rankings.
+    The stages' configs name the SFT policy, its base model, the reward model and the rankings.
 
     Args:
-        policy: a folder that `ppo` left, with eval_dataset_name and a reward in its config.
-        reward: the reward, as `ppo` was given it; default: what the config names. Only where it is
-            given may reward or gold be Python code: a folder from elsewhere must not run any.
-        trust_remote_code: whether models from the Hub may bring code of their own.
+        policy: output folder of `ppo`, with eval_dataset_name and a reward in its config.
+        reward: as passed to `ppo`; default: the config's. Only if it is passed may reward or gold
+            be Python code: a folder from elsewhere must not run any.
+        trust_remote_code: whether models from the Hub may run their own code.
 
     Returns:
-        The summary, as saved to `summary_file` (default: summary.json in the folder): per model
-        each score's mean and 95 % interval, KL, length, share ended; the reward model's accuracy
-        and ceiling; seconds per stage; samples.
+        The summary saved to `summary_file` (default: summary.json in the folder): per model each
+        score's mean and 95 % interval, KL, length, share ended; accuracy and ceiling of the
+        reward model; seconds per stage; samples.
 
     Raises:
-        InputError: a folder whose config does not say what to compare.
+        InputError: the config does not say what to compare.
     """
     chain = read_chain(policy)
     if "ppo" not in chain:
-        raise InputError(f"{os.fspath(policy)!r} holds no policy that `ppo` left.")
+        raise InputError(f"{os.fspath(policy)!r} holds no policy trained by `ppo`.")
     folder, config = chain["ppo"].folder, chain["ppo"].config
     for name in ("model_name_or_path", "reward_model_path", "eval_dataset_name"):
         if name not in config:
-            raise InputError(f"{folder / CONFIG_FILE} names no {name}, which compare goes by.")
+            raise InputError(f"{folder / CONFIG_FILE} names no {name}, which compare needs.")
     base = chain["sft"].config.get("model_name_or_path") if "sft" in chain else None
     paths = {"base": base, "sft": config["model_name_or_path"], "ppo": folder}
     models = {name: path for name, path in paths.items() if path}
@@ -93,7 +92,7 @@ def _held_out(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Dat
 
 
 def _measurement_options(config: dict[str, Any], **trust: Any) -> EvaluateConfig:
-    """The options of PPO's rollouts as those of a measurement."""
+    """The options of PPO's rollouts as options of `evaluate`."""
     same = ("response_length", "max_prompt_length", "stop_strings", "temperature", "seed")
     return EvaluateConfig(
         reference="sft",
@@ -122,7 +121,7 @@ def _summary(
         judge: {name: mean_interval(m.scores[judge])._asdict() for name, m in measured.items()}
         for judge in measured["ppo"].scores
     }
-    # Only a reward model of ours tells how it was made.
+    # Only a reward model trained by `rm` has metrics.
     reward_metrics = chain["rm"].metrics if "rm" in chain else {}
     for what in ("accuracy", "ceiling"):
         if what in reward_metrics:
@@ -138,7 +137,7 @@ def _summary(
 
 
 def _seconds(chain: Mapping[str, FinishedStage]) -> dict[str, float]:
-    """Run time of each stage in the chain, as its own metrics tell; stage 0 makes the base."""
+    """Run time of each stage from its own metrics; `pretrain` is listed as base."""
     seconds = {name: run.metrics["seconds"] for name, run in chain.items()}
     if "pretrain" in seconds:
         seconds = {"base": seconds.pop("pretrain"), **seconds}

@@ -46,35 +46,33 @@ def evaluate(
 ) -> StageResult:
     """Measure checkpoints side by side on held-out prompts; print the table, save JSON and figure.
 
-    One checkpoint is in memory at a time: sampled, measured, let go. The judges are loaded first,
-    wait on the CPU, and score all completions one after the other. Of several processes one does
-    it all.
+    One checkpoint is in memory at a time. The judges are loaded first, wait on the CPU, and score
+    all completions one judge after the other. Of several processes, only one works.
 
     Args:
-        models: checkpoints by name: base, SFT, PPO, ...; each a model as in `sft`, or a folder with
-            an adapter.
+        models: checkpoints by name (base, SFT, ...), each a model as in `sft` or an adapter folder.
         dataset: prompts (`prompt`; further columns reach the judges); named as in `sft`.
         output_dir: folder for evaluation.json and evaluation.png.
-        judges: rewards by name, each what `load_reward` takes: the trained reward model, another
-            one, a gold scorer, a classifier, the address of a served judge, ...
+        judges: rewards by name, each as `load_reward` takes it: a reward model, a gold scorer, a
+            classifier, the address of a served judge, ...
         demonstrations: `prompt`, `completion`, to measure the perplexity on.
         processing_class: the tokenizer of models (and judges) in memory.
         config, model_config: `EvaluateConfig` and TRL's `ModelConfig`; or their fields as
             `options`: baseline, reference, best_of_n, response_length, temperature, ...
 
     Returns:
-        The folder, with what evaluation.json holds. `models`, by name: `scores` (per judge mean
+        The folder, with the content of evaluation.json. `models`, by name: `scores` (per judge mean
         and 95 % interval), `win_rate` against the baseline (per judge `win_rate`), `kl` to the
-        reference (nats per completion, mean over its own samples; None where their tokens differ),
+        reference (nats per completion, mean over its own samples; None if their tokens differ),
         `length` (tokens, EOS included), `ended` (share with EOS), `repetition` and `distinct_1`,
         `distinct_2` (on tokens of the baseline's tokenizer), `completion_loss` (nats per token) and
         `perplexity`. `best_of_n`: the reference's curve by the first judge. `points`: lengths and
-        scores per prompt. `reward_models`: accuracy and ceiling that judges' folders tell.
+        scores per prompt. `reward_models`: accuracy and ceiling from the judges' folders.
         `samples`: the first completions.
 
     Raises:
-        InputError: no model, an unknown baseline or reference, a bad record, a prompt that does not
-            fit into a model's context, a judge or model that is not there, a taken output_dir.
+        InputError: no model, an unknown baseline or reference, a bad record, a prompt too long for
+            a model's context, a missing judge or model, an output_dir that is taken.
     """
     config, model_config = stage_options(
         EvaluateConfig, config, model_config, output_dir, dataset, options, trains=False
@@ -118,7 +116,7 @@ def evaluate(
 
 
 def _as_listed(sources: Mapping[str, Any]) -> list[str] | None:
-    """How the config lists them; None where one of them lives in memory only."""
+    """The sources as the config lists them; None if one of them is only in memory."""
     listed = [f"{name}={path}" for name, source in sources.items() if (path := name_of(source))]
     return listed if len(listed) == len(sources) else None
 
@@ -126,7 +124,7 @@ def _as_listed(sources: Mapping[str, Any]) -> list[str] | None:
 def _check_names(
     models: Mapping[str, ModelSource], judges: Mapping[str, Any], config: EvaluateConfig
 ) -> None:
-    """InputError for names that mean nothing or something else, and a folder that would be lost."""
+    """InputError for unknown or reserved names, or if output_dir would overwrite a model."""
     if not models:
         raise InputError("No model was given: set models to one or more name=folder, or Hub ids.")
     for option in ("baseline", "reference"):
@@ -135,7 +133,7 @@ def _check_names(
             raise InputError(f"{option} is {name!r}; the models are {', '.join(models)}.")
     for names, taken in ((models, "prompt"), (judges, "completion")):
         if taken in names:
-            raise InputError(f"{taken!r} is a word of the samples' own; choose another name.")
+            raise InputError(f"{taken!r} is a reserved key of the samples; choose another name.")
     for source in (*models.values(), *judges.values()):
         folder = name_of(source)
         if folder and config.output_dir and _same_folder(folder, config.output_dir):
@@ -155,10 +153,7 @@ def _tokenizers(
     *,
     trust_remote_code: bool,
 ) -> dict[str, PreTrainedTokenizerBase]:
-    """Each model's tokenizer; one without a chat template takes the first other model's.
-
-    A base model has none, and is asked as the model that was trained from it.
-    """
+    """One per model; without a chat template (base models) it takes that of the first with one."""
     tokenizers = {}
     for name, source in models.items():
         given = processing_class if is_nameless(source) else None
@@ -174,7 +169,7 @@ def _tokenizers(
 
 
 def _evaluation(subject: Subject, rewards: dict[str, RewardFunction]) -> dict[str, Any]:
-    """What evaluation.json holds, but for what the judges' folders tell."""
+    """The content of evaluation.json, except `reward_models`."""
     with _progress_bar(subject, len(rewards)) as bar:
         models, several = measure(subject, rewards, bar.update)
     best_of = None
@@ -198,7 +193,7 @@ def _evaluation(subject: Subject, rewards: dict[str, RewardFunction]) -> dict[st
 
 
 def _progress_bar(subject: Subject, judges: int) -> tqdm:
-    """Over all texts that are sampled, read or judged."""
+    """A bar over all texts that are sampled, read or judged."""
     models, prompts = len(subject.models), len(subject.prompts)
     drawn = prompts * (models + subject.several)
     total = drawn * (1 + judges) + models * len(subject.demonstrations or ())
@@ -207,7 +202,7 @@ def _progress_bar(subject: Subject, judges: int) -> tqdm:
 
 
 def _numbers(subject: Subject, name: str, models: Mapping[str, ModelMeasurement]) -> dict[str, Any]:
-    """What evaluation.json holds of one model."""
+    """The entry of one model in evaluation.json."""
     sampled, kl, scores, loss = models[name]
     spoken = subject.tokenizers[subject.baseline](sampled.texts, add_special_tokens=False)
     numbers = {
@@ -230,7 +225,7 @@ def _numbers(subject: Subject, name: str, models: Mapping[str, ModelMeasurement]
 def _win_rates(
     model: ModelMeasurement, baseline: ModelMeasurement, subject: Subject
 ) -> dict[str, dict[str, float]]:
-    """By judge. Lengths are characters, as in AlpacaEval: two tokenizers' tokens differ."""
+    """By judge. Lengths are in characters, as in AlpacaEval, since tokenizers may differ."""
     letters = [[len(text) for text in m.sampled.texts] for m in (model, baseline)]
     return {
         judge: win_rate(own, baseline.scores[judge], *letters, seed=subject.config.seed)

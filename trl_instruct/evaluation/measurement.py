@@ -25,16 +25,14 @@ from trl_instruct.rewards.function import RewardFunction, place_on
 from trl_instruct.rewards.tokens import token_ids
 
 JUDGED_AT_ONCE = 512
-
-
 Progress: TypeAlias = Callable[[int], Any]
 
 
 class Subject(NamedTuple):
-    """What is measured, and how: models and their tokenizers by name.
+    """What to measure, and how: models and their tokenizers by name.
 
     several: samples of the reference per prompt for best of n; 0: none. one_seed: whether all
-    models draw with the same random numbers; else each with a seed of its own.
+    models sample with the same seed; otherwise each has a different one.
     """
 
     config: EvaluateConfig
@@ -53,29 +51,29 @@ class Subject(NamedTuple):
 
     @property
     def reference(self) -> str:
-        """Name of the model that the KL is to."""
+        """Name of the model that the KL is measured against."""
         return self.config.reference or self.baseline
 
     def load(self, name: str) -> PreTrainedModel:
-        """The model of that name, where it is to run."""
+        """The model of that name, on its device."""
         trusted = self.config.trust_remote_code
         policy = load_policy(self.models[name], self.model_config, trust_remote_code=trusted)
         return policy.to(PartialState().device)
 
     def seed(self, name: str) -> int:
-        """Of the model's samples: with one seed related models say the same where they can."""
+        """Of the model's samples: with one seed, related models often sample the same tokens."""
         return self.config.seed + (0 if self.one_seed else list(self.models).index(name))
 
     def same_tokens(self, name: str) -> bool:
-        """Whether the reference reads the model's tokens as its own."""
+        """Whether the model and the reference have the same vocabulary."""
         one, two = (self.tokenizers[n].get_vocab() for n in (name, self.reference))
         return one == two
 
 
 class ModelMeasurement(NamedTuple):
-    """One model's completions, and what was measured of them.
+    """One model's completions and their measurements.
 
-    kl: to the reference, nats per completion, B numbers; None where the two read other tokens.
+    kl: to the reference, nats per completion, B numbers; None if their vocabularies differ.
     scores: B numbers by judge. loss: on the demonstrations, nats per token.
     """
 
@@ -86,7 +84,7 @@ class ModelMeasurement(NamedTuple):
 
 
 class Measurements(NamedTuple):
-    """Of every model by name; and by judge `(B, N)` float64, the scores for best of n."""
+    """Measurements by model; and by judge the scores for best of n, `(B, N)` float64."""
 
     models: dict[str, ModelMeasurement]
     several: dict[str, Tensor]
@@ -95,15 +93,13 @@ class Measurements(NamedTuple):
 def measure(
     subject: Subject, rewards: Mapping[str, RewardFunction], progress: Progress = int
 ) -> Measurements:
-    """Sample every model, measure it against the reference, and score what it said.
+    """Sample every model, measure it against the reference, and score its completions.
 
-    One model is in memory at a time. The reference comes last, so that it is loaded once; the
-    judges wait on the CPU until all is sampled, and then take turns.
+    One model is in memory at a time. The reference comes last and is loaded only once. The judges
+    wait on the CPU until all is sampled, and then take turns.
 
     Args:
-        subject: what to measure.
-        rewards: the judges by name.
-        progress: told the number of texts that were sampled, read or judged.
+        progress: called with the number of texts that were sampled, read or judged.
     """
     models, several = _sample_all(subject, progress)
     prompts, copies = subject.prompts, subject.several
@@ -126,7 +122,7 @@ def measure(
 def _sample_all(
     subject: Subject, progress: Progress
 ) -> tuple[dict[str, ModelMeasurement], list[Completion]]:
-    """All but the scores; and the reference's samples for best of n, prompt by prompt."""
+    """All but the scores; and the reference's best-of-n samples, prompt by prompt."""
     *others, last = sorted(subject.models, key=lambda name: name == subject.reference)
     found = {name: _measure(subject, name, subject.load(name), progress) for name in others}
     reference = subject.load(last)
@@ -141,7 +137,7 @@ def _sample_all(
 def _measure(
     subject: Subject, name: str, policy: PreTrainedModel, progress: Progress
 ) -> ModelMeasurement:
-    """A model's completions, its loss; in `kl`, still, their own log-probabilities."""
+    """A model's completions and loss; `kl` still holds the model's own log-probabilities."""
     config, tokenizer = subject.config, subject.tokenizers[name]
     batch = {"batch_size": config.per_device_eval_batch_size}
     sampled = sample(
@@ -211,7 +207,7 @@ def _judge(
     reward: RewardFunction,
     progress: Progress,
 ) -> list[float]:
-    """The scores of as many texts as there are prompts, some at a time."""
+    """Scores of one text per prompt, JUDGED_AT_ONCE at a time."""
     scores: list[float] = []
     for start in range(0, len(texts), JUDGED_AT_ONCE):
         part = slice(start, start + JUDGED_AT_ONCE)
@@ -224,12 +220,7 @@ def _judge(
 def shown_samples(
     prompts: Sequence[Any], models: Mapping[str, ModelMeasurement]
 ) -> list[dict[str, Any]]:
-    """Per prompt what each model said to it, with its scores, by the model's name.
-
-    Args:
-        prompts: the first of those that were measured on.
-        models: as `measure` gives them.
-    """
+    """The first measured prompts, each with the completion and scores of every model."""
     return [
         {
             "prompt": prompt,
@@ -256,18 +247,16 @@ def completion_loss(
 ) -> float:
     """Mean -log p(token) over all completion tokens of the demonstrations, EOS included, nats.
 
-    The loss of `sft` on them; exp(loss) is the perplexity. What exceeds the model's context is cut
-    from the right, as in training.
+    This is the loss of `sft`; exp(loss) is the perplexity. Texts longer than the model's context
+    are cut from the right, as in training.
 
     Args:
-        policy: the model to measure.
-        tokenizer: its tokenizer.
         demonstrations: `prompt`, `completion`; text or messages.
         batch_size: most demonstrations per forward pass.
-        progress: told the number of demonstrations of each batch that is done.
+        progress: called with the number of demonstrations of each finished batch.
 
     Raises:
-        InputError: a prompt that fills the context; messages, and there is no chat template.
+        InputError: a prompt fills the context; messages without a chat template.
     """
     context = context_length(policy)
     rows = demonstration_tokens(demonstrations, tokenizer, context)
@@ -291,11 +280,9 @@ def demonstration_tokens(
 ) -> list[tuple[list[int], list[int]]]:
     """Prompt and completion of each demonstration as tokens, as TRL's SFTTrainer makes them.
 
-    The completion begins where the tokens of the prompt alone and of both together part.
+    The completion begins at the first token where prompt alone and both together differ.
 
     Args:
-        demonstrations: `prompt`, `completion`.
-        tokenizer: the model's.
         context: most tokens of both; None: no limit.
     """
     rows = []
@@ -307,7 +294,7 @@ def demonstration_tokens(
         completion = whole[shared:context]
         if not shared or not completion:
             raise InputError(
-                f"Demonstration {number}: the prompt is {len(opening)} tokens and the model's "
+                f"Demonstration {number}: the prompt is {len(opening)} tokens long and the model's "
                 f"context {context}, so no completion is left to measure. Shorten the prompt."
             )
         rows.append((whole[:shared], completion))

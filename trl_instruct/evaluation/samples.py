@@ -1,4 +1,4 @@
-"""What policies say to the same prompts: sampled, scored, measured against a reference."""
+"""One completion per prompt: sampled, scored, and its log-probability."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ class Sampled(NamedTuple):
 
     @property
     def ids(self) -> list[list[int]]:
-        """Tokens of each completion, with what ended it."""
+        """Tokens of each completion, including those that ended it."""
         return unpadded(self.completion_ids, self.completion_lengths)
 
 
@@ -57,15 +57,12 @@ def sample(
     """One sampled completion per prompt.
 
     Args:
-        policy: the model to sample from.
-        tokenizer: its tokenizer.
         prompts: texts or lists of messages.
-        max_prompt_length: longer prompts lose their beginning, as in `ppo`.
-        response_length, stop_strings, temperature, batch_size, progress: of `generate`.
-        seed: of sampling.
+        max_prompt_length: longer prompts are cut from the left, as in `ppo`.
+        response_length, stop_strings, temperature, batch_size, progress: as in `generate`.
 
     Raises:
-        InputError: a prompt that is empty or does not fit into the context.
+        InputError: a prompt is empty or does not fit into the context.
     """
     set_seed(seed)
     token_lists, _ = prompt_tokens(
@@ -99,8 +96,7 @@ def sequence_logprobs(
     """Log-probability of each completion, `(B,)` nats, float32 on CPU.
 
     Args:
-        model: any language model over the same tokens.
-        sampled: B completions.
+        model: any language model with the same vocabulary.
         temperature: the logits are divided by it.
         batch_size: most completions per forward pass.
     """
@@ -122,8 +118,7 @@ def score_completions(
 
     Args:
         prompts: column `prompt`; further columns reach the reward.
-        texts, ids: the completions, and their tokens.
-        reward: a reward function.
+        texts, ids: the completions and their tokens.
     """
     columns = prompts[:]
     asked = columns.pop("prompt")

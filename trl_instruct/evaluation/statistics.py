@@ -10,11 +10,7 @@ from torch import Tensor
 from trl_instruct.intervals import Interval
 
 RESAMPLES = 2000
-
-
 NEWTON_STEPS = 50
-
-
 PENALTY = 1.0
 """L2 penalty on both coefficients of the length-controlled win rate, in units of one completion."""
 
@@ -30,9 +26,8 @@ def win_rate(
     """How often a model beats a baseline, raw with its 95 % interval, and at equal length.
 
     Args:
-        scores, baseline_scores: of B prompts' completions, by one judge; the higher one wins, equal
-            scores are half a win.
-        lengths, baseline_lengths: of the same completions, in any unit that both share.
+        scores, baseline_scores: of B completions by one judge; the higher wins, a tie counts half.
+        lengths, baseline_lengths: of the same completions, both in the same unit.
         seed: of the bootstrap.
 
     Returns:
@@ -61,9 +56,9 @@ def wins(scores: Sequence[float], baseline_scores: Sequence[float]) -> Tensor:
 def bootstrap(values: Tensor, *, seed: int = 0) -> Interval:
     """Mean of `(B,)` values with its 95 % percentile interval over resampled prompts.
 
-    A prompt is drawn with both of its completions (a paired bootstrap: Koehn 2004, Statistical
+    Both completions of a prompt are drawn together (paired bootstrap: Koehn 2004, Statistical
     Significance Tests for Machine Translation Evaluation). The same seed draws the same prompts
-    whatever the values are, so that the interval of 1 - values is the mirrored one.
+    whatever the values, so the interval of 1 - values is the mirror image.
     """
     count, generator = len(values), torch.Generator().manual_seed(seed)
     means = torch.stack(
@@ -77,23 +72,22 @@ def bootstrap(values: Tensor, *, seed: int = 0) -> Interval:
 
 
 def length_controlled(won: Tensor, longer: Tensor) -> float:
-    """The win rate that is left at equal length.
+    """The win rate at equal length.
 
-    A logistic regression of the win on the difference of length, as in AlpacaEval 2 (Dubois et al.
-    2024, Length-Controlled AlpacaEval, section 3, without its term for the prompt, which takes many
-    models to fit):
+    A logistic regression of the win on the length difference d, as in AlpacaEval 2 (Dubois et al.
+    2024, Length-Controlled AlpacaEval, section 3, without its prompt term, which needs many models
+    to fit):
 
         P(win) = sigmoid(theta + phi * tanh(d / sd(d))),    length-controlled = sigmoid(theta)
 
-    fitted to all B prompts by maximum likelihood less PENALTY / 2 * (theta^2 + phi^2), without
-    which both would grow without end where all completions win, or all longer ones. It draws the
-    figure a little towards one half: near it, by 4 / B of the way. With the two models exchanged
-    theta changes its sign and phi stays, so that the two figures add up to 1.
+    fitted to all B prompts by maximum likelihood less PENALTY / 2 * (theta^2 + phi^2). Without the
+    penalty both diverge if all completions win, or all longer ones do. It pulls the rate a little
+    towards one half: near it, by 4 / B of the way. If the two models are swapped, theta changes
+    its sign and phi does not, so the two rates add up to 1.
 
     Args:
         won: `(B,)` 1, 0, or one half.
-        longer: `(B,)` length of the completion less that of the baseline's; sd(d) is the root of
-            their mean square deviation from their mean, B in the denominator.
+        longer: `(B,)` d: length minus the baseline's length; sd(d) has B in the denominator.
     """
     spread = longer.std(correction=0)
     slope = torch.tanh(longer / spread) if spread > 0 else torch.zeros_like(longer)
@@ -115,11 +109,11 @@ def _fitted(inputs: Tensor, won: Tensor) -> Tensor:
 
 
 def best_of_n(picked_by: Tensor, scores: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """The mean score of what a judge picks as the best of n samples, for n = 1, 2, 4, ..., N.
+    """Mean score of the sample that a judge picks as the best of n, for n = 1, 2, 4, ..., N.
 
     Args:
-        picked_by: `(B, N)` the scores that the judge goes by, of N samples of each prompt.
-        scores: `(B, N)` scores of the same samples by other judges (and by the same one).
+        picked_by: `(B, N)` that judge's scores of N samples per prompt.
+        scores: `(B, N)` scores of the same samples by each judge (this one and others).
 
     Returns:
         Per n: `n`, `kl` (see `best_of_n_kl`) and `scores`, the expected score by judge.
@@ -146,7 +140,7 @@ def sizes(most: int) -> list[int]:
 def best_of_n_kl(n: int) -> float:
     """KL of best-of-n to the policy it samples from, nats per completion: log n - (n - 1) / n.
 
-    Stiennon et al. 2020, Learning to summarize from human feedback, G.3. Exact where no two samples
+    Stiennon et al. 2020, Learning to summarize from human feedback, G.3. Exact if no two samples
     are ever the same; otherwise an upper bound (Beirami et al. 2024).
 
     >>> best_of_n_kl(1)
@@ -156,12 +150,12 @@ def best_of_n_kl(n: int) -> float:
 
 
 def chances_to_be_best(scores: Tensor, n: int) -> Tensor:
-    """How likely each sample is the best of n drawn from the N without putting back.
+    """Probability that each sample is the best of n drawn from the N without replacement.
 
-    With i samples up to and including it in ascending order, (C(i, n) - C(i - 1, n)) / C(N, n):
-    weights by which all N samples give an estimate without bias and of less variance than one set
-    of n (Nakano et al. 2021, WebGPT, appendix I; used by Gao et al. 2022, Scaling Laws for Reward
-    Model Overoptimization). Samples of equal score share their chances.
+    (C(i, n) - C(i - 1, n)) / C(N, n) for the i-th sample in ascending order. With these weights all
+    N samples give an unbiased estimate of lower variance than one set of n (Nakano et al. 2021,
+    WebGPT, appendix I; used by Gao et al. 2022, Scaling Laws for Reward Model Overoptimization).
+    Ties split their probabilities equally.
 
     Args:
         scores: `(B, N)`.
@@ -187,7 +181,6 @@ def chances_to_be_best(scores: Tensor, n: int) -> Tensor:
 REPEATED = 4
 """Length of the n-grams whose repetition is measured."""
 
-
 Token = TypeVar("Token", str, int)
 
 
@@ -206,9 +199,6 @@ def repetition(completions: Sequence[Sequence[Token]]) -> float:
     1 - distinct 4-grams / 4-grams, "seq-rep-4" of Welleck et al. 2019 (Neural Text Generation with
     Unlikelihood Training). A completion of fewer than 4 tokens repeats nothing: 0.
 
-    Args:
-        completions: B lists of tokens.
-
     >>> repetition(["abababa", "abcde"])  # abab baba abab baba; abcd bcde
     0.25
     """
@@ -220,18 +210,11 @@ def repetition(completions: Sequence[Sequence[Token]]) -> float:
 
 
 def distinct(completions: Sequence[Sequence[Token]], n: int) -> float:
-    """Distinct n-grams of all completions together / all their n-grams.
+    """Distinct n-grams of all completions together / all their n-grams; 0 if there are none.
 
-    Li et al. 2016 (A Diversity-Promoting Objective Function for Neural Conversation Models)
-    divide by the number of words, for n = 1 the same; by n-grams, 1 is reached where none repeats.
-    It falls with the number of completions: compare models on the same prompts.
-
-    Args:
-        completions: B lists of tokens.
-        n: length of the n-grams.
-
-    Returns:
-        Between 0 and 1; 0 where there is no n-gram.
+    Li et al. 2016 (A Diversity-Promoting Objective Function for Neural Conversation Models) divide
+    by the number of words, which is the same for n = 1; here 1 means that no n-gram repeats. The
+    value falls with the number of completions: compare models on the same prompts.
 
     >>> distinct(["abab", "ab"], 2)  # ab ba ab; ab
     0.5

@@ -1,4 +1,4 @@
-"""Checkpoints side by side, for people: tables and a figure."""
+"""Checkpoints side by side in tables and a figure."""
 
 from __future__ import annotations
 
@@ -16,11 +16,7 @@ FLUENCY = ("repetition", "distinct_1", "distinct_2", "perplexity")
 
 
 def render(evaluation: dict[str, Any]) -> str:
-    """The evaluation as plain-text tables with samples below.
-
-    Args:
-        evaluation: as `evaluate` returns it.
-    """
+    """What `evaluate` measured as plain-text tables, with samples below."""
     lines = [f"\n{evaluation['prompts']} prompts, one completion each"]
     for rows in tables(evaluation):
         lines += ["", *table(rows)]
@@ -36,7 +32,7 @@ def tables(evaluation: dict[str, Any]) -> list[list[list[str]]]:
     """Rows of scores, win rates, fluency and best of n, each under a row of headings.
 
     Args:
-        evaluation: as `evaluate` returns it; NaN for null where it was read from its file.
+        evaluation: as `evaluate` returns it; if read from its file, with NaN for null.
     """
     found = [_score_rows(evaluation)]
     if len(evaluation["models"]) > 1 and evaluation["judges"]:
@@ -58,7 +54,7 @@ def _score_rows(evaluation: dict[str, Any]) -> list[list[str]]:
 
 
 def _win_rows(evaluation: dict[str, Any]) -> list[list[str]]:
-    """Win rate by each judge, and beside it the one at equal length."""
+    """The win rate by each judge, then the one at equal length."""
     title = f"win rate against {evaluation['baseline']}"
     rows = [[title, *(t for j in evaluation["judges"] for t in (f"{j} (95 %)", "equal length"))]]
     for name, model in evaluation["models"].items():
@@ -101,13 +97,9 @@ def _number(value: float | None, form: str) -> str:
 
 
 def plot(evaluation: dict[str, Any], path: Path) -> None:
-    """Save the evaluation as a figure; a column per judge, none where there is no judge.
+    """Save what `evaluate` measured as a .png, a column per judge; nothing without judges.
 
     Rows: scores with their intervals; win rates; score against KL, with the best-of-n curve.
-
-    Args:
-        evaluation: as `evaluate` returns it.
-        path: a .png.
     """
     from matplotlib.figure import Figure  # takes a second; without pyplot it needs no screen
 
@@ -139,7 +131,7 @@ def _plot_win_rates(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
     controlled = [rate["length_controlled"] for rate in rates.values()]
     beside = [place + 0.1 for place in range(len(rates))]
     axes.plot(beside, controlled, "x", color=LENGTH, label="at equal length")
-    axes.axhline(0.5, ls=":", color=CHANCE, label="as good")
+    axes.axhline(0.5, ls=":", color=CHANCE, label="equally good")
     axes.set(title=f"wins against {evaluation['baseline']}, by {judge}", ylim=(-0.03, 1.03))
     axes.set_ylabel("win rate (95 %)")
     axes.legend(fontsize="small")
@@ -156,7 +148,7 @@ def _plot_intervals(axes: Any, intervals: dict[str, dict[str, float]]) -> None:
 
 
 def _plot_frontier(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
-    """Score against KL: each model a point, and what choosing the best of n samples gives."""
+    """Score against KL: a point per model, and the best-of-n curve."""
     best = evaluation["best_of_n"]
     if best:
         kl = [point["kl"] for point in best["points"]]
@@ -176,5 +168,5 @@ def _plot_frontier(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
 
 
 def _write(axes: Any, text: str, place: tuple[float, float], *, above: int, **look: Any) -> None:
-    """A word by a point, so many points of type above it."""
+    """A label at a point, `above` points of type above it."""
     axes.annotate(text, place, xytext=(4, above), textcoords="offset points", **look)

@@ -1,4 +1,4 @@
 """Prompts -> completions, and the logits that their tokens were drawn from.
 
-`sampling` is the door; `token_sampling` runs one batch; `logits` reads log-probabilities again.
+`sampling` is the entry point; `token_sampling` runs a batch; `logits` recomputes log-probabilities.
 """

@@ -12,9 +12,9 @@ from trl_instruct.padding import position_ids, right_padded_mask, roll_rows
 
 
 class Sequences(NamedTuple):
-    """Texts as a model reads them, padded on the right: all `(B, T)`.
+    """Texts as a model reads them, padded on the right, all `(B, T)`.
 
-    states: True where a completion's token is chosen, which is at the token before it.
+    states: True at the token before each completion token: its logits predict that token.
     """
 
     input_ids: Tensor
@@ -24,10 +24,10 @@ class Sequences(NamedTuple):
 
 
 def completion_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
-    """Logits that the completions' tokens are drawn from: `(N, V)`, row by row.
+    """Logits that the completions' tokens are drawn from, `(N, V)`, row by row.
 
-    The unembedding runs in those states only: over a prompt of 256 tokens, or the padding behind
-    short completions, it would be most of the memory of the pass.
+    The unembedding runs at `states` only: over a prompt of 256 tokens, or the padding after short
+    completions, it would take most of the memory of the pass.
     """
     bare = unwrapped(model)
     head = bare.get_output_embeddings() or nn.Identity()
@@ -46,17 +46,17 @@ def completion_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
 
 
 def at_states(values: Tensor, sequences: Sequences) -> Tensor:
-    """`(B, T, ...)` -> `(N, ...)`, those of the states."""
-    # From the right: prompt tuning puts tokens of its own in front.
+    """`(B, T, ...)` -> `(N, ...)`, the values at `states`."""
+    # Counted from the right: prompt tuning adds virtual tokens in front.
     return values[:, -sequences.states.shape[1] :][sequences.states]
 
 
 def join(
     prompt_ids: Tensor, prompt_lengths: Tensor, completion_ids: Tensor, completion_lengths: Tensor
 ) -> Sequences:
-    """Each completion right behind its prompt. A micro-batch is as wide as its own longest text.
+    """Each completion directly after its prompt, in rows as wide as the longest text.
 
-    Padding behind a text never matters to a causal model, not even to one that knows no mask.
+    Padding after a text never matters to a causal model, even one without an attention mask.
 
     >>> one = join(*map(torch.tensor, ([[0, 5]], [1], [[6, 7, 9]], [2])))
     >>> one.input_ids.tolist(), one.states.int().tolist()
@@ -72,7 +72,7 @@ def join(
 
 
 def whole_text(ids: Tensor) -> Sequences:
-    """Full rows of text, `(B, T)`: every token but the first of a row is chosen."""
+    """Full rows of text, `(B, T)`: every token but the first of a row is predicted."""
     mask = torch.ones_like(ids)
     last = torch.arange(ids.shape[1], device=ids.device) == ids.shape[1] - 1
     return Sequences(ids, mask, position_ids(mask.bool()), (~last).expand_as(ids))
@@ -88,9 +88,9 @@ def completion_logprobs(
     *,
     temperature: float,
 ) -> Tensor:
-    """Log-probability of each completion token, `(B, C)` nats, 0 behind the end.
+    """Log-probability of each completion token, `(B, C)` nats, 0 after the end.
 
-    Arguments as in `Rollout`; the pass over all rows at once is the caller's to split.
+    Arguments as in `Rollout`. All rows go through one forward pass: the caller splits them.
     """
     logits = completion_logits(model, join(prompt_ids, prompt_lengths, completion_ids, lengths))
     mask = right_padded_mask(lengths, completion_ids.shape[1])

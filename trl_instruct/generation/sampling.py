@@ -31,14 +31,12 @@ def fit_prompts(
     """Prompts that leave room for their completion, and how many were cut.
 
     Args:
-        token_lists: the prompts.
-        max_prompt_length: longer prompts lose their beginning; None: they are an error.
+        max_prompt_length: longer prompts are cut from the left; None: too long ones are an error.
         response_length: tokens to leave for the completion.
         context: tokens the model can attend to, or None.
 
     Raises:
-        InputError: an empty prompt; one that does not fit, and no (or too large a)
-            max_prompt_length.
+        InputError: an empty prompt, one too long and no limit, or too large a max_prompt_length.
     """
     if [] in token_lists:
         raise InputError(
@@ -72,13 +70,9 @@ def prompt_tokens(
     max_prompt_length: int | None,
     response_length: int,
 ) -> tuple[list[list[int]], int]:
-    """Prompts as a policy continues them, and how many were cut: `tokenize_prompts`, `fit_prompts`.
+    """Prompts (texts or messages) tokenised and cut to the policy's context, and how many were cut.
 
-    Args:
-        prompts: texts or lists of messages.
-        tokenizer: the policy's.
-        policy: its context is what prompt and completion must fit into.
-        max_prompt_length, response_length: as in `fit_prompts`.
+    Lengths as in `fit_prompts`.
     """
     return fit_prompts(
         tokenize_prompts(prompts, tokenizer),
@@ -114,25 +108,24 @@ def generate(
     """Sample completions of each prompt from the policy's full distribution.
 
     Args:
-        policy: the model; its sampling settings (top_p, ...) are not used.
+        policy: the model; its own sampling settings (top_p, ...) are ignored.
         prompts: R token lists.
         max_new_tokens: C, the longest completion.
         eos_token_ids: tokens that end a completion.
-        stop_strings: texts that end a completion, with the token that completes them.
-        tokenizer: the policy's, to read stop strings with.
+        stop_strings: texts that end a completion; the token that completes one is kept.
+        tokenizer: the policy's, needed for stop strings.
         temperature: above 0.
-        copies: completions of each prompt, side by side in the result.
-        batch_size: completions per call; batches are made of prompts of similar length. A model to
-            which padding is text gets one prompt per call.
-        progress: told the number of completions of each batch that is done.
+        copies: completions per prompt, in adjacent rows of the result.
+        batch_size: completions per batch of prompts of similar length; 1 if `reads_padding`.
+        progress: called after each batch with its number of completions.
 
     Returns:
-        completion_ids `(B, C)` with B = R * copies (filler behind the end), completion_lengths
+        completion_ids `(B, C)` with B = R * copies (filler after the end), completion_lengths
         `(B,)`, ended `(B,)`.
     """
     if reads_padding(policy):
-        # Not even prompts of equal length: RWKV's cached states mix the rows of a batch
-        # (transformers 5.23), and without its cache it is slower than one by one.
+        # Even for prompts of equal length: RWKV's cached states mix the rows of a batch
+        # (transformers 5.23), and a batch without the cache is slower than single rows.
         batch_size = 1
     if copies > batch_size:
         prompts, copies = [prompt for prompt in prompts for _ in range(copies)], 1
@@ -158,7 +151,7 @@ def generate(
 
 
 class Completion(NamedTuple):
-    """A sampled completion: its text, and its tokens with what ended it."""
+    """A sampled completion: its text, and its tokens including those that ended it."""
 
     text: str
     ids: list[int]
@@ -174,15 +167,7 @@ def sample_several(
     batch_size: int = 64,
     **sampling: Any,
 ) -> Iterator[list[Completion]]:
-    """`count` sampled completions of each prompt, prompt by prompt.
-
-    Args:
-        policy: the model to sample from.
-        tokenizer: its tokenizer.
-        prompts: token lists.
-        count: completions per prompt.
-        stop_strings, batch_size, sampling: of `generate`.
-    """
+    """Sample `count` completions of each prompt, a list of tokens; options as in `generate`."""
     rows_at_once = max(1, batch_size * 4 // count)
     for start in range(0, len(prompts), rows_at_once):
         rows = prompts[start : start + rows_at_once]
@@ -215,16 +200,13 @@ def decode(
     tokenizer: PreTrainedTokenizerBase,
     stop_strings: Sequence[str] | None = None,
 ) -> list[str]:
-    """Texts of the completions, without the EOS or stop string that ended them and what follows.
-
-    Arguments as in `generate`, and what it returned.
-    """
+    """Texts of what `generate` returned, each cut before the EOS or stop string that ended it."""
     kept = zip(completion_ids.tolist(), lengths.tolist(), ended.tolist(), strict=True)
     rows = [(ids[:length], ids[: length - end]) for ids, length, end in kept]
     texts = tokenizer.batch_decode([row for _, row in rows], skip_special_tokens=True)
     if not stop_strings:
         return texts
-    # The token that completes a stop string may hold the last letters before it, too.
+    # The token that completes a stop string may also hold the last letters before it.
     whole = tokenizer.batch_decode([row for row, _ in rows], skip_special_tokens=True)
     ends = [_first_of(stop_strings, text) for text in whole]
     return [
@@ -234,11 +216,11 @@ def decode(
 
 
 def _first_of(strings: Sequence[str], text: str) -> int | None:
-    """Where the first of the strings begins in the text."""
+    """Index where the first of the strings begins in the text, or None."""
     return min((text.index(string) for string in strings if string in text), default=None)
 
 
 def unused_sampling(policy: PreTrainedModel) -> dict[str, Any]:
-    """Settings of a model's own generation_config that sampling here does not use."""
+    """Settings of the model's own generation_config that sampling ignores."""
     own = policy.generation_config.to_diff_dict()
     return {name: own[name] for name in PPOConfig.REFUSED if own.get(name) is not None}

@@ -23,18 +23,16 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from trl_instruct.models.properties import accepted, evaluating, unwrapped
 from trl_instruct.padding import position_ids
 
+# The length of a completion that no stop string has ended.
 NEVER = 2**31
-"""The length of a completion that no stop string has ended."""
-
-
+# Fraction of the rows that must have ended before they are removed from the batch.
 ENOUGH = 0.25
-"""Share of the rows that must have ended before they are taken out of the batch."""
 
 
 @contextlib.contextmanager
 def plain_sampling(model: PreTrainedModel) -> Iterator[None]:
-    """Hide a model's own generation_config: `generate` would fill top_p, repetition_penalty and
-    the like from it, and the log-probabilities would no longer be those of the sampler."""
+    """Hide a model's own generation_config: `generate` would take top_p, repetition_penalty etc.
+    from it, and the log-probabilities would no longer be those of the sampler."""
     holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
     own = [holder.generation_config for holder in holders]
     for holder in holders:
@@ -49,9 +47,8 @@ def plain_sampling(model: PreTrainedModel) -> Iterator[None]:
 class Draw(LogitsProcessor):
     """Leaves one token of each row, drawn from the softmax of its logits / temperature.
 
-    By one random number a row and the cumulative distribution. torch.multinomial, which `generate`
-    would call, draws one for each token of the vocabulary: on a CPU, a quarter of all its time with
-    a small model.
+    One random number per row picks from the cumulative distribution. torch.multinomial, as in
+    `generate`, draws one per vocabulary token: on a CPU a quarter of a small model's time.
     """
 
     def __init__(self, temperature: float):
@@ -66,16 +63,13 @@ class Draw(LogitsProcessor):
 
 
 class StopStrings(StoppingCriteria):
-    """Ends a completion where its text holds one of the strings, and remembers where that was.
+    """Ends a completion once its text contains one of the strings, and records its length then.
 
-    Unlike transformers' own `stop_strings` it reads the completion alone, not the prompt.
+    Unlike transformers' own `stop_strings` it reads only the completion, not the prompt.
 
     Args:
-        strings: that end a completion.
-        tokenizer: the policy's.
-        rows: of the batch.
-        width: of the prompts, in tokens.
-        device: that the batch is on.
+        rows: number of rows in the batch.
+        width: tokens of a padded prompt.
     """
 
     def __init__(
@@ -87,7 +81,7 @@ class StopStrings(StoppingCriteria):
         device: torch.device,
     ):
         self.strings, self.tokenizer, self.width = strings, tokenizer, width
-        # A letter may be up to four byte-level tokens; the last token may hold more than the end.
+        # A letter takes up to four byte-level tokens; the last token may extend past the string.
         self.tail = 4 * max(map(len, strings)) + 1
         self.lengths = torch.full((rows,), NEVER, device=device)
 
@@ -102,11 +96,11 @@ class StopStrings(StoppingCriteria):
 
 
 class EnoughEnded(StoppingCriteria):
-    """Ends all rows once a quarter of them has ended, so that these are not computed any further.
+    """Ends all rows once a quarter of them have ended, so that `draw` can drop these.
 
     Args:
-        eos_token_ids: tokens that end a completion, one of which is the filler behind its end.
-        stops: the stop strings, which have been looked for before.
+        eos_token_ids: tokens that end a completion; one of them is the filler after its end.
+        stops: the stop strings' criteria, which must run before this one.
     """
 
     def __init__(self, eos_token_ids: Tensor, stops: list[StopStrings]):
@@ -121,7 +115,7 @@ class EnoughEnded(StoppingCriteria):
 
 
 class SamplingOptions(NamedTuple):
-    """How completions are drawn: as in `sampling.generate`."""
+    """How completions are sampled: arguments of `sampling.generate`."""
 
     max_new_tokens: int
     eos_token_ids: list[int]
@@ -134,21 +128,18 @@ class SamplingOptions(NamedTuple):
 def draw(
     policy: PreTrainedModel, ids: Tensor, mask: Tensor, copies: int, sampling: SamplingOptions
 ) -> tuple[Tensor, Tensor]:
-    """Some completions of each prompt.
+    """Sample `copies` completions of each prompt.
 
-    Where the model's cache can be cut by rows (`caches_rows`), a prompt is read once for all its
-    completions, and `generate` is called again and again, without those that have ended by then;
-    elsewhere once.
+    If the model's cache can be cut by rows (`caches_rows`), a prompt is read once for all its
+    completions, and `generate` is called repeatedly, without the rows that have ended; else once.
 
     Args:
         policy: in eval mode, within `plain_sampling`.
         ids, mask: `(R, P)` prompts, padded on the left.
-        copies: completions of each.
-        sampling: how.
 
     Returns:
-        `(B, C)` tokens with B = R * copies, those of a prompt side by side, EOS or filler behind
-        the end; and `(B,)` the length at which a stop string has ended it, or NEVER.
+        `(B, C)` tokens with B = R * copies, those of a prompt in adjacent rows, EOS or filler after
+        the end; and the `(B,)` lengths at which a stop string ended them, or NEVER.
     """
     by_rows = caches_rows(policy)
     cache = read_prompts(policy, ids, mask, copies) if by_rows and copies > 1 else None
@@ -170,7 +161,7 @@ def draw(
         left = (~ended).nonzero().flatten()
         if length == longest or not len(left):
             break
-        # The rest goes on from its cache: `ids` grow from call to call, as columns of `drawn`.
+        # The other rows continue from their cache; `ids` hold all their tokens so far.
         rows, ids, cache = rows[left], output.sequences[left], output.past_key_values
         mask = torch.cat([mask, torch.ones_like(new, dtype=mask.dtype)], dim=1)[left]
         cache.batch_select_indices(left)
@@ -194,32 +185,28 @@ def _continue(
     width: int,
     ending: list[StoppingCriteria],
 ) -> Any:
-    """One call of transformers' `generate`; `width` is that of the prompts within `ids`."""
+    """One call of transformers' `generate`; the first `width` tokens of `ids` are the prompts."""
     return policy.generate(
         input_ids=ids,
         attention_mask=mask.long(),
         past_key_values=cache,
         generation_config=GenerationConfig(
             max_new_tokens=width + sampling.max_new_tokens - ids.shape[1],
-            do_sample=False,  # the one token that Draw leaves is the best
+            do_sample=False,  # greedy: takes the one token that Draw leaves
             eos_token_id=sampling.eos_token_ids,
             pad_token_id=sampling.eos_token_ids[0],
             return_dict_in_generate=True,
         ),
         logits_processor=LogitsProcessorList([Draw(sampling.temperature)]),
         stopping_criteria=StoppingCriteriaList(ending),
-        synced_gpus=False,  # each process makes calls of its own number; it has all weights
+        synced_gpus=False,  # processes make different numbers of calls; each has all weights
     )
 
 
 def read_prompts(policy: PreTrainedModel, ids: Tensor, mask: Tensor, copies: int) -> Cache | None:
-    """What the policy remembers of all but the last token of each prompt, so many times over.
+    """The policy's cache of each prompt without its last token, repeated `copies` times.
 
-    Args:
-        policy, ids, mask, copies: as in `draw`.
-
-    Returns:
-        None for prompts of one token.
+    Arguments as in `draw`. None for prompts of one token.
     """
     if ids.shape[1] == 1:
         return None
@@ -232,17 +219,14 @@ def read_prompts(policy: PreTrainedModel, ids: Tensor, mask: Tensor, copies: int
 
 
 _reads_padding: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
 _caches_rows: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def reads_padding(model: PreTrainedModel) -> bool:
-    """Whether padding in front of a sequence changes what the model makes of it.
+    """Whether padding before a sequence changes the model's output for it.
 
-    The model itself is asked, once, since no name or class tells: some recurrent architectures
-    leave masked tokens out of their state (Mamba), some do not (RWKV). Padding behind a sequence
-    never matters to a causal model.
+    The model is tried once, since no class name tells: recurrent ones may leave masked tokens out
+    of their state (Mamba) or not (RWKV). Padding after a sequence never matters to a causal model.
     """
     backbone = unwrapped(model).base_model
     if backbone not in _reads_padding:
@@ -252,7 +236,7 @@ def reads_padding(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _try_padding(backbone: PreTrainedModel) -> bool:
-    """Read two tokens alone, behind padding, and behind a third token."""
+    """Compare two tokens alone, after padding, and after a third token."""
     ids = torch.tensor([[2, 0, 1]], device=backbone.device)
     mask = torch.ones_like(ids)
     padded = torch.tensor([[0, 1, 1]], device=backbone.device)
@@ -260,7 +244,7 @@ def _try_padding(backbone: PreTrainedModel) -> bool:
         alone = _last_state(backbone, ids[:, 1:], mask[:, 1:])
         behind_padding = _last_state(backbone, ids, padded)
         behind_text = _last_state(backbone, ids, mask)
-    # Rounding moves the state too: in half precision by about a hundredth of what a token does.
+    # Rounding changes the state too: in half precision about a hundredth as much as a token.
     return bool((behind_padding - alone).norm() > 0.1 * (behind_text - alone).norm())
 
 
@@ -273,10 +257,10 @@ def _last_state(backbone: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> T
 
 @torch.no_grad()
 def caches_rows(model: PreTrainedModel) -> bool:
-    """Whether a cache of past tokens can be cut to some of its rows: keys and values of each text.
+    """Whether the cache can be cut to some of its rows: it holds only keys and values of each text.
 
-    The model is asked, once. Recurrent states cannot be cut, nor what holds them beside keys and
-    values (Falcon-H1); and prompt tuning puts tokens into the cache that no text has.
+    The model is tried once. Recurrent states cannot be cut, nor can caches that hold them beside
+    keys and values (Falcon-H1). Prompt tuning adds virtual tokens, which are in no text.
     """
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return False
@@ -286,7 +270,7 @@ def caches_rows(model: PreTrainedModel) -> bool:
             ids = torch.tensor([[0, 1]], device=backbone.device)
             output = backbone(**accepted(backbone, input_ids=ids, use_cache=True))
         cache = getattr(output, "past_key_values", None)
-        # Not their subclasses, which may remember more and leave that as it is.
+        # Subclasses do not count: they may hold more, and leave it uncut.
         _caches_rows[backbone] = isinstance(cache, Cache) and all(
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
         )

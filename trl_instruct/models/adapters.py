@@ -1,4 +1,4 @@
-"""LoRA adapters: make one, go on from one, start a reward model from a policy's."""
+"""LoRA adapters: create one, continue from one, start a reward model from a policy's."""
 
 from __future__ import annotations
 
@@ -32,20 +32,13 @@ from trl_instruct.models.properties import model_name
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT = "base_fingerprint.txt"  # which base an adapter was trained over
-SAMPLES, SIZE = 16, 4096  # a digest of all bytes of a large model would take a minute
-FINGERPRINT = "base_fingerprint.txt"  # which base an adapter was trained over
-
+SAMPLES, SIZE = 16, 4096  # hashing a whole large model would take a minute
 
 POLICY, CLASSIFIER = "CAUSAL_LM", "SEQ_CLS"
-
-
 EVERY_LINEAR = "all-linear"
+LINEAR = (nn.Linear, Conv1D)  # Conv1D is GPT-2's
 
-
-LINEAR = (nn.Linear, Conv1D)  # GPT-2's
-
-
-# Options of TRL's ModelConfig that an adapter has already decided on, by its config's names.
+# Options of TRL's ModelConfig that an existing adapter fixes, with their names in its config.
 DECIDED = {
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
@@ -64,10 +57,7 @@ def is_adapter(source: Any) -> bool:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT adapter, its config read once from its folder.
-
-    Fields: `folder`; `config` with the form of the adapter; the `base` model that it names.
-    """
+    """A PEFT adapter: its folder, its config (read once) and the base model that it names."""
 
     folder: str
     config: PeftConfig
@@ -75,25 +65,25 @@ class Adapter:
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Adapter:
-        """The adapter in a folder; InputError where its config is broken or names no base."""
+        """The adapter in a folder; InputError if its config is broken or names no base."""
         path = os.fspath(folder)
         try:
             config = PeftConfig.from_pretrained(path)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
-                f"{os.path.join(path, CONFIG)!r} is no adapter's config "
+                f"{os.path.join(path, CONFIG)!r} is not an adapter's config "
                 f"({type(error).__name__}: {' '.join(str(error).split())}). Give a folder that "
-                "peft's save_pretrained or a stage has written."
+                "peft's save_pretrained or a stage wrote."
             ) from error
         if not config.base_model_name_or_path:
             raise InputError(
-                f"The adapter in {path!r} names no base model (base_model_name_or_path in "
-                f"{CONFIG}), so nothing tells what it belongs on. Name the base there."
+                f"The adapter in {path!r} names no base model: base_model_name_or_path is missing "
+                f"in {CONFIG}. Name the base there."
             )
         return cls(path, config, config.base_model_name_or_path)
 
     def check_task(self, needed: str) -> None:
-        """InputError where it is one for another kind of model."""
+        """InputError if the adapter is for another kind of model."""
         if self.config.task_type not in (needed, None):
             raise InputError(
                 f"{self.folder!r} holds an adapter for {self.config.task_type}; one for {needed} "
@@ -101,46 +91,45 @@ class Adapter:
             )
 
     def check_base(self) -> None:
-        """InputError where its base has other weights than when it was saved.
+        """InputError if its base has other weights than when the adapter was saved.
 
-        Nothing is checked where no fingerprint was kept, or the base is in no folder.
+        Checks nothing if no fingerprint was saved, or if the base is not in a folder.
         """
         kept, now = Path(self.folder) / FINGERPRINT, fingerprint(self.base)
         if now and kept.is_file() and kept.read_text(encoding="utf-8").strip() != now:
             raise InputError(
                 f"The adapter in {self.folder!r} was trained over other weights than "
-                f"{self.base!r} has now: that model has been trained or made again since. Train "
-                f"the adapter again (or remove {FINGERPRINT} if you know better)."
+                f"{self.base!r} has now: that model has been trained or replaced since. Train the "
+                f"adapter again (or remove {FINGERPRINT} to skip this check)."
             )
 
     def keep_fingerprint(self) -> None:
-        """Write down beside the adapter which weights its base has, if they are in a folder."""
+        """Save the fingerprint of its base beside the adapter, if that base is in a folder."""
         if digest := fingerprint(self.base):
             (Path(self.folder) / FINGERPRINT).write_text(f"{digest}\n", encoding="utf-8")
 
     def check_options(self, model_config: ModelConfig) -> None:
-        """InputError for LoRA options that were set and are not those of the adapter."""
+        """InputError for LoRA options that were set and differ from the adapter's."""
         defaults = ModelConfig()
         for option, name in DECIDED.items():
             asked, has = getattr(model_config, option), getattr(self.config, name, None)
             if asked in (getattr(defaults, option), EVERY_LINEAR) or _same(asked, has):
                 continue
             raise InputError(
-                f"{option} is {_listed(asked)}, but the adapter in {self.folder!r}, from which "
-                f"this stage continues, has {_listed(has)}. Leave {option} out; or, for an adapter "
-                "of another form, merge first (trl-instruct merge ADAPTER OUTPUT_DIR) and start "
-                "from that."
+                f"{option} is {_listed(asked)}, but the adapter in {self.folder!r}, which this "
+                f"stage continues, has {_listed(has)}. Leave {option} out; or, for a new adapter, "
+                "merge first (trl-instruct merge ADAPTER OUTPUT_DIR) and start from the result."
             )
 
     def on(self, model: PreTrainedModel, *, trainable: bool = True) -> PeftModel:
-        """A base model with the adapter on it, in float32 whatever the base is.
+        """A base model with the adapter, which is in float32 whatever the base's dtype.
 
         Args:
             model: the adapter's base, of the adapter's kind.
             trainable: whether the adapter trains; the base never does.
 
         Raises:
-            InputError: an adapter that does not fit this model.
+            InputError: the adapter does not fit this model.
         """
         with self._fitting(model):
             adapted = PeftModel.from_pretrained(model, self.folder, is_trainable=trainable)
@@ -149,13 +138,10 @@ class Adapter:
         return float32_head(adapted)
 
     def on_classifier(self, model: PreTrainedModel) -> PeftModel:
-        """A classifier with the adapter's LoRA weights and a head of its own, to train.
-
-        Args:
-            model: a scalar sequence classifier over the adapter's base; its head is kept.
+        """`model`, a scalar classifier over the adapter's base, with its LoRA weights, to train.
 
         Raises:
-            InputError: an adapter that does not fit this model.
+            InputError: the adapter does not fit this model.
         """
         config, heads = copy.deepcopy(self.config), {"lm_head", "score"}
         config.task_type, config.inference_mode = CLASSIFIER, False
@@ -172,7 +158,7 @@ class Adapter:
 
     @contextlib.contextmanager
     def _fitting(self, model: PreTrainedModel) -> Iterator[None]:
-        """InputError for whatever peft says of an adapter that does not fit."""
+        """Turn peft's errors about an adapter that does not fit into an InputError."""
         try:
             yield
         except (RuntimeError, ValueError, KeyError) as error:
@@ -180,23 +166,22 @@ class Adapter:
             told = " ".join(line.strip() for line in lines[:2])
             raise InputError(
                 f"The adapter in {self.folder!r} does not fit the {type(model).__name__} from "
-                f"{model_name(model)!r}: {told}. Was it trained on another model, or has that "
-                "folder another one since?"
+                f"{model_name(model)!r}: {told}. Was it trained on another model, or has the "
+                "model in that folder changed?"
             ) from error
 
 
 def _check_names(weights: Iterable[str], own: Iterable[str]) -> None:
-    """ValueError for weights that the model has no place for: peft would pass over them."""
+    """ValueError for weights that the model has no place for: peft would ignore them."""
     if strange := sorted(name for name in set(weights) - set(own) if "lora_" in name):
         raise ValueError(f"it has no {strange[0]}")
 
 
 def fingerprint(folder: str | os.PathLike) -> str | None:
-    """A digest of the weights in a folder; None where there are none (a Hub id).
+    """A digest of the weights in a folder; None if it has none (a Hub id).
 
-    Of each safetensors file: its name, its length, its head with the names and shapes of the
-    weights, and 16 samples of them, evenly spaced. Training changes nearly every weight, so that
-    another model differs in each sample.
+    Covers each safetensors file's name, length, header (weight names and shapes) and 16 evenly
+    spaced chunks. Training changes nearly every weight, so another model differs in each chunk.
     """
     files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
     if not files:
@@ -213,7 +198,7 @@ def fingerprint(folder: str | os.PathLike) -> str | None:
 
 
 def peft_config_of(model_config: ModelConfig, task_type: str = POLICY) -> PeftConfig | None:
-    """TRL's PEFT config, with targets that work without thought: all linear layers."""
+    """TRL's PEFT config, which by default targets all linear layers."""
     config = get_peft_config(model_config)
     if config is None:
         return None
@@ -221,7 +206,7 @@ def peft_config_of(model_config: ModelConfig, task_type: str = POLICY) -> PeftCo
     if not config.target_parameters:
         config.target_modules = config.target_modules or EVERY_LINEAR
     if isinstance(config.target_modules, str) and config.target_modules.isidentifier():
-        # ModelConfig makes a list of one name text, which peft takes for a pattern of whole paths.
+        # ModelConfig turns a list of one name into text, which peft reads as a pattern of paths.
         config.target_modules = {config.target_modules}
     if task_type == CLASSIFIER:
         config.modules_to_save = [*(config.modules_to_save or ()), "score"]
@@ -231,10 +216,10 @@ def peft_config_of(model_config: ModelConfig, task_type: str = POLICY) -> PeftCo
 def new_adapter_config(
     model: PreTrainedModel, model_config: ModelConfig, task_type: str = POLICY
 ) -> PeftConfig | None:
-    """The config of the adapter that this model is to get; None where it is to get none.
+    """The config of the new adapter for this model, or None if it needs none.
 
     Raises:
-        InputError: `lora_target_modules` of which the model has none.
+        InputError: the model has none of `lora_target_modules`.
     """
     config = peft_config_of(model_config, task_type)
     if config is None or isinstance(model, PeftModel):
@@ -254,19 +239,15 @@ def new_adapter_config(
 def with_lora(
     model: PreTrainedModel, model_config: ModelConfig, task_type: str = POLICY
 ) -> PreTrainedModel:
-    """The model with a fresh LoRA adapter, if `model_config` asks for one and it has none.
-
-    Raises:
-        InputError: as `new_adapter_config`.
-    """
+    """The model, with a LoRA adapter if `model_config` asks for one (see `new_adapter_config`)."""
     config = new_adapter_config(model, model_config, task_type)
     return float32_head(get_peft_model(model, config)) if config else model
 
 
 def float32_head(model: PreTrainedModel) -> PreTrainedModel:
-    """Let the head of a classifier with an adapter train in float32, as peft lets LoRA weights.
+    """Make the head of an adapter classifier float32, as peft does with LoRA weights.
 
-    It leaves the head in the base's precision, and in bfloat16 most updates would be lost.
+    peft leaves the head in the base's precision; in bfloat16 most updates would be lost.
     """
     head = getattr(model, "score", None)
     if isinstance(head, ModulesToSaveWrapper):
@@ -282,19 +263,19 @@ def _as_float32(head: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...
 
 
 def trained_weights(model: nn.Module) -> dict[nn.Parameter, Tensor]:
-    """What trains, before a trainer of TRL's gets it: for `keep_float32`."""
+    """The trainable weights, before a TRL trainer rounds them: for `keep_float32`."""
     return {p: p.data for p in model.parameters() if p.requires_grad}
 
 
 def keep_float32(model: PreTrainedModel, before: dict[nn.Parameter, Tensor]) -> None:
-    """Give what trains beside a frozen base its float32 weights back.
+    """Restore the float32 weights of what trains over a frozen base.
 
-    Over a quantised base TRL's trainers round them to bfloat16, in which most updates at a learning
-    rate of 1e-5 would be lost.
+    Over a quantised base, TRL's trainers round them to bfloat16: at a learning rate of 1e-5 most
+    updates would be lost.
 
     Args:
-        model: of the trainer, its optimizer not yet made.
-        before: from `trained_weights`; what has come since, a fresh adapter, is made float32.
+        model: the trainer's, before its optimizer is created.
+        before: from `trained_weights`; weights added since, a new adapter's, become float32.
     """
     if is_quantized(model):
         for parameter in model.parameters():
@@ -309,7 +290,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def _same(asked: Any, has: Any) -> bool:
-    """Whether an option says what the adapter has, which may name each module by its path."""
+    """Whether an option equals the adapter's value, which may name each module by its path."""
     if isinstance(has, list | tuple | set):
         asked = {asked} if isinstance(asked, str) else set(asked or ())
         return asked in (set(has), _last_names(has))

@@ -1,4 +1,4 @@
-"""Checkpoints that survive whatever ends a run: which are whole, their weights, SIGTERM."""
+"""Checkpoints of a run: which are complete, which to resume from, how to load their weights."""
 
 import json
 from pathlib import Path
@@ -12,11 +12,7 @@ from trl_instruct.errors import InputError
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint was written to its end: every Trainer writes its state as json last.
-
-    Args:
-        folder: a `checkpoint-<step>`.
-    """
+    """Whether a `checkpoint-<step>` folder is complete: Trainers write their state as JSON last."""
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -25,7 +21,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a stage's folder, whole or not, in the order of their steps."""
+    """The checkpoints in a stage's folder, complete or not, sorted by step."""
     found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
     numbered = [(path.name.rpartition("-")[2], path) for path in found]
     return [path for step, path in sorted((int(s), p) for s, p in numbered if s.isdigit())]
@@ -36,10 +32,10 @@ def find_checkpoint(folder: Path, checkpoint: str | bool) -> Path:
 
     Args:
         folder: the stage's.
-        checkpoint: a checkpoint's folder, or True for the last that is whole.
+        checkpoint: a checkpoint's folder, or True for the last complete one.
 
     Raises:
-        InputError: there is none, or it was cut short while it was written.
+        InputError: it is missing or incomplete.
     """
     if isinstance(checkpoint, bool):
         whole = [path for path in all_checkpoints(folder) if is_whole(path)]
@@ -49,24 +45,18 @@ def find_checkpoint(folder: Path, checkpoint: str | bool) -> Path:
         if is_whole(Path(checkpoint)):
             return Path(checkpoint)
         raise InputError(
-            f"The checkpoint {str(checkpoint)!r} is not whole: the run ended while it was written. "
-            "Resume from an earlier one, or set resume_from_checkpoint to true for the last that "
-            "is whole."
+            f"The checkpoint {str(checkpoint)!r} is incomplete: the run ended while writing it. "
+            "Resume from an earlier one, or set resume_from_checkpoint to true (last complete one)."
         )
     raise InputError(
         f"resume_from_checkpoint is {checkpoint!r}, but there is no checkpoint at "
         f"{str(folder if isinstance(checkpoint, bool) else checkpoint)!r}. Give the folder of one "
-        "(.../checkpoint-<step>), or start the run afresh without it."
+        "(.../checkpoint-<step>), or leave the option out to start afresh."
     )
 
 
 def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
-    """Set a model's weights, or its adapter's, to those that its `save_pretrained` wrote.
-
-    Args:
-        model: of the architecture that was saved.
-        folder: where.
-    """
+    """Load into a model, or its adapter, the weights that its `save_pretrained` wrote."""
     if isinstance(model, PeftModel):
         set_peft_model_state_dict(model, load_peft_weights(str(folder)))
     else:

@@ -1,8 +1,7 @@
 """Load and save the four roles: policy, ref_policy, reward model, value model.
 
-A model is a Hub id, a local folder, what an earlier stage returned, or a loaded model. An adapter
-folder is merged into its base on loading, unless the stage trains adapters (`use_peft`): then it
-goes on from that adapter, over the same base.
+A model is a Hub id, a local folder, an earlier stage's result or a loaded model. An adapter folder
+is merged into its base, unless the stage trains adapters (`use_peft`) and continues from it.
 """
 
 import copy
@@ -46,17 +45,16 @@ def load_policy(
 ) -> PreTrainedModel:
     """A causal language model; weights in float32 unless `model_config.dtype` says otherwise.
 
-    An adapter trains on over its base where `model_config` asks for LoRA; else it is merged.
+    An adapter trains further over its base if `model_config` asks for LoRA; else it is merged.
 
     Raises:
-        InputError: nothing there, a checkpoint that is no language model, an unfinished stage, an
-            adapter of another model, or LoRA options that are not those of the adapter.
+        InputError: no model there, not a language model, an unfinished stage, an adapter of another
+            model, or LoRA options that differ from the adapter's.
     """
     if isinstance(source, PreTrainedModel | PeftModel):
         if not source.can_generate():
             raise InputError(
-                f"A {type(source).__name__} was given; a language model (AutoModelForCausalLM) is "
-                "needed."
+                f"A {type(source).__name__} was given; an AutoModelForCausalLM is needed."
             )
         disable_rescaling(unwrapped(source))
         return source
@@ -85,7 +83,7 @@ def base_of(
     """The base model that an adapter names, as a causal language model or classifier.
 
     Raises:
-        InputError: another base by now, or LoRA options that are not those of the adapter.
+        InputError: the base has changed, or LoRA options differ from the adapter's.
     """
     adapter.check_base()
     if model_config.use_peft:
@@ -105,7 +103,7 @@ def load_reward_model(
 ) -> PreTrainedModel:
     """A scalar `AutoModelForSequenceClassification` (`num_labels=1`).
 
-    Where transformers has no such class for the architecture, it is the one of `scalar_head.py`.
+    If transformers has no such class for the architecture, `scalar_head.py` has one.
 
     Args:
         source: a reward model; with `fresh_head`, any language model, whose unembedding is
@@ -113,7 +111,7 @@ def load_reward_model(
             2020 (the class has no bias).
 
     Raises:
-        InputError: nothing there, no scalar head (and none asked for), or an unfinished stage.
+        InputError: no model there, no scalar head (without `fresh_head`), or an unfinished stage.
     """
     if isinstance(source, PeftModel):
         source = copy.deepcopy(source).merge_and_unload()
@@ -136,7 +134,7 @@ def load_reward_model(
 def _adapter_classifier(
     source: str | os.PathLike, model_config: ModelConfig, fresh_head: bool, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """A reward model from an adapter folder: a reward model's, or, for a fresh head, any."""
+    """A reward model from a reward model's adapter folder; with a fresh head, from any."""
     check_finished(Path(source))
     adapter = Adapter.read(source)
     if not fresh_head:
@@ -166,10 +164,9 @@ def _classifier_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
 def base_for_adapter(
     source: ModelSource, folder: Path, tokenizer: PreTrainedTokenizerBase, model_config: ModelConfig
 ) -> ModelSource:
-    """A model that a new adapter, if one is asked for, can be trained on.
+    """A base model that a new adapter, if requested, can name by its path.
 
-    A new adapter names its base by path. A model in memory that was not loaded from anywhere is
-    saved in `folder` as that base, so that plain peft can load the result.
+    If the model exists only in memory it is saved in `folder`, so plain peft can load the result.
     """
     nameless = isinstance(source, PreTrainedModel) and is_nameless(source)
     if not model_config.use_peft or not nameless:
@@ -197,7 +194,7 @@ def _load(
     path = os.fspath(source)
     check_finished(Path(path))
     if (quantization := get_quantization_config(model_config)) is not None:
-        # Where none is asked for, a folder's own must hold: None would be read as "there is none".
+        # Set only if requested: None would mean "not quantised" and override the folder's own.
         kwargs["quantization_config"] = quantization
     hub = {"revision": model_config.model_revision, "trust_remote_code": trust_remote_code}
     with quiet_loading():
@@ -224,7 +221,7 @@ def _load(
             f"{' ...' if len(missing) > 3 else ''}. Is it a model of another kind (a reward model "
             "where a policy is needed, or the reverse)?"
         )
-    # With tied embeddings a language model lacks nothing in a reward model's weights.
+    # With tied embeddings, a reward model's weights lack nothing that a language model needs.
     if kind is AutoModelForCausalLM and "score.weight" in info["unexpected_keys"]:
         raise InputError(
             f"{path!r} holds a reward model; a language model is needed. Give the policy's folder."
@@ -232,17 +229,17 @@ def _load(
     disable_rescaling(model)
     if is_quantized(model):
         _keep_layout(model)
-        # Frozen, and what is not quantised in float32; the trainers see to gradient checkpointing.
+        # Freezes all, casts unquantised weights to float32; trainers handle gradient checkpointing.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model
 
 
 def _keep_layout(model: PreTrainedModel) -> None:
-    """Leave 4-bit weights as they were loaded.
+    """Keep the layout in which 4-bit weights were loaded.
 
-    On CPUs with AVX512-BF16 bitsandbytes (0.49, 0.50) packs them anew in place at the first pass
-    that evaluates: it fails where a layer's width is no multiple of 32, and weights that several
-    roles share are trained through as well.
+    On CPUs with AVX512-BF16, bitsandbytes (0.49, 0.50) repacks them in place at the first
+    evaluation pass. That fails if a layer's width is not a multiple of 32, or if the weights are
+    shared by roles that train through them.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -252,14 +249,9 @@ def _keep_layout(model: PreTrainedModel) -> None:
 def merged(
     adapter: Adapter, model_config: ModelConfig, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The model that an adapter stands for, with the adapter in its weights.
+    """The policy or reward model whose adapter is merged into its weights.
 
-    It is merged into the base in full precision, also where it was trained over 8- or 4-bit
-    weights: merged into those it would be rounded with them.
-
-    Args:
-        adapter: for a policy or a reward model.
-        model_config: for dtype and the like.
+    Merging is always in full precision: 8- or 4-bit weights would round the adapter with them.
     """
     plain = {"load_in_8bit": False, "load_in_4bit": False, "use_peft": False}
     judges = adapter.config.task_type == CLASSIFIER
@@ -280,16 +272,15 @@ def _dtype(model_config: ModelConfig) -> Any:
 
 
 def check_finished(folder: Path) -> None:
-    """InputError where the folder holds a stage that was cut short."""
+    """InputError if the folder's stage has not finished."""
     if (folder / CONFIG_FILE).is_file() and not (folder / METRICS_FILE).is_file():
         raise InputError(
-            f"The stage that writes {str(folder)!r} has not finished: there is no {METRICS_FILE}. "
-            "Run it to its end first."
+            f"The stage in {str(folder)!r} has not finished: there is no {METRICS_FILE}. Finish it."
         )
 
 
 def load_fault(path: str, error: Exception) -> str:
-    """What the libraries say in one line; where nothing is there of that name, that first."""
+    """The libraries' error in one line; if the path does not exist, it begins with that."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     told = " ".join(line.strip() for line in lines) if lines[0].endswith(":") else lines[0]
     if "trust_remote_code" in str(error):

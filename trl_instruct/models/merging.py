@@ -1,4 +1,4 @@
-"""An adapter merged into its base: a model of full size that needs neither peft nor the base."""
+"""Merge an adapter into its base: a full model that needs neither peft nor the base."""
 
 import os
 from pathlib import Path
@@ -15,24 +15,23 @@ from trl_instruct.scalar_head import SHIFT_FILE
 def merge(
     adapter: str | os.PathLike, output_dir: str | os.PathLike, *, dtype: str = "float32"
 ) -> Path:
-    """Save the model that an adapter makes of its base, in full precision, with its tokenizer.
+    """Merge an adapter into its base in full precision; save the model and its tokenizer.
 
     Args:
-        adapter: folder of an adapter, of a policy or of a reward model (whose shift is kept).
+        adapter: the adapter folder of a policy or of a reward model (whose shift is kept).
         output_dir: a new or empty folder.
-        dtype: of the merged weights.
 
     Returns:
         The folder, which plain transformers loads.
 
     Raises:
-        InputError: no adapter there, an unfinished stage, or an output_dir that is taken.
+        InputError: no adapter there, an unfinished stage, or an output_dir that is not empty.
     """
     folder = Path(output_dir)
     if not is_adapter(adapter):
         raise InputError(
-            f"{os.fspath(adapter)!r} is no adapter's folder: there is no {CONFIG}. Give the folder "
-            "that a stage with use_peft has left."
+            f"{os.fspath(adapter)!r} is not an adapter's folder: there is no {CONFIG}. Give a "
+            "folder that a stage with use_peft wrote."
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"output_dir {str(folder)!r} is not empty. Choose a new or empty folder.")
@@ -45,12 +44,7 @@ def merge(
 
 
 def merge_in_place(folder: Path, model_config: ModelConfig) -> None:
-    """Replace the adapter in a folder by the model of full size.
-
-    Args:
-        folder: of a stage that is being finished.
-        model_config: of the stage; what it says of quantisation does not matter here.
-    """
+    """Replace the adapter in a finishing stage's folder by the full model, never quantised."""
     merged(Adapter.read(folder), model_config).save_pretrained(folder)
     for name in (CONFIG, WEIGHTS, SHIFT_FILE):
         (folder / name).unlink(missing_ok=True)

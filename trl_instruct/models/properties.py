@@ -1,4 +1,4 @@
-"""What a model tells of itself: its name, its context, the arguments it takes, its mode."""
+"""Properties of a model: its name, context length, accepted arguments and mode."""
 
 import contextlib
 import inspect
@@ -14,7 +14,7 @@ ModelSource: TypeAlias = str | os.PathLike | PreTrainedModel
 
 
 def accepted(module: nn.Module, **arguments: Any) -> dict[str, Any]:
-    """Those arguments that the module's forward knows (some architectures take no positions)."""
+    """The arguments that the module's forward accepts (some architectures take no positions)."""
     known = inspect.signature(module.forward).parameters
     return {name: value for name, value in arguments.items() if name in known}
 
@@ -31,7 +31,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, and back into the mode it was in."""
+    """Put a model into eval mode, then back into its previous mode."""
     was_training = model.training
     model.eval()
     try:
@@ -41,17 +41,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
-    """The model that a PEFT wrapper holds, its adapter in place; any other as it is."""
+    """The model inside a PEFT wrapper, with its adapter; any other model unchanged."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Most tokens the model can attend to; None where its architecture has no limit."""
+    """Most tokens the model can attend to; None if its architecture has no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def model_name(source: ModelSource) -> str:
-    """What to call a model in messages and where to look for its tokenizer."""
+    """A model's name in messages, and where to look for its tokenizer."""
     if isinstance(source, PreTrainedModel | PeftModel):
         return source.config._name_or_path or type(source).__name__
     return os.fspath(source)

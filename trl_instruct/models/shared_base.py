@@ -1,10 +1,9 @@
-"""One base model in several roles: each an ordinary model of its own, over the same weights.
+"""One base model in several roles: each is an ordinary model over the same weights.
 
-A role is a copy of the modules that hold no weights, around the very modules that do. So each has
-its own adapter and its own head, is wrapped, trained, checkpointed and saved by peft like any other
-model, and none has to be switched on or off: with adapters in one model, peft's `set_adapter` takes
-the gradient from the others, and gradient checkpointing recomputes a layer with whichever adapter
-is active when the backward pass comes by.
+A role copies the modules without weights and reuses those with weights. So it has its own adapter
+and head, and peft wraps, trains, checkpoints and saves it like any other model. No adapter needs
+switching: with several in one model, peft's `set_adapter` would stop the gradients of the others,
+and gradient checkpointing would recompute a layer with the adapter active in the backward pass.
 """
 
 import copy
@@ -31,9 +30,8 @@ class SharedBase:
     """A frozen base model, loaded once, and the roles that are adapters over it.
 
     Args:
-        source: what the policy starts from: an adapter (its base is the base), or the base itself.
-        model_config: how the base is loaded (full precision, 8 or 4 bit), and what a fresh adapter
-            is like.
+        source: what the policy starts from: an adapter, whose base is used, or the base itself.
+        model_config: the precision of the base (full, 8 or 4 bit) and the form of a new adapter.
 
     Raises:
         InputError: as `load_policy`.
@@ -55,20 +53,20 @@ class SharedBase:
         self.model.requires_grad_(False)
 
     def policy(self) -> PeftModel:
-        """The policy: the adapter that it starts from, or a fresh one. Trains."""
+        """The policy, to train: the base with the adapter that it starts from or a new one."""
         if self.adapter is None:
             return with_lora(view_of(self.model), self.model_config)
         return self.adapter.on(view_of(self.model))
 
     def adapter_in(self, source: object) -> Adapter | None:
-        """The adapter over this base in a folder; None where the source is none."""
+        """The adapter in a folder, or None if the source is not an adapter over this base."""
         if not isinstance(source, str | os.PathLike) or not is_adapter(source):
             return None
         adapter = Adapter.read(source)
         return adapter if _same_place(adapter.base, self.name) else None
 
     def classifier(self, adapter: Adapter) -> PeftModel:
-        """The reward model that an adapter over this base is, with its head and shift. Trains."""
+        """The reward model of an adapter over this base, with its head and shift, to train."""
         check_finished(Path(adapter.folder))
         adapter.check_base()
         adapter.check_task(CLASSIFIER)
@@ -77,7 +75,7 @@ class SharedBase:
         return model
 
     def fresh_classifier(self) -> PeftModel:
-        """A classifier that starts from the policy, with a head of zeros. Trains."""
+        """A classifier to train that starts from the policy, with a head of zeros."""
         model = classifier_over(self.model)
         if self.adapter is None:
             return with_lora(model, self.model_config, CLASSIFIER)
@@ -85,48 +83,34 @@ class SharedBase:
 
 
 def _same_place(one: str, other: str) -> bool:
-    """Whether two names are those of one model: the same folder, or the same Hub id."""
+    """Whether two names mean one model: the same folder or the same Hub id."""
     return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
 
 
 def view_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Another model over the same frozen weights; what trains is copied.
-
-    Args:
-        model: a language model or classifier, with or without adapters.
-    """
+    """A copy of a model, with or without adapters, that shares its frozen weights only."""
     shared: dict[int, nn.Module | Tensor] = {}
     for part in model.modules():
         frozen = [p for p in part.parameters(recurse=False) if not p.requires_grad]
         shared |= {id(parameter): parameter for parameter in frozen}
-        # The module itself: quantised ones keep more about their weights than the parameter.
+        # Share the whole module: quantised ones keep more about their weights than the parameter.
         if frozen and not list(part.children()) and not _trains(part):
             shared[id(part)] = part
     return copy.deepcopy(model, shared)
 
 
 def classifier_over(model: PreTrainedModel) -> PreTrainedModel:
-    """A scalar sequence classifier over a frozen language model's own weights, its head zeros.
-
-    Args:
-        model: without adapters.
-
-    Raises:
-        InputError: as `classifier_around`.
-    """
+    """As `classifier_around`, but around a copy of the model that shares its frozen weights."""
     return classifier_around(view_of(model))
 
 
 def classifier_around(model: PreTrainedModel) -> PreTrainedModel:
-    """A scalar sequence classifier around a language model's own backbone, its head zeros.
+    """A scalar sequence classifier around the backbone of a model without adapters, its head zeros.
 
-    The two are one trunk: what is done to it in one is done to the other.
-
-    Args:
-        model: without adapters.
+    The two share one trunk: a change to it in one is a change in the other.
 
     Raises:
-        InputError: an architecture whose classifier has another backbone than its language model.
+        InputError: the architecture's classifier and language model have different backbones.
     """
     config = copy.deepcopy(model.config)
     config.num_labels = 1
@@ -138,8 +122,8 @@ def classifier_around(model: PreTrainedModel) -> PreTrainedModel:
     same = type(classifier.base_model) is type(model.base_model)
     if parts != {backbone, "score"} or not same:
         raise InputError(
-            f"A {type(classifier).__name__} is not made around the backbone of a "
-            f"{type(model).__name__}, so the two cannot be one model. Load them separately: leave "
+            f"A {type(classifier).__name__} does not have the backbone of a "
+            f"{type(model).__name__}, so the two cannot share one. Load them separately: leave "
             "value_model_path out, and set share_base to false."
         )
     setattr(classifier, backbone, model.base_model)

@@ -1,4 +1,4 @@
-"""The tokenizer of a model: what all stages rely on of it."""
+"""The tokenizer of a model, with what all stages rely on."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +17,10 @@ def load_tokenizer(
     """The tokenizer of a model, with the EOS and pad tokens that all stages rely on.
 
     Args:
-        source: a model as above; a loaded model is asked where it came from.
+        source: a model, as in `load`; for a loaded model, the place that it was loaded from.
 
     Returns:
-        The tokenizer, padding on the left. Where it has no pad token, EOS serves: masks come from
+        The tokenizer, padding on the left. EOS serves as a missing pad token: masks come from
         lengths, so pad == eos does no harm.
 
     Raises:
@@ -40,12 +40,11 @@ def load_tokenizer(
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer with a pad token; InputError where it has no EOS token."""
+    """The tokenizer with a pad token; InputError if it has no EOS token."""
     if tokenizer.eos_token_id is None:
         raise InputError(
-            f"The tokenizer of {name!r} has no EOS token, so a completion could not end. Set one "
-            "(tokenizer.eos_token = ...; tokenizer.save_pretrained(...)) that stands in its "
-            "vocabulary."
+            f"The tokenizer of {name!r} has no EOS token, so no completion can end. Set one from "
+            "its vocabulary (tokenizer.eos_token = ...; tokenizer.save_pretrained(...))."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -53,41 +52,39 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrained
 
 
 def install_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Give the tokenizer the chat template in a Jinja file, as TRL's chat_template_path does."""
+    """Set the tokenizer's chat template from a Jinja file, as TRL's chat_template_path does."""
     file = Path(path)
     if file.suffix not in (".jinja", ".j2"):
-        return  # a model whose template (and tokens) the trainer takes over
+        return  # a model: the trainer copies its template and tokens
     if not file.is_file():
         raise InputError(f"chat_template_path {path!r}: there is no such file.")
     tokenizer.chat_template = file.read_text(encoding="utf-8")
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """InputError where the tokenizer has ids that the model has no embedding for."""
+    """InputError if the tokenizer has ids that the model has no embedding for."""
     rows = model.get_input_embeddings().num_embeddings
     token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if last >= rows:
         raise InputError(
             f"The tokenizer's last token, {token!r}, has the id {last}, but the model from "
             f"{model_name(model)!r} has a vocabulary of {rows}. The tokenizer is another model's: "
-            "give the one that lies beside this model (processing_class)."
+            "give this model's own (processing_class)."
         )
 
 
 def check_same_tokens(
     one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, names: tuple[str, str]
 ) -> None:
-    """InputError where two tokenizers of one base model give a token different ids.
+    """InputError if two tokenizers of one base model give a token different ids.
 
-    Args:
-        one, other: they may have tokens of their own besides.
-        names: whose they are, for the message.
+    Either may have extra tokens. `names` tells whose they are, for the message.
     """
     known = other.get_vocab()
     for token, number in one.get_vocab().items():
         if known.get(token, number) != number:
             raise InputError(
-                f"{names[0]} and {names[1]} are adapters over one base, but of different "
+                f"{names[0]} and {names[1]} are adapters over one base, but with different "
                 f"tokenizers: the token {token!r} is {number} in the first and {known[token]} in "
                 "the second, so one of them is not the base's. Give each the tokenizer that it was "
                 "trained with."
@@ -95,12 +92,12 @@ def check_same_tokens(
 
 
 def tokenize_prompts(prompts: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Prompts, each a text or a list of messages, to token ids.
+    """Token ids of prompts, each a text or a list of messages.
 
-    Messages go through the tokenizer's chat template, with the opening of the assistant's turn.
+    Messages go through the tokenizer's chat template, which opens the assistant's turn.
 
     Raises:
-        InputError: messages, and the tokenizer has no chat template.
+        InputError: messages without a chat template.
     """
     if not prompts or isinstance(prompts[0], str):
         return tokenizer(list(prompts))["input_ids"] if prompts else []

@@ -1,5 +1,5 @@
 """PPOTrainer: the loop reads as the paper.
 
-`trainer` is the door; `rollouts`, `advantages` and `losses` are its steps in order; `upstream` is
-TRL's own PPOTrainer behind the same constructor.
+Start at `trainer`; `rollouts`, `advantages` and `losses` are its steps in order; `upstream` is
+TRL's own PPOTrainer with the same constructor.
 """

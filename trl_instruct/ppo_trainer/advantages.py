@@ -5,14 +5,13 @@ from torch import Tensor
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the values where the mask is True; every such token weighs the same.
+    """Mean of the values where the mask is True; every token has the same weight.
 
     Args:
-        values: `(B, T)` float.
-        mask: `(B, T)` bool.
+        values, mask: `(B, T)`, float and bool.
 
     Returns:
-        scalar; 0 where the mask is False everywhere.
+        scalar; 0 if the mask is False everywhere.
 
     >>> masked_mean(torch.tensor([[1.0, 3.0, 100.0]]), torch.tensor([[True, True, False]]))
     tensor(2.)
@@ -24,8 +23,7 @@ def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of the values where the mask is True.
 
     Args:
-        values: `(B, T)` float.
-        mask: `(B, T)` bool.
+        values, mask: `(B, T)`, float and bool.
 
     Returns:
         Two scalars. The variance of a single value is 0.
@@ -45,15 +43,13 @@ def masked_whiten(
     shift_mean: bool = True,
     moments: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Values scaled to variance 1 over the real tokens, and shifted to mean 0.
+    """Values scaled to variance 1 over the real tokens and shifted to mean 0.
 
     Args:
-        values: `(B, T)` float.
-        mask: `(B, T)` bool.
+        values, mask: `(B, T)`, float and bool.
         shift_mean: False keeps the mean (used for rewards, whose sign carries meaning).
-        moments: mean and variance to go by, where these values are only a process's share of all;
-            default: those of the values. The variance is the unbiased one, as in
-            lm-human-preferences and TRL.
+        moments: mean and unbiased variance (as in lm-human-preferences and TRL) over all
+            processes; default: those of the values.
 
     Returns:
         `(B, T)`; 0 where the mask is False.
@@ -101,8 +97,7 @@ def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, *, kl_coef: float
     """Reward of each token: the KL penalty everywhere, the score at the last token.
 
     R(x, y) = r(x, y) - beta * log(policy(y|x) / ref(y|x)), InstructGPT equation 2, spread over
-    the tokens: the penalty falls where it arises, the score at the end of the episode, which is
-    the completion's last token, EOS included.
+    the tokens: each token bears its own penalty; the last one (EOS included) gets the score.
 
     Args:
         scores: `(B,)` one score per completion.
@@ -111,7 +106,7 @@ def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, *, kl_coef: float
         kl_coef: beta.
 
     Returns:
-        `(B, C)`, 0 behind the last token.
+        `(B, C)`, 0 after the last token.
 
     >>> token_rewards(torch.tensor([1.0]), torch.tensor([[0.5, 0.5, 9.0]]), torch.tensor([2]),
     ...               kl_coef=0.1)
@@ -126,16 +121,15 @@ def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, *, kl_coef: float
 def adapted_kl_coef(
     kl_coef: float, kl: float, *, target: float, horizon: int, episodes: int
 ) -> float:
-    """beta after an iteration, nearer to where the KL stays at its target.
+    """beta for the next iteration: raised if the KL is above its target, lowered if below.
 
     e = clip(KL / target - 1, -0.2, 0.2);  beta <- beta * (1 + e * episodes / horizon)
     (Ziegler et al. 2019, section 2.2, with the horizon of lm-human-preferences).
 
     Args:
-        kl_coef: beta so far.
-        kl: KL to the reference policy in this iteration, nats per completion.
-        target: nats per completion.
-        horizon: episodes after which an error of one half has changed beta by a fifth.
+        kl_coef: beta in this iteration.
+        kl, target: KL to the reference policy in this iteration and its target, nats/completion.
+        horizon: episodes in which a KL at least 20 % off its target changes beta by 20 %.
         episodes: completions in the iteration.
 
     >>> round(adapted_kl_coef(0.1, 12.0, target=6.0, horizon=1000, episodes=500), 6)
@@ -153,14 +147,13 @@ def gae(
     """Generalised advantage estimation (Schulman et al. 2016, equations 11-16).
 
     delta_t = r_t + gamma * V_{t+1} - V_t;  A_t = delta_t + gamma * lam * A_{t+1};
-    the value behind the last token is 0, since the episode is over.
+    the value after the last token is 0, because the episode is over.
 
     Args:
         rewards: `(B, C)` per-token rewards.
         values: `(B, C)` V_t, the value of the state in which token t was chosen.
         mask: `(B, C)` True on completion tokens.
-        gamma: discount; 1 in InstructGPT (no discount).
-        lam: lambda; 0.95.
+        gamma, lam: discount (1 in InstructGPT: no discount) and lambda (0.95).
 
     Returns:
         advantages and returns (= advantages + values), `(B, C)`, 0 outside the mask.

@@ -20,7 +20,7 @@ VALUE, EMA, PROGRESS = "value_model", "ema.safetensors", "ppo_state.json"
 
 
 class Resumable(Protocol):
-    """What a checkpoint holds of a PPOTrainer, beside the Trainer's own state."""
+    """What a checkpoint holds of a PPOTrainer, in addition to the Trainer's own state."""
 
     @property
     def policy(self) -> PreTrainedModel: ...
@@ -37,12 +37,10 @@ class Resumable(Protocol):
 
 
 def save_rest(trainer: Resumable, folder: Path, value_state: dict[str, Tensor] | None) -> None:
-    """Write what the run goes on with, beside the policy.
+    """Save the value model, the moving average and the run's progress.
 
-    Args:
-        trainer: the run.
-        folder: the checkpoint's, in which the policy is already.
-        value_state: the value model's weights, gathered; None: it holds them itself.
+    `folder` already holds the policy. `value_state` is the value model's gathered weights, or None
+    if the model holds them itself.
     """
     trainer.value_model.save_pretrained(folder / VALUE, state_dict=value_state)
     if trainer.average is not None:
@@ -58,16 +56,16 @@ def save_rest(trainer: Resumable, folder: Path, value_state: dict[str, Tensor] |
 
 
 def load_models(trainer: Resumable, checkpoint: Path) -> None:
-    """Set policy and value model to the weights of a checkpoint."""
+    """Load the weights of policy and value model from a checkpoint."""
     load_weights(trainer.policy, checkpoint)
     load_weights(trainer.value_model, checkpoint / VALUE)
 
 
 def load_rest(trainer: Resumable, checkpoint: Path) -> None:
-    """Take over what `save_rest` wrote, but for the weights.
+    """Restore what `save_rest` wrote, except the value model's weights.
 
     Raises:
-        InputError: the run would take other prompts than the one that it resumes.
+        InputError: this run would use other prompts than the run that it resumes.
     """
     progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
     check_same_order(progress["prompt_order"], trainer.prompt_order, checkpoint)

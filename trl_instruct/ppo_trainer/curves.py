@@ -1,4 +1,4 @@
-"""What a PPO run shows of itself: a completion now and then, and its curves at the end."""
+"""What a PPO run shows: a completion now and then, and its curves at the end."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ FIGURE = "ppo.png"
 TABLE_TRACKERS = ("wandb", "trackio")
 LOGGED_SAMPLES = 16
 LINE, FAINT = "#0072b2", "#d55e00"
-# Title, the metric, and another for the same axes.
+# Title, metric, and a second metric on the same axes.
 PANELS: tuple[tuple[str, str, str], ...] = (
-    ("score, and less the KL penalty", "objective/scores", "objective/rlhf_reward"),
+    ("score, and score minus KL penalty", "objective/scores", "objective/rlhf_reward"),
     ("KL to the reference, nats per completion", "objective/kl", ""),
     ("entropy, nats per token", "policy/entropy", ""),
     ("length, tokens", "objective/length", ""),
     ("share of tokens clipped: policy, value", "policy/clipfrac", "val/clipfrac"),
-    ("variance of the returns explained", "val/explained_variance", ""),
+    ("explained variance of the returns", "val/explained_variance", ""),
 )
 
 
 def sample_text(step: int, steps: int, prompt: Any, completion: str, score: float) -> str:
-    """One completion of an iteration, for the screen.
+    """One prompt and completion of an iteration, for the terminal.
 
     >>> print(sample_text(2, 9, "Name a bird.\\n", "An owl.\\nA crow.", 0.5))
     [2/9] > Name a bird.
@@ -44,7 +44,7 @@ def sample_text(step: int, steps: int, prompt: Any, completion: str, score: floa
 
 
 def is_due(step: int, steps: int, *, times: int) -> bool:
-    """Whether this is one of `times` steps, evenly spaced, the last one among them.
+    """Whether this is one of `times` evenly spaced steps, which include the last step.
 
     >>> [step for step in range(1, 10) if is_due(step, 9, times=3)]
     [3, 6, 9]
@@ -55,10 +55,10 @@ def is_due(step: int, steps: int, *, times: int) -> bool:
 def show_samples(
     step: int, steps: int, columns: Mapping[str, Sequence[Any]], *, trackers: Sequence[str]
 ) -> None:
-    """Show the first completion on the screen; trackers that have tables get all.
+    """Print the first completion; log all of them to the trackers that have tables.
 
     Args:
-        step, steps: this iteration, from 1, and all.
+        step, steps: this iteration, counted from 1, and the number of iterations.
         columns: prompt, completion and score of some episodes.
         trackers: `report_to` of the training arguments.
     """
@@ -69,29 +69,19 @@ def show_samples(
 
 
 def log_samples(trackers: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
-    """Log completions as a table, as TRL's GRPOTrainer does, with the trackers that have tables.
-
-    Args:
-        trackers: `report_to` of the training arguments; others than wandb and trackio are left out.
-        columns: of the table, by name.
-    """
+    """Log completions as a table, as TRL's GRPOTrainer does, to wandb and trackio if in use."""
     for name in TABLE_TRACKERS:
         if name not in trackers:
             continue
         tracker = importlib.import_module(name)
-        if name == "wandb" and tracker.run is None:  # switched off by its environment variable
+        if name == "wandb" and tracker.run is None:  # disabled by its environment variable
             continue
         tracker.log({"completions": tracker.Table(dataframe=DataFrame(columns))})
 
 
 def plot(log_history: list[dict[str, Any]], path: Path) -> None:
-    """Save the curves of a run as a figure.
-
-    Args:
-        log_history: of the trainer's state.
-        path: a .png.
-    """
-    from matplotlib.figure import Figure  # takes a second; without pyplot it needs no screen
+    """Plot the curves of a run from its trainer's `log_history` into a .png."""
+    from matplotlib.figure import Figure  # takes a second; without pyplot it needs no display
 
     figure = Figure(figsize=(12, 6), layout="constrained")
     for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
@@ -100,7 +90,7 @@ def plot(log_history: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_panel(axes: Any, log_history: list[dict[str, Any]], title: str, *names: str) -> None:
-    """One or two metrics over the iterations."""
+    """Plot one or two metrics over the iterations."""
     for name, color in zip(names, (LINE, FAINT), strict=False):
         points = [(log["step"], log[name]) for log in log_history if name in log]
         label = name.removeprefix("objective/")

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 
 class MovingAverage:
-    """average <- decay * average + (1 - decay) * weights, for the weights that train.
+    """average <- decay * average + (1 - decay) * weights, for the trainable weights of a model.
 
-    Args:
-        model: starts the average.
-        decay: 0 keeps nothing of the past, 1 never changes.
+    It starts at the model's weights. Decay 0 keeps nothing of the past; 1 never changes it.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -26,13 +24,13 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """After an optimizer step."""
+        """Update the average after an optimizer step."""
         for name, weight in self._weights():
             self.average[name].lerp_(weight, 1 - self.decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The model has the averaged weights meanwhile."""
+        """Inside, the model has the averaged weights."""
         self._swap()
         try:
             yield
@@ -47,10 +45,10 @@ class MovingAverage:
             self.average[name] = kept
 
     def save(self, path: Path) -> None:
-        """Into a safetensors file."""
+        """Save the average as a safetensors file."""
         save_file({name: w.contiguous() for name, w in self.average.items()}, path)
 
     def load(self, path: Path) -> None:
-        """What `save` wrote."""
+        """Load what `save` wrote."""
         device = next(iter(self.average.values())).device
         self.average = load_file(path, device=str(device))

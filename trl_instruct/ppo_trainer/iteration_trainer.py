@@ -1,7 +1,7 @@
-"""A transformers Trainer with a loop of its own: all that stands around an iteration.
+"""A transformers Trainer with its own loop: everything around an iteration.
 
 One `global_step` is one iteration. Callbacks, trackers, logs, checkpoints and their limits behave
-as in any Trainer. What PPO needs of the Trainer's private methods is used here and nowhere else.
+as in any Trainer. PPO uses private methods of the Trainer in this file only.
 """
 
 import math
@@ -24,9 +24,9 @@ from trl_instruct.models.sharding import load_shards, mark_fsdp_root
 
 
 class IterationTrainer(Trainer):
-    """What `Trainer.train` does before, between and after iterations that the subclass defines.
+    """Does what `Trainer.train` does before, between and after the iterations of a subclass.
 
-    A subclass sets `num_iterations` and `iterations_per_epoch`, and calls `begin_training`,
+    The subclass sets `num_iterations` and `iterations_per_epoch`, and calls `begin_training`,
     `begin_iteration`, `end_iteration` and `end_training` in that order.
     """
 
@@ -40,10 +40,9 @@ class IterationTrainer(Trainer):
     saved_step: int
 
     def begin_training(self, checkpoint: Path | None = None) -> None:
-        """Optimizer, scheduler, processes, callbacks; counters and random numbers of a checkpoint.
+        """Set up optimizer, scheduler, processes and callbacks.
 
-        Args:
-            checkpoint: its weights are loaded by the caller.
+        A checkpoint's progress and random states are restored; the caller loads its weights.
         """
         args = self.args
         set_seed(args.seed + 100_003 * self.accelerator.process_index)  # ranks must differ
@@ -73,9 +72,9 @@ class IterationTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The Trainer's schedule, one step ahead: a warm-up over 10 iterations begins at a tenth.
+        """The Trainer's schedule, one step ahead: a warm-up over 10 iterations starts at a tenth.
 
-        It would begin at 0: an iteration sampled, scored and then thrown away.
+        A start at 0 would waste an iteration: sampled and scored, but without effect.
         """
         scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
         with warnings.catch_warnings():
@@ -92,16 +91,12 @@ class IterationTrainer(Trainer):
         self._load_rng_state(str(checkpoint))
 
     def begin_iteration(self) -> None:
-        """Tell the callbacks."""
+        """Remember the random state and call the callbacks."""
         self.random_state = random_state()
         self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
 
     def end_iteration(self, metrics: dict[str, Any]) -> None:
-        """Count, log and, when it is time, save.
-
-        Args:
-            metrics: of the iteration, by the names they are logged under.
-        """
+        """Count the iteration, log its metrics by name, and save a checkpoint if one is due."""
         handler, state, passes = self.callback_handler, self.state, self.state.epoch or 0.0
         self.metrics = metrics
         state.global_step += 1
@@ -119,26 +114,21 @@ class IterationTrainer(Trainer):
             self.control = handler.on_save(self.args, state, self.control)
 
     def _is_best(self) -> bool:
-        """Whether `metric_for_best_model` was never better; then that checkpoint is kept."""
+        """Whether `metric_for_best_model` is the best so far; that checkpoint is then kept."""
         name = self.args.metric_for_best_model
         if name is not None and name not in self.metrics:
             raise InputError(
-                f"metric_for_best_model is {name!r}; what is logged: "
+                f"metric_for_best_model is {name!r}, which is not logged: set it to one of "
                 f"{', '.join(sorted(self.metrics))}."
             )
         logged = {f"eval_{name}": value for name, value in self.metrics.items()}
         return self._determine_best_metric(logged, trial=None)
 
     def save_last_state(self, fault: str) -> str:
-        """Save the run as it was when this iteration began, before any weight has changed.
+        """Save the run as it was when this iteration began, before any weight changed.
 
-        Nothing is saved in the first iteration, where there is nothing yet.
-
-        Args:
-            fault: why the run ends.
-
-        Returns:
-            The fault, and where the run was saved.
+        Returns `fault` (why the run ends) and where the run was saved; the first iteration has
+        nothing to save.
         """
         if not self.state.global_step:
             return fault
@@ -146,27 +136,27 @@ class IterationTrainer(Trainer):
             set_random_state(self.random_state)
             self._save_whole_checkpoint()
         saved = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.saved_step}"
-        told = "holds the run as it was before that: resume_from_checkpoint goes on from there."
+        told = "holds the run as it was before that: resume it with resume_from_checkpoint."
         return f"{fault.rstrip('.')}. {saved} {told}"
 
     def _save_whole_checkpoint(self) -> None:
-        """All that the run needs to go on, into `checkpoint-<step>` of its output_dir."""
+        """Save all that a resumed run needs in `checkpoint-<step>` of output_dir."""
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            # Left by a run that went on from before it: were it overwritten file by file, a kill
-            # would leave a mixture of the two.
+            # An earlier run may have left a checkpoint of this step: a kill while it is
+            # overwritten file by file would leave a mixture of the two.
             shutil.rmtree(Path(str(self.args.output_dir)) / name, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._save_checkpoint(self.model_wrapped, trial=None)
         self.saved_step = self.state.global_step
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Every process's random numbers, before the main one declares the checkpoint whole."""
+        """Save every process's random state before the main one marks the checkpoint complete."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
     def end_training(self) -> TrainOutput:
-        """Tell the callbacks; the last iteration's metrics are the result."""
+        """Call the callbacks and return the last iteration's metrics."""
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         metrics = {**self.metrics, "epoch": self.state.epoch}
         return TrainOutput(self.state.global_step, metrics["loss/policy"], metrics)
@@ -175,12 +165,9 @@ class IterationTrainer(Trainer):
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], learning_rate: float
 ) -> None:
-    """Give some of an optimizer's parameters a learning rate of their own.
+    """Give some of an optimizer's parameters their own peak learning rate.
 
-    Args:
-        optimizer: not yet used, without a scheduler.
-        parameters: those of them that it does not train are left out.
-        learning_rate: at its peak.
+    It must be unused and without a scheduler; parameters that it does not train are ignored.
     """
     chosen = {id(parameter) for parameter in parameters}
     for group in list(optimizer.param_groups):
@@ -191,13 +178,13 @@ def set_learning_rate(
 
 
 def random_state() -> tuple[Any, ...]:
-    """What all random numbers of this process go by from here on."""
+    """State of all random number generators of this process."""
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), devices
 
 
 def set_random_state(state: tuple[Any, ...]) -> None:
-    """Go back to a `random_state`."""
+    """Restore a `random_state`."""
     python, numpy, cpu, devices = state
     random.setstate(python)
     np.random.set_state(numpy)

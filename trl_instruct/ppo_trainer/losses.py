@@ -1,8 +1,7 @@
-"""The losses of the reward model and of PPO: pure functions of tensors.
+"""The losses of PPO: pure functions of tensors.
 
-Those of PPO return one number for each of N tokens and leave the averaging to the caller, because a
-minibatch is averaged over the real tokens of all its micro-batches and processes, not over each one
-apart.
+They return one number per token and leave the averaging to the caller, because the mean is over all
+real tokens of a minibatch, in all its micro-batches and processes.
 """
 
 import torch
@@ -18,8 +17,7 @@ def policy_loss(
     loss = max(-A * ratio, -A * clip(ratio, 1 - cliprange, 1 + cliprange)).
 
     Args:
-        logprobs, old_logprobs: `(N,)` log-probabilities of the sampled tokens now and at
-            sampling time.
+        logprobs, old_logprobs: `(N,)` log-probabilities of the tokens, now and at sampling time.
         advantages: `(N,)`.
         cliprange: 0.2 in InstructGPT.
 
@@ -35,7 +33,7 @@ def policy_loss(
 def policy_clipped(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, cliprange: float
 ) -> Tensor:
-    """Where the clip cuts the policy's gradient: `(N,)` bool, for policy/clipfrac."""
+    """Where the clip removes the policy's gradient: `(N,)` bool, for policy/clipfrac."""
     plain, clipped = _surrogates(logprobs, old_logprobs, advantages, cliprange)
     return clipped > plain
 
@@ -43,7 +41,7 @@ def policy_clipped(
 def _surrogates(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float
 ) -> tuple[Tensor, Tensor]:
-    """-A * ratio with the ratio as it is, and clipped."""
+    """-A * ratio, with the ratio unclipped and clipped."""
     ratio = torch.exp(logprobs - old_logprobs)
     return -advantages * ratio, -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
 
@@ -56,8 +54,7 @@ def value_loss(
     loss = 0.5 * max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2).
 
     Args:
-        values, old_values: `(N,)` values now and at sampling time.
-        returns: `(N,)`.
+        values, old_values, returns: `(N,)` values now and at sampling time, and returns.
         cliprange_value: c; 0.2.
 
     Returns:
@@ -72,7 +69,7 @@ def value_loss(
 def value_clipped(
     values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange_value: float
 ) -> Tensor:
-    """Where the clip cuts the value's gradient: `(N,)` bool, for val/clipfrac."""
+    """Where the clip removes the value's gradient: `(N,)` bool, for val/clipfrac."""
     plain, clipped = _squared_errors(values, old_values, returns, cliprange_value)
     return clipped > plain
 
@@ -80,6 +77,6 @@ def value_clipped(
 def _squared_errors(
     values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float
 ) -> tuple[Tensor, Tensor]:
-    """(V - R)^2 with the value as it is, and clipped around the old one."""
+    """(V - R)^2, with the value unclipped and clipped around the old one."""
     clipped = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
     return (values - returns) ** 2, (clipped - returns) ** 2

@@ -15,14 +15,7 @@ from trl_instruct.ppo_trainer.rollouts import Rollout
 def iteration_metrics(
     accelerator: Accelerator, rollout: Rollout, kl: Tensor, returns: Tensor, *, kl_coef: float
 ) -> dict[str, float]:
-    """`episode_metrics` and `value_metrics` over all processes.
-
-    Args:
-        accelerator: of the run.
-        rollout: B episodes, this process's.
-        kl, returns: `(B, C)`.
-        kl_coef: beta.
-    """
+    """`episode_metrics` and `value_metrics` over all processes; each passes its own episodes."""
     count = rollout.scored.sum()
     total = accelerator.reduce(count, "sum")
     means = {
@@ -34,11 +27,10 @@ def iteration_metrics(
 
 
 def episode_metrics(rollout: Rollout, kl: Tensor, *, kl_coef: float) -> dict[str, Tensor]:
-    """Means over the episodes that have a score; sums within an episode run over real tokens.
+    """Means over the episodes that have a score; KL and entropy are sums over the real tokens.
 
     Args:
-        rollout: B episodes.
-        kl: `(B, C)` per-token KL, nats.
+        rollout, kl: B episodes, and their per-token KL `(B, C)` in nats.
         kl_coef: beta.
 
     Returns:
@@ -68,7 +60,7 @@ def value_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, Te
 
     Returns:
         `val/mean`, and `val/explained_variance` = 1 - Var(returns - values) / Var(returns): 1 is
-        perfect, 0 is no better than a constant; 0 where the returns are all the same.
+        perfect, 0 is no better than a constant; also 0 if all returns are equal.
     """
     _, variance = masked_moments(returns, mask)
     _, unexplained = masked_moments(returns - values, mask)
@@ -80,11 +72,7 @@ def value_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, Te
 def policy_metrics(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, cliprange: float
 ) -> dict[str, Tensor]:
-    """How far a step has moved the policy: `(N,)`, one a token, by name.
-
-    Args:
-        logprobs, old_logprobs, advantages, cliprange: as in `losses.policy_loss`.
-    """
+    """How far the policy is from the one that sampled: `(N,)`; arguments as in `policy_loss`."""
     log_ratio = logprobs - old_logprobs
     cut = policy_clipped(logprobs, old_logprobs, advantages, cliprange=cliprange)
     return {
@@ -106,12 +94,10 @@ def mean_over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def check_finite(means: Mapping[str, Tensor], iteration: int) -> None:
-    """FloatingPointError at a loss that is no finite number, before it reaches the weights (but
-    DeepSpeed's, which takes the step in its backward pass), or anything is saved.
+    """FloatingPointError if a loss is not finite, before it reaches the weights or a checkpoint.
 
-    Args:
-        means: over all processes, so that all of them stop.
-        iteration: counted from 1.
+    With DeepSpeed the weights have changed already: its backward pass takes the step. `means` are
+    over all processes, so all of them stop; `iteration` counts from 1.
     """
     for name in ("loss/policy", "loss/value"):
         if not torch.isfinite(means[name]):

@@ -16,19 +16,18 @@ from trl_instruct.ppo_trainer.rollouts import Rollout
 def ppo_sums(
     model: nn.Module, rollout: Rollout, advantages: Tensor, returns: Tensor, *, args: PPOConfig
 ) -> dict[str, Tensor]:
-    """Sums over the real tokens of a micro-batch: the two losses and what is logged.
+    """The two losses and the logged statistics, summed over the real tokens of a micro-batch.
 
     Args:
-        model: a `PolicyAndValue`, as the processes wrap it.
+        model: a `PolicyAndValue`, as `Accelerator.prepare` returned it.
         rollout: B episodes.
         advantages, returns: `(B, C)`.
-        args: of the run.
     """
     mask = rollout.mask
     tokens = (rollout.prompt_ids, rollout.prompt_lengths, rollout.completion_ids)
     logits, values = model(join(*tokens, rollout.counted_lengths))
     log_probs = log_distribution(logits, temperature=args.temperature)
-    del logits  # as large, and not needed for the gradient
+    del logits  # as large as log_probs, and not needed for the gradient
     logprobs = token_logprobs(log_probs, rollout.completion_ids[mask])
     policy = (logprobs, rollout.logprobs[mask], advantages[mask])
     value = (values, rollout.values[mask], returns[mask])
@@ -43,15 +42,15 @@ def ppo_sums(
 
 
 def ptx_loss(model: nn.Module, ids: Tensor, *, with_values: bool = False) -> Tensor:
-    """-log policy(x) of pretraining text: the mean over its tokens but the first of each row.
+    """-log policy(x) of pretraining text: the mean over all tokens except the first of each row.
 
-    The paper leaves open whether its expectation runs over texts or tokens; per token, gamma_ptx
-    does not depend on the length of the rows.
+    The paper leaves open whether its expectation is over texts or tokens; with a mean per token,
+    gamma_ptx does not depend on the length of the rows.
 
     Args:
         model: as in `ppo_sums`.
         ids: `(B, T)`, full rows.
-        with_values: run the value model too, its values unused (ZeRO-3 needs that).
+        with_values: run the value model too and ignore its values (ZeRO-3 needs that).
 
     Returns:
         scalar, nats per token.
@@ -65,20 +64,20 @@ def ptx_loss(model: nn.Module, ids: Tensor, *, with_values: bool = False) -> Ten
 def add_ptx_gradient(
     accelerator: Accelerator, model: nn.Module, rows: Tensor, *, args: PPOConfig
 ) -> Tensor:
-    """The pretraining gradient, times gamma_ptx, into the buffer that PPO's is added to.
+    """Add gamma_ptx times the pretraining gradient to the buffer that PPO's gradient is added to.
+
+    The processes exchange gradients later, after PPO's.
 
     Args:
-        accelerator: of the run; the processes exchange gradients after PPO's.
         model: as in `ppo_sums`.
         rows: `(R, T)` token ids of this process.
-        args: of the run.
 
     Returns:
         this process's mean loss, nats per token.
     """
     total = torch.zeros((), device=accelerator.device)
-    # ZeRO-3 (DeepSpeed 0.19) adds the last step's gradient of a weight that a step's first backward
-    # pass has left out.
+    # If a step's first backward pass skips a weight, ZeRO-3 (DeepSpeed 0.19) adds that weight's
+    # gradient of the previous step.
     with_values = is_zero3(accelerator)
     for ids in rows.to(accelerator.device).split(args.per_device_train_batch_size):
         with micro_batch(accelerator, model, last=False):

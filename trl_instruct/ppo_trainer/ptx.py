@@ -14,14 +14,12 @@ from trl_instruct.errors import InputError
 
 
 class PretrainingRows:
-    """Endless rows of pretraining text, every one full: texts end to end with an EOS behind each.
+    """Endless full rows of pretraining text: the texts end to end, with an EOS after each.
 
     Args:
-        texts: column `text`. A `Dataset` is shuffled afresh in every pass; a stream is read in its
-            own order.
+        texts: column `text`. A `Dataset` is reshuffled in every pass; a stream keeps its order.
         tokenizer: the policy's.
-        length: tokens in a row.
-        seed: of the shuffles.
+        length, seed: tokens in a row, and the seed of the shuffles.
     """
 
     def __init__(
@@ -40,13 +38,12 @@ class PretrainingRows:
 
     def _stream(self) -> IterableDataset:
         if isinstance(self.texts, IterableDataset):
-            return self.texts.skip(
-                0
-            )  # a stream of its own: one that was resumed begins there again
+            # A copy: a stream that was resumed would start every pass where it was resumed.
+            return self.texts.skip(0)
         return self.texts.shuffle(seed=self.seed + self.passes).to_iterable_dataset()
 
     def _tokens(self) -> Iterator[list[int]]:
-        """The tokens of one text after the other."""
+        """The tokens of one text after another."""
         while True:
             found = False
             for record in self.stream:
@@ -65,16 +62,16 @@ class PretrainingRows:
         return torch.tensor(taken).view(count, self.length)
 
     def rows_for(self, accelerator: Accelerator, count: int) -> Tensor:
-        """So many rows for this process. Each process reads the rows of all of them."""
+        """The next `count` rows of this process; each process reads the rows of all of them."""
         mine, processes = accelerator.process_index, accelerator.num_processes
         return self.take(count * processes)[mine::processes]
 
     def state(self) -> dict[str, Any]:
-        """Where the next row begins, for json."""
+        """Where the next row begins, as JSON."""
         return {"passes": self.passes, "left": [*self.left], "stream": self.stream.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Continue where `state` was taken."""
         self.passes, self.left = state["passes"], [*state["left"]]
         self.stream = self._stream()
         self.stream.load_state_dict(state["stream"])
@@ -84,11 +81,7 @@ class PretrainingRows:
 def pretraining_rows(
     texts: Dataset | IterableDataset | None, tokenizer: PreTrainedTokenizerBase, args: PPOConfig
 ) -> PretrainingRows:
-    """The rows that a run with `ptx_coef` mixes in.
-
-    Raises:
-        InputError: no texts.
-    """
+    """The pretraining rows of a run with `ptx_coef`; InputError if it has no texts."""
     if texts is None:
         raise InputError(
             f"ptx_coef is {args.ptx_coef}, but there is no pretraining text: give ptx_dataset, or "

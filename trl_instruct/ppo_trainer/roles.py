@@ -1,4 +1,4 @@
-"""The four roles of PPO: policy, reference, reward and value, from what each is to start from."""
+"""The four roles of PPO (policy, reference, reward, value): loaded, checked and placed."""
 
 import copy
 import os
@@ -31,7 +31,7 @@ from trl_instruct.scalar_head import score_head
 def check_roles(
     model: nn.Module, ref_model: nn.Module | None, reward_model: Any, value_model: nn.Module
 ) -> None:
-    """InputError where one object would be trained in one role and frozen in another."""
+    """InputError if one object has two roles."""
     judges = [
         p if isinstance(p, nn.Module) else getattr(p, "model", p) for p in parts_of(reward_model)
     ]
@@ -46,19 +46,17 @@ def check_roles(
 
 
 FROM_POLICY = "policy"
-"""As value_model: the policy itself, with a head of zeros."""
-
+"""The value model starts as a copy of the policy, with a head of zeros."""
 
 VALUE_HEAD = "value_head"
-"""As value_model: a head of zeros on the policy, which is then trained by both losses."""
+"""The value model is a head of zeros on the policy itself, which both losses then train."""
 
-
-# What a reward model of its own does not take over from the policy's ModelConfig.
+# What a separate reward model does not inherit from the policy's ModelConfig.
 _ITS_OWN: Any = {"use_peft": False, "model_revision": "main", "attn_implementation": None}
 
 
 class Roles(NamedTuple):
-    """Who plays what. `ref_policy` None: a copy of the policy; for a fresh adapter, its base."""
+    """The four roles. `ref_policy` None: a copy of the policy, or a fresh adapter's base."""
 
     policy: PreTrainedModel
     ref_policy: PreTrainedModel | None
@@ -74,21 +72,20 @@ def load_roles(
     config: PPOConfig,
     model_config: ModelConfig,
 ) -> Roles:
-    """The four roles: over one base those that are adapters over it, the others by themselves.
+    """Load the four roles: adapters over the policy's base share it, others load separately.
 
     Args:
         model: what the policy starts from.
         reward: as in `load_reward`.
         value: what the value function starts from, `"policy"`, or `"value_head"`; None: the reward
-            model where there is one with the policy's tokenizer, else the policy.
+            model if it has the policy's tokenizer, else the policy.
         tokenizer: the policy's.
-        config: its `share_base`: None, share where possible; True, insist; False, do not.
-        model_config: for the policy, and for the base in all its roles; a reward model of its own
-            gets its precision and quantisation, as in TRL. A value model that is loaded by its name
-            has float32.
+        config: `share_base` None shares the base if possible, True requires it, False forbids it.
+        model_config: for the policy and a shared base. A separate reward model takes precision and
+            quantisation from it, as in TRL; a value model that is loaded by name is float32.
 
     Raises:
-        InputError: as `load_policy` and `load_reward`; `share_base` where it is not possible.
+        InputError: as `load_policy` and `load_reward`; `share_base` is true but not possible.
     """
     load_unsharded()
     reward = sole_reward(reward, config.reward_weights)
@@ -96,7 +93,7 @@ def load_roles(
     if _shares(model, config, model_config):
         base = SharedBase(model, model_config, **trust)
     policy = load_policy(model, model_config, **trust) if base is None else base.policy()
-    # An adapter to go on from is not yet a fresh one: what it was given is the reference.
+    # A policy that continues an adapter has that adapter, as loaded, as its reference.
     goes_on = base.adapter is not None if base else isinstance(policy, PeftModel)
     ref_policy = view_of(policy).requires_grad_(False) if goes_on else None
     judge: Any = load_reward(
@@ -110,7 +107,7 @@ def load_roles(
     if value is None:
         value = reward if _reads_alike(judge, tokenizer) else FROM_POLICY
     if value is reward and (is_python(reward) or isinstance(reward, nn.Module)):
-        value = judge  # what has no folder to be loaded from again
+        value = judge  # functions and loaded models cannot be loaded a second time
     if value == VALUE_HEAD:
         start = _head_on(policy, config, model_config)
     elif base is not None and value == FROM_POLICY:
@@ -126,12 +123,12 @@ def load_roles(
 
 
 def _shares(model: ModelSource, config: PPOConfig, model_config: ModelConfig) -> bool:
-    """Whether roles are to be adapters over one base; InputError where they must and cannot."""
+    """Whether roles are adapters over one base; InputError if they must be but cannot."""
     faults = {
-        "without use_peft the policy is no adapter": not model_config.use_peft,
-        "TRL's PPOTrainer trains a value model of full size": config.engine == "trl",
+        "without use_peft the policy is not an adapter": not model_config.use_peft,
+        "TRL's PPOTrainer trains a full-size value model": config.engine == "trl",
         "the policy is a loaded PeftModel; give its folder": isinstance(model, PeftModel),
-        "the processes share the weights out among them": launched_sharded(),
+        "the weights are sharded over processes": launched_sharded(),
     }
     fault = next((told for told, applies in faults.items() if applies), None)
     if config.share_base and fault:
@@ -142,7 +139,7 @@ def _shares(model: ModelSource, config: PPOConfig, model_config: ModelConfig) ->
 def _over(
     base: SharedBase | None, reward: Any, tokenizer: PreTrainedTokenizerBase, config: PPOConfig
 ) -> Any:
-    """The reward, those of its models that are adapters over the base loaded there."""
+    """The reward; those of its models that are adapters over the base are loaded onto it."""
     if isinstance(reward, list | tuple):
         return [_over(base, part, tokenizer, config) for part in reward]
     adapter = base.adapter_in(reward) if base is not None else None
@@ -155,19 +152,19 @@ def _over(
 
 
 def _reads_alike(reward: RewardFunction, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the reward is a model over the policy's tokens."""
+    """Whether the reward is a model with the policy's tokens."""
     return isinstance(reward, RewardModel) and reward.tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
 def _head_on(
     policy: PreTrainedModel, config: PPOConfig, model_config: ModelConfig
 ) -> PreTrainedModel:
-    """A value model that is a head on the policy; InputError where it cannot be."""
+    """A value model that is a head on the policy; InputError if it cannot be."""
     if model_config.use_peft or isinstance(policy, PeftModel) or config.engine == "trl":
         raise InputError(
-            f"value_model_path is {VALUE_HEAD!r}: the value as a head on a policy whose every "
-            "weight trains, with our own engine. With LoRA leave it out: over one base the value "
-            "model costs an adapter."
+            f"value_model_path is {VALUE_HEAD!r}, which needs full fine-tuning and the default "
+            "engine. With LoRA leave it out: over a shared base the value model costs only an "
+            "adapter."
         )
     return classifier_around(policy)
 
@@ -175,7 +172,7 @@ def _head_on(
 def _full_value_model(
     source: Any, model: ModelSource, policy: PreTrainedModel, **trust: bool
 ) -> PreTrainedModel:
-    """A value model of full size: from a reward model, or from the policy with a head of zeros."""
+    """A full-size value model: from a reward model, or from the policy with a head of zeros."""
     if isinstance(source, RewardModel):
         _check_trainable(source.model)
         return copy.deepcopy(source.model).requires_grad_(True)
@@ -191,18 +188,17 @@ def _full_value_model(
 
 
 def _check_trainable(model: nn.Module) -> None:
-    """InputError for a value model's start whose weights are quantised."""
+    """InputError if a value model would start from quantised weights."""
     if is_quantized(model):
         raise InputError(
-            "The reward model's weights have 8 or 4 bit, and a value model that starts from them "
-            "could not train. Set value_model_path (`policy`, or the folder of a reward model that "
-            "is not quantised), or give the folder of an adapter over the policy's base as the "
-            "reward."
+            "The reward model's weights have 8 or 4 bits, and a value model that starts from them "
+            "could not train. Set value_model_path to `policy` or an unquantised reward model's "
+            "folder, or give the folder of an adapter over the policy's base as the reward."
         )
 
 
 def _insist(base: SharedBase, roles: Roles) -> None:
-    """InputError where the reward or value model is not over the base."""
+    """InputError if the reward or value model is not over the base."""
 
     def weights(model: Any) -> nn.Parameter:
         return model.get_input_embeddings().weight
@@ -211,9 +207,9 @@ def _insist(base: SharedBase, roles: Roles) -> None:
     for role, one in [("value model", roles.value), *(("reward model", j) for j in judges)]:
         if weights(one) is not weights(base.model):
             raise InputError(
-                f"share_base is true, but the {role} from {model_name(one)!r} is no adapter over "
-                f"the policy's base, {base.name!r}. Train it with use_peft from the same model or "
-                "from an adapter over it, or leave share_base out."
+                f"share_base is true, but the {role} from {model_name(one)!r} is not an adapter "
+                f"over the policy's base, {base.name!r}. Train it with use_peft from the same "
+                "model or from an adapter over it, or leave share_base out."
             )
 
 
@@ -223,13 +219,9 @@ def place_frozen(
     judges: Sequence[RewardFunction | None],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Put the models that do not train where the run is, and tell judges whose tokens they get.
+    """Put the frozen models on the run's device and tell the rewards whose tokens they get.
 
-    Args:
-        accelerator: of the run.
-        ref_model: None: the policy's base is the reference.
-        judges: the reward, and others.
-        tokenizer: the policy's.
+    `ref_model` is None if the policy's base is the reference. `judges` are the reward and `gold`.
     """
     if ref_model is not None:
         disable_dropout_and_rescaling(ref_model)

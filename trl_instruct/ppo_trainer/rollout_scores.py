@@ -1,4 +1,4 @@
-"""Scores of a rollout in all processes: what failed anywhere is known everywhere."""
+"""Scores of a rollout in all processes: a failure in one is known in all."""
 
 import warnings
 from collections.abc import Sequence
@@ -37,17 +37,16 @@ def rollout_scores(
 ) -> tuple[list[float], int]:
     """Scores of this process's completions, and how many were skipped in all processes.
 
-    What a reward remembers is shared by the processes afterwards (its `merge`), and as before the
-    call where it failed.
+    Afterwards a reward's state is merged over the processes (its `merge`), or reset on an error.
 
     Args:
         reward, prompts, completions, columns: as in `call_reward`, B completions.
         rows: B, their prompts in the dataset, from 0.
-        skip: a completion that the reward fails on gets NaN; else it is an error.
+        skip: give NaN to a completion that the reward fails on, instead of raising an error.
 
     Raises:
-        RewardError: in every process, where the reward failed in one, or on all there are.
-        InputError: a reward that takes other parameters.
+        RewardError: in every process, if the reward failed in one (`skip`: on every completion).
+        InputError: the reward takes other parameters.
     """
     before = states_of(reward)
     scores, faults = _scores(reward, prompts, completions, columns, skip=skip)
@@ -72,13 +71,10 @@ def mean_score(
     rows: Sequence[int],
     where: str,
 ) -> tuple[float | None, int]:
-    """Mean score of the completions of all processes, and how many have none: a judge's opinion.
+    """Mean score of all processes' completions, and how many the judge failed on.
 
-    Where it fails on all of them, a warning and no mean.
-
-    Args:
-        judge, prompts, completions, columns, rows: as in `rollout_scores`.
-        where: what the warning begins with.
+    If it fails on all of them, it warns (the warning begins with `where`) and the mean is None.
+    Other arguments are as in `rollout_scores`.
     """
     given = (judge, prompts, completions, columns)
     try:
@@ -91,12 +87,9 @@ def mean_score(
 
 
 def without_eos(scores: Tensor, ended: Tensor, args: PPOConfig) -> Tensor:
-    """The scores `(B,)`, with what a completion without EOS or stop string costs.
+    """The scores `(B,)` with `missing_eos_penalty` and `missing_eos_score` applied.
 
-    Args:
-        scores: NaN where the reward failed.
-        ended: `(B,)` whether there is an EOS or stop string.
-        args: its `missing_eos_penalty`, `missing_eos_score`.
+    Scores are NaN where the reward failed; `ended` `(B,)` is False without an EOS or stop string.
     """
     if args.missing_eos_penalty is not None:
         scores = scores - args.missing_eos_penalty * ~ended
@@ -106,7 +99,7 @@ def without_eos(scores: Tensor, ended: Tensor, args: PPOConfig) -> Tensor:
 
 
 def reward_counts(reward: RewardFunction) -> dict[str, int]:
-    """What the parts of a reward have counted, in all processes: `truncated`, `unparsable`."""
+    """Counts (`truncated`, `unparsable`) of a reward's parts, summed over all processes."""
     everywhere = gather_object(counts_of(reward))
     return {name: sum(part.get(name, 0) for part in everywhere) for name in COUNTED}
 
@@ -114,7 +107,7 @@ def reward_counts(reward: RewardFunction) -> dict[str, int]:
 def _scores(
     reward: RewardFunction, *given: Any, skip: bool
 ) -> tuple[list[float], list[tuple[int | None, str]]]:
-    """Scores, and faults with their completions; None where that is not known."""
+    """Scores, and the row and fault of each failure; the row is None if it is not known."""
     if skip:
         scores, faults = try_reward(reward, *given)
         return scores, list(faults.items())

@@ -28,7 +28,7 @@ from trl_instruct.scalar_head import disable_rescaling, score_head, shift_of
 class ValueModel(nn.Module):
     """A scalar reward model read at every token: V(s_t) instead of one score at the end.
 
-    The reward model's shift is taken off, as it is off the scores that V predicts.
+    The reward model's shift is subtracted, as it is from the scores that V predicts.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -55,12 +55,12 @@ class ValueModel(nn.Module):
 
 
 class Rollout(NamedTuple):
-    """B episodes. Prompts stand at the right end of their row, completions at the left end.
+    """B episodes. Prompts are padded on the left, completions on the right.
 
     prompt_ids `(B, P)`, prompt_lengths `(B,)`; completion_ids `(B, C)`, completion_lengths `(B,)`
-    with the EOS counted, ended `(B,)` True where there is one; logprobs, ref_logprobs, values
-    `(B, C)` per completion token, 0 behind the end; scores `(B,)`, NaN where the reward failed: no
-    token of such an episode counts.
+    with the EOS counted, ended `(B,)` True if there is one; logprobs, ref_logprobs, values `(B, C)`
+    per completion token, 0 after the end; scores `(B,)`, NaN if the reward failed: then no token of
+    the episode counts.
     """
 
     prompt_ids: Tensor
@@ -80,7 +80,7 @@ class Rollout(NamedTuple):
 
     @property
     def counted_lengths(self) -> Tensor:
-        """`(B,)` completion tokens that count: none of an episode without a score."""
+        """`(B,)` completion tokens that count: 0 for an episode without a score."""
         return self.completion_lengths * self.scored
 
     @property
@@ -96,7 +96,7 @@ class Rollout(NamedTuple):
     def texts(
         self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] | None
     ) -> list[str]:
-        """The completions without what ended them."""
+        """The completions' texts, without the EOS or stop string that ended them."""
         tokens = (self.completion_ids, self.completion_lengths, self.ended)
         return decode(*tokens, tokenizer, stop_strings)
 
@@ -108,10 +108,9 @@ class Rollout(NamedTuple):
 def prompt_batches(
     num_prompts: int, batch_size: int, num_batches: int, *, seed: int
 ) -> Iterator[list[int]]:
-    """Rows of the prompts, a batch at a time; every pass over them is shuffled afresh.
+    """Rows of the prompts, one batch at a time; every pass is reshuffled.
 
-    What a pass leaves over opens the next one, so no prompt is used more than once more often than
-    another.
+    Rows left over from a pass come first in the next: use counts differ by at most one.
 
     >>> batches = list(prompt_batches(3, 2, 3, seed=0))
     >>> sorted(sum(batches, []))
@@ -127,23 +126,18 @@ def prompt_batches(
 
 
 def check_same_order(before: dict[str, int], now: dict[str, int], checkpoint: Path) -> None:
-    """InputError where a run would not take the prompts that the one it goes on with would have.
-
-    Args:
-        before, now: what decides which prompts an iteration takes, by name.
-        checkpoint: for the message.
-    """
+    """InputError if what decides the order of prompts differs between `before` and `now`."""
     for name, value in now.items():
         if before[name] != value:
             raise InputError(
                 f"The checkpoint {str(checkpoint)!r} was made with {name} {before[name]}, this run "
-                f"has {value}: it would see other prompts than the run it goes on with. Resume "
-                "with the same data and batch sizes, or start the run afresh."
+                f"has {value}: it would see other prompts than the run that it resumes. "
+                "Resume with the same data, batch sizes and seed, or start a new run."
             )
 
 
 class PolicyAndValue(nn.Module):
-    """The two trained models as one module: what the optimizer sees and processes wrap."""
+    """The two trained models as one module, for the optimizer and `Accelerator.prepare`."""
 
     policy: PreTrainedModel
     value: ValueModel
@@ -168,27 +162,23 @@ class PolicyAndValue(nn.Module):
 
     @property
     def one_trunk(self) -> bool:
-        """Whether the value model is a head on the policy: one pass then gives both."""
+        """Whether the value model is a head on the policy, so that one pass gives both."""
         return self.value.model.base_model is self.policy.base_model
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """The layers that FSDP shares out one by one, as transformers names them."""
+        """The layers that FSDP shards one by one, as transformers names them."""
         models = (self.policy, self.value.model)
         return sorted({name for model in models for name in model._no_split_modules or ()})
 
-    # TRL asks before it generates with ZeRO-3. In eval mode nothing is computed twice.
+    # TRL reads this before it generates with ZeRO-3. In eval mode nothing is recomputed.
     is_gradient_checkpointing = False
 
     def no_op(self) -> None:
-        """Nothing: see `sharding.mark_fsdp_root`."""
+        """Do nothing: FSDP's root is the module called first (see `sharding.mark_fsdp_root`)."""
 
     def gradient_checkpointing_enable(self, checkpoint_kwargs: dict[str, Any] | None) -> None:
-        """Recompute activations of both models in the backward pass.
-
-        Args:
-            checkpoint_kwargs: for `torch.utils.checkpoint.checkpoint`.
-        """
+        """Recompute both models' activations in the backward pass (`torch.utils.checkpoint`)."""
         for model in (self.policy, self.value.model):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpoint_kwargs)
 
@@ -196,7 +186,7 @@ class PolicyAndValue(nn.Module):
 def disable_dropout_and_rescaling(model: PreTrainedModel) -> None:
     """Make the model the same function in training as in eval mode: no dropout, no rescaling.
 
-    The policy that is updated would otherwise differ from the one that sampled.
+    Otherwise the policy that is updated would differ from the one that sampled.
     """
     disable_dropout(model)
     disable_rescaling(unwrapped(model))
@@ -204,7 +194,7 @@ def disable_dropout_and_rescaling(model: PreTrainedModel) -> None:
 
 @contextmanager
 def last_hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Inside, each pass of the backbone adds its `(B, T, H)`; a model may not call it."""
+    """A list to which each backbone call adds its `(B, T, H)`; a model may make no such call."""
     seen: list[Tensor] = []
     backbone = unwrapped(model).base_model
     handle = backbone.register_forward_hook(
@@ -222,7 +212,7 @@ def state_values(value: ValueModel, sequences: Sequences) -> Tensor:
 
 
 def unmeasured(completion_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprobs, ref_logprobs, values and scores of completions that are still to be measured."""
+    """Zeros for logprobs, ref_logprobs, values and scores that are not known yet."""
     blank = torch.zeros(completion_ids.shape, device=completion_ids.device)
     return blank, blank, blank, blank[:, 0]
 
@@ -240,10 +230,9 @@ def with_logprobs(
 
     Args:
         rollout: B episodes.
-        model: policy and value model.
-        ref_policy: None: the policy is LoRA, and its base the reference.
+        ref_policy: None if the policy is LoRA, with its base as the reference.
         temperature: that of sampling.
-        batch_size: most episodes per forward pass; those of similar length go together.
+        batch_size: maximum episodes per forward pass; those of similar length go together.
     """
     batches = similar_lengths(rollout.lengths.tolist(), batch_size)
     order = torch.tensor([row for rows in batches for row in rows])
@@ -259,11 +248,11 @@ def with_logprobs(
 def _with_logprobs_at_once(
     rollout: Rollout, model: PolicyAndValue, ref_policy: nn.Module | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs, ref_logprobs and values of a few episodes: `(B, C)` each."""
+    """logprobs, ref_logprobs and values of one batch of episodes: `(B, C)` each."""
     tokens, completions = rollout[:4], rollout.completion_ids
     mask = right_padded_mask(rollout.completion_lengths, completions.shape[1])
-    # The class's `forward`: ZeRO-3's hook on a call of the whole waits for the other processes, and
-    # each has its own number of batches here; accelerate's in its place makes all logits float32.
+    # Not model(...): ZeRO-3's hook on that call waits for the other processes, each of which may
+    # have another number of batches. Not model.forward: accelerate's casts all logits to float32.
     read: Any = type(model).forward
     logits, values = read(model, join(*tokens))
     logprobs = logprobs_in_parts(logits, completions[mask], temperature=temperature)

@@ -60,25 +60,22 @@ class PPOTrainer(IterationTrainer):
     `num_ppo_epochs` passes of `num_mini_batches` optimizer steps over it.
 
     Args:
-        args: `PPOConfig`.
-        processing_class: the policy's tokenizer; without a pad token, EOS serves.
-        model: the policy; a LoRA-wrapped one trains its adapter.
-        ref_model: frozen reference of the KL penalty; None: a copy of the policy, or a LoRA
-            policy's base.
+        processing_class: the policy's tokenizer; if it has no pad token, EOS is used.
+        model: the policy; with LoRA, only its adapter trains.
+        ref_model: frozen reference of the KL penalty; None: a copy of the policy (LoRA: its base).
         reward_model: a reward function (see `rewards/function.py`), or a scalar sequence
             classifier with the policy's tokenizer.
-        train_dataset: column `prompt` (text or messages); further columns reach the reward.
-        value_model: a scalar sequence classifier with the policy's tokenizer; it trains with every
-            weight that is not frozen.
-        ptx_dataset: pretraining text (column `text`) for PPO-ptx, where `ptx_coef` is not 0.
-        gold: a reward that is logged as objective/gold and not trained on: where it falls while
-            the score rises, the policy exploits its reward.
-        callbacks: as in `transformers.Trainer`.
+        train_dataset: column `prompt` (text or messages); other columns go to the reward.
+        value_model: a scalar sequence classifier with the policy's tokenizer; every weight that is
+            not frozen trains.
+        ptx_dataset: pretraining text (column `text`) for PPO-ptx, if `ptx_coef` is not 0.
+        gold: a reward that is logged as objective/gold but not trained on: if it falls while the
+            score rises, the policy exploits its reward.
 
     Raises:
         InputError: one model in two roles, a tokenizer without EOS, prompts that are empty, too
-            long or lack a chat template, a reward that fails, a launch that is not supported.
-        FloatingPointError: a loss that is no finite number.
+            long or lack a chat template, a reward that fails, an unsupported launch.
+        FloatingPointError: a loss that is not a finite number.
     """
 
     args: PPOConfig
@@ -130,7 +127,7 @@ class PPOTrainer(IterationTrainer):
             response_length=args.response_length,
         )
         self.minibatch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        sharding.load_unsharded()  # models to come, of checkpoints and comparisons, are no shards
+        sharding.load_unsharded()  # models loaded later (checkpoints, comparisons) are whole
         clip, size = args.max_grad_norm or 0.0, self.minibatch_size
         sharding.configure_deepspeed(self.accelerator, episodes=size, max_grad_norm=clip)
         self.local_batch_size = self.minibatch_size * args.num_mini_batches
@@ -142,26 +139,25 @@ class PPOTrainer(IterationTrainer):
 
     @property
     def policy(self) -> PreTrainedModel:
-        """The policy, outside of whatever the processes wrap it in."""
+        """The policy without the processes' wrappers."""
         return self.accelerator.unwrap_model(self.model).policy
 
     @property
     def value_model(self) -> PreTrainedModel:
-        """The value model, outside of whatever the processes wrap it in."""
+        """The value model without the processes' wrappers."""
         return self.accelerator.unwrap_model(self.model).value.model
 
     @property
     def prompt_order(self) -> dict[str, int]:
-        """What decides which prompts an iteration takes: a resumed run must have the same."""
+        """What decides which prompts an iteration uses: a resumed run must have the same."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return {"prompts": len(self.prompts), "batch_size": self.batch_size, "seed": seed}
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
-        """Run all iterations; returns the number of iterations and the last metrics.
+        """Run all iterations; return their number and the last metrics.
 
-        Args:
-            resume_from_checkpoint: a checkpoint's folder, or True for the last whole one in
-                `output_dir`. A resumed run ends with the weights of an uninterrupted one.
+        `resume_from_checkpoint` is a checkpoint's folder, or True for the last complete one in
+        `output_dir`. A resumed run ends with the weights of an uninterrupted one.
         """
         self.begin(resume_from_checkpoint)
         for rows in islice(self.prompt_batches(), self.state.global_step, None):
@@ -181,7 +177,7 @@ class PPOTrainer(IterationTrainer):
         return self.end_training()
 
     def prompt_batches(self) -> Iterator[list[int]]:
-        """Rows of the prompt dataset, this process's part of one rollout batch at a time."""
+        """Rows of the prompt dataset: this process's part of each rollout batch."""
         first, stride = self.accelerator.process_index, self.accelerator.num_processes
         sizes = (len(self.prompts), self.batch_size, self.num_iterations)
         for batch in prompt_batches(*sizes, seed=self.prompt_order["seed"]):
@@ -189,7 +185,7 @@ class PPOTrainer(IterationTrainer):
 
     @torch.no_grad()
     def sample(self, rows: Sequence[int]) -> Rollout:
-        """Completions of these prompts with log-probabilities and values; scores are still 0."""
+        """Sample completions of these prompts, with log-probabilities and values; no scores yet."""
         prompts = [self.prompts[row] for row in rows]
         model = self.accelerator.unwrap_model(self.model)
         options: dict[str, Any] = {
@@ -213,10 +209,10 @@ class PPOTrainer(IterationTrainer):
                 return with_logprobs(rollout, model, self.ref_model, **options)
 
     def score(self, rollout: Rollout, rows: Sequence[int]) -> Rollout:
-        """The rollout with the reward's score of each completion, and what a missing EOS costs.
+        """The rollout with the reward's score of each completion, adjusted for a missing EOS.
 
-        Where the reward fails, the run ends with the state before this iteration saved; or, with
-        `on_error: skip`, the score is NaN and the episode has no part in the update.
+        If the reward fails, the state before this iteration is saved and the run ends; with
+        `on_error: skip`, the score is NaN and the episode is left out of the update.
         """
         given = self.reward_inputs(rollout, rows)
         skip = self.args.on_error == "skip"
@@ -231,7 +227,7 @@ class PPOTrainer(IterationTrainer):
     def reward_inputs(
         self, rollout: Rollout, rows: Sequence[int]
     ) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
-        """What a reward function is given: prompts, completions, columns."""
+        """The arguments of a reward function: prompts, completions, columns."""
         columns = self.train_dataset.select(list(rows))[:]
         prompts = columns.pop("prompt")
         texts = rollout.texts(self.processing_class, self.args.stop_strings)
@@ -239,7 +235,7 @@ class PPOTrainer(IterationTrainer):
         return prompts, as_completions(prompts, texts), {**columns, "completion_ids": ids}
 
     def second_opinion(self, rollout: Rollout, rows: Sequence[int]) -> dict[str, float]:
-        """objective/gold, by a judge that is not trained on: where it fails, the run goes on."""
+        """objective/gold, from a reward that is not trained on; if it fails, the run continues."""
         if self.gold is None:
             return {}
         given, step = self.reward_inputs(rollout, rows), self.state.global_step + 1
@@ -248,7 +244,7 @@ class PPOTrainer(IterationTrainer):
         return metrics | ({"objective/gold_failed": failed} if failed else {})
 
     def rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Per-token rewards with the KL penalty inside, and the KL itself: each `(B, C)`."""
+        """Per-token rewards including the KL penalty, and the KL itself: each `(B, C)`."""
         kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, estimator=self.args.kl_estimator)
         lengths = rollout.completion_lengths
         rewards = token_rewards(rollout.scores, kl, lengths, kl_coef=self.kl_coef)
@@ -257,19 +253,19 @@ class PPOTrainer(IterationTrainer):
         return rewards, kl
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> tuple[Tensor, Tensor]:
-        """Whitened advantages, and returns: each `(B, C)`."""
+        """Whitened GAE advantages, and returns: each `(B, C)`."""
         advantages, returns = gae(
             rewards, rollout.values, rollout.mask, gamma=self.args.gamma, lam=self.args.lam
         )
         return self.whiten(advantages, rollout.mask), returns
 
     def whiten(self, values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
-        """Whitened over the tokens of all processes: `(B, C)`."""
+        """Values `(B, C)` whitened over the tokens of all processes."""
         moments = masked_moments(*self.accelerator.gather((values, mask)))
         return masked_whiten(values, mask, shift_mean=shift_mean, moments=moments)
 
     def update(self, rollout: Rollout, advantages: Tensor, returns: Tensor) -> dict[str, float]:
-        """The PPO epochs: a fresh shuffle each, one optimizer step a minibatch. Mean statistics."""
+        """Run the PPO epochs, one optimizer step per minibatch; return the mean statistics."""
         self.model.train()
         steps: list[dict[str, float]] = []
         for part in self.minibatches():
@@ -282,7 +278,7 @@ class PPOTrainer(IterationTrainer):
         return mean_over_steps(steps)
 
     def minibatches(self) -> Iterator[Tensor]:
-        """Episodes of this process's rollout, a minibatch at a time."""
+        """Rows of this process's rollout, one minibatch at a time, reshuffled in every epoch."""
         for _ in range(self.args.num_ppo_epochs):
             yield from torch.randperm(self.local_batch_size).split(self.minibatch_size)
 
@@ -290,7 +286,7 @@ class PPOTrainer(IterationTrainer):
         """One optimizer step on one minibatch, accumulated over its micro-batches.
 
         The loss is the mean over all real tokens of the minibatch, in all processes: how it is
-        cut into micro-batches changes nothing.
+        split into micro-batches changes nothing.
         """
         tokens = self.accelerator.reduce(rollout.mask.sum(), "sum")
         weight = self.accelerator.num_processes / tokens  # processes average their gradients
@@ -320,21 +316,21 @@ class PPOTrainer(IterationTrainer):
         return {name: float(value) for name, value in means.items()}
 
     def add_ptx(self, pretraining: PretrainingRows, episodes: int) -> Tensor:
-        """Add the gradient of the PPO-ptx term for so many episodes; returns its loss."""
+        """Add the gradient of the PPO-ptx term for this many episodes; return its loss."""
         rows = pretraining.rows_for(self.accelerator, self.args.ptx_rows_per_episode * episodes)
         return add_ptx_gradient(self.accelerator, self.model_wrapped, rows, args=self.args)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's optimizer; the value function may have a learning rate of its own."""
+        """The Trainer's optimizer; the value function may have its own learning rate."""
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.args.value_learning_rate is not None:
-            shared = set(self.policy.parameters())  # by a value head on the policy
+            shared = set(self.policy.parameters())  # shared if the value is a head on the policy
             own = [p for p in self.value_model.parameters() if p not in shared]
             set_learning_rate(optimizer, own, self.args.value_learning_rate)
         return optimizer
 
     def begin(self, resume_from_checkpoint: str | bool | None) -> None:
-        """Start, or take over a checkpoint."""
+        """Start the run, or resume it from a checkpoint."""
         checkpoint = None
         if resume_from_checkpoint:
             checkpoint = find_checkpoint(Path(str(self.args.output_dir)), resume_from_checkpoint)
@@ -360,7 +356,7 @@ class PPOTrainer(IterationTrainer):
         }
 
     def show(self, rollout: Rollout, rows: Sequence[int]) -> None:
-        """A sampled completion of this iteration, `num_sample_generations` times in a run."""
+        """Show completions of this iteration, `num_sample_generations` times in a run."""
         step, steps = self.state.global_step, self.num_iterations
         due = is_due(step, steps, times=self.args.num_sample_generations)
         if due and self.is_world_process_zero():
@@ -373,7 +369,7 @@ class PPOTrainer(IterationTrainer):
             show_samples(step, steps, columns, trackers=self.args.report_to)
 
     def adapt_kl_coef(self, metrics: dict[str, Any]) -> None:
-        """beta of the next iteration: as it is, or adapted where the KL has a target."""
+        """Adapt beta for the next iteration if the KL has a target."""
         if self.args.adaptive_kl_target is not None:
             self.kl_coef = adapted_kl_coef(
                 self.kl_coef,
@@ -384,9 +380,9 @@ class PPOTrainer(IterationTrainer):
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save policy (its moving average, if there is one) and tokenizer: what is deployed.
+        """Save the policy (its moving average, if there is one) and tokenizer, for deployment.
 
-        A checkpoint holds the policy as it is in training, and all else that the run goes on with.
+        A checkpoint holds the policy that trains, and everything else that a resumed run needs.
         """
         parts = ("policy", "value.model")
         policy, value = sharding.gathered_states(self.accelerator, self.model_wrapped, *parts)

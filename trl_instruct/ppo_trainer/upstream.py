@@ -1,9 +1,9 @@
-"""The same call driven by TRL's own PPOTrainer (`engine="trl"`), which TRL has up to 1.12.
+"""TRL's own PPOTrainer (up to TRL 1.12) with our constructor: `engine="trl"`.
 
-It is the reference that our trainer is checked against, and the other side of the benchmark. What
-TRL does otherwise stays as it is: one optimizer step a pass however many minibatches there are, a
-step at every micro-batch in the last batch of a pass over the prompts, no gradient clipping, the
-score one position behind the completion's last token, and, with pad == eos, no gradient for EOS.
+Our trainer is tested and benchmarked against it. Where TRL differs, it is left as it is: one
+optimizer step per pass however many minibatches there are, a step at every micro-batch in the last
+batch of a pass over the prompts, no gradient clipping, the score one position after the
+completion's last token, and, with pad == eos, no gradient for EOS.
 """
 
 import warnings
@@ -45,7 +45,7 @@ from trl_instruct.rewards.function import (
 from trl_instruct.rewards.reward_model import RewardModel
 from trl_instruct.scalar_head import score_head, shift_of
 
-# Options of ours that are done with before or after the training itself.
+# Our options that matter only before or after the training itself.
 OUTSIDE = {
     "engine",
     "gold",
@@ -56,27 +56,26 @@ OUTSIDE = {
     "share_base",
     "reward_weights",
 }
-# Options of TrainingArguments that TRL's PPOTrainer takes and does not read.
+# Options of TrainingArguments that TRL's PPOTrainer accepts but ignores.
 UNREAD = {"data_seed", "resume_from_checkpoint", "max_grad_norm"}
 
 
 class _Prompt(NamedTuple):
     record: Mapping[str, Any]
-    ids: Tensor  # as wide as its batch, 0 on padding: what TRL shows a reward model
+    ids: Tensor  # padded with 0 to the width of its batch, as TRL passes it on
 
 
 class RewardModule(nn.Module):
-    """Any reward as the `nn.Module` that TRL's PPOTrainer takes for a reward model.
+    """Wraps any reward as the `nn.Module` that TRL's PPOTrainer expects as its reward model.
 
-    TRL calls the module under `base_model_prefix` with token ids, hands its last hidden state to
-    `score` and reads one position. Here the ids are turned into text, the reward is called, and its
-    score stands at every position. Ids alone do not say where the prompt ends, nor what further
-    columns it has, so the module sees the batches as they are made, which hold `prompt` beside
-    `input_ids`: `PPOTrainer(reward_model=module, data_collator=module.collate, ...)`.
+    TRL calls the module under `base_model_prefix` with token ids, passes its last hidden state to
+    `score` and reads one position. Here the ids are decoded, the reward is called, and its score is
+    at every position. Ids alone do not show where the prompt ends or which columns it has, so the
+    module makes the batches: `PPOTrainer(reward_model=module, data_collator=module.collate, ...)`.
 
     Args:
         reward: a function `f(prompts, completions, **columns) -> list[float]`, or a `RewardModel`
-            (with whatever tokenizer).
+            (with any tokenizer).
         tokenizer: the policy's.
     """
 
@@ -88,29 +87,26 @@ class RewardModule(nn.Module):
         self.tokenizer = tokenizer
         tell_tokenizer(reward, tokenizer)
         models = [getattr(part, "model", None) for part in parts_of(reward)]
-        # So that they move to the device with this module.
+        # Registered, so they move to the device with this module.
         self.models = nn.ModuleList(m for m in models if isinstance(m, nn.Module))
         self.score = nn.Identity()
         self.pending: deque[_Prompt] = deque()
 
     @property
     def backbone(self) -> "RewardModule":
-        """What TRL calls with the ids."""
+        """The module that TRL calls with the ids."""
         return self
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """A batch as TRL's PPOTrainer reads it, padded on the left; its prompts are remembered.
+        """Make a left-padded batch for TRL's PPOTrainer and remember its prompts.
 
         Args:
-            rows: `prompt` (text or messages), `input_ids`, and the columns for the reward.
-
-        Raises:
-            InputError: rows without `prompt`.
+            rows: `prompt` (text or messages; InputError if missing), `input_ids`, other columns.
         """
         if "prompt" not in rows[0]:
             raise InputError(
-                f"The training data have the columns {sorted(rows[0])}; a RewardModule needs "
-                "`prompt` (text or messages) beside `input_ids`."
+                f"The training data has the columns {sorted(rows[0])}; a RewardModule needs "
+                "`prompt` (text or messages) in addition to `input_ids`."
             )
         ids, lengths = pad_prompts([row["input_ids"] for row in rows], torch.device("cpu"))
         pad = self.tokenizer.pad_token_id
@@ -127,7 +123,7 @@ class RewardModule(nn.Module):
             attention_mask: `(B, T)` True on tokens other than the pad token.
 
         Raises:
-            InputError: rows that are not those of `collate`, in their order; a faulty reward.
+            InputError: these are not the next rows from `collate`; the reward fails.
         """
         prompts = self._remembered(input_ids.cpu())
         width = len(prompts[0].ids)
@@ -142,14 +138,14 @@ class RewardModule(nn.Module):
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=(hidden,))
 
     def _completions(self, ids: Tensor, mask: Tensor) -> tuple[list[list[int]], list[str]]:
-        """Tokens and text of each completion, up to where it ended."""
+        """Tokens and text of each completion, up to its end."""
         counts = mask.bool().cumprod(dim=1).sum(dim=1)
         last = ids.gather(1, (counts - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
         ended = (counts > 0) & (last == self.tokenizer.eos_token_id)
         return unpadded(ids, counts), decode(ids, counts, ended, self.tokenizer)
 
     def _remembered(self, input_ids: Tensor) -> list[_Prompt]:
-        """The prompts of the next rows, after a look at whether they are these rows'."""
+        """The next remembered prompts; InputError if they are not those of these rows."""
         count = min(len(input_ids), len(self.pending))
         prompts = [self.pending.popleft() for _ in range(count)]
         if count < len(input_ids) or any(
@@ -157,17 +153,17 @@ class RewardModule(nn.Module):
             for ids, prompt in zip(input_ids, prompts, strict=True)
         ):
             raise InputError(
-                "A RewardModule was asked to score rows that it has not seen made. Pass "
-                "data_collator=module.collate to PPOTrainer, one module for one trainer, without "
-                "an eval_dataset."
+                "A RewardModule got rows to score that its collate did not make. Pass "
+                "data_collator=module.collate to PPOTrainer, one module per trainer, without an "
+                "eval_dataset."
             )
         return prompts
 
 
 class UpstreamTrainer(Trainer):
-    """TRL's PPOTrainer with the constructor of ours: mixed into it by `upstream_trainer`.
+    """TRL's PPOTrainer with our constructor; `upstream_trainer` combines the two.
 
-    `gold` is not used: TRL's loop has no place where it could be logged.
+    `gold` is not used: TRL's loop has no place to log it.
     """
 
     def __init__(
@@ -198,7 +194,7 @@ class UpstreamTrainer(Trainer):
         records = zip(train_dataset, self.prompts, strict=True)
         _prepare(model, value_model, args)
         self.generation_config = model.generation_config
-        # TRL fills the sampling settings that it does not name (repetition_penalty, ...) from it.
+        # TRL takes sampling settings that it does not set (repetition_penalty, ...) from here.
         model.generation_config = GenerationConfig(pad_token_id=processing_class.pad_token_id)
         super().__init__(
             args=trl_config(args, len(self.prompts)),
@@ -214,7 +210,7 @@ class UpstreamTrainer(Trainer):
         _tell_departures(args, processing_class)
 
     def train(self, resume_from_checkpoint: None = None) -> TrainOutput:
-        """Run all iterations; returns the number of iterations and the last metrics."""
+        """Run all iterations; return their number and the last metrics."""
         super().train()
         metrics = {**self.metrics, "epoch": self.state.epoch}
         return TrainOutput(self.state.global_step, metrics["loss/policy"], metrics)
@@ -225,7 +221,7 @@ class UpstreamTrainer(Trainer):
         super().log(dict(self.metrics))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save policy and tokenizer, with the generation_config that the policy came with."""
+        """Save the policy, with its original generation_config, and the tokenizer."""
         sampling, self.policy_model.generation_config = (
             self.policy_model.generation_config,
             self.generation_config,
@@ -235,13 +231,10 @@ class UpstreamTrainer(Trainer):
 
 
 def upstream_trainer(config: PPOConfig) -> type[UpstreamTrainer]:
-    """TRL's own PPOTrainer behind the constructor of ours.
+    """TRL's own PPOTrainer with our constructor.
 
-    Completions end at the tokenizer's EOS only, callbacks cannot stop the run, and the metrics are
+    Completions end only at the tokenizer's EOS, callbacks cannot stop the run, and the metrics are
     those that TRL logs.
-
-    Args:
-        config: what it is to run with.
 
     Raises:
         InputError: a TRL without PPOTrainer; an option that TRL's trainer does not have.
@@ -254,15 +247,11 @@ def upstream_trainer(config: PPOConfig) -> type[UpstreamTrainer]:
 def trl_config(config: PPOConfig, num_prompts: int) -> Any:
     """TRL's PPOConfig with the meaning of ours.
 
-    TRL calls minibatches what it cuts a rollout batch into, and yet takes one step a pass over it;
-    so the batch is given as one minibatch, whose losses its metrics then average rightly.
-
-    Args:
-        config: our options.
-        num_prompts: rows of the training data.
+    TRL cuts a rollout batch into minibatches but takes only one step per pass over it, so the batch
+    is passed as one minibatch, whose losses TRL's metrics then average correctly.
 
     Raises:
-        InputError: fewer prompts than a rollout batch needs.
+        InputError: fewer prompts (`num_prompts`, rows of the training data) than a rollout batch.
     """
     trl_class = _trl_ppo().PPOConfig
     accumulated = config.gradient_accumulation_steps * config.num_mini_batches
@@ -284,7 +273,7 @@ def trl_config(config: PPOConfig, num_prompts: int) -> Any:
 
 
 def _trl_ppo() -> ModuleType:
-    """The module `trl.experimental.ppo`; InputError where TRL has none."""
+    """The module `trl.experimental.ppo`; InputError if this TRL has none."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*importing from 'trl.experimental'")
@@ -298,7 +287,7 @@ def _trl_ppo() -> ModuleType:
 
 
 def _check_options(config: PPOConfig, trl_class: Any) -> None:
-    """InputError for an option that TRL's trainer does not have and that is not at its default."""
+    """InputError if an option that TRL's trainer does not have is not at its default."""
     known = {f.name for kind in (StageConfig, TrainingArguments, trl_class) for f in fields(kind)}
     defaults = {f.name: f.default for f in fields(config)}
     missing = (set(defaults) - known - OUTSIDE) | UNREAD
@@ -306,12 +295,12 @@ def _check_options(config: PPOConfig, trl_class: Any) -> None:
         f"{name} ({getattr(config, name)!r})"
         for name in sorted(missing)
         if getattr(config, name) != defaults[name]
-        and not (name == "max_grad_norm" and not config.max_grad_norm)  # no clipping: as TRL does
+        and not (name == "max_grad_norm" and not config.max_grad_norm)  # no clipping, as in TRL
     ]
     if set_ones:
         raise InputError(
-            f"engine='trl' has no {', '.join(set_ones)}: TRL's PPOTrainer does not know it or does "
-            "not read it. Leave it at its default, or leave engine at its own."
+            f"engine='trl' has no {', '.join(set_ones)}: TRL's PPOTrainer lacks or ignores it. "
+            "Leave it at its default, or use the default engine."
         )
 
 
@@ -319,13 +308,13 @@ def _check_architectures(policy: PreTrainedModel, value: PreTrainedModel) -> Non
     for model in (unwrapped(policy), value.base_model):
         if not accepted(model, position_ids=None):
             raise InputError(
-                f"{type(model).__name__} takes no position_ids, which TRL's PPOTrainer gives every "
-                "model. Leave engine at its default."
+                f"{type(model).__name__} takes no position_ids, which TRL's PPOTrainer passes to "
+                "every model. Leave engine at its default."
             )
 
 
 def _prepare(policy: PreTrainedModel, value: PreTrainedModel, config: PPOConfig) -> None:
-    """What our trainer does to its models and TRL's does not, so that both train the same ones."""
+    """Change the models as our trainer does and TRL's does not: both then train the same ones."""
     shift = shift_of(value)
     score_head(value).register_forward_hook(lambda head, inputs, values: values - shift)
     for model in (policy, value):
@@ -335,15 +324,15 @@ def _prepare(policy: PreTrainedModel, value: PreTrainedModel, config: PPOConfig)
 
 
 def _tell_departures(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Warn where TRL's trainer does not do what these options say."""
+    """Warn if TRL's trainer does not do what these options say."""
     told = {
-        f"one optimizer step a pass, not num_mini_batches = {config.num_mini_batches}": (
+        f"one optimizer step per pass, not num_mini_batches = {config.num_mini_batches}": (
             config.num_mini_batches > 1
         ),
         "a step at every micro-batch in the last batch of a pass over the prompts": (
             config.gradient_accumulation_steps * config.num_mini_batches > 1
         ),
-        f"no clipping of gradients, although max_grad_norm is {config.max_grad_norm}": (
+        f"no gradient clipping, although max_grad_norm is {config.max_grad_norm}": (
             bool(config.max_grad_norm)
         ),
         "no gradient for EOS, because it is the pad token too": (

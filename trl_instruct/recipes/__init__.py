@@ -1,5 +1,4 @@
-"""The stages, one a file: pretrain, sft, candidates, rm, ppo.
+"""The stages, one per file: pretrain, sft, candidates, rm, ppo.
 
-Around them: `options` (from YAML and flags), `stage` (folder and result), `memory` (an estimate),
-`chain` (which stage came from which).
+Around them: `options` (YAML and flags), `stage` (folder, result), `memory` (estimate), `chain`.
 """

@@ -1,4 +1,4 @@
-"""Between stages 1 and 2: K completions per prompt from a policy, for a labeler to rank."""
+"""Between stages 1 and 2: sample K completions per prompt for a labeler to rank."""
 
 import json
 import os
@@ -28,9 +28,9 @@ Labeler = Callable[[Sequence[float]], Sequence[float]]
 
 
 def candidates(config: CandidatesConfig, model_config: ModelConfig) -> StageResult:
-    """The stage: train.jsonl in its folder, and test.jsonl where there is an eval dataset.
+    """The stage: write train.jsonl and, if there is an eval dataset, test.jsonl.
 
-    Of several processes one samples: they would all write the same file.
+    Only the main process samples: all processes would write the same file.
     """
     sources = {"train": (config.dataset_name, config.dataset_train_split)}
     if config.eval_dataset_name:
@@ -83,39 +83,35 @@ def sample_candidates(
     model_config: ModelConfig | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, int]:
-    """Draw K completions per prompt into a file that is ready to be ranked (InstructGPT 3.5).
+    """Sample K completions per prompt into a file for ranking (InstructGPT 3.5).
 
-    Each line holds `prompt`, `responses` and an empty `ranks` that a person fills in (1 = best,
-    equal = tie); the prompt's further columns stay. With `gold`, a simulated labeler gives
-    `scores` instead, and `gold_scores` keeps what it would say without noise.
+    Each line has the prompt's columns, `responses` and an empty `ranks` for a person to fill in
+    (1 = best, equal = tie). With `gold`, a simulated labeler gives `scores` instead, and
+    `gold_scores` are its scores without noise.
 
     Args:
         policy: usually the SFT model.
-        prompts: prompt records.
         output_file: a .jsonl path.
         num_candidates: K; the paper's labelers saw 4 to 9.
         response_length: longest completion, tokens.
         max_prompt_length: longer prompts lose their beginning; None: they are an error.
-        temperature: sampling temperature.
-        stop_strings: texts that end a completion, beside EOS; they do not stand in it.
-        gold: what the simulated labeler goes by: a reward, as in `load_reward`.
+        stop_strings: texts that end a completion, besides EOS; they are cut off.
+        gold: the reward that the simulated labeler uses, as in `load_reward`.
         labeler: gold scores of one prompt's candidates -> its own scores; default: gaussian noise
             at which two labelers agree on 73 % of pairs.
-        seed: of sampling and labeler.
+        seed: for sampling and labeler.
         batch_size: completions per forward pass.
-        split: split of the prompts.
-        processing_class: the policy's tokenizer, where it does not lie beside it.
+        processing_class: the policy's tokenizer, if it is not in the policy's folder.
         model_config: how to load the policy: dtype, `load_in_8bit`, ...
-        trust_remote_code: whether models from the Hub may bring code of their own.
+        trust_remote_code: whether models from the Hub may run their own code.
 
     Returns:
         Counts: prompts, prompts_cut (at max_prompt_length), responses, empty (completions without
-        text, not given), duplicates (equal completions of a prompt are given once) and
-        prompts_left_out (fewer than two are left: nothing to rank).
+        text, left out), duplicates (repeats of a prompt's completion, left out) and
+        prompts_left_out (fewer than two responses: nothing to rank).
 
     Raises:
-        InputError: num_candidates below 2, bad prompts, no policy there, or a tokenizer without
-            EOS.
+        InputError: num_candidates below 2, bad prompts, no policy, or a tokenizer without EOS.
     """
     _check_request(policy, prompts, num_candidates, temperature)
     records = load_prompts(prompts, split)
@@ -164,7 +160,7 @@ def _load(
     model_config: ModelConfig,
     **trust: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The policy, where it is to run, and its tokenizer."""
+    """The policy, on its device, and its tokenizer."""
     model = load_policy(policy, model_config, **trust).to(PartialState().device)
     own = processing_class or load_tokenizer(policy, **trust)
     return model, check_tokenizer(own, model_name(policy))
@@ -173,13 +169,11 @@ def _load(
 def _check_request(
     policy: ModelSource | None, prompts: Any, num_candidates: int, temperature: float
 ) -> None:
-    """InputError where something is missing, or there would be nothing to rank."""
+    """InputError if something is missing or there would be nothing to rank."""
     if num_candidates < 2:
         raise InputError(f"num_candidates is {num_candidates}; a ranking needs at least 2.")
     if temperature <= 0:
-        raise InputError(
-            f"temperature is {temperature}; candidates are sampled, it must be above 0."
-        )
+        raise InputError(f"temperature is {temperature}; to sample, it must be above 0.")
     if policy is None:
         raise InputError("No model was given: set model_name_or_path to a Hub id or a folder.")
     if prompts is None:
@@ -193,7 +187,7 @@ def _ranking(
     labeler: Labeler | None,
     counts: dict[str, int],
 ) -> dict[str, Any] | None:
-    """One ranking-ready record, or None (counted) where there is nothing to rank."""
+    """One record to rank, or None (counted) if there is nothing to rank."""
     written = [completion for completion in drawn if completion.text.strip()]
     distinct: dict[str, list[int]] = {}
     for completion in written:

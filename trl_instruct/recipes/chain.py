@@ -1,4 +1,4 @@
-"""The chain of stages behind a folder, as the folders tell it: config, metrics, logs of each."""
+"""The chain of stages that led to a folder: config, metrics and logs of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STAGE_NAMES = ("pretrain", "sft", "candidates", "rm", "ppo")
 
 
 class FinishedStage(NamedTuple):
-    """A stage that has run: its folder, resolved options, metrics, and logs, the oldest first."""
+    """A finished stage: folder, resolved options, metrics, and logs, oldest first."""
 
     folder: Path
     config: dict[str, Any]
@@ -32,11 +32,11 @@ class FinishedStage(NamedTuple):
 def read_chain(folder: str | os.PathLike) -> dict[str, FinishedStage]:
     """The finished stage in a folder and those it came from, by name, in the order they ran.
 
-    Which stage came from which stands in their configs: the model, the reward model, the data. Of
-    several stages of one name the nearest counts; what lies elsewhere by now is left out.
+    Their configs name the folders: model, reward model, data. Of several stages with one name,
+    the nearest counts; folders that have moved are left out.
 
     Raises:
-        InputError: no finished stage there.
+        InputError: the folder holds no finished stage.
     """
     path = Path(folder)
     if not _is_finished(path):

@@ -1,4 +1,4 @@
-"""What a stage will need of memory: its models, and an estimate for its batch, before it starts."""
+"""Memory that a stage will need: its models, and an estimate for its batch, before it starts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,18 +7,18 @@ import torch
 from torch import nn
 
 SHARED = "shared"
-"""The row of what several roles hold together."""
+"""The row for parameters that several roles share."""
 
 # Values kept for the backward pass per token and layer, in hidden sizes: Korthikanti et al. 2022
 # (arXiv:2205.05198), equation 1, without dropout masks and with fused attention.
 KEPT_PER_LAYER = 16
-# As large as the vocabulary: logits, log-probabilities and, where there is one, the gradient.
+# As large as the vocabulary: logits, log-probabilities and, with a backward pass, the gradient.
 KEPT_LOGITS, READ_LOGITS = 3, 2
 FLOAT32 = 4
 
 
 class Holding(NamedTuple):
-    """What a role holds: number of parameters, of those that train, their bytes and dtypes."""
+    """A role's parameters: how many, how many of them train, their bytes and dtypes."""
 
     role: str
     parameters: int
@@ -30,7 +30,7 @@ class Holding(NamedTuple):
 class Work(NamedTuple):
     """One forward pass: `rows` of `length` tokens, logits for `predicted` tokens of each row.
 
-    `models` pass over them at once; `backward` says whether activations are kept.
+    `models`: how many models run at once; `backward`: whether activations are kept.
     """
 
     rows: int
@@ -41,7 +41,7 @@ class Work(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Bytes of a step at its peak, as far as they can be told beforehand."""
+    """Estimated bytes of a step at its peak."""
 
     weights: int
     gradients: int
@@ -55,11 +55,7 @@ class Estimate(NamedTuple):
 
 
 def holdings(roles: Mapping[str, nn.Module | None]) -> list[Holding]:
-    """What each role holds, and first what several of them share.
-
-    Args:
-        roles: models by role; None: there is none.
-    """
+    """What each role's model holds (nothing if None); first, what several roles share."""
     owners: dict[nn.Parameter, set[str]] = {}
     for role, model in roles.items():
         for parameter in model.parameters() if model is not None else ():
@@ -81,7 +77,7 @@ def _holding(role: str, parameters: Sequence[nn.Parameter]) -> Holding:
 
 
 def _count(parameter: nn.Parameter) -> int:
-    """Numbers that a parameter stands for; bitsandbytes packs two into a byte."""
+    """Number of values in a parameter; bitsandbytes packs two into a byte."""
     quantised = getattr(parameter, "quant_state", None)
     return quantised.shape.numel() if quantised is not None else parameter.numel()
 
@@ -92,11 +88,11 @@ def _dtype(parameter: nn.Parameter) -> str:
 
 
 def optimizer_bytes(optim: str, parameters: int) -> int:
-    """Bytes of an optimizer's state for that many parameters.
+    """Bytes of an optimizer's state.
 
     Args:
-        optim: transformers' name of it (`adamw_torch`, `paged_adamw_8bit`, ...).
-        parameters: that train.
+        optim: its name in transformers (`adamw_torch`, `paged_adamw_8bit`, ...).
+        parameters: how many train.
 
     >>> [optimizer_bytes(name, 10) for name in ("adamw_torch", "adamw_bnb_8bit", "lion_32bit")]
     [80, 20, 40]
@@ -108,13 +104,12 @@ def optimizer_bytes(optim: str, parameters: int) -> int:
 def activation_bytes(
     work: Work, *, hidden: int, layers: int, vocabulary: int, width: int, checkpointing: bool
 ) -> int:
-    """Bytes that a forward pass leaves behind: layers' inputs, or a cache, and logits.
+    """Bytes that a forward pass keeps: logits, and layer inputs or a cache.
 
     Args:
-        work: the pass.
-        hidden, layers, vocabulary: of the model.
-        width: bytes of a number.
-        checkpointing: whether the backward pass computes a layer's inside again.
+        hidden, layers, vocabulary: sizes of the model.
+        width: bytes per value.
+        checkpointing: whether the backward pass recomputes activations inside each layer.
     """
     tokens = work.rows * work.length
     if not work.backward:
@@ -129,11 +124,11 @@ def activation_bytes(
 
 
 def estimate(roles: Mapping[str, nn.Module | None], works: Sequence[Work], args: Any) -> Estimate:
-    """What the run will need at its peak.
+    """The run's peak memory.
 
     Args:
-        roles: as in `holdings`; the first is the model that the batch is counted for.
-        works: the passes that take turns.
+        roles: as in `holdings`; activations are those of the first one's model.
+        works: the passes, which take turns.
         args: `TrainingArguments`.
     """
     first: Any = next(iter(roles.values()))
@@ -152,11 +147,7 @@ def estimate(roles: Mapping[str, nn.Module | None], works: Sequence[Work], args:
 
 
 def memory_table(roles: Mapping[str, nn.Module | None], works: Sequence[Work], args: Any) -> str:
-    """Who holds what, and the estimate, as text for the user.
-
-    Args:
-        roles, works, args: as in `estimate`.
-    """
+    """What each role holds, and the estimate, as text; arguments as in `estimate`."""
     needed, lines = estimate(roles, works, args), [["role", "parameters", "trainable", "MB", ""]]
     for role, count, trainable, size, dtypes in holdings(roles):
         lines.append([role, _short(count), _short(trainable), _mb(size), dtypes])

@@ -1,4 +1,4 @@
-"""Options as a user gives them: checked against the stage's dataclass, resolved, written down."""
+"""A user's options: checked against the stage's dataclass, resolved, saved."""
 
 import contextlib
 import copy
@@ -25,7 +25,7 @@ from trl_instruct.errors import InputError
 Config = TypeVar("Config", bound=StageConfig)
 
 
-# Secrets; what holds for one machine or call only; newer transformers' second names of options.
+# Secrets, options for one machine or call, and second names that newer transformers added.
 NOT_SAVED = {
     "hub_token",
     "push_to_hub_token",
@@ -46,19 +46,15 @@ def resolve(
     """The stage's config and TRL's ModelConfig, from objects or from keyword options.
 
     Args:
-        config_class: the stage's dataclass.
         config, model_config: ready objects (copied, since a stage completes them), or None.
-        options: field names of either dataclass with their values; not together with `config`.
+        options: values by field name of either dataclass; not together with `config`.
 
     Raises:
-        InputError: an option that neither dataclass has, or of another type; a value the library
-            refuses; options beside a ready config.
+        InputError: an unknown option, a refused value, or options together with a ready config.
     """
     if config is not None:
         if options:
-            raise InputError(
-                f"config= and the options {sorted(options)} were both given; set them in it."
-            )
+            raise InputError(f"config= and options {sorted(options)} were given; use one.")
         return copy.copy(config), copy.copy(model_config) if model_config else ModelConfig()
     options = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
     check_names(options, config_class)
@@ -66,10 +62,7 @@ def resolve(
     stage_fields = field_types(config_class)
     model_options = {k: v for k, v in options.items() if k not in stage_fields}
     if model_config is not None and model_options:
-        raise InputError(
-            f"model_config= and the options {sorted(model_options)} were both given; set them in "
-            "it."
-        )
+        raise InputError(f"model_config= and options {sorted(model_options)} were given; use one.")
     with option_errors():
         config = config_class(**{k: v for k, v in options.items() if k in stage_fields})
         return config, copy.copy(model_config) if model_config else ModelConfig(**model_options)
@@ -82,14 +75,11 @@ def field_types(config_class: type) -> dict[str, Any]:
 
 
 def check_names(names: Iterable[str], config_class: type[StageConfig], where: str = "") -> None:
-    """InputError for a name that is no option of the stage, with the nearest that is, or why not.
-
-    `where` is the file they stand in, for the message.
-    """
+    """InputError for an unknown option, with the nearest, or a refused one; `where` is the file."""
     known = {**field_types(ModelConfig), **field_types(config_class)}
     for name in names:
         if name in config_class.REFUSED:
-            raise InputError(f"{where}{name} is no option here: {config_class.REFUSED[name]}")
+            raise InputError(f"{where}{name} is not an option here: {config_class.REFUSED[name]}")
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -97,7 +87,7 @@ def check_names(names: Iterable[str], config_class: type[StageConfig], where: st
 
 
 def check_types(options: dict[str, Any], config_class: type, where: str = "") -> None:
-    """InputError for a value that is not of its option's type. Arguments as `check_names`."""
+    """InputError for a value that does not have its option's type; `where` as in `check_names`."""
     known = {**field_types(ModelConfig), **field_types(config_class)}
     known["resume_from_checkpoint"] = str | bool | None  # as Trainer.train takes it
     for name, value in options.items():
@@ -116,7 +106,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is Literal:
         return value in get_args(kind)
     if origin is list:
-        return isinstance(value, list | tuple | str)  # one item stands for a list of it
+        return isinstance(value, list | tuple | str)  # a single item is taken as a list
     if kind in (int, float):
         number = Integral if kind is int else Real
         return isinstance(value, number) and not isinstance(value, bool)
@@ -126,14 +116,10 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def named_sources(sources: Iterable[str], what: str) -> dict[str, str]:
-    """Models or rewards by name, from texts `name=source` or a source alone, named by its end.
-
-    Args:
-        sources: as a user lists them.
-        what: what they are, for the message.
+    """Models or rewards by name, from texts `name=source` or a source, named by its last part.
 
     Raises:
-        InputError: two of one name.
+        InputError: two have the same name.
 
     >>> named_sources(["base=gpt2", "runs/mine/sft/", "rewards.py:brevity"], "models")
     {'base': 'gpt2', 'sft': 'runs/mine/sft/', 'brevity': 'rewards.py:brevity'}
@@ -146,8 +132,8 @@ def named_sources(sources: Iterable[str], what: str) -> dict[str, str]:
         name = match[1] if match else last.rpartition(".py:")[2]
         if name in found:
             raise InputError(
-                f"Two of the {what} are called {name!r}: {found[name]} and {source}. Give names of "
-                f"your own, as in {name}_2={source}."
+                f"Two of the {what} are called {name!r}: {found[name]} and {source}. Name one of "
+                f"them, as in {name}_2={source}."
             )
         found[name] = source
     return found
@@ -155,15 +141,13 @@ def named_sources(sources: Iterable[str], what: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def option_errors() -> Iterator[None]:
-    """Turn what the libraries say about their own options into an `InputError`."""
+    """Turn the libraries' errors about their own options into an `InputError`."""
     try:
         yield
     except InputError:
         raise
     except json.JSONDecodeError as error:
-        raise InputError(
-            f"{error.doc!r} is no JSON object, as an option needs: {error}."
-        ) from error
+        raise InputError(f"{error.doc!r} is not a JSON object; one is needed: {error}.") from error
     except (ValueError, TypeError) as error:
         raise InputError(" ".join(str(error).split())) from error
 
@@ -171,11 +155,11 @@ def option_errors() -> Iterator[None]:
 def save_config(path: Path, config: StageConfig, model_config: ModelConfig) -> None:
     """Write the resolved options as YAML that `--config` reads back to an equal config.
 
-    Every option of the stage stands in it; of the hundred and more of transformers, and of
-    ModelConfig, those that differ from the library's default here or in TRL's own dataclass.
+    All options of the stage are written; of the 100 and more of transformers, and of ModelConfig,
+    only those that differ from the library's default, here or in TRL's own dataclass.
     """
     values = {**dataclasses.asdict(model_config), **config.to_dict()}
-    # to_dict hides tokens; these two are no secrets.
+    # to_dict hides tokens; these two are not secrets.
     values |= {k: getattr(config, k) for k in ("eos_token", "pad_token") if hasattr(config, k)}
     library, own = (
         {f.name: f.default for kind in kinds for f in dataclasses.fields(kind)}
@@ -204,7 +188,7 @@ def stage_options(
     *,
     trains: bool = True,
 ) -> tuple[Config, ModelConfig]:
-    """The stage's options from either form, checked for what every stage (that trains) needs."""
+    """The stage's options from either form, checked for what a stage (that trains) needs."""
     if output_dir is not None and config is None:
         options = {**options, "output_dir": output_dir}
     config, model_config = resolve(config_class, config, model_config, options)
@@ -219,28 +203,25 @@ def stage_options(
 
 
 def _check_trainable(config: StageConfig, model_config: ModelConfig) -> None:
-    """InputError where nothing could be trained, or on one of several GPUs alone."""
+    """InputError if nothing could be trained, or if one process would leave GPUs unused."""
     frozen = model_config.load_in_8bit or model_config.load_in_4bit
     if frozen and not model_config.use_peft:
         raise InputError(
-            "load_in_8bit and load_in_4bit freeze the weights, so there would be nothing to train. "
-            "Set use_peft as well to train a LoRA adapter."
+            "load_in_8bit and load_in_4bit freeze all weights. Set use_peft as well to train LoRA."
         )
     if config.n_gpu > 1:
         raise InputError(
-            f"{config.n_gpu} GPUs are there and one process, which trains on one of them. Start it "
-            "with accelerate launch (make LAUNCH='accelerate launch') to use all, or set "
-            "CUDA_VISIBLE_DEVICES to the one to use."
+            f"One process trains on one of {config.n_gpu} GPUs. To use all, start accelerate "
+            "launch (make LAUNCH='accelerate launch'); to use one, set CUDA_VISIBLE_DEVICES."
         )
     if model_config.attn_implementation == "flex_attention" and config.device.type == "cpu":
         raise InputError(
-            "attn_implementation is flex_attention, which torch gives no backward pass on CPU, so "
-            "that nothing could be trained. Leave it out there; on a GPU it trains."
+            "attn_implementation flex_attention has no backward pass on CPU: omit it or use a GPU."
         )
 
 
 def named_source(given: Any, config: StageConfig, option: str = "eval_dataset_name") -> Any:
-    """A dataset from the argument or, by name, from the config; the config then names it."""
+    """The dataset given, which the config then names, or else the one that the config names."""
     if given is None:
         return getattr(config, option)
     setattr(config, option, name_of(given))

@@ -46,25 +46,23 @@ def ppo(
     Args:
         model: the SFT result; also the frozen reference of the KL penalty.
         reward: a reward model (folder, Hub id, loaded model, result of `rm`), a function
-            `f(prompts, completions, **columns) -> list[float]`, an adapter, `"tiny"`, the rest of
-            what `load_reward` takes, or a list of these, summed with `reward_weights`.
-        dataset: prompts (`prompt`; further columns reach the reward), or with `opening_length`
-            texts (`text`) whose openings they are; named as in `sft`.
-        output_dir: folder for the policy.
-        ptx_dataset: pretraining text (`text`) for PPO-ptx, named as in `sft`; with `ptx_coef`.
-        value_model: what the value function starts from: a reward model, or `"policy"` (with a
-            head of zeros); `"value_head"`: a head on the policy itself; default: the reward model
-            where it has the policy's tokenizer, else the policy.
+            `f(prompts, completions, **columns) -> list[float]`, a reward object, `"tiny"`, whatever
+            else `load_reward` takes, or a list of these, summed with `reward_weights`.
+        dataset: prompts (`prompt`; other columns go to the reward) or, with `opening_length`, texts
+            (`text`) whose openings are the prompts; named as in `sft`.
+        ptx_dataset: pretraining text (`text`) for PPO-ptx, named as in `sft`; needs `ptx_coef`.
+        value_model: the initial value function: a reward model, `"policy"` (with a zero head), or
+            `"value_head"` (a head on the policy itself); default: the reward model if it has the
+            policy's tokenizer, else the policy.
         processing_class, config, model_config, callbacks, options: as in `sft`, with `PPOConfig`.
 
     Returns:
-        The folder, with the last iteration's metrics, cut_prompts, reward_truncated (texts that a
-        reward model's context has cut) and reward_unparsable (a judge's answers without a score)
-        where there are any, and seconds.
+        The folder, with the last iteration's metrics, cut_prompts, seconds and, if above 0,
+        reward_truncated (texts cut to a reward model's context) and reward_unparsable (a judge's
+        answers without a score).
 
     Raises:
-        InputError: as `sft`; also a reward that returns anything but one finite number per
-            completion.
+        InputError: as `sft`; also a reward other than one finite number per completion.
     """
     config, model_config = stage_options(
         PPOConfig, config, model_config, output_dir, dataset, options
@@ -104,7 +102,7 @@ def ppo(
 
 
 def _tell_before(run: StageRun, roles: Roles, trainer: Any) -> None:
-    """Sampling settings that are not used, prompts that are cut, memory."""
+    """Tell of unused sampling settings, cut prompts and memory."""
     if unused := unused_sampling(roles.policy):
         told = ", ".join(f"{name} {value}" for name, value in unused.items())
         run.say(f"the model's own sampling settings are not used: {told}")
@@ -114,22 +112,22 @@ def _tell_before(run: StageRun, roles: Roles, trainer: Any) -> None:
 
 
 def _counted(run: StageRun, roles: Roles) -> dict[str, int]:
-    """Texts that the reward was given and had to cut, or could not parse."""
+    """Counts of texts that the reward had to cut or could not parse."""
     counts = {name: count for name, count in reward_counts(roles.reward).items() if count}
     for name, count in counts.items():
-        run.say(f"{count} of the texts that the reward was given were {name}")
+        run.say(f"{count} of the texts for the reward were {name}")
     return {f"reward_{name}": count for name, count in counts.items()}
 
 
 def _gold(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> RewardFunction | None:
-    """The judge that nothing is trained on, if there is one."""
+    """The gold reward, which nothing is trained on, if there is one."""
     if config.gold is None:
         return None
     return load_reward(config.gold, tokenizer, trust_remote_code=config.trust_remote_code)
 
 
 def _roles_and_passes(roles: Roles, trainer: Any) -> tuple[dict[str, nn.Module | None], list[Work]]:
-    """What PPO holds, and the passes that take turns: updates and rollouts."""
+    """The models that PPO holds, and its passes: updates and rollouts."""
     args, held = trainer.args, {"policy": roles.policy, "ref_policy": trainer.ref_model}
     held["value"] = roles.value
     judges = [getattr(part, "model", None) for part in parts_of(roles.reward)]
@@ -142,7 +140,7 @@ def _roles_and_passes(roles: Roles, trainer: Any) -> tuple[dict[str, nn.Module |
 
 
 def _reward_names(reward: Any) -> Any:
-    """How the config names the reward; None where one of them lives in memory only."""
+    """The reward's name(s) for the config; None if one of them is only in memory."""
     if not isinstance(reward, list | tuple):
         return name_of(reward)
     names = [name for part in reward if (name := name_of(part))]
@@ -150,7 +148,7 @@ def _reward_names(reward: Any) -> Any:
 
 
 def _pretraining_texts(dataset: Any, config: PPOConfig) -> Dataset | IterableDataset | None:
-    """What PPO-ptx mixes in. InputError where text was given and no weight for it."""
+    """Text for PPO-ptx; InputError if text was given, but no weight for it."""
     config.ptx_dataset_name = name_of(dataset) or config.ptx_dataset_name
     source = config.ptx_dataset_name if dataset is None else dataset
     if source is None:
@@ -158,6 +156,6 @@ def _pretraining_texts(dataset: Any, config: PPOConfig) -> Dataset | IterableDat
     if not config.ptx_coef:
         raise InputError(
             f"Pretraining text was given ({config.ptx_dataset_name or 'ptx_dataset'}), but "
-            "ptx_coef is 0, so that it would not be used; the paper's is 27.8."
+            "ptx_coef is 0: set ptx_coef to use the text; the paper's is 27.8."
         )
     return load_texts(source, config.ptx_dataset_split, streaming=config.ptx_streaming)

@@ -1,4 +1,4 @@
-"""Stage 0: a small base model from scratch, where no pretrained one is to be had."""
+"""Stage 0: a small base model from scratch, if no pretrained one is available."""
 
 import json
 import os
@@ -46,7 +46,6 @@ def pretrain(
 
     Args:
         dataset: records with a `text` column, named as in `sft`.
-        output_dir: folder for the base model.
         config, options: `PretrainConfig` or its fields (architecture, vocab_size, ...).
 
     Raises:
@@ -77,12 +76,11 @@ def pretrain(
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerBase:
-    """Byte-level BPE (as GPT-2's) with an EOS and a pad token of their own.
+    """Byte-level BPE (like GPT-2's) with separate EOS and pad tokens.
 
     Args:
-        texts: what to learn the merges from.
-        vocab_size: special tokens and the 256 bytes included.
-        max_length: longest sequence the tokenizer announces.
+        vocab_size: includes the special tokens and the 256 bytes.
+        max_length: the tokenizer's `model_max_length`.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -93,7 +91,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # A text may hold several documents; the EOS between them is no text to learn merges from.
+    # A text may hold several documents; no merges are learnt from the EOS between them.
     documents = (document for text in texts for document in text.split(EOS))
     tokenizer.train_from_iterator(documents, trainer)
     return PreTrainedTokenizerFast(
@@ -109,10 +107,10 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
 def tokenize_texts(
     texts: Dataset, tokenizer: PreTrainedTokenizerBase, config: PretrainConfig
 ) -> Dataset:
-    """Token rows with an EOS behind each text: one text a row, or packed into full blocks.
+    """Token rows with an EOS after each text: one text per row, or packed into full blocks.
 
     Raises:
-        InputError: a text longer than max_length where texts are not packed.
+        InputError: a text longer than max_length, if texts are not packed.
     """
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
@@ -133,7 +131,7 @@ def tokenize_texts(
     if config.packing:
         return rows
     lengths = [len(row) for row in rows["input_ids"]]
-    config.train_sampling_strategy = "sequential"  # the order is drawn here
+    config.train_sampling_strategy = "sequential"  # the order is set here
     return rows.select(length_batches(lengths, config.train_batch_size, seed=config.seed))
 
 
@@ -149,8 +147,7 @@ def model_from_scratch(
     """A randomly initialised causal language model of the configured architecture.
 
     Raises:
-        InputError: an unknown architecture; a field that its config does not have, or refuses; a
-            context shorter than max_length.
+        InputError: an unknown architecture or field, a refused value, or a context too short.
     """
     kwargs = config.architecture_kwargs or {}
     kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
@@ -159,9 +156,7 @@ def model_from_scratch(
     defaults = _architecture(config)
     unknown = [name for name in kwargs if not hasattr(defaults, name)]
     if unknown:
-        raise InputError(
-            f"architecture_kwargs: the config of {config.architecture} has no {unknown[0]!r}."
-        )
+        raise InputError(f"architecture_kwargs: {config.architecture} has no field {unknown[0]!r}.")
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     sizes = {"vocab_size": len(tokenizer), "bos_token_id": None}
     model = AutoModelForCausalLM.from_config(_architecture(config, **sizes, **special, **kwargs))
@@ -175,23 +170,23 @@ def model_from_scratch(
 
 
 def _architecture(config: PretrainConfig, **fields: Any) -> PretrainedConfig:
-    """The architecture's config with these fields and its defaults."""
+    """The architecture's config with these fields, else its defaults."""
     try:
         return AutoConfig.for_model(config.architecture, **fields)
     except (ValueError, TypeError, StrictDataclassError) as error:
         if not fields:
             raise InputError(
-                f"architecture {config.architecture!r} is no model type of transformers; use "
+                f"architecture {config.architecture!r} is not a model type of transformers; use "
                 "llama, gpt2, gpt_neox, qwen3, opt, ..."
             ) from error
         raise InputError(f"architecture_kwargs: {' '.join(str(error).split())}") from error
 
 
 def tiny_base(folder: Path, **options: Any) -> StageResult:
-    """The embedded tiny default: made where it is missing, else used as it lies there."""
+    """The embedded tiny default's base model: trained if it is missing, else reused."""
     if (folder / METRICS_FILE).is_file():
         return StageResult(folder)
     defaults = yaml.safe_load(TINY_OPTIONS.read_text(encoding="utf-8"))
     dataset = defaults.pop("dataset_name")
-    replaced = {"output_dir": str(folder), "overwrite_output_dir": True}  # where it was cut short
+    replaced = {"output_dir": str(folder), "overwrite_output_dir": True}  # if it was cut short
     return pretrain(dataset, **{**defaults, **options, **replaced})

@@ -65,21 +65,20 @@ def rm(
         model: usually the SFT result; its unembedding is replaced by a scalar head.
         dataset: rankings (`prompt`, `responses` and `ranks` or `scores`, or best first), or pairs
             (`prompt`, `chosen`, `rejected`); named as in `sft`.
-        output_dir: folder for the reward model.
         eval_dataset: rankings or pairs to measure the accuracy on; default: `eval_size` of the
             prompts, held out.
-        demonstrations: what scores 0 on average (`prompt`, `completion`, as in `sft`): their mean
-            score is kept in the model's config as its shift. None: no shift.
+        demonstrations: records (as in `sft`) that are to score 0 on average: the model's config
+            keeps their mean score as its shift. None: no shift.
         processing_class, config, model_config, callbacks, options: as in `sft`.
 
     Returns:
-        The folder, with metrics train_loss, pairs (trained on), overlong, truncated, data (what the
-        rankings hold: ties, repeated responses, ...), shift and std of the demonstrations' scores,
-        those of `evaluate_reward` (accuracy, calibration, ...), train_accuracy (the same on as many
-        rankings it was trained on), seconds; and their figure, rm.png.
+        The folder, with metrics train_loss, pairs (trained on), overlong, truncated, data (counts
+        of ties, repeated responses, ...), shift and std of the demonstrations' scores, those of
+        `evaluate_reward` (accuracy, calibration, ...), train_accuracy (on as many of the training
+        rankings) and seconds; and their figure, rm.png.
 
     Raises:
-        InputError: as `sft`; also a ranking with fewer than two responses, no pair at all.
+        InputError: as `sft`; also a ranking with fewer than two responses, or no pair at all.
     """
     config, model_config = stage_options(
         RewardConfig, config, model_config, output_dir, dataset, options
@@ -128,7 +127,7 @@ def _load(
     processing_class: PreTrainedTokenizerBase | None,
     data: Preferences,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The classifier to train, its head fresh, and its tokenizer; max_length fits its context."""
+    """The classifier to train, with a new head, and its tokenizer; limits max_length to fit."""
     base, tokenizer = starting_point(run, model, processing_class)
     check_chat_template(data.train, tokenizer, run.config)
     trust = run.config.trust_remote_code
@@ -139,12 +138,11 @@ def _load(
 
 
 def _check_overlong(trainer: RankingRewardTrainer, run: StageRun) -> None:
-    """Tell what the trainer left out for its length; InputError where nothing else is there."""
+    """Tell how much was too long for the trainer; InputError if nothing else is left."""
     if not len(trainer.train_dataset):
         raise InputError(
-            "All pairs of responses are longer than max_length "
-            f"{run.config.max_length} tokens; raise it (the model's context is its limit), or set "
-            "truncate_prompt."
+            f"All pairs of responses are longer than max_length, {run.config.max_length} tokens; "
+            "raise it (up to the model's context), or set truncate_prompt."
         )
     if trainer.overlong:
         what = "responses" if "ranks" in trainer.train_dataset.column_names else "pairs"
@@ -168,15 +166,13 @@ def _measure(run: StageRun, reward: RewardModel, data: Preferences) -> dict[str,
         if run.is_main:
             plot(evaluation, run.folder / FIGURE)
     if reward.truncated:
-        run.say(
-            f"{reward.truncated} texts to measure on exceed the context; their beginning is cut"
-        )
+        run.say(f"{reward.truncated} measured texts exceed the context; their beginning is cut")
     return metrics
 
 
 def _train_accuracy(run: StageRun, reward: RewardModel, data: Preferences) -> float:
-    """Accuracy on as many of the rankings trained on as are held out: above that by what the model
-    has learnt by heart. NaN where there is no winner among them."""
+    """Accuracy on as many training rankings as are held out; it exceeds theirs by what the model
+    has memorised. NaN if none of the rankings has a winner."""
     assert data.held_out is not None
     shown = data.train.shuffle(seed=run.config.seed)
     shown = as_rankings(shown.select(range(min(len(shown), len(data.held_out)))))

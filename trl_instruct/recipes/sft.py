@@ -46,22 +46,21 @@ def sft(
     The loss counts the completion's tokens only.
 
     Args:
-        model: a Hub id, a folder, a loaded model, or `"tiny"`, the embedded base model, which is
-            made beside output_dir where it is missing.
+        model: a Hub id, a folder, a loaded model, or `"tiny"`, the embedded base model (trained
+            into a folder beside output_dir if it is missing).
         dataset: demonstrations (`prompt`, `completion`; text or messages): a Hub id, a local
             json / jsonl(.gz) / csv / parquet, `"tiny:demonstrations"`, or a `datasets.Dataset`.
-        output_dir: folder for the policy.
         eval_dataset: demonstrations to measure the loss on.
-        processing_class: the tokenizer, where it does not lie beside the model.
+        processing_class: the tokenizer, if it is not in the model's folder.
         config, model_config: `SFTConfig` and TRL's `ModelConfig`; or their fields as `options`.
         callbacks: as in `transformers.Trainer`.
 
     Returns:
-        The folder, with metrics train_loss, truncated, seconds; and where there are held-out
-        demonstrations eval_loss and, the same before training, base_loss.
+        The folder, with metrics train_loss, truncated and seconds; with held-out demonstrations
+        also eval_loss and base_loss, the same before training.
 
     Raises:
-        InputError: bad records, a prompt longer than the context, no model there, a tokenizer
+        InputError: bad records, a prompt longer than the context, a missing model, a tokenizer
             without EOS, an unknown option, an output_dir that is taken.
     """
     config, model_config = stage_options(
@@ -104,7 +103,7 @@ def sft(
 def _load(
     run: StageRun, model: ModelSource | None, processing_class: PreTrainedTokenizerBase | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The policy to train and its tokenizer; the config's max_length fits into its context."""
+    """The policy to train and its tokenizer; limits max_length to the context."""
     base, tokenizer = starting_point(run, model, processing_class)
     trust = run.config.trust_remote_code
     policy = load_policy(base, run.model_config, trust_remote_code=trust)
@@ -115,7 +114,7 @@ def _load(
 
 def _measure(trainer: SFTTrainer) -> dict[str, float]:
     """Loss on the held-out demonstrations, before training and after."""
-    logs = trainer.state.log_history  # a resumed run's too, from its start
+    logs = trainer.state.log_history  # from the start, even of a resumed run
     before = next(log["eval_loss"] for log in logs if "eval_loss" in log)
     return {"base_loss": before, "eval_loss": trainer.evaluate()["eval_loss"]}
 
@@ -123,11 +122,11 @@ def _measure(trainer: SFTTrainer) -> dict[str, float]:
 def check_demonstrations(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: SFTConfig
 ) -> int:
-    """Demonstrations that max_length will cut; InputError where nothing but prompt is left."""
+    """Number of demonstrations that max_length cuts; InputError if it leaves only the prompt."""
     check_chat_template(dataset, tokenizer, config)
     is_text = isinstance(dataset[0]["prompt"], str)
     if config.max_length is None or not (is_text or tokenizer.chat_template):
-        return 0  # the trainer takes the template over later, so lengths are not known yet
+        return 0  # the trainer sets the template later: lengths are not known yet
     cut = 0
     for row, record in enumerate(dataset):
         prompt, completion = record["prompt"], record["completion"]
@@ -140,8 +139,8 @@ def check_demonstrations(
         if len(opening["input_ids"]) >= config.max_length:
             raise InputError(
                 f"Demonstration {row + 1}: the prompt alone is {len(opening['input_ids'])} tokens "
-                f"and max_length is {config.max_length}, so no completion would be learnt from. "
-                "Raise max_length (the model's context is its limit), or shorten the prompt."
+                f"and max_length is {config.max_length}, which leaves no completion to learn. "
+                "Raise max_length (up to the model's context), or shorten the prompt."
             )
         cut += len(whole["input_ids"]) + is_text > config.max_length  # text gets an EOS
     return cut

@@ -1,4 +1,4 @@
-"""What every stage does around its training: claim a folder, show progress, leave a result."""
+"""What every stage does around its training: claim a folder, show progress, save a result."""
 
 import contextlib
 import copy
@@ -49,22 +49,19 @@ from trl_instruct.scalar_head import SHIFT_FILE
 
 
 class Interruption(TrainerCallback):
-    """On SIGTERM a run finishes the step it is in, saves a checkpoint and stops.
-
-    With several processes it is enough that one of them gets the signal.
-    """
+    """On SIGTERM to any of its processes, a run finishes its step, saves a checkpoint and stops."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def request(self, *_: Any) -> None:
-        """What the signal does."""
+        """Handle the signal."""
         self.requested = True
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Meanwhile the signal is ours; where training fails, too, it is given back."""
-        if threading.current_thread() is not threading.main_thread():  # the only one that gets it
+        """Handle the signal in this context; restore the old handler even if training fails."""
+        if threading.current_thread() is not threading.main_thread():  # only it gets signals
             yield
             return
         previous = signal.signal(signal.SIGTERM, self.request)
@@ -81,7 +78,7 @@ class Interruption(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-# What a stage writes, and so what --overwrite_output_dir removes.
+# What a stage writes and --overwrite_output_dir removes.
 WRITTEN = (
     "checkpoint-*",
     "*.safetensors",
@@ -111,13 +108,13 @@ WRITTEN = (
 )
 
 
-# Folder inside a LoRA stage's, for a base model that has none of its own.
+# Subfolder of a LoRA stage, for a base model that has no other folder.
 BASE = "base"
 
 
 @dataclass(frozen=True)
 class StageResult(os.PathLike):
-    """What a stage leaves: the folder, usable wherever a path is, and its metrics."""
+    """A stage's result: its folder, usable as a path, and its metrics."""
 
     path: Path
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -133,18 +130,16 @@ class StageResult(os.PathLike):
 def run_stage(name: str, config: StageConfig, model_config: ModelConfig) -> Iterator["StageRun"]:
     """The run of a stage in its folder, seeded.
 
-    Nothing in the folder changes before `begin`, so that a mistake found while data and models are
-    loaded costs no earlier run. From then on a folder that holds the resolved config but no
-    metrics is a stage that was cut short; the metrics are written last. Where the stage fails
-    before it has written anything to go on from, the folder goes as it came.
+    The folder does not change before `begin`: a mistake found while data and models load costs no
+    earlier run. Metrics are written last: a folder with the resolved config but no metrics is a
+    stage that was cut short. A stage that fails with nothing to resume from leaves no files.
 
     Raises:
-        InputError: no output_dir, one that holds another run or something else, or no checkpoint
-            there to resume from.
+        InputError: no output_dir, one with another run or other files, or no checkpoint to resume.
     """
     run = StageRun(name, config, model_config)
     run.check_folder()
-    clear_device_cache(garbage_collection=True)  # an earlier stage's models: accelerate ties knots
+    clear_device_cache(garbage_collection=True)  # cycles in accelerate keep old models alive
     PartialState().wait_for_everyone()
     set_seed(config.seed)
     try:
@@ -159,7 +154,7 @@ class StageRun:
     """One run of a stage in its folder."""
 
     def __init__(self, name: str, config: StageConfig, model_config: ModelConfig):
-        if config.output_dir in (None, "", "trainer_output"):  # TrainingArguments' own choice
+        if config.output_dir in (None, "", "trainer_output"):  # TrainingArguments' default
             raise InputError(f"{name} needs output_dir, the folder to save its result in.")
         self.name = name
         self.config = config
@@ -172,7 +167,7 @@ class StageRun:
 
     @property
     def base_folder(self) -> Path:
-        """Where the base model of an adapter lies that has none elsewhere."""
+        """Folder for the base model of an adapter, if it has no other."""
         return self.folder / BASE
 
     def check_folder(self) -> None:
@@ -187,8 +182,8 @@ class StageRun:
         content = sorted(p.name for p in folder.iterdir()) if self.existed else []
         if content and CONFIG_FILE not in content:
             raise InputError(
-                f"output_dir {str(folder)!r} holds {content[0]!r} and no run of a stage. Choose a "
-                "new or empty folder."
+                f"output_dir {str(folder)!r} holds {content[0]!r} and no run. Choose a new or "
+                "empty folder."
             )
         if content and not config.overwrite_output_dir:
             held = "another run" if METRICS_FILE in content else "a run that was cut short"
@@ -204,14 +199,13 @@ class StageRun:
             )
 
     def _check_writable(self) -> None:
-        """InputError where the folder could not be made or written into."""
+        """InputError if the folder cannot be made or written to."""
         ancestors = [self.folder, *self.folder.absolute().parents]
         nearest = next(path for path in ancestors if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            fault = "is no folder" if not nearest.is_dir() else "cannot be written into"
+            fault = "is not a folder" if not nearest.is_dir() else "is not writable"
             raise InputError(
-                f"output_dir {str(self.folder)!r}: {str(nearest)!r} {fault}. Choose another "
-                "output_dir."
+                f"output_dir {str(self.folder)!r}: {str(nearest)!r} {fault}. Choose another."
             )
 
     def begin(self) -> None:
@@ -228,7 +222,7 @@ class StageRun:
         PartialState().wait_for_everyone()
 
     def release(self) -> None:
-        """Remove what a failed stage leaves, if there is nothing in it to go on from."""
+        """Remove what a failed stage left, unless there is something to resume from."""
         content = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else None
         if content is None or not content <= {CONFIG_FILE, BASE}:
             return
@@ -237,23 +231,21 @@ class StageRun:
             self.folder.mkdir()
 
     def say(self, message: str) -> None:
-        """A line for the user, once for all processes."""
+        """Print a line for the user, from the main process."""
         if self.is_main:
             print(f"{self.name}: {message}")
 
     def train(self, trainer: Trainer, labels: dict[str, str]) -> TrainOutput:
-        """Begin, or go on from a checkpoint, and train to the end.
-
-        On SIGTERM a checkpoint is saved and the process exits with 143.
+        """Train from the start, or from the checkpoint; on SIGTERM, save one and exit with 143.
 
         Args:
             trainer: anything with the interface of `transformers.Trainer`.
-            labels: what the progress bar shows: label -> key in the trainer's logs.
+            labels: for the progress bar: label -> key in the trainer's logs.
         """
         check_saving(trainer.accelerator)
         self.begin()
         if not self.config.disable_tqdm:
-            # One bar with the named metrics, in place of a printed dict per log.
+            # One bar with the named metrics instead of a printed dict per log.
             trainer.remove_callback(ProgressCallback)
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(ProgressBar(self.name, labels))
@@ -264,7 +256,7 @@ class StageRun:
         if interruption.requested:
             self.say(
                 f"stopped by SIGTERM after step {output.global_step} of {trainer.state.max_steps}; "
-                "resume_from_checkpoint=True goes on from there"
+                "resume_from_checkpoint=True continues from there"
             )
             raise SystemExit(128 + signal.SIGTERM)
         return output
@@ -278,7 +270,7 @@ class StageRun:
                 shutil.rmtree(self.base_folder, ignore_errors=True)
             if is_adapter(self.folder):
                 Adapter.read(self.folder).keep_fingerprint()
-            # Pickled arguments serve nobody here: config.yaml holds them as text.
+            # config.yaml holds the arguments as text; the pickled ones are of no use.
             (self.folder / "training_args.bin").unlink(missing_ok=True)
             trainer.save_state()
             self.write_model_card(metrics)
@@ -289,14 +281,14 @@ class StageRun:
         return StageResult(self.folder, metrics)
 
     def write_metrics(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """The last file of a stage: its name, its metrics and its seconds."""
+        """Write the stage's last file: its name, metrics and seconds."""
         seconds = round(time.perf_counter() - self.started, 1)
         metrics = {"stage": self.name, **metrics, "seconds": seconds}
         write_json(self.folder / METRICS_FILE, metrics)
         return metrics
 
     def write_model_card(self, metrics: dict[str, Any]) -> None:
-        """README.md of the folder: what was trained, from what, and how it measured."""
+        """Write the folder's README.md: what was trained, on which data, with which metrics."""
         tags = ["trl-instruct", "trl", self.name]
         data = ModelCardData(library_name="transformers", tags=tags)
         rows = [f"| {k} | {v:.6g} |" for k, v in metrics.items() if isinstance(v, (int, float))]
@@ -304,7 +296,7 @@ class StageRun:
             f"---\n{data.to_yaml()}\n---",
             f"# {self.folder.name}",
             f"Made by the `{self.name}` stage of trl-instruct, from the data "
-            f"`{self.config.dataset_name}`. All options stand in `{CONFIG_FILE}`.",
+            f"`{self.config.dataset_name}`. All options are in `{CONFIG_FILE}`.",
             "| metric | value |\n|---|---|\n" + "\n".join(rows),
             "Method: Ouyang et al. 2022, [Training language models to follow instructions with "
             "human feedback](https://arxiv.org/abs/2203.02155).",
@@ -343,7 +335,7 @@ class ProgressBar(TrainerCallback):
 def starting_point(
     run: StageRun, model: ModelSource | None, processing_class: PreTrainedTokenizerBase | None
 ) -> tuple[ModelSource, PreTrainedTokenizerBase]:
-    """What to load the trained model from, and its tokenizer; the run's config names the model."""
+    """The source of the model to train, and its tokenizer; the run's config names the model."""
     if model is None:
         raise InputError("No model was given: set model_name_or_path to a Hub id or a folder.")
     model_config = run.model_config
@@ -366,7 +358,7 @@ def starting_point(
 
 
 def within_context(max_length: int | None, model: PreTrainedModel) -> int | None:
-    """`max_length`, or the model's context where that is shorter."""
+    """`max_length`, or the model's context if that is shorter."""
     context = context_length(model)
     if context is None or max_length is None:
         return max_length
@@ -376,7 +368,7 @@ def within_context(max_length: int | None, model: PreTrainedModel) -> int | None
 def check_chat_template(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: SFTConfig | RewardConfig
 ) -> None:
-    """InputError for messages that there is no chat template for."""
+    """InputError for messages without a chat template."""
     known = tokenizer.chat_template or config.chat_template_path
     if not known and not isinstance(dataset[0]["prompt"], str):
         raise InputError(

@@ -1,5 +1,4 @@
-"""RankingRewardTrainer: K completions for C(K,2) comparisons, and how accurate the result is.
+"""RankingRewardTrainer: C(K,2) comparisons from K completions, and the accuracy of the result.
 
-`trainer` is the door, `losses` the formula; `evaluation` measures a reward model on held-out
-rankings.
+Start with `trainer`; `losses` has the formula, `evaluation` measures on held-out rankings.
 """

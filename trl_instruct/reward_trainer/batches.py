@@ -1,4 +1,4 @@
-"""Rankings as a trainer reads them: token rows, one a response, and batches of these."""
+"""Rankings as token rows, one per response, and batches of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,19 +21,18 @@ def tokenize_rankings(
     truncate_prompt: bool = False,
     ties: str = "drop",
 ) -> dict[str, list[Any]]:
-    """A batch of rankings as token rows, one a response, as a reward model reads them.
+    """Tokenize a batch of rankings for a reward model, one row per response.
 
     Args:
-        batch: columns `prompt`, `responses`, `ranks` and perhaps `weight`.
-        tokenizer: the reward model's.
-        max_length: longer responses, with their prompt, are left out; None: none is.
-        truncate_prompt: whether the prompt loses its beginning first.
-        ties: whether ties are comparisons: "half" or "drop".
+        batch: columns `prompt`, `responses`, `ranks` and optionally `weight`.
+        max_length: of prompt + response; longer ones are left out. None: no limit.
+        truncate_prompt: whether to cut the beginning of the prompt first.
+        ties: "half" counts ties as comparisons, "drop" does not.
 
     Returns:
         Columns response_ids; ranks; weight; comparisons, their number; overlong, responses left
-        out; truncated, whether the prompt was; longest, tokens of the longest row; length, tokens
-        of the row they would share.
+        out; truncated, whether the prompt was cut; longest, tokens of the longest row; length,
+        tokens of the shared row.
     """
     weights = batch.get("weight") or [None] * len(batch["prompt"])
     records = []
@@ -63,17 +62,17 @@ def tokenize_rankings(
 
 
 def _shared_length(rows: Sequence[Sequence[int]]) -> int:
-    """Tokens of the rows where those that all begin with are there once."""
+    """Tokens of the rows, with their common prefix counted once."""
     alike = takewhile(lambda tokens: len({*tokens}) == 1, zip(*rows, strict=False))
     return sum(map(len, rows)) - max(len(rows) - 1, 0) * len(list(alike))
 
 
 @dataclass
 class RankingCollator:
-    """A batch of B rankings with R responses in all; pairs become a batch of TRL's.
+    """A batch of B rankings with R responses in all; pairs are collated by TRL.
 
-    input_ids, attention_mask `(R, T)`, padded on the right; ranks `(B, K)`, 0 where a ranking has
-    fewer than K responses; weight `(B,)` where the rankings have one.
+    input_ids, attention_mask `(R, T)`, padded on the right; ranks `(B, K)`, 0 after a ranking's
+    last response; weight `(B,)` if the rankings have one.
     """
 
     pad_token_id: int

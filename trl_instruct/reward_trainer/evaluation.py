@@ -1,4 +1,4 @@
-"""A reward model on held-out rankings: accuracy, calibration, length, agreement of labelers."""
+"""A reward model on held-out rankings: accuracy, calibration, length, labeler agreement."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOST_BINS, LEAST_PAIRS = 10, 30
 
 
 class RewardEvaluation(NamedTuple):
-    """What was measured: the metrics by name, and score and tokens of each distinct response."""
+    """The metrics by name, and the score and token count of each distinct response."""
 
     metrics: dict[str, Any]
     scores: list[float]
@@ -33,10 +33,7 @@ class RewardEvaluation(NamedTuple):
 
 
 class Labeled(NamedTuple):
-    """One labeler's ranking, with numbers for prompt and responses.
-
-    gold: the labeler's own noiseless scores, where they are known.
-    """
+    """One labeler's ranking of numbered responses; gold: noiseless scores, if known."""
 
     prompt: int
     responses: list[int]
@@ -47,7 +44,7 @@ class Labeled(NamedTuple):
 
 
 class Numbered(NamedTuple):
-    """Rankings, and what their R distinct responses are: prompt, its number, response."""
+    """Rankings, with prompt, prompt number and content of each of their R distinct responses."""
 
     rankings: list[Labeled]
     prompts: list[Any]
@@ -56,12 +53,11 @@ class Numbered(NamedTuple):
 
 
 class Comparisons(NamedTuple):
-    """The N pairs of rankings that have a winner; every field is `(N,)`.
+    """The N pairs of the rankings that have a winner; every field is `(N,)`.
 
-    margins: score of the winner minus score of the loser; longer: the same of tokens; gold: of the
-    labeler's noiseless scores, NaN where they are unknown; weights: of the ranking (these four
-    float64); prompts: number of the prompt; k: responses in the ranking; distances: difference of
-    the two ranks.
+    margins: score of the winner minus score of the loser; longer: the same for tokens; gold: for
+    the labeler's noiseless scores, NaN if unknown; weights: of the ranking (these four float64);
+    prompts: number of the prompt; k: responses in the ranking; distances: difference of the ranks.
     """
 
     margins: Tensor
@@ -77,17 +73,17 @@ class Comparisons(NamedTuple):
         return grouped_interval(_positive(differences), self.prompts, self.weights)
 
     def above_length(self) -> Interval:
-        """Accuracy of the scores less that of the lengths, pair by pair."""
+        """Accuracy of the scores minus that of the lengths, pair by pair."""
         gained = _positive(self.margins) - _positive(self.longer)
         return grouped_interval(gained, self.prompts, self.weights)
 
     def ceiling(self) -> float | None:
-        """Accuracy of the labeler's noiseless scores on their own ranking: what noise leaves."""
+        """Accuracy of the labeler's noiseless scores on their own ranking: the noise ceiling."""
         known = self.where(~self.gold.isnan())
         return known.accuracy(known.gold).mean if len(known.gold) else None
 
     def where(self, chosen: Tensor) -> Comparisons:
-        """The pairs that a mask or index picks."""
+        """The pairs that a mask or index selects."""
         return Comparisons(*(field[chosen] for field in self))
 
 
@@ -96,22 +92,20 @@ def evaluate_reward(
 ) -> RewardEvaluation:
     """Measure a reward on rankings that it was not trained on. Each response is scored once.
 
-    A pair counts with the weight of its ranking, and the intervals take all pairs of a prompt as
-    one measurement. What a ranking calls a tie is not compared.
+    A pair has its ranking's weight. Intervals take a prompt as one measurement. Ties are skipped.
 
     Args:
-        reward: any reward function.
-        rankings: as `load_rankings` gives them, with at least one strict pair; `weight`, `labeler`
-            and `gold_scores` are used where they are there.
-        tokenizer: what the length of a response is counted with.
+        rankings: from `load_rankings`, with at least one strict pair; `weight`, `labeler` and
+            `gold_scores` are used if present.
+        tokenizer: counts the tokens of a response.
 
     Returns:
-        Metrics: accuracy, accuracy_low, accuracy_high (95 %); the same of length_accuracy, where
-        the response with more tokens wins, and of their difference, above_length; log_loss, the
-        mean of -log sigmoid(margin), nats; calibration and calibration_error (see `calibration`);
+        Metrics: accuracy, accuracy_low, accuracy_high (95 %); the same for length_accuracy (the
+        response with more tokens wins) and for above_length (the difference); log_loss, the mean of
+        -log sigmoid(margin), nats; calibration and calibration_error (see `calibration`);
         length_correlation (see `within_prompt_correlation`); by_k and by_distance, accuracies by
-        size of the ranking and difference of ranks; ceiling (accuracy of `gold_scores`) and
-        agreement (see `agreement`), where known; eval_prompts, eval_rankings, eval_pairs.
+        size of the ranking and difference of ranks; if known, ceiling (accuracy of `gold_scores`)
+        and agreement (see `agreement`); eval_prompts, eval_rankings, eval_pairs.
     """
     held_out = numbered(rankings)
     scores = call_reward(reward, held_out.prompts, held_out.responses, {})
@@ -138,10 +132,10 @@ def evaluate_reward(
 
 
 def pair_accuracy(reward: RewardFunction, rankings: Dataset) -> Interval:
-    """The accuracy of `evaluate_reward` alone: for rankings that the reward was trained on.
+    """Only the accuracy of `evaluate_reward`, for rankings that the reward was trained on.
 
     Raises:
-        InputError: no ranking with a strict pair.
+        InputError: no ranking has a strict pair.
     """
     shown = numbered(rankings)
     scores = call_reward(reward, shown.prompts, shown.responses, {})
@@ -152,10 +146,10 @@ def pair_accuracy(reward: RewardFunction, rankings: Dataset) -> Interval:
 def comparisons(
     labeled: Sequence[Labeled], scores: Sequence[float], lengths: Sequence[int]
 ) -> Comparisons:
-    """All strict pairs of the rankings, measured by the scores and lengths of R responses.
+    """All strict pairs of the rankings, with the scores and lengths of R responses.
 
     Raises:
-        InputError: there is none.
+        InputError: no ranking has one.
     """
     rows = []
     for one in labeled:
@@ -173,15 +167,13 @@ def comparisons(
 
 
 def calibration(pairs: Comparisons) -> list[dict[str, float]]:
-    """How often the response that the model prefers wins, against how often it says so.
+    """How often the response that the model prefers wins, against how often the model expects it.
 
-    For scores r the model expects it to win with probability sigmoid(|r_a - r_b|), between one half
-    and 1. The pairs, sorted by that, are cut into up to 10 bins of equal size, of no less than 30
-    pairs.
+    With scores r it expects a win with probability sigmoid(|r_a - r_b|), between one half and 1.
+    Pairs are sorted by it and cut into up to 10 bins of equal size, each of at least 30 pairs.
 
     Returns:
-        Per bin the mean expected and the observed rate (with its 95 % interval), the number of
-        pairs and their weight.
+        Per bin: mean expected rate, observed rate (95 % interval), number of pairs, their weight.
     """
     expected = torch.sigmoid(pairs.margins.abs())
     size = len(expected)
@@ -218,18 +210,18 @@ def calibration_error(bins: Sequence[dict[str, float]]) -> float:
 def within_prompt_correlation(
     scores: Sequence[float], lengths: Sequence[float], prompts: Sequence[int]
 ) -> float:
-    """Spearman's correlation of score and length among the responses of the same prompt.
+    """Spearman's correlation of score and length among the responses to the same prompt.
 
-    Over all prompts at once it would also tell whether prompts that ask for long answers get higher
-    scores, which no comparison can see. So scores and lengths become ranks among the responses of
-    their prompt (equal values share the mean rank), the prompt's mean is taken off, and these
-    deviations of all prompts are correlated; ranks, since a few lengths are extreme.
+    Over all prompts it would also measure whether prompts that ask for long answers get higher
+    scores, which no comparison shows. So scores and lengths become ranks within their prompt (equal
+    values share the mean rank), the prompt's mean is subtracted, and the deviations of all prompts
+    are correlated. Ranks, because a few lengths are extreme.
 
     Args:
         scores, lengths, prompts: one value per distinct response.
 
     Returns:
-        Between -1 and 1; NaN where scores or lengths never differ within a prompt.
+        Between -1 and 1; NaN if scores or lengths never differ within a prompt.
 
     >>> within_prompt_correlation([1.0, 2.0, 9.0, 8.0], [10, 20, 1, 2], [0, 0, 1, 1])
     0.0
@@ -247,15 +239,15 @@ def within_prompt_correlation(
 
 
 def agreement(labeled: Sequence[Labeled]) -> dict[str, float] | None:
-    """How often two labelers order a pair of responses alike, where both put one above the other.
+    """How often two labelers order a pair of responses alike, if neither calls it a tie.
 
-    Rankings of one prompt by different `labeler`s are compared; without a name nobody can tell
-    whether they are two people's. As a ceiling for the model it is a hint, not a bound: a model
-    that knows what most labelers think agrees with one of them more often than they do with each
-    other (InstructGPT: labelers 72.6 +- 1.5 %, model 72.4 +- 0.4 %).
+    Only rankings of one prompt by different `labeler`s are compared: without names they may come
+    from one person. The agreement hints at a ceiling for the model but is not a bound: a model that
+    knows what most labelers think agrees with one of them more often than two of them agree
+    (InstructGPT: labelers 72.6 +- 1.5 %, model 72.4 +- 0.4 %).
 
     Returns:
-        mean, low, high (95 %) and the number of comparisons; None where there is none.
+        mean, low, high (95 %) and the number of comparisons; None if there are none.
     """
     by_prompt = defaultdict(list)
     for one in labeled:
@@ -274,13 +266,13 @@ def agreement(labeled: Sequence[Labeled]) -> dict[str, float] | None:
 
 
 def token_lengths(responses: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of each response, text or messages, without special ones."""
+    """Tokens of each response (text or messages), without special tokens."""
     texts = [r if isinstance(r, str) else "\n".join(m["content"] for m in r) for r in responses]
     return [len(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 def numbered(rankings: Dataset) -> Numbered:
-    """The rankings with numbers in place of texts, so that each response is scored once."""
+    """Number the prompts and responses of rankings, so that each response is scored once."""
     result = Numbered([], [], [], [])
     prompts: dict[str, int] = {}
     responses: dict[tuple[str, str], int] = {}
@@ -298,14 +290,14 @@ def numbered(rankings: Dataset) -> Numbered:
         weight = 1.0 if record.get("weight") is None else float(record["weight"])
         gold = record.get("gold_scores")
         if gold is not None and len(gold) != len(ranked):
-            gold = None  # repeated responses were taken out, nobody knows which
+            gold = None  # repeated responses were removed; which ones is unknown
         one = Labeled(prompt, ranked, record["ranks"], weight, record.get("labeler"), gold)
         result.rankings.append(one)
     return result
 
 
 def _alike(first: Labeled, second: Labeled) -> list[float]:
-    """For each pair that both rank strictly: whether they agree."""
+    """For each pair that both rank strictly, whether they agree."""
     ranks = dict(zip(second.responses, second.ranks, strict=True))
     shared = [
         (rank, ranks[response])
@@ -317,7 +309,7 @@ def _alike(first: Labeled, second: Labeled) -> list[float]:
 
 
 def _broken_down(pairs: Comparisons, key: Tensor) -> dict[str, dict[str, float]]:
-    """Accuracy, that of the length and the ceiling, for the pairs of each value of the key."""
+    """Accuracy, length accuracy and ceiling of the pairs for each value of the key."""
     result: dict[str, dict[str, float]] = {}
     for value in key.unique().tolist():
         part = pairs.where(key == value)
@@ -333,7 +325,7 @@ def _named(name: str, interval: Interval) -> dict[str, float]:
 
 
 def _positive(differences: Tensor) -> Tensor:
-    """1 where a difference is positive, 0 where it is negative, one half where there is none."""
+    """1 for a positive difference, 0 for a negative one, 0.5 for zero."""
     return torch.heaviside(differences, differences.new_tensor(0.5))
 
 
@@ -342,7 +334,7 @@ def _mean(values: Tensor, weights: Tensor) -> float:
 
 
 def _centred_ranks(values: Sequence[float]) -> list[float]:
-    """Ranks less their mean; equal values share one."""
+    """Ranks minus their mean; equal values share the mean rank."""
     dense = dense_ranks(values)
     mean_rank = {
         rank: sum(other < rank for other in dense) + (dense.count(rank) - 1) / 2

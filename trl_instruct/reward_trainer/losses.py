@@ -11,8 +11,8 @@ def pair_weights(ranks: Tensor, weights: Tensor | None = None, *, ties: str = "d
     """Weight of every comparison in the loss: averaged per prompt first, then over prompts.
 
     1 / (comparisons of the prompt) / (prompts), times the prompt's own weight. The mean is over the
-    number of prompts, not over their weights, so that it does not matter how a batch is cut; give
-    weights of mean 1. A prompt without any comparison does not count.
+    number of prompts, not over their weights, so it does not matter how a batch is split; use
+    weights of mean 1. A prompt without comparisons does not count.
 
     Args:
         ranks: `(B, K)` 1 = best, equal = tie, 0 = no response.
@@ -20,7 +20,7 @@ def pair_weights(ranks: Tensor, weights: Tensor | None = None, *, ties: str = "d
         ties: as in `wins`.
 
     Returns:
-        `(B, K, K)`: of response i over response j, 0 where that is no comparison.
+        `(B, K, K)`: of response i over response j, 0 if that is not a comparison.
 
     >>> pair_weights(torch.tensor([[1, 2, 0]]))[0].tolist()
     [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
@@ -40,8 +40,8 @@ def pair_loss(chosen: Tensor, rejected: Tensor, weights: Tensor, *, center: floa
     scores around 0 (Eisenstein et al. 2023, equation 2).
 
     Args:
-        chosen, rejected: r_w and r_l, scores of the better and of the worse response.
-        weights: of the comparisons; the three have shapes that broadcast.
+        chosen, rejected: r_w and r_l, scores of the better and the worse response.
+        weights: of the comparisons; the three shapes must broadcast.
         center: TRL's `center_rewards_coefficient`.
 
     Returns:

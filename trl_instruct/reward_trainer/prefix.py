@@ -1,11 +1,9 @@
-"""K responses behind ONE copy of their prompt: ids, positions, attention mask, where to read.
+"""K responses after ONE copy of their prompt: ids, positions, attention mask, where to read.
 
-A ranking's rows [prompt, response 1], ..., [prompt, response K] begin alike. In a shared row
-
-    prompt | response 1 | response 2 | ... | response K
-
-what they have in common is computed once. A response sees the prompt and itself, and its positions
-go on from the prompt's, so that every token has the hidden state it has in a row of its own.
+A ranking's rows [prompt, response 1], ..., [prompt, response K] begin alike. A shared row
+[prompt, response 1, ..., response K] computes their common prefix once. A response sees the prompt
+and itself, and its positions continue from the prompt's, so every token has the same hidden state
+as in a separate row.
 """
 
 from collections.abc import Sequence
@@ -19,9 +17,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 class SharedRows(NamedTuple):
     """B shared rows of S tokens for R responses in all, padded on the right.
 
-    Fields: input_ids, position_ids `(B, S)`; segments `(B, S)`: 0 = shared prefix, k = tokens of
-    the ranking's k-th response alone, -1 = padding; rows `(R,)` and columns `(R, T)`: where the
-    tokens of each separate row stand.
+    input_ids, position_ids `(B, S)`; segments `(B, S)`: 0 = shared prefix, k = only the ranking's
+    k-th response, -1 = padding; rows `(R,)`, columns `(R, T)`: place of each separate row's tokens.
     """
 
     input_ids: Tensor
@@ -32,13 +29,13 @@ class SharedRows(NamedTuple):
 
 
 def share_prefix(input_ids: Tensor, lengths: Tensor, counts: Tensor) -> SharedRows:
-    """The shared rows of rankings that are given one row a response.
+    """The shared rows of rankings that have one row per response.
 
-    What is shared is what the token rows have in common, not the prompt's text: a tokenizer may
-    join its last letters with a response's first, and a chat template may begin the response.
+    The common prefix of the token rows is shared, not the prompt's text: a tokenizer may merge its
+    last letters with a response's first, and a chat template may begin the response.
 
     Args:
-        input_ids: `(R, T)` prompt + response, padded on the right; a ranking's rows stand together.
+        input_ids: `(R, T)` prompt + response, padded on the right; a ranking's rows are adjacent.
         lengths: `(R,)` tokens in each row.
         counts: `(B,)` rows of each ranking; their sum is R.
 
@@ -64,7 +61,7 @@ def share_prefix(input_ids: Tensor, lengths: Tensor, counts: Tensor) -> SharedRo
     shape = len(counts), int(columns[real].max()) + 1
 
     def placed(values: Tensor, filler: int) -> Tensor:
-        # The prefix is written by each of its responses, every time with the same values.
+        # Each response writes the prefix, always with the same values.
         return values.new_full(shape, filler).index_put(place, values[real])
 
     return SharedRows(
@@ -77,7 +74,7 @@ def share_prefix(input_ids: Tensor, lengths: Tensor, counts: Tensor) -> SharedRo
 
 
 def common_prefix(input_ids: Tensor, lengths: Tensor, counts: Tensor) -> Tensor:
-    """Tokens that all rows of a ranking begin with, `(B,)`. Arguments as `share_prefix`.
+    """Length `(B,)` of the prefix of each ranking's rows. Arguments as in `share_prefix`.
 
     A row's last token, where its score is read, is never shared.
 
@@ -99,11 +96,11 @@ def prefix_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     """Attention mask of shared rows: the prefix is causal, a response sees the prefix and itself.
 
     Args:
-        segments: `(B, S)` as in `SharedRows`. Padding sees something too, for softmax is 0/0 else.
-        dtype: the model's: the mask is added to its attention scores.
+        segments: `(B, S)` as in `SharedRows`. Padding sees something too, or softmax is 0/0.
+        dtype: the model's; the mask is added to its attention scores.
 
     Returns:
-        `(B, 1, S, S)`: 0 where the query (row) sees the key (column), else the smallest number.
+        `(B, 1, S, S)`: 0 where the query (row) sees the key (column), else the lowest number.
 
     >>> (prefix_mask(torch.tensor([[0, 1, 1, 2]]), torch.float32) == 0).int().tolist()
     [[[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]]]
@@ -115,7 +112,7 @@ def prefix_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def prefix_blocks(segments: Tensor) -> BlockMask:
-    """The same for FlexAttention, which passes over blocks of 128 x 128 that nothing is seen in."""
+    """The same for FlexAttention, which skips 128 x 128 blocks in which everything is hidden."""
 
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return _visible(segments[row, query], segments[row, key], query, key)
@@ -125,7 +122,7 @@ def prefix_blocks(segments: Tensor) -> BlockMask:
 
 
 def _visible(query: Tensor, key: Tensor, query_place: Tensor, key_place: Tensor) -> Tensor:
-    """Whether a token sees another, by segment and place of both."""
+    """Whether the query sees the key, by the segment and place of both."""
     return ((key == 0) | (key == query)) & (key_place <= query_place)
 
 
@@ -135,18 +132,17 @@ def sharing_pays(
     hidden_size: int,
     skips_hidden: bool = False,
 ) -> bool:
-    """Whether shared rows are less work than one row a response.
+    """Whether shared rows are less work than one row per response.
 
     Prompts are computed once, but every response is compared with the tokens of the others before
-    the mask hides them. A layer's work on a row of T tokens is about T (24 h^2 + 4 T h): where
-    responses are long and the prompt is short, K short rows are less than one long one. Attention
-    that passes over what is hidden compares no more in a shared row: then the tokens count.
+    the mask hides them. A layer's work on a row of T tokens is about T (24 h^2 + 4 T h), with h the
+    hidden size: if responses are long and the prompt is short, K short rows are less than one long
+    one. Attention that skips hidden tokens compares no more in a shared row: then only the tokens
+    count.
 
     Args:
-        shared: `(B, S)`, the shape of the shared rows.
-        separate: `(R, T)`, that of the separate ones.
-        hidden_size: h.
-        skips_hidden: FlexAttention.
+        shared, separate: shapes `(B, S)` and `(R, T)` of the rows.
+        skips_hidden: whether attention skips hidden tokens (FlexAttention).
 
     >>> sharing_pays((1, 832), (9, 320), hidden_size=768)
     True

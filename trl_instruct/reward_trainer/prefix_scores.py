@@ -1,4 +1,4 @@
-"""Scores of K responses behind one copy of their prompt, and whether a model can do that."""
+"""Scores of K responses after one copy of their prompt, and whether a model can do that."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,16 +10,14 @@ from torch import Tensor, nn
 from trl_instruct.reward_trainer.prefix import SharedRows, prefix_blocks, prefix_mask, share_prefix
 from trl_instruct.rewards.score_position import on_head
 
-# Attention that looks back a number of tokens only: columns of a shared row are further apart.
+# Attention limited to the last tokens: columns of a shared row are further apart.
 WINDOWS = ("sliding_window", "attention_chunk_size")
-
-
-MASKED = (None, "eager", "sdpa", "flex_attention")  # None: no attention, or one of its own
+MASKED = (None, "eager", "sdpa", "flex_attention")  # None: no attention, or its own kind
 
 
 @contextlib.contextmanager
 def token_scores(model: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Inside, each forward pass adds hidden states `(R, T, H)` and scores `(R, T)` of its tokens.
+    """Each forward pass inside adds its tokens' hidden states `(R, T, H)` and scores `(R, T)`.
 
     Args:
         model: a sequence classifier, not wrapped for training.
@@ -36,13 +34,13 @@ def token_scores(model: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
 def shared_scores(
     model: Any, bare: Any, shared: SharedRows, columns: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Any]:
-    """Scores `(R,)` of responses in shared rows, and the model's output (its logits mean nothing).
+    """Scores `(R,)` of responses in shared rows, and the model's output (ignore its logits).
 
     Args:
-        model, bare: as `separate_scores`.
+        model, bare: as in `separate_scores`.
         shared: from `share_prefix`.
         columns: `(R,)` where the score is read in the separate rows.
-        dtype: that the model computes in.
+        dtype: the model's compute dtype.
     """
     with token_scores(bare) as seen:
         outputs = _forward_shared(model, bare, shared, dtype)
@@ -52,12 +50,12 @@ def shared_scores(
 
 
 def attention_of(model: Any) -> str | None:
-    """Which attention the model runs with, by transformers' name."""
+    """The attention that the model runs with, by transformers' name."""
     return model.config.get_text_config()._attn_implementation
 
 
 def skips_hidden(model: Any) -> bool:
-    """Whether the model's attention leaves out what a mask hides, instead of computing it first."""
+    """Whether the model's attention skips what a mask hides instead of computing it first."""
     return attention_of(model) == "flex_attention"
 
 
@@ -75,25 +73,23 @@ def _forward_shared(model: Any, bare: Any, shared: SharedRows, dtype: torch.dtyp
 def sharing_fault(
     model: Any, bare: Any, input_ids: Tensor, lengths: Tensor, dtype: torch.dtype
 ) -> str | None:
-    """Why the model cannot share a prefix, found by trying; None where it can.
+    """Why the model cannot share a prefix, found by trying; None if it can.
 
-    The last hidden states of the responses' tokens are compared: unlike the scores they tell apart
-    what the head, that may still be zero, does not.
+    Compares the response tokens' last hidden states: a head that is still zero hides differences.
 
     Args:
-        model, bare: as `separate_scores`, in eval mode.
-        input_ids: `(K, T)` the rows of one ranking, padded on the right; the longest that occur.
-        lengths: `(K,)`.
-        dtype: that the model computes in.
+        model, bare: as in `separate_scores`, in eval mode.
+        input_ids, lengths: `(K, T)`, `(K,)` rows of the longest ranking, padded on the right.
+        dtype: the model's compute dtype.
     """
     if not isinstance(getattr(bare, "score", None), nn.Module):
         return "it has no head `score` on every token"
     config, longest = bare.config.get_text_config(), int(lengths.max())
     if (attention := attention_of(bare)) not in MASKED:
-        # Not to be tried: flash kernels take such a mask for positions, beyond the end of the keys.
-        return f"{attention} knows no mask like that of a shared prompt, as sdpa does"
+        # Not tried: flash kernels would read such a mask as positions, beyond the end of the keys.
+        return f"{attention} does not support the mask of a shared prompt, as sdpa does"
     for window in (getattr(config, name, None) for name in WINDOWS):
-        # In half precision the comparison below could overlook a token or two.
+        # In half precision the comparison below could miss a token or two.
         if window is not None and window < longest:
             return f"it attends to {window} tokens and a response with its prompt has {longest}"
     shared = share_prefix(input_ids, lengths, lengths.new_tensor([len(lengths)]))
@@ -107,11 +103,10 @@ def sharing_fault(
         (separate, _), (together, _) = seen
         expected = separate[own].float()
         difference = float((together[place][own] - expected).norm())
-    except Exception as error:  # whatever an architecture makes of a mask that it does not know
+    except Exception as error:  # whatever an architecture does with an unknown mask
         return f"{type(error).__name__}: {error}".splitlines()[0]
     spread = float((expected - expected.mean(dim=0)).norm())
-    # Rounding alone makes 1e-6 in float32, 0.06 % in TF32, 2 % in bfloat16 (24 layers); a wrong
-    # mask 6 % and more.
+    # Rounding: 1e-6 (float32), 0.06 % (TF32), 2 % (bfloat16, 24 layers); wrong mask: 6 % and more.
     if not difference <= max(0.002, 0.5 * torch.finfo(dtype).eps ** 0.5) * spread:
         return f"its hidden states differ by {difference / spread:.1%} from those of separate rows"
     return None

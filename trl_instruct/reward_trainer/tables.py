@@ -1,4 +1,4 @@
-"""What was measured of a reward model, for people: a short table and a figure."""
+"""The evaluation of a reward model as a short table and a figure."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ MOST_POINTS = 3000
 
 
 def render(metrics: dict[str, Any], figure: Path) -> str:
-    """The metrics of `rm` as a plain-text table; what was not measured has no row.
+    """The metrics of `rm` as a plain-text table; a missing metric has no row.
 
     Args:
-        metrics: as `rm` returns them.
-        figure: where the figure lies, for the first line.
+        figure: path of the figure, for the first line.
     """
     rows = []
     if "accuracy" in metrics:
@@ -55,8 +54,8 @@ def render(metrics: dict[str, Any], figure: Path) -> str:
 
 
 def plot(evaluation: RewardEvaluation, path: Path) -> None:
-    """Save the evaluation as a figure of four panels."""
-    from matplotlib.figure import Figure  # takes a second; without pyplot it needs no screen
+    """Save the evaluation as a figure with four panels."""
+    from matplotlib.figure import Figure  # takes a second; without pyplot it needs no display
 
     metrics = evaluation.metrics
     figure = Figure(figsize=(11, 8), layout="constrained")
@@ -73,7 +72,7 @@ def plot(evaluation: RewardEvaluation, path: Path) -> None:
 
 
 def plot_accuracy(axes: Any, metrics: Mapping[str, Any], key: str, label: str) -> None:
-    """Accuracy with its interval by K or distance, beside what it can be compared with."""
+    """Plot accuracy with its interval by K or distance, beside what it is compared with."""
     cells = metrics[key]
     places = range(len(cells))
     means = [cell["accuracy"] for cell in cells.values()]
@@ -97,7 +96,7 @@ def plot_accuracy(axes: Any, metrics: Mapping[str, Any], key: str, label: str) -
 
 
 def plot_calibration(axes: Any, metrics: Mapping[str, Any]) -> None:
-    """How often the higher score wins, against how often the model says so."""
+    """Plot how often the higher score wins, against how often the model expects it."""
     bins = metrics["calibration"]
     expected = [one["expected"] for one in bins]
     observed = [one["observed"] for one in bins]
@@ -114,7 +113,7 @@ def plot_calibration(axes: Any, metrics: Mapping[str, Any]) -> None:
 
 
 def _plot_lengths(axes: Any, evaluation: RewardEvaluation) -> None:
-    """Score against length; of many responses evenly chosen ones."""
+    """Plot score against length, for evenly spaced responses if there are many."""
     step = -(-len(evaluation.scores) // MOST_POINTS)
     scores, lengths = evaluation.scores[::step], evaluation.lengths[::step]
     axes.plot(lengths, scores, ".", alpha=0.3, color=MODEL)

@@ -32,33 +32,31 @@ logger = logging.getLogger(__name__)
 
 FORWARDS = ("shared_prefix", "grouped", "pairs")
 NO_RESPONSE = -100  # in predictions, as transformers pads them
-# Of a stream, so many rankings are read ahead to find a long one for the check at the start.
+# Rankings of a stream that are read ahead to find a long one for the check at the start.
 READ_AHEAD = 64
 
 
 class RankingRewardTrainer(RewardTrainer):
     """Reward model from K-way rankings (InstructGPT 3.5): K completions for C(K,2) comparisons.
 
-    The batch is counted in prompts. Rankings are records with `prompt`, `responses`, `ranks` and
-    optionally `weight`, as `load_rankings` gives them; pairs (`prompt`, `chosen`, `rejected`) train
-    as in TRL. All arguments are TRL's. What concerns rankings stands in our `RewardConfig`, with
-    the same defaults where `args` is TRL's:
+    The batch size counts prompts. Rankings are records with `prompt`, `responses`, `ranks` and
+    optionally `weight`, from `load_rankings`; pairs (`prompt`, `chosen`, `rejected`) train as in
+    TRL. All arguments are TRL's. Our `RewardConfig` adds the options for rankings; with TRL's
+    config as `args` they have the same defaults:
 
     - `forward`, also an argument: "shared_prefix" computes a prompt once for all its responses,
-      "grouped" once for each of them, "pairs" is TRL's way, both responses of every comparison.
-      The three give the same loss. A model that cannot share a prefix is found out before the first
-      step, by comparing it with separate rows, and gets "grouped", as does a batch for which that
-      is less work.
+      "grouped" once per response, "pairs" computes both responses of every comparison, as TRL does.
+      All give the same loss. Before the first step, shared and separate rows are compared; a model
+      that cannot share a prefix gets "grouped", as does a batch for which that is less work.
     - `average_over`, `ties`, `batch_by_length`.
 
-    Predictions, what `compute_metrics` gets too, are one row of K scores a ranking, in the order of
-    its responses, and -100 where it has fewer.
+    Predictions, also for `compute_metrics`, have one row of K scores per ranking, in the order of
+    its responses, padded with -100.
 
-    A response that is longer than `max_length` with its prompt is left out of its ranking and
-    counted in `overlong`; a ranking without any comparison left is left out. With `truncate_prompt`
-    in the arguments the prompt loses its beginning first, in `truncated` rankings. Weights are
-    scaled to mean 1 over the dataset. (In a stream nothing is counted beforehand, and weights stay
-    as they are.)
+    A response that exceeds `max_length` with its prompt is left out of its ranking and counted in
+    `overlong`; a ranking without comparisons is left out. With `truncate_prompt` the prompt first
+    loses its beginning; `truncated` counts these rankings. Weights are scaled to mean 1 over the
+    dataset. (In a stream nothing is counted in advance, and weights are not scaled.)
     """
 
     _signature_columns: list[str]
@@ -88,7 +86,7 @@ class RankingRewardTrainer(RewardTrainer):
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
         if self.args.disable_dropout:
-            disable_dropout(self.model)  # TRL leaves on what is no module: OPT's
+            disable_dropout(self.model)  # TRL's misses rates outside nn.Dropout (OPT)
         if data_collator is None:
             self.data_collator = RankingCollator(
                 self.processing_class.pad_token_id, self.args.pad_to_multiple_of
@@ -96,8 +94,6 @@ class RankingRewardTrainer(RewardTrainer):
         callback = _NoPadTokenIfEos(self.processing_class, own)
         callback.settle(self.model)
         self.add_callback(callback)
-
-    # ---- data ------------------------------------------------------------------------------------
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: PreTrainedTokenizerBase, args: Any, name: str
@@ -137,10 +133,10 @@ class RankingRewardTrainer(RewardTrainer):
         return prepared
 
     def _prepare_stream(self, dataset: IterableDataset) -> IterableDataset:
-        """Tokenised rankings that are counted as they come, and not before."""
+        """Filter tokenized rankings of a stream, which cannot be counted in advance."""
         if self.average_over == "pairs":
             raise InputError(
-                "average_over='pairs' needs the number of all pairs, which a stream does not tell. "
+                "average_over='pairs' needs the number of all pairs, which is unknown in a stream. "
                 "Load the rankings with streaming=False, or average over prompts."
             )
         dataset = dataset.filter(lambda record: record["comparisons"] > 0)
@@ -148,14 +144,14 @@ class RankingRewardTrainer(RewardTrainer):
         return dataset
 
     def _probe_with(self, records: list[dict[str, Any]]) -> None:
-        """Have the model checked with the longest ranking, if it is the longest so far."""
+        """Choose the longest ranking so far for the check of the model."""
         for record in records:
             if record["longest"] > max(map(len, self._probe), default=0):
                 self._probe = record["response_ids"]
                 self._checked = False
 
     def _scale_weights(self, dataset: Any) -> Any:
-        """Weights that average over prompts or pairs as asked; no column where all are equal."""
+        """Scale weights to average over prompts or pairs; no column if all are equal."""
         weights = torch.tensor(dataset["weight"][:], dtype=torch.float64)
         if self.average_over == "pairs":
             weights = weights * torch.tensor(dataset["comparisons"][:])
@@ -183,8 +179,6 @@ class RankingRewardTrainer(RewardTrainer):
             seed=args.seed if args.data_seed is None else args.data_seed,
         )
 
-    # ---- loss ------------------------------------------------------------------------------------
-
     def compute_loss(
         self,
         model: Any,
@@ -197,7 +191,7 @@ class RankingRewardTrainer(RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _trl_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """TRL's loss of pairs, the scores read where they are read in use."""
+        """TRL's loss on pairs, with scores read at the same position as in use."""
         bare = self.accelerator.unwrap_model(model)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         with scores_at(bare, score_positions(ids, mask, pad_token_of(bare)), ids.shape[1]):
@@ -221,7 +215,7 @@ class RankingRewardTrainer(RewardTrainer):
             table[ranks > 0] = scores.float()
             loss = pair_loss(table.unsqueeze(2), table.unsqueeze(1), weights, center=center)
         self._log_scores(table.detach(), ranks, mask.sum())
-        # One row a ranking: evaluation counts the rows.
+        # One row per ranking: evaluation counts the rows.
         outputs["logits"] = torch.where(ranks > 0, table, float(NO_RESPONSE))
         return loss, outputs
 
@@ -240,7 +234,7 @@ class RankingRewardTrainer(RewardTrainer):
         return separate_scores(model, bare, ids, mask)
 
     def _check_sharing(self, model: Any, bare: Any) -> None:
-        """Once, with the longest ranking of the data: "grouped" where the model cannot share."""
+        """Check once, with the longest ranking; "grouped" if the model cannot share a prefix."""
         if self._checked:
             return
         self._checked = True
@@ -255,13 +249,13 @@ class RankingRewardTrainer(RewardTrainer):
             if self.accelerator.is_main_process:
                 logger.warning(
                     "forward='shared_prefix' is not possible with this %s: %s. Each response gets "
-                    "its prompt to itself (forward='grouped').",
+                    "its own copy of the prompt (forward='grouped').",
                     type(bare).__name__,
-                    fault or "another process found it to differ",
+                    fault or "another process found a difference",
                 )
 
     def _dtype(self, bare: Any) -> torch.dtype:
-        """What the model computes its attention in."""
+        """The dtype in which the model computes attention."""
         if self.args.bf16:
             return torch.bfloat16
         return torch.float16 if self.args.fp16 else bare.dtype
@@ -292,7 +286,7 @@ class RankingRewardTrainer(RewardTrainer):
 
 
 def _pair_rows(ranks: Tensor, weights: Tensor) -> Tensor:
-    """The responses of N comparisons as rows of the batch, `(2 N,)`: the better ones, the worse."""
+    """The responses of N comparisons as rows of the batch, `(2 N,)`: better ones, then worse."""
     row = torch.zeros_like(ranks)
     row[ranks > 0] = torch.arange(int((ranks > 0).sum()), device=ranks.device)
     both = row.unsqueeze(2).expand_as(weights), row.unsqueeze(1).expand_as(weights)
@@ -300,10 +294,10 @@ def _pair_rows(ranks: Tensor, weights: Tensor) -> Tensor:
 
 
 class _NoPadTokenIfEos(TrainerCallback):
-    """With pad == eos the model's config names no pad token, so that its score stands at the EOS.
+    """If pad == eos, the model's config gets no pad token, so the score is read at the EOS.
 
-    TRL and transformers put the tokenizer's there, when the trainer is made and when it starts. An
-    adapter is saved without a config, so it trains with its base's `own`.
+    TRL and transformers set the tokenizer's pad token when the trainer is built and when it starts.
+    An adapter is saved without a config, so it trains with `own`, the pad token of its base.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, own: int | None):

@@ -1,5 +1,5 @@
-"""Whatever judges a completion. A new reward is a file here with TRL's signature.
+"""Rewards, which score completions. A new reward is a file here with TRL's signature.
 
-`load` turns what a user names into a reward function; `function` says how one is called;
-`reward_model` is the trained one, and `score_position` says which token its score is read at.
+`load` turns what a user names into a reward function; `function` defines how one is called;
+`reward_model` wraps a trained model, `score_position` finds the token its score is read at.
 """

@@ -20,26 +20,24 @@ from trl_instruct.rewards.score_position import batched_logits
 
 
 class ClassifierReward:
-    """Scores by the labels of a sequence classifier, with a tokenizer of its own.
+    """Scores by the labels of a sequence classifier, with its own tokenizer.
 
     score = sum over the labels of weight * measure, where the measure of a label is its
-    "probability" (softmax; sigmoid where the model's problem_type is multi_label_classification),
-    its "logit", or its "log_odds", log(p / (1 - p)).
+    "probability" (softmax; sigmoid if the model's problem_type is multi_label_classification), its
+    "logit", or its "log_odds", log(p / (1 - p)).
 
-    The classifier reads prompt + completion (messages one under the other), with the special
-    tokens it was trained with. What exceeds its context is cut from the left, and counted in
-    `truncated`.
+    The classifier reads prompt + completion (messages joined by newlines) with the special tokens
+    it was trained with. Texts beyond its context are cut from the left and counted in `truncated`.
 
     Args:
         model: a Hub id, a folder, or a loaded classifier.
         labels: a label's name, or weights by name; names as in the model's `id2label`.
-        measure: as above.
-        tokenizer: the classifier's, where it does not lie beside it.
-        with_prompt: False: it reads the completion alone.
+        tokenizer: the classifier's, if it is not in the model's folder.
+        with_prompt: if False, the classifier reads only the completion.
         batch_size: texts per forward pass.
 
     Raises:
-        InputError: a label that the model does not have, or another measure.
+        InputError: an unknown label or measure.
     """
 
     def __init__(
@@ -71,7 +69,7 @@ class ClassifierReward:
         return self.name
 
     def to(self, device: torch.device) -> None:
-        """Put the model there."""
+        """Move the model to the device."""
         self.model.to(device)
 
     @torch.no_grad()
@@ -83,14 +81,14 @@ class ClassifierReward:
         rows = [self._ids(prompt, completion) for prompt, completion in pairs]
         filler = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
         logits = batched_logits(self.model, rows, filler, self.batch_size).double()
-        # A label that stands alone excludes none: its probability is the sigmoid, too.
+        # A single label excludes no other: its probability is the sigmoid, too.
         one_of_many = self.model.config.problem_type != "multi_label_classification"
         together = one_of_many and logits.shape[1] > 1
         measured = MEASURES[self.measure](logits, together)
         return (measured @ self.weights).tolist()
 
     def _ids(self, prompt: Any, completion: Any) -> list[int]:
-        """Tokens of a text, without so much of its beginning that they fit."""
+        """Tokens of a text, cut from the left to the context."""
         text = as_text(completion)
         if self.with_prompt:
             join = "" if isinstance(prompt, str) else "\n"
@@ -108,7 +106,7 @@ def _weights(labels: Mapping[str, float], model: PreTrainedModel) -> Tensor:
     unknown = [name for name in labels if name not in known]
     if unknown or not labels:
         raise InputError(
-            f"The classifier {model_name(model)!r} has the labels {', '.join(known)}; given was "
+            f"The classifier {model_name(model)!r} has the labels {', '.join(known)}; given: "
             f"{', '.join(map(repr, unknown)) or 'none'}."
         )
     weights = torch.zeros(len(known), dtype=torch.float64)
@@ -124,7 +122,7 @@ def _probability(logits: Tensor, together: bool) -> Tensor:
 def _log_odds(logits: Tensor, together: bool) -> Tensor:
     if not together:
         return logits
-    # log p - log(1 - p), the second from the other labels alone: it stays exact where p is near 1
+    # log p - log(1 - p), where 1 - p comes from the other labels: exact even if p is near 1
     others = torch.eye(logits.shape[-1], dtype=torch.bool).unsqueeze(0)
     rest = logits.unsqueeze(1).masked_fill(others, -torch.inf).logsumexp(dim=-1)
     return logits - rest

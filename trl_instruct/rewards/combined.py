@@ -1,4 +1,4 @@
-"""Rewards made of rewards: weighted sum, clipping, running normalisation, length penalty."""
+"""Rewards built from rewards: weighted sum, clipping, running normalisation, length penalty."""
 
 import math
 from collections.abc import Sequence
@@ -9,14 +9,13 @@ from trl_instruct.rewards.function import RewardFunction, Scores, as_text, call_
 
 
 class WeightedSum:
-    """The sum of several rewards' scores, each times its weight; of those that apply, as in TRL.
+    """The weighted sum of the scores of all rewards that apply, as in TRL.
 
     Args:
-        rewards: reward functions.
-        weights: one a reward; default: 1 each.
+        weights: one per reward; default 1 each.
 
     Raises:
-        InputError: no reward, or another number of weights.
+        InputError: no rewards, or a wrong number of weights.
     """
 
     def __init__(self, rewards: Sequence[RewardFunction], weights: Sequence[float] | None = None):
@@ -25,7 +24,7 @@ class WeightedSum:
         if not self.parts or len(self.weights) != len(self.parts):
             raise InputError(
                 f"{len(self.weights)} reward weights were given for {len(self.parts)} rewards; "
-                "one weight a reward is needed."
+                "one weight per reward is needed."
             )
 
     @property
@@ -35,7 +34,7 @@ class WeightedSum:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> Scores:
-        """Scores of the completions; None where none of the rewards applies."""
+        """Scores of the completions, None where no reward applies."""
         scores = [call_part(part, prompts, completions, columns) for part in self.parts]
         return [self._sum(row) for row in zip(*scores, strict=True)]
 
@@ -45,12 +44,7 @@ class WeightedSum:
 
 
 class Clipped:
-    """A reward's scores, those outside of [low, high] set to the nearer end.
-
-    Args:
-        reward: a reward function.
-        low, high: the ends; None: open.
-    """
+    """A reward's scores, clipped to [low, high]; a bound that is None does not clip."""
 
     def __init__(
         self, reward: RewardFunction, *, low: float | None = None, high: float | None = None
@@ -68,7 +62,7 @@ class Clipped:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> Scores:
-        """Scores of the completions; None where the reward does not apply."""
+        """Scores of the completions, None where the reward does not apply."""
         scores = call_part(self.parts[0], prompts, completions, columns)
         return [s if s is None else min(self.high, max(self.low, s)) for s in scores]
 
@@ -82,12 +76,12 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, scores: Sequence[float]) -> "Moments":
-        """Of a batch."""
+        """Moments of a batch."""
         mean = sum(scores) / max(1, len(scores))
         return cls(len(scores), mean, sum((score - mean) ** 2 for score in scores))
 
     def joined(self, other: "Moments") -> "Moments":
-        """Of both together (Chan et al. 1979).
+        """Moments of both together (Chan et al. 1979).
 
         >>> Moments.of([1.0, 3.0]).joined(Moments.of([8.0]))
         Moments(seen=3, mean=4.0, squares=26.0)
@@ -104,15 +98,12 @@ class Moments(NamedTuple):
 
 
 class Normalised:
-    """A reward's scores, less the mean of all it has given so far and over their deviation.
+    """A reward's scores, normalised by the mean and deviation of all its scores so far.
 
-    (score - mean) / max(std, 1e-8), the batch that is scored included, std over n - 1 scores; less
-    the mean alone as long as there is one score. Every call adds to the moments: do not measure
-    with the object that trains. Several processes have the same moments from one iteration of
-    PPO to the next; within one, each adds its own batch.
-
-    Args:
-        reward: a reward function.
+    (score - mean) / max(std, 1e-8), with the current batch included and std over n - 1 scores; of
+    a single score only the mean is subtracted. Every call adds to the moments: do not evaluate with
+    the object that trains. All processes start an iteration of PPO with the same moments; within
+    one, each adds its own batch.
     """
 
     def __init__(self, reward: RewardFunction):
@@ -126,7 +117,7 @@ class Normalised:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> Scores:
-        """Scores of the completions; None where the reward does not apply."""
+        """Scores of the completions, None where the reward does not apply."""
         scores = call_part(self.parts[0], prompts, completions, columns)
         self.own = self.own.joined(Moments.of([score for score in scores if score is not None]))
         count, mean, squares = self.shared.joined(self.own)
@@ -138,27 +129,18 @@ class Normalised:
         return {"shared": list(self.shared), "own": list(self.own)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set them back."""
+        """Restore the moments."""
         self.shared, self.own = Moments(*state["shared"]), Moments(*state["own"])
 
     def merge(self, states: Sequence[dict[str, Any]]) -> None:
-        """Take in what every process has seen since the last time.
-
-        Args:
-            states: of all processes, this one's among them.
-        """
+        """Add what all processes, this one included, have seen since the last merge."""
         for state in states:
             self.shared = self.shared.joined(Moments(*state["own"]))
         self.own = Moments()
 
 
 class LengthPenalty:
-    """A reward of its own, to be summed with others: -per_character for each beyond `free`.
-
-    Args:
-        per_character: what a character of the completion costs.
-        free: characters that cost nothing.
-    """
+    """A reward to add to others: -per_character for each character after the first `free`."""
 
     def __init__(self, per_character: float, *, free: int = 0):
         self.per_character, self.free = per_character, free

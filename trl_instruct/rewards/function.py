@@ -1,9 +1,9 @@
-"""TRL's reward-function signature: how a reward is called, and what is told where it fails.
+"""TRL's reward-function signature: how a reward is called, and how its failures are reported.
 
-f(prompts, completions, completion_ids, **columns) -> list[float | None], or an async function of
-that form: one score per completion, None where the reward does not apply to it. Prompts and
-completions are both texts or both lists of messages; `completion_ids` are the completions' tokens,
-EOS included; `columns` are the prompt dataset's further columns. A function names what it wants.
+f(prompts, completions, completion_ids, **columns) -> list[float | None], plain or async: one score
+per completion, None where the reward does not apply. Prompts and completions are both texts or
+both lists of messages; `completion_ids` are the completions' tokens, EOS included; `columns` are
+the prompt dataset's further columns. A function gets only what it has parameters for.
 """
 
 import asyncio
@@ -22,15 +22,12 @@ Columns = Mapping[str, Sequence[Any]]
 
 LOOP_THREAD = "async rewards"
 LARGEST = 3.4028234663852886e38  # float32
-# Texts that a model's context has cut, answers of a judge without a score.
+# Counters of texts cut to a model's context and of a judge's answers without a score.
 COUNTED = ("truncated", "unparsable")
 
 
 class RewardError(InputError):
-    """A reward that failed on what it was given: `fault` says how.
-
-    `row` is the completion's index, where known; the message counts from 1.
-    """
+    """A reward failed: `fault` says how, `row` at which index, if known (from 1 in the message)."""
 
     def __init__(self, fault: str, row: int | None = None):
         super().__init__(fault if row is None else f"{fault} (completion {row + 1})")
@@ -38,30 +35,25 @@ class RewardError(InputError):
 
 
 class RewardUnreachableError(RewardError):
-    """A reward that cannot be reached: to ask it again for one completion would not help."""
+    """A reward cannot be reached: asking again for single completions would not help."""
 
 
 def call_reward(
     reward: RewardFunction, prompts: Sequence[Any], completions: Sequence[Any], columns: Columns
 ) -> list[float]:
-    """Scores of a reward function, checked.
+    """Scores of a reward function, checked: B finite floats.
 
-    A function that raises is asked for one completion after the other until the one is found that
-    it raises for.
+    If the function raises, it is called for one completion at a time to find the faulty one.
 
     Args:
-        reward: any callable with the signature above; columns it has no parameter for are left
-            out.
+        reward: any callable with the signature above.
         prompts, completions: B texts, or B lists of messages.
         columns: `completion_ids` and further columns, B values each.
 
-    Returns:
-        B finite floats.
-
     Raises:
-        InputError: parameters of other names.
-        RewardError: it raised, gave another number of scores than completions, a score that is no
-            finite number, or None. What it remembers (`state_dict`) is then as before the call.
+        InputError: the names of its parameters do not fit.
+        RewardError: it raised, or returned a wrong number of scores, None, or a score that is not
+            a finite number. Its state (`state_dict`) is then as before the call.
     """
     scores = _call(reward, prompts, completions, columns)
     return [score for score in scores if score is not None]  # None was a fault
@@ -70,7 +62,7 @@ def call_reward(
 def call_part(
     reward: RewardFunction, prompts: Sequence[Any], completions: Sequence[Any], columns: Columns
 ) -> Scores:
-    """As `call_reward`, for a part of a reward: None where it does not apply."""
+    """Like `call_reward`, for a part of a reward: None where it does not apply."""
     return _call(reward, prompts, completions, columns, none_is_fault=False)
 
 
@@ -103,16 +95,11 @@ def try_reward(
 ) -> tuple[list[float], dict[int, str]]:
     """Scores of a reward function that may fail on some completions.
 
-    A call that fails as a whole is repeated for one completion at a time.
-
-    Args:
-        reward, prompts, completions, columns: as in `call_reward`.
+    A call that fails as a whole is repeated for one completion at a time. Arguments and InputError
+    as in `call_reward`.
 
     Returns:
-        B floats, NaN where it failed; why, by the completion's index.
-
-    Raises:
-        InputError: parameters of other names.
+        B floats, NaN where it failed; the faults, by the completion's index.
     """
     given = (reward, prompts, completions, _wanted(reward, columns))
     before = _memory(reward)
@@ -142,9 +129,9 @@ def _without(
     completions: Sequence[Any],
     columns: dict[str, Any],
 ) -> list[float]:
-    """The scores, those without a fault as the reward gives them together.
+    """The scores, those without a fault computed again in one call.
 
-    One at a time a reward that remembers has scored each by those before it alone.
+    One at a time, a reward with state has scored each with the state of those before it only.
     """
     count, alone = len(scores), _memory(reward)
     kept = [row for row in range(count) if row not in faults]
@@ -161,7 +148,7 @@ def _without(
 
 
 def _located(error: RewardError, *given: Any) -> tuple[int, str | None]:
-    """The first completion that a reward raises for by itself; (0, None) where there is none."""
+    """The first completion that a reward raises for alone, and why; (0, None) if there is none."""
     raised = error.row is None and error.__cause__ is not None
     if raised and not isinstance(error, RewardUnreachableError):
         for row, (_, fault) in enumerate(_one_by_one(*given)):
@@ -176,7 +163,7 @@ def _one_by_one(
     completions: Sequence[Any],
     columns: dict[str, Any],
 ) -> Iterator[tuple[float, str | None]]:
-    """Score and fault of each completion, alone; none is tried once the reward is out of reach."""
+    """Score and fault of each completion alone; an unreachable reward is not called again."""
     count, unreachable = len(completions), None
     for row in range(count):
         score, fault = math.nan, unreachable
@@ -197,7 +184,7 @@ def _rows(
     completions: Sequence[Any],
     columns: dict[str, Any],
 ) -> tuple[list[Any], list[Any], dict[str, Any]]:
-    """What a reward is given, for some of the completions."""
+    """The arguments of a reward for some of the completions."""
 
     def those(values: Sequence[Any]) -> list[Any]:
         return [values[row] for row in rows]
@@ -215,7 +202,7 @@ def _ask(
     *,
     none_is_fault: bool = True,
 ) -> tuple[Scores, dict[int, str]]:
-    """As `try_reward`, in one call. RewardError where it raises or gives a wrong count."""
+    """Like `try_reward`, in one call; RewardError if it raises or returns a wrong count."""
     name, count = reward_name(reward), len(completions)
     try:
         scores: Any = reward(prompts=prompts, completions=completions, **columns)
@@ -239,7 +226,7 @@ def _ask(
         if score is not None and math.isnan(score)
     }
     if none_is_fault:
-        told = f"Reward {name!r} gave the score None; it does not apply, nor does another."
+        told = f"Reward {name!r} gave the score None; at least one reward must apply."
         faults |= {row: told for row, score in enumerate(read) if score is None}
     return read, dict(sorted(faults.items()))
 
@@ -250,21 +237,21 @@ def _as_floats(scores: Scores) -> list[float]:
 
 
 def _wanted(reward: RewardFunction, columns: Columns) -> dict[str, Any]:
-    """The columns that the reward has parameters for; InputError where it needs one more."""
+    """The columns that the reward has parameters for; InputError if it needs a missing one."""
     parameters = inspect.signature(reward).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if not takes_all and not {"prompts", "completions"} <= set(parameters):
         raise InputError(
-            f"Reward {reward_name(reward)!r} takes ({', '.join(parameters)}); it is called by "
-            "name, so it needs the parameters (prompts, completions), and (..., **columns) for "
-            "further columns."
+            f"Reward {reward_name(reward)!r} takes ({', '.join(parameters)}); arguments are "
+            "passed by name, so it needs (prompts, completions), and (..., **columns) for further "
+            "columns."
         )
     given = {"prompts", "completions", *columns}
     lacking = [p.name for p in parameters.values() if _is_needed(p) and p.name not in given]
     if lacking:
         raise InputError(
-            f"Reward {reward_name(reward)!r} needs `{lacking[0]}`, and there is no such column. "
-            f"It is given {', '.join(sorted(given))}."
+            f"Reward {reward_name(reward)!r} needs the column `{lacking[0]}`, which is missing. "
+            f"It gets {', '.join(sorted(given))}."
         )
     return {k: v for k, v in columns.items() if takes_all or k in parameters}
 
@@ -276,9 +263,9 @@ def _is_needed(parameter: inspect.Parameter) -> bool:
 
 @cache
 def _event_loop(within: Thread | None) -> asyncio.AbstractEventLoop:
-    """One for all calls, since what an async function keeps between them (a client, a semaphore)
-    belongs to the loop it was first used in; in a thread, since one may run already (a notebook).
-    An async reward that calls another has, in its loop's thread, a further one to wait for.
+    """One loop for all calls, since a client or semaphore that an async function keeps belongs to
+    the loop it was first used in; in a thread, since a notebook already runs one in its own.
+    An async reward that calls another waits, in its loop's thread, for a second loop.
     """
     loop = asyncio.new_event_loop()
     Thread(target=loop.run_forever, daemon=True, name=LOOP_THREAD).start()
@@ -297,7 +284,7 @@ def _awaited(answer: Awaitable[Any]) -> Any:
 
 
 def _float(score: Any) -> float:
-    """NaN where it is no finite number, as the tensors that scores go into hold them."""
+    """The score, or NaN if it is not a finite float32, the type of the tensors of scores."""
     try:
         value = float(score)
     except (TypeError, ValueError, RuntimeError):
@@ -311,14 +298,14 @@ def is_column(value: Any, count: int) -> bool:
 
 
 def as_completions(prompts: Sequence[Any], texts: Sequence[str]) -> list[Any]:
-    """Completion texts in the prompts' own format: text, or the assistant's message."""
+    """Completion texts in the prompts' own format: text, or an assistant message."""
     if isinstance(prompts[0], str):
         return list(texts)
     return [[{"role": "assistant", "content": text}] for text in texts]
 
 
 def as_text(content: Any) -> str:
-    """A prompt or completion as text; messages one under the other.
+    """A prompt or completion as text; messages are joined by newlines.
 
     >>> as_text([{"role": "user", "content": "Name a city."}])
     'Name a city.'
@@ -327,50 +314,50 @@ def as_text(content: Any) -> str:
 
 
 def reward_name(reward: RewardFunction) -> str:
-    """What to call a reward in messages and tables."""
+    """The name of a reward in messages and tables."""
     return getattr(reward, "__name__", type(reward).__name__)
 
 
 def parts_of(reward: RewardFunction) -> Iterator[Any]:
-    """The reward and, where it is a combination, all that it is made of (its `parts`)."""
+    """The reward and, if it combines others, all its `parts`."""
     yield reward
     for part in getattr(reward, "parts", ()):
         yield from parts_of(part)
 
 
 def place_on(reward: RewardFunction, device: Any) -> None:
-    """Put the models of a reward on a device: `to(device)` of each part that has one."""
+    """Move a reward's models to a device: `to(device)` of each part that has it."""
     for part in parts_of(reward):
         if hasattr(part, "to"):
             part.to(device)
 
 
 def tell_tokenizer(reward: RewardFunction, tokenizer: Any) -> None:
-    """Tell the models of a reward whose tokens `completion_ids` will be: the policy's."""
+    """Tell a reward's models which tokenizer `completion_ids` come from: the policy's."""
     for part in parts_of(reward):
         if hasattr(part, "ids_are_of"):
             part.ids_are_of(tokenizer)
 
 
 def states_of(reward: RewardFunction) -> list[dict[str, Any]]:
-    """What a reward remembers between calls: `state_dict()` of each part that has one, as JSON."""
+    """A reward's state between calls: `state_dict()` of each part that has one, as JSON."""
     return [part.state_dict() for part in parts_of(reward) if hasattr(part, "state_dict")]
 
 
 def load_states(reward: RewardFunction, states: list[dict[str, Any]]) -> None:
-    """Set it back to what `states_of` gave; InputError where that was another reward's."""
+    """Restore what `states_of` returned; InputError if it is another reward's."""
     remembering = [part for part in parts_of(reward) if hasattr(part, "state_dict")]
     if len(remembering) != len(states):
         raise InputError(
-            f"The checkpoint holds what {len(states)} rewards remember, and "
-            f"{len(remembering)} of this run do. Resume with the same reward."
+            f"The checkpoint holds the state of {len(states)} rewards, but {len(remembering)} of "
+            "this run have state. Resume with the same reward."
         )
     for part, state in zip(remembering, states, strict=True):
         part.load_state_dict(state)
 
 
 def counts_of(reward: RewardFunction) -> list[dict[str, int]]:
-    """What each part of a reward has counted, by name; a part that stands there twice, once."""
+    """The counters of each part of a reward, by name; a repeated part is listed once."""
     return [
         {name: count for name in COUNTED if isinstance(count := getattr(part, name, None), int)}
         for part in _different_parts(reward)
@@ -382,7 +369,7 @@ def _different_parts(reward: RewardFunction) -> list[Any]:
 
 
 class _Memory(NamedTuple):
-    """What a call changes in a reward: a call that failed is taken back with it."""
+    """What a call changes in a reward, to undo a call that failed."""
 
     states: list[dict[str, Any]]
     counts: list[dict[str, int]]
@@ -396,5 +383,5 @@ def _restore(reward: RewardFunction, memory: _Memory) -> None:
     load_states(reward, memory.states)
     for part, counts in zip(_different_parts(reward), memory.counts, strict=True):
         for name, count in counts.items():
-            if getattr(part, name) != count:  # a reward of the user's may not let it be set
+            if getattr(part, name) != count:  # a user's counter may be read-only
                 setattr(part, name, count)

@@ -1,4 +1,4 @@
-"""A reward behind an address: JSON in and out, over the standard library's HTTP."""
+"""A reward on a server: JSON in and out, over the standard library's HTTP."""
 
 import http.client
 import ipaddress
@@ -14,29 +14,27 @@ from typing import Any
 from trl_instruct.errors import InputError
 from trl_instruct.rewards.function import RewardError, RewardUnreachableError, Scores, is_column
 
-# Where the token of a reward server is looked for: a command line is seen by all of a machine.
+# Holds the token of a reward server: all users of a machine can see a command line.
 TOKEN_VARIABLE = "REWARD_SERVER_TOKEN"
 MOST_BYTES = 64 * 2**20
 LONGEST_WAIT = 30.0
-# Beside 5xx: too slow, too many.
+# Retried like 5xx: timeout, too many requests.
 WORTH_ANOTHER_TRY = (408, 429)
 
 
 class HTTPReward:
-    """A reward server as a reward function.
+    """A reward server, such as `trl-instruct serve-reward`, as a reward function.
 
-    It gets POST requests `{"prompts": [...], "completions": [...], <column>: [...]}`, where
-    `completion_ids` is one of the columns. It answers `{"scores": [...]}`, null where the reward
-    does not apply; `{"error": "..."}` with a status of 400 or more says why there are none.
-    `trl-instruct serve-reward` is such a server.
+    The server gets POST requests `{"prompts": [...], "completions": [...], <column>: [...]}`,
+    `completion_ids` among the columns. It answers `{"scores": [...]}`, null where the reward does
+    not apply, or `{"error": "..."}` with a status of 400 or more.
 
     Args:
-        url: where the requests go, `http://127.0.0.1:8000/score`.
+        url: address for requests, `http://127.0.0.1:8000/score`.
         token: sent as `Authorization: Bearer`; default: the environment's REWARD_SERVER_TOKEN.
-        batch_size: completions in a request.
-        timeout: seconds without a byte from the server after which a request is given up.
-        retries: further tries where nobody answers, or with 408, 429 or 5xx; they are 1, 2, 4, ...
-            seconds apart, at most 30.
+        batch_size: completions per request.
+        timeout: seconds without a byte from the server after which a try is given up.
+        retries: further tries after no answer, 408, 429 or 5xx: 1, 2, 4, ... at most 30 s apart.
     """
 
     def __init__(
@@ -59,11 +57,11 @@ class HTTPReward:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> Scores:
-        """Scores of the completions; None where the server's reward does not apply.
+        """Scores of the completions, None where the server's reward does not apply.
 
         Raises:
-            RewardUnreachableError: it stayed away, or refused the token.
-            RewardError: it tells of a fault, or its answer holds no scores.
+            RewardUnreachableError: the server did not answer, or refused the token.
+            RewardError: it answered with an error or without scores.
         """
         count = len(completions)
         given = {k: v for k, v in columns.items() if is_column(v, count)}
@@ -88,9 +86,9 @@ class HTTPReward:
 
 
 def check_url(url: str) -> str:
-    """The address; InputError where it is none of http."""
+    """The URL; InputError if it is not an HTTP address."""
     if not url.startswith(("http://", "https://")):
-        raise InputError(f"{url!r} is no address of a server; http://host:port/... is needed.")
+        raise InputError(f"{url!r} is not a server's address; http://host:port/... is needed.")
     return url
 
 
@@ -98,21 +96,18 @@ def post_json(url: str, content: Any, *, token: str | None, timeout: float, retr
     """Send JSON, return the JSON that comes back.
 
     Args:
-        url: never left for another: a redirection, which would carry the token along, is an error.
-        content: what JSON can hold.
-        token: for `Authorization: Bearer`.
-        timeout: of a try, as in `HTTPReward`.
-        retries: further tries, 1, 2, 4, ... seconds apart.
+        url: a redirect from it, which would carry the token along, is an error.
+        token, timeout, retries: as in `HTTPReward`.
 
     Raises:
-        RewardUnreachableError: no answer after all tries, or a token that is refused.
-        RewardError: a refusal of what was sent, content that JSON cannot hold, an answer that is
-            no JSON or more than 64 MiB.
+        RewardUnreachableError: no answer after all tries, or a refused token.
+        RewardError: refused content, or content that JSON cannot hold; an answer that is not JSON
+            or is larger than 64 MiB.
     """
     try:
         body = json.dumps(content, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
-        raise RewardError(f"What is sent to {url} cannot be written as JSON: {error}") from error
+        raise RewardError(f"The content for {url} cannot be written as JSON: {error}") from error
     headers = {"Content-Type": "application/json"}
     if token:
         headers["Authorization"] = f"Bearer {token}"
@@ -137,14 +132,14 @@ def post_json(url: str, content: Any, *, token: str | None, timeout: float, retr
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):
-    """Follow no redirection."""
+    """Follows no redirects."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
 
 
 def _opener(url: str) -> urllib.request.OpenerDirector:
-    """Through the environment's proxies, but for this machine's own addresses: a proxy on another
+    """Uses the environment's proxies, except for this machine's own addresses: a proxy on another
     machine would look for the server there."""
     direct = (urllib.request.ProxyHandler({}),) if is_loopback(url) else ()
     return urllib.request.build_opener(_Stay, *direct)
@@ -164,7 +159,7 @@ def is_loopback(url: str) -> bool:
 
 
 def _refusal(url: str, error: urllib.error.HTTPError) -> RewardError:
-    """What a status of 300 to 499 means for the run."""
+    """The error for a status of 300 to 499."""
     told = error.read(1000).decode(errors="replace").strip()
     message = f"The server {url} refused with HTTP {error.code} {error.reason}: {told}"
     if error.code in (401, 403):
@@ -181,4 +176,4 @@ def _read_json(url: str, answer: Any) -> Any:
     try:
         return json.loads(body)
     except ValueError as error:
-        raise RewardError(f"The server {url} answered with no JSON: {body[:80]!r}") from error
+        raise RewardError(f"The server {url} did not answer with JSON: {body[:80]!r}") from error

@@ -18,27 +18,26 @@ SCORE = re.compile(r"(?:score:\s*)?([+-]?\d+(?:\.\d+)?)", re.IGNORECASE | re.ASC
 
 
 class LLMJudge:
-    """Scores by a model that is asked with a rubric, a request per completion.
+    """Scores from a language model that answers a rubric, one request per completion.
 
-    The model's answer may reason, and ends with a line that is the score and nothing else: `7` or
-    `Score: 7`, within [low, high]. An answer without such a line is an error, or the default, and
-    counted in `unparsable`. A completion can try to talk the judge into a score: keep low and high
-    tight, and read samples.
+    The answer may reason, and must end with a line that is only the score: `7` or `Score: 7`,
+    within [low, high]. `unparsable` counts other answers, which are an error or get the default.
+    A completion can try to talk the judge into a score: keep low and high tight, and read samples.
 
     Args:
         url: of the endpoint, `http://127.0.0.1:8000/v1`; requests go to `<url>/chat/completions`.
         model: its name there.
-        rubric: what the judge is asked, with `{prompt}` and `{completion}` where the texts go (no
-            other brace means anything), and the form of the last line.
-        low, high: the scores that are allowed.
-        default: score of an answer that cannot be parsed; None: it is an error.
+        rubric: the question, with `{prompt}` and `{completion}` where the texts go (other braces
+            are plain text), and the form of the last line.
+        low, high: the lowest and highest score.
+        default: score of an answer that cannot be parsed; if None, it is an error.
         token: of the endpoint; default: the environment's OPENAI_API_KEY.
-        max_tokens: longest answer.
-        workers: requests at a time.
-        timeout, retries: of a request, as in `HTTPReward`.
+        max_tokens: length of the longest answer.
+        workers: parallel requests.
+        timeout, retries: as in `HTTPReward`.
 
     Raises:
-        InputError: a rubric without `{completion}`, low not below high.
+        InputError: the rubric has no `{completion}`, or low is not below high.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class LLMJudge:
         retries: int = 6,
     ):
         if "{completion}" not in rubric:
-            raise InputError("The rubric has no {completion}, where the text to judge would go.")
+            raise InputError("The rubric has no {completion}: put it where the text to judge goes.")
         if not low < high:
             raise InputError(f"The judge's scores go from {low} to {high}; low must be below high.")
         self.url, self.model = f"{check_url(url).rstrip('/')}/chat/completions", model
@@ -77,8 +76,8 @@ class LLMJudge:
         """Scores of the completions, one float each.
 
         Raises:
-            RewardUnreachableError: the endpoint stayed away, or refused the token.
-            RewardError: an answer that cannot be parsed, without a default.
+            RewardUnreachableError: the endpoint did not answer, or refused the token.
+            RewardError: an answer cannot be parsed, and there is no default.
         """
         with ThreadPoolExecutor(self.workers) as pool:
             answers = list(pool.map(self._ask, prompts, completions))
@@ -97,7 +96,7 @@ class LLMJudge:
         return scores
 
     def _ask(self, prompt: Any, completion: Any) -> str:
-        """The judge's answer to the rubric, both texts put in at once: neither can hold a field."""
+        """The judge's answer. Both texts are inserted at once: fields in them stay as text."""
         texts = {"prompt": as_text(prompt), "completion": as_text(completion)}
         question = FIELD.sub(lambda field: texts[field[1]], self.rubric)
         answer = post_json(
@@ -119,7 +118,7 @@ class LLMJudge:
 
 
 def parsed_score(answer: str, *, low: float, high: float) -> float | None:
-    """The score in an answer's last line; None where that is no number from low to high.
+    """The score in an answer's last line; None if that is not a number from low to high.
 
     >>> parsed_score("It is polite.\\nScore: 7", low=0, high=10)
     7.0

@@ -1,4 +1,4 @@
-"""Reward adapters: whatever judges a completion, as a reward function; a reward model first."""
+"""Loading of rewards: a reward model, a function, a server, ... as a reward function."""
 
 import importlib.util
 import sys
@@ -24,7 +24,6 @@ from trl_instruct.tiny import gold_score
 
 TINY = "tiny"
 
-
 Reward: TypeAlias = ModelSource | RewardFunction | Sequence[ModelSource | RewardFunction]
 
 
@@ -37,22 +36,22 @@ def load_reward(
     model_config: ModelConfig | None = None,
     trust_remote_code: bool = False,
 ) -> RewardFunction:
-    """A reward function from whatever `ppo` accepts as one.
+    """A reward function from anything that `ppo` accepts as a reward.
 
     Args:
-        reward: a function, an adapter, a scalar reward model (folder, Hub id, loaded), `"tiny"`
-            (the gold scorer), the address of a reward server (`http://...`), a function or adapter
-            in a Python file of your own (`rewards.py:brevity`; the file is run), or a list of
-            these: their weighted sum. A scalar classifier of an encoder (BERT) is read as
-            `ClassifierReward` reads it, by its logit.
-        tokenizer: for a model in memory that was not loaded from a folder with its own.
-        weights: of a list; default: 1 each.
+        reward: a function or reward object, a scalar reward model (folder, Hub id, loaded),
+            `"tiny"` (the gold scorer), the address of a reward server (`http://...`), a function or
+            reward object in a Python file (`rewards.py:brevity`; the file is run), or a list of
+            these for their weighted sum. A scalar encoder classifier (BERT) becomes a
+            `ClassifierReward` with its logit.
+        tokenizer: for a loaded model that did not come from a folder with a tokenizer.
+        weights: of a list; default 1 each.
         batch_size: completions per forward pass of a model.
         model_config: how to load a model: dtype, `load_in_8bit`, `load_in_4bit`.
-        trust_remote_code: whether a model from the Hub may bring code of its own.
+        trust_remote_code: whether a model from the Hub may run its own code.
 
     Raises:
-        InputError: nothing there, a classifier of several labels, weights that do not fit.
+        InputError: the reward is not found, has several labels, or does not fit the weights.
     """
     reward = sole_reward(reward, weights)
     trust: Any = {"trust_remote_code": trust_remote_code}
@@ -88,19 +87,19 @@ def load_reward(
 
 
 def sole_reward(reward: Any, weights: Sequence[float] | None) -> Any:
-    """The one reward of a list without weights; else what was given."""
+    """The reward of a list of one without weights; anything else unchanged."""
     alone = isinstance(reward, list | tuple) and len(reward) == 1 and weights is None
     return reward[0] if alone else reward
 
 
 def _is_encoder(model: Any) -> bool:
-    """Whether it is a classifier that has no head `score` on every token (BERT, DeBERTa, ...)."""
+    """Whether it is a classifier without a head `score` on every token (BERT, DeBERTa, ...)."""
     kind = type(model).__name__
     return kind.endswith("ForSequenceClassification") and not hasattr(model, "score")
 
 
 def _check_labels(source: ModelSource, *, trust_remote_code: bool) -> None:
-    """InputError for a classifier of several labels: which of them is the reward?"""
+    """InputError for a classifier with several labels: any of them could be the reward."""
     config: Any = None
     if isinstance(source, nn.Module):
         config = source.config
@@ -108,31 +107,31 @@ def _check_labels(source: ModelSource, *, trust_remote_code: bool) -> None:
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, ImportError):
-            return  # an adapter's folder, or nothing there: loading it will tell
+            return  # a LoRA adapter's folder, or a missing one: loading it will tell
     kind, labels = (config.architectures or [type(source).__name__])[0], config.id2label
     if kind.endswith("ForSequenceClassification") and len(labels) > 1:
         raise InputError(
             f"A classifier with the labels {', '.join(labels.values())} was given as the reward. "
-            "Say what counts: ClassifierReward(model, {label: weight})."
+            "Say which labels count: ClassifierReward(model, {label: weight})."
         )
 
 
 def is_python(reward: Any) -> bool:
-    """Whether a reward's name stands for code in a Python file."""
+    """Whether a reward's name refers to code in a Python file."""
     return isinstance(reward, str) and ".py:" in reward
 
 
 def _from_file(reward: str) -> RewardFunction:
-    """What a name like `rewards.py:brevity` stands for; the file is run."""
+    """What a name like `rewards.py:brevity` refers to; the file is run."""
     file, _, name = reward.rpartition(":")
     if not Path(file).is_file():
         raise InputError(f"Reward {reward!r}: there is no file {file} (looked in {Path.cwd()}).")
     spec = importlib.util.spec_from_file_location(f"trl_instruct_reward_{Path(file).stem}", file)
     assert spec is not None and spec.loader is not None  # the name ends in .py
     module: ModuleType = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses, among others, look for it
+    sys.modules[spec.name] = module  # dataclasses, among others, look it up there
     spec.loader.exec_module(module)
     found = getattr(module, name, None)
     if not callable(found):
-        raise InputError(f"Reward {reward!r}: {file} defines no function or adapter {name!r}.")
+        raise InputError(f"Reward {reward!r}: {file} defines no function or reward {name!r}.")
     return found

@@ -15,13 +15,12 @@ from trl_instruct.scalar_head import keep_shift, shift_of
 
 
 class RewardModel:
-    """A scalar sequence classifier as a reward function, with a tokenizer of its own.
+    """A scalar sequence classifier as a reward function, with its own tokenizer.
 
-    Prompt + completion is tokenised as TRL's RewardTrainer tokenised it in training: joined, EOS
-    at the end for text, the chat template for messages. A trainer whose policy has the same
-    tokenizer and chat template tells so (`ids_are_of`); the model then reads the sampled tokens, as
-    the paper's does. What exceeds the model's context is cut
-    from the left, and counted in `truncated`. The shift in the model's config is taken off, so that
+    Prompt + completion is tokenised as in training by TRL's RewardTrainer: texts joined with EOS at
+    the end, messages in the chat template. If the policy has the same tokenizer and chat template
+    (`ids_are_of`), the model reads the sampled tokens, as in the paper. Texts longer than its
+    context are cut from the left and counted in `truncated`. The shift in its config is subtracted:
     demonstrations score 0 on average. Where the score is read: `rewards/score_position.py`.
     """
 
@@ -39,16 +38,16 @@ class RewardModel:
         return model_name(self.model)
 
     def to(self, device: torch.device) -> None:
-        """Put the model there."""
+        """Move the model to the device."""
         self.model.to(device)
 
     def ids_are_of(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Told once whose tokens `completion_ids` are: it reads them where they are its own too."""
+        """Set the tokenizer of `completion_ids`: they are read if the model's own is the same."""
         self.reads_ids = same_tokenizer(tokenizer, self.tokenizer)
 
     @property
     def shift(self) -> float:
-        """What is taken off the output of the model's head; 0 where none was measured."""
+        """What is subtracted from the output of the model's head; 0 if none was measured."""
         return shift_of(self.model)
 
     def measure_shift(
@@ -57,7 +56,7 @@ class RewardModel:
         """Set the shift at which these demonstrations score 0 on average (InstructGPT 3.5).
 
         Returns:
-            The mean and standard deviation of the model's own scores, without any shift.
+            The mean and standard deviation of the model's scores without a shift.
         """
         scores = [score + self.shift for score in self(prompts, completions)]
         mean, std = statistics.fmean(scores), statistics.pstdev(scores)

@@ -1,11 +1,11 @@
-"""The score of a response: where a sequence classifier reads it, in training and in use.
+"""The token at which a sequence classifier's score is read, in training and in use.
 
-transformers' classifiers put their head `score` on every token and keep one number a row, that of
-the last token which is not `config.pad_token_id`. With pad == eos this is not the EOS but the token
-before it. Here a model that is trained with pad == eos gets no pad token in its config, which says
-that no token of a row is padding: its score stands at the EOS. Plain transformers then gives the
-same number for a row alone, and refuses a padded batch instead of reading it elsewhere. A model
-from elsewhere whose config calls EOS the padding is read where it was trained, one token earlier.
+transformers' classifiers apply their head `score` to every token and keep one number per row, that
+of the last token that is not `config.pad_token_id`. With pad == eos this is the token before the
+EOS. A model trained here with pad == eos therefore gets no pad token in its config: no token of a
+row is padding, and the score is read at the EOS. Plain transformers then gives the same number for
+a single row, and refuses a padded batch instead of reading another token. A model trained elsewhere
+whose config has EOS as the pad token is read where it was trained, one token earlier.
 """
 
 import contextlib
@@ -24,14 +24,11 @@ Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]
 
 
 def score_positions(input_ids: Tensor, attention_mask: Tensor, pad_token_id: int | None) -> Tensor:
-    """Column at which each row's score is read: its last token that the model calls no padding.
+    """Column at which each row's score is read, `(R,)`: its last token that is not padding.
 
     Args:
         input_ids, attention_mask: `(R, T)`, padded on either side.
         pad_token_id: of the model's config.
-
-    Returns:
-        `(R,)`.
 
     >>> ids, mask = torch.tensor([[5, 2, 2], [2, 5, 6]]), torch.tensor([[1, 1, 0], [0, 1, 1]])
     >>> score_positions(ids, mask, None).tolist(), score_positions(ids, mask, 2).tolist()
@@ -46,11 +43,11 @@ def score_positions(input_ids: Tensor, attention_mask: Tensor, pad_token_id: int
 
 @contextlib.contextmanager
 def scores_at(model: Any, columns: Tensor, width: int) -> Iterator[None]:
-    """Inside, the classifier's logits are those of the given tokens, whatever it calls padding.
+    """Make the classifier's logits those of the given tokens, whatever it treats as padding.
 
     Args:
-        model: a sequence classifier, not wrapped for training. One without a head `score` on every
-            token reads its score by itself.
+        model: a sequence classifier, not wrapped for training; nothing changes for one without a
+            head `score` on every token.
         columns: `(R,)` the token of each row.
         width: T, tokens in a row.
     """
@@ -58,10 +55,10 @@ def scores_at(model: Any, columns: Tensor, width: int) -> Iterator[None]:
     def read(head: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> Tensor | None:
         if logits.dim() != 3:
             return None
-        # From the right: prompt tuning puts tokens of its own in front.
+        # Counted from the right: prompt tuning adds virtual tokens in front.
         rows = torch.arange(len(columns), device=logits.device)
         scores = logits[rows, columns - width]
-        # The same at every token, so that the classifier takes it wherever it looks.
+        # The same at every token: the classifier may read any of them.
         return scores.unsqueeze(1).expand_as(logits)
 
     with on_head(model, read):
@@ -77,7 +74,7 @@ def on_head(model: Any, hook: Hook) -> Iterator[None]:
     config = model.config.get_text_config()
     pad_token_id = config.pad_token_id
     if pad_token_id is None:
-        config.pad_token_id = 0  # it refuses a batch without one; what it then picks is not used
+        config.pad_token_id = 0  # a batch needs one; the token that it selects is not used
     handle = head.register_forward_hook(hook)
     try:
         yield
@@ -89,10 +86,10 @@ def on_head(model: Any, hook: Hook) -> Iterator[None]:
 def separate_scores(
     model: Any, bare: Any, input_ids: Tensor, attention_mask: Tensor
 ) -> tuple[Tensor, Any]:
-    """Scores `(R,)` of rows, one forward pass for all, and the model's output.
+    """Scores `(R,)` of all rows in one forward pass, and the model's output.
 
     Args:
-        model: the classifier as it trains, `bare` the same without what it is wrapped in.
+        model: the classifier as it trains; `bare` is the same, unwrapped.
         input_ids, attention_mask: `(R, T)`.
     """
     columns = score_positions(input_ids, attention_mask, pad_token_of(bare))
@@ -102,7 +99,7 @@ def separate_scores(
 
 
 def pad_token_of(model: Any) -> int | None:
-    """The token that the classifier takes for padding; None: none, or it goes by the mask."""
+    """The classifier's pad token, or None if it has none or reads the mask."""
     bare = unwrapped(model)
     return None if isinstance(bare, ScalarHead) else bare.config.get_text_config().pad_token_id
 
@@ -111,16 +108,9 @@ def pad_token_of(model: Any) -> int | None:
 def batched_logits(
     model: PreTrainedModel, rows: list[list[int]], filler: int, batch_size: int
 ) -> Tensor:
-    """A classifier's logits for rows of unequal length, in batches of similar length.
+    """A classifier's logits for R lists of token ids, `(R, labels)` float32 on CPU.
 
-    Args:
-        model: a sequence classifier.
-        rows: R lists of token ids.
-        filler: token to pad with.
-        batch_size: most rows per forward pass.
-
-    Returns:
-        `(R, labels)` float32 on CPU.
+    A forward pass takes up to `batch_size` rows of similar length, padded with the token `filler`.
     """
     logits = torch.zeros(len(rows), model.config.num_labels)
     for chosen in similar_lengths([len(row) for row in rows], batch_size):

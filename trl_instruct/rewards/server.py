@@ -1,4 +1,4 @@
-"""Any reward function behind an address: what `HTTPReward` talks to."""
+"""A server for any reward function, which `HTTPReward` talks to."""
 
 import hmac
 import json
@@ -14,25 +14,24 @@ from trl_instruct.rewards.function import RewardFunction, Scores, call_part, is_
 
 LOOPBACK = "127.0.0.1"
 MOST_BYTES = 16 * 2**20
-# A client that sends nothing may not hold a thread for longer, seconds.
+# Seconds after which a client that sends nothing must free its thread.
 PATIENCE = 30.0
 
 
 class RewardServer(ThreadingHTTPServer):
     """Scores over HTTP: `POST /score` as in `HTTPReward`, `GET /health`.
 
-    One request is scored at a time. A request that is too large, of another form or without the
-    token is refused; a reward that fails is status 422 with `{"error": ...}`.
+    One request is scored at a time. A request that is too large, malformed or without the token is
+    refused; a reward that fails gives status 422 with `{"error": ...}`.
 
     Args:
-        reward: any reward function or adapter.
         host: address to listen at; other machines reach the server only if it is not loopback.
-        port: 0 takes a free one, which `url` tells.
-        token: what requests to /score must carry as `Authorization: Bearer`; None: none.
-        max_bytes: size of a request.
+        port: 0 takes a free one, which is in `url`.
+        token: what requests to /score must carry as `Authorization: Bearer`, or None.
+        max_bytes: largest size of a request.
 
     Raises:
-        InputError: the address is taken, or none of this machine.
+        InputError: the address is in use, or is not one of this machine.
     """
 
     daemon_threads = True
@@ -56,17 +55,13 @@ class RewardServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where scores are to be had."""
+        """The address for requests."""
         host, port = self.server_address[:2]
         shown = f"[{host!s}]" if self.address_family == socket.AF_INET6 else host
         return f"http://{shown!s}:{port}/score"
 
     def score(self, request: dict[str, Any]) -> Scores:
-        """Scores of a request's completions.
-
-        Raises:
-            InputError: a request of another form, or a reward that fails.
-        """
+        """Scores of a request's completions; InputError if it is malformed or the reward fails."""
         columns = dict(request)
         prompts, completions = columns.pop("prompts", None), columns.pop("completions", None)
         if not isinstance(prompts, list) or not isinstance(completions, list):
@@ -85,14 +80,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path != "/health":
-            self._answer(HTTPStatus.NOT_FOUND, {"error": "There are GET /health and POST /score."})
+            self._answer(HTTPStatus.NOT_FOUND, {"error": "Use GET /health or POST /score."})
             return
         self._answer(HTTPStatus.OK, {"status": "ok", "reward": reward_name(self.server.reward)})
 
     def do_POST(self) -> None:
-        self.close_connection = True  # what is refused unread must not be taken for a request
+        self.close_connection = True  # an unread body must not be taken for the next request
         if self.path != "/score":
-            self._answer(HTTPStatus.NOT_FOUND, {"error": "There are GET /health and POST /score."})
+            self._answer(HTTPStatus.NOT_FOUND, {"error": "Use GET /health or POST /score."})
         elif not self._authorised():
             self._answer(HTTPStatus.UNAUTHORIZED, {"error": "The token is missing or wrong."})
         elif (length := self._length()) is None:
@@ -104,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._score(self.rfile.read(length))
 
     def _length(self) -> int | None:
-        """Bytes of the request; None where it does not say so in at most twelve digits."""
+        """Bytes of the request; None unless the header has one to twelve digits."""
         given = self.headers.get("Content-Length", "")
         return int(given) if re.fullmatch("[0-9]{1,12}", given) else None
 
@@ -114,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
             if not isinstance(request, dict):
                 raise ValueError("an object is needed")
         except (ValueError, RecursionError) as error:
-            self._answer(HTTPStatus.BAD_REQUEST, {"error": f"The request is no JSON: {error}"})
+            self._answer(HTTPStatus.BAD_REQUEST, {"error": f"Not a JSON object: {error}"})
             return
         try:
             self._answer(HTTPStatus.OK, {"scores": self.server.score(request)})
@@ -138,4 +133,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
-        """Nothing: a line a request helps nobody."""
+        """Log nothing: a line per request helps nobody."""

@@ -1,4 +1,4 @@
-"""The tokens that a reward model reads: of texts, and those that the policy sampled itself."""
+"""The tokens that a reward model reads: those of the text, or those that the policy sampled."""
 
 import json
 from collections.abc import Sequence
@@ -19,16 +19,15 @@ def reward_rows(
     tokenizer: PreTrainedTokenizerBase,
     completion_ids: Sequence[list[int]] | None = None,
 ) -> list[list[int]]:
-    """The tokens a reward model reads, a row for each completion.
+    """The tokens a reward model reads, one row per completion.
 
-    The sampled tokens where they are what the model reads of the text; else those that its
-    tokenizer makes of the text.
+    They are the sampled tokens if those fit the text, otherwise the tokenised text.
 
     Args:
         prompts, completions: texts, or lists of messages.
         tokenizer: the reward model's.
-        completion_ids: the tokens that each completion was decoded from, by a tokenizer like this
-            one; what ended a completion may be among them. None: only the texts are known.
+        completion_ids: the tokens that each completion was decoded from, by the same tokenizer,
+            with or without those that ended it; None if only the texts are known.
     """
     known: Sequence[list[int] | None] = completion_ids or [None] * len(completions)
     return [
@@ -40,10 +39,10 @@ def reward_rows(
 def _sampled_row(
     prompt: Any, completion: Any, ids: list[int] | None, tokenizer: PreTrainedTokenizerBase
 ) -> list[int] | None:
-    """Prompt, sampled tokens, and what closes them; None where the text must be tokenised afresh.
+    """Prompt, sampled tokens, and what closes them; None if the text must be tokenised afresh.
 
-    That is so where the text shows something else than the tokens (special tokens in between, a
-    stop string that was taken off), and where `_closing` finds no end.
+    It must if the text differs from the tokens (special tokens in between, a stop string that was
+    removed), or if `_closing` finds no end.
     """
     text = _answer(completion)
     if ids is None or text is None:
@@ -57,7 +56,7 @@ def _sampled_row(
 
 
 def _answer(completion: Any) -> str | None:
-    """The text of a completion that is a text, or one message of the assistant's."""
+    """The text of a completion that is a text or one assistant message, otherwise None."""
     if isinstance(completion, str):
         return completion
     roles = [message.get("role") for message in completion]
@@ -71,11 +70,10 @@ def _closing(
     opening: list[int],
     tokenizer: PreTrainedTokenizerBase,
 ) -> str | None:
-    """What a reward model reads behind the completion: EOS, or the end of the template's turn.
+    """What a reward model reads after the completion: EOS, or the end of the template's turn.
 
-    Returns:
-        None where the model would read prompt or completion otherwise than the policy did: a
-        template that puts thoughts in, leaves them out or trims the text, an EOS behind the prompt.
+    None if the model would read prompt or completion differently from the policy: the template adds
+    or removes thoughts or trims the text, or EOS follows the prompt.
     """
     if isinstance(prompt, str):
         return None if opening[-1] == tokenizer.eos_token_id else tokenizer.eos_token
@@ -86,16 +84,16 @@ def _closing(
 
 
 def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers make the same tokens of every text and of all messages."""
+    """Whether two tokenizers give the same tokens for all texts and messages."""
     if one is other:
         return True
-    # One written in Python shows no rules to compare.
+    # A slow tokenizer, written in Python, has no rules to compare.
     fast = isinstance(one, PreTrainedTokenizerFast) and isinstance(other, PreTrainedTokenizerFast)
     return fast and _shown(one) == _shown(other) and _rules(one) == _rules(other)
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
-    """What a chat template may write: itself and the special tokens but padding."""
+    """The chat template, and the special tokens that it may write: all but padding."""
     tokens = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if k != "pad_token"}
     return tokenizer.chat_template, tokens
 
@@ -107,7 +105,7 @@ def _rules(tokenizer: Any) -> str:
 
 @lru_cache(maxsize=8)
 def _digest(core: Tokenizer, size: int) -> str:
-    """Of megabytes of JSON, so once, and again where tokens have been added (`size`).
+    """Digest of megabytes of JSON, so cached until tokens are added (`size`).
 
     Padding and truncation are left out: they are those of the last call.
     """
@@ -118,10 +116,7 @@ def _digest(core: Tokenizer, size: int) -> str:
 def token_ids(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Prompt + completion as a reward model reads them, in training and in use.
 
-    Args:
-        prompt, completion: two texts (joined and ended with EOS, as TRL's RewardTrainer does), or
-            two lists of messages (in the chat template).
-        tokenizer: the reward model's.
+    Texts are joined and ended with EOS, as in TRL's RewardTrainer; messages use the chat template.
     """
     if isinstance(prompt, str):
         text = prompt + completion
@@ -138,23 +133,21 @@ def cut_prompt(
     *,
     max_length: int,
 ) -> list[list[int]]:
-    """The rows of one prompt's responses without so much of the prompt's beginning that they fit.
+    """The rows of one prompt's responses, with the prompt cut from the left until they fit.
 
-    All lose the same tokens, as many as the longest needs, so that the responses are still judged
-    behind one and the same prompt. A response is never cut and one token of the prompt stays: a
-    row that is too long even so comes back too long, and the others are not cut on its account.
+    All lose the same tokens, as many as the longest needs, so that the responses are judged after
+    the same prompt. A response is never cut, and one token of the prompt stays: a row that does not
+    fit even then is returned too long, and does not shorten the others.
 
     Args:
-        rows: prompt + response, as `token_ids` gives them.
-        prompt: text or messages.
-        tokenizer: what made the rows.
-        max_length: tokens that a row may have.
+        rows: prompt + response, from `token_ids`.
+        max_length: most tokens of a row.
     """
     if isinstance(prompt, str):
         opening = tokenizer(prompt)["input_ids"]
     else:
         opening = tokenizer.apply_chat_template(prompt, return_dict=True)["input_ids"]
-    # A token may join the prompt's last letters and the response's first: what all rows share.
+    # Only what all rows share: a token may join the prompt's last letters and a response's first.
     shared = takewhile(lambda tokens: len({*tokens}) == 1, zip(opening, *rows, strict=False))
     most = max(0, len(list(shared)) - 1)
     longest = max((len(row) for row in rows if len(row) - most <= max_length), default=0)

@@ -22,14 +22,13 @@ from trl_instruct.tiny.words import (
 from trl_instruct.tiny.world import Task
 
 PENALTIES = {"junk": 0.2, "repetition": 0.2, "ending": 0.25, "superfluous": 0.2}
-"""What each junk word, repetition, missing ending and superfluous piece costs. A fault of the items
-or the place counts once: one named instead of what was asked for misses a constraint and is not
-superfluous too, and one named twice is a repetition. A reply that names no item and gives no answer
-has said nothing, and so has no ending either."""
+"""Cost of each junk word, repetition, missing ending and superfluous piece. A wrong item or place
+counts once: one that replaces what was asked for misses a constraint and is not superfluous too;
+one named twice is a repetition. A reply with no item and no answer has no ending either."""
 
 
 def _any_of(texts: list[str]) -> str:
-    """A pattern of the texts, longest first so that none hides behind a shorter one."""
+    """A pattern of the texts, longest first so that no shorter one matches before it."""
     return "(?:" + "|".join(sorted(map(re.escape, texts), key=lambda t: (-len(t), t))) + ")"
 
 
@@ -50,7 +49,7 @@ _BODIES = {
     "answer": re.compile(rf"(?: |^)(?:yes|no), because ({_ITEM}) is ({_KIND})\.?"),
 }
 _GLUE = ("a", "an", "the", "and", "is")
-"""Words that any reply may have several times."""
+"""Words that any reply may repeat."""
 _WORLD = frozenset(
     [*_NOUNS, *PLACES, *PREPOSITIONS, *VERBS, *CATEGORIES, *_GLUE, "yes", "no", "because"]
     + [word for opening in _TONE_OF for word in _WORD.findall(opening)]
@@ -60,17 +59,15 @@ _WORLD = frozenset(
 def gold_score(
     prompts: list[str], completions: list[str], task: list[str], **columns: Any
 ) -> list[float]:
-    """The gold score of each completion; a reward function as TRL's trainers take it.
+    """The gold score of each completion; a reward function for TRL's trainers.
 
     Args:
-        prompts: not used, for the task says what is asked.
+        prompts, columns: not used; the task says what is asked.
         completions: texts without special tokens.
-        task: json of the :class:`Task` behind each prompt.
-        columns: further columns of the dataset, not used.
+        task: the :class:`Task` of each prompt as json.
 
     Returns:
-        For each completion the share of its task's constraints that it meets, minus the
-        penalties, in [0, 1].
+        Per completion the share of its task's constraints met, minus the penalties, in [0, 1].
 
     >>> task = Task("list", groups=(("flower", 2),), tone="politely").to_json()
     >>> gold_score(["", ""], ["Gladly! A rose and a lily.", "Alas,"], [task] * 2)
@@ -89,10 +86,7 @@ def _score(report: dict[str, bool | float]) -> float:
 
 
 def explain(task: Task, completion: str) -> dict[str, bool | float]:
-    """What the gold score of a completion is made of.
-
-    Returns:
-        A bool for each constraint of the task (met or not) and a float for each penalty.
+    """The parts of a gold score: a bool per constraint (met or not) and a float per penalty.
 
     >>> explain(Task("list", groups=(("flower", 2),)), "A rose, a rose and a crow.")
     ... # doctest: +NORMALIZE_WHITESPACE
@@ -122,7 +116,7 @@ def explain(task: Task, completion: str) -> dict[str, bool | float]:
 
 
 def reader_remark(task: Task, reply: str) -> str:
-    """What a reader says of a reply: all that is wrong with it, by the names of :func:`explain`.
+    """A reader's remark on a reply: all that is wrong with it, named as in :func:`explain`.
 
     >>> reader_remark(Task("list", groups=(("flower", 2),)), "A rose and a crow")
     'Wrong: flower, ending.'
@@ -135,7 +129,7 @@ def reader_remark(task: Task, reply: str) -> str:
 
 
 def _check_items(task: Task, body: str, words: list[str]) -> dict[str, bool]:
-    """A group is met by as many items of its category as asked, no matter if one comes twice."""
+    """A group is met by as many items of its category as asked, even if one comes twice."""
     named, different = _named(words), _named(set(words))
     report = {
         category: different[category] <= count <= named[category] for category, count in task.groups
@@ -172,18 +166,18 @@ def _check_answer(task: Task, body: str, words: list[str]) -> dict[str, bool]:
 
 
 def _says_something(words: list[str]) -> bool:
-    """Whether there is an item or an answer, more than an opening and a place."""
+    """Whether there is an item or an answer, not only an opening and a place."""
     return any(word in _NOUNS or word in ("yes", "no") for word in words)
 
 
 def _repetitions(words: list[str]) -> int:
-    """How often a word that carries meaning comes back."""
+    """How often words other than glue words are repeated."""
     return sum(count - 1 for word, count in Counter(words).items() if word not in _GLUE)
 
 
 def _superfluous(task: Task, text: str, words: list[str], num_openings: int) -> int:
-    """Pieces that nobody asked for: openings, places, sentences, items of other categories, and
-    every three words too many. An item or a place in place of a missing one is not among them."""
+    """Number of openings, places, sentences, items of other categories and threes of extra words
+    that nobody asked for. An item or a place that replaces a missing one is not counted."""
     openings = max(0, num_openings - bool(task.tone))
     named = _named(words)
     asked = dict(task.groups) or {task.true_category: 1}
@@ -198,7 +192,7 @@ def _superfluous(task: Task, text: str, words: list[str], num_openings: int) -> 
 
 
 def _most_words(task: Task) -> int:
-    """The length of the longest good reply, its opening left out."""
+    """The number of words in the longest good reply without its opening."""
     if task.format == "answer":
         return 7  # yes because a rose is a flower
     items = 2 * sum(count for _, count in task.groups)

@@ -12,9 +12,9 @@ candidates; InstructGPT's agreed on 72.6 % (section 3.4 of arXiv:2203.02155)."""
 
 
 class SimulatedLabeler:
-    """Stands in for the human who ranks candidates: the gold score plus gaussian noise.
+    """Replaces the human who ranks candidates: the gold score plus gaussian noise.
 
-    The noise depends on the seed and on all that was labeled before.
+    The noise depends on the seed and on everything labeled before.
 
     Args:
         noise: standard deviation of the noise, in units of the gold score.
@@ -45,14 +45,13 @@ def agreement(gold_scores: Sequence[Sequence[float]], noise: float, seed: int = 
 
     Args:
         gold_scores: for each prompt the gold scores of its candidates.
-        noise: of both labelers.
-        seed: of the two labelers together.
+        noise, seed: of the two labelers together.
 
     Returns:
-        The share of pairs ordered alike; pairs that a labeler calls a tie are left out.
+        The share of pairs ordered alike; pairs that a labeler ties are left out.
 
     Raises:
-        ValueError: there is no pair to agree on.
+        ValueError: no pair is left.
     """
     first, second = (SimulatedLabeler(noise, seed=2 * seed + i) for i in (0, 1))
     alike = [
@@ -65,7 +64,7 @@ def agreement(gold_scores: Sequence[Sequence[float]], noise: float, seed: int = 
 
 
 def _differences(first: Sequence[float], second: Sequence[float]) -> Iterator[tuple[float, float]]:
-    """The difference of each pair of candidates by two scores."""
+    """Both labelers' score difference for each pair of candidates."""
     for (a, b), (a_next, b_next) in combinations(list(zip(first, second, strict=True)), 2):
         yield a - a_next, b - b_next
 

@@ -1,4 +1,4 @@
-"""Replies of the tiny world: good ones, and flawed ones as they stand on the web."""
+"""Replies of the tiny world: good ones, and flawed ones as on the web."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def good_reply(task: Task, rng: random.Random) -> str:
 
 
 def flawed_reply(task: Task, rng: random.Random) -> str:
-    """A reply in which each constraint is broken, or not, at its rate in ``FLAW_RATES``."""
+    """A reply that breaks each constraint at its rate in ``FLAW_RATES``."""
     draft = _good_draft(task, rng)
     if task.format == "answer":
         draft = _spoil_answer(task, draft, rng)

@@ -41,9 +41,9 @@ GOOD_SHARE = 0.05
 """Share of the pretraining documents whose reply is good; the others are flawed."""
 
 END_OF_TEXT = "<|endoftext|>"
-"""Stands between a reply and a reader's remark on it, as between two documents: the EOS of the base
-model. From the remarks the base model learns what makes a reply bad, as models of the web do, and
-the reward model knows it before it sees the first ranking."""
+"""The base model's EOS, which separates a reply from a reader's remark as it does two documents.
+From the remarks the base model learns what makes a reply bad, as models of the web do, so the
+reward model knows it before it sees the first ranking."""
 
 
 def owner(task: Task) -> str:
@@ -61,14 +61,12 @@ def split(name: str) -> Dataset:
     """One split of the world's data, always the same.
 
     Args:
-        name: "pretraining" (column ``text``: a prompt, a reply, good or flawed, and a reader's
-            remark on it),
+        name: "pretraining" (``text``: a prompt, a good or flawed reply, a reader's remark on it),
             "demonstrations" and, held out, "validation" (``prompt``, ``completion``, ``task``), or
-            "rankings", "prompts", "test" (``prompt``, ``task``). ``task`` is json, as the gold
-            scorer reads it.
+            "rankings", "prompts", "test" (``prompt``, ``task``); ``task`` is json for `gold_score`.
 
     Raises:
-        ValueError: there is no split of that name.
+        ValueError: no split has that name.
 
     >>> split("validation").column_names
     ['prompt', 'completion', 'task']

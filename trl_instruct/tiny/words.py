@@ -20,10 +20,10 @@ CATEGORY_OF = {noun: category for category, nouns in CATEGORIES.items() for noun
 NOUNS = tuple(CATEGORY_OF)
 
 QUESTION_NOUNS = tuple(noun for nouns in CATEGORIES.values() for noun in nouns[:1])
-"""The nouns that are asked about: one a category, so that each is met hundreds of times."""
+"""The nouns asked about: one per category, so each occurs hundreds of times."""
 
 BARE_CATEGORIES = ("city",)
-"""Categories whose nouns stand without an article."""
+"""Categories whose nouns take no article."""
 
 COUNTS = {1: "one", 2: "two", 3: "three"}
 
@@ -33,7 +33,7 @@ TONES: dict[str, tuple[str, ...]] = {
     "sadly": ("Alas,", "Oh dear,", "Sorry,"),
     "angrily": ("Bah!", "Enough!", "Grr!"),
 }
-"""A tone, and the openings that show it. An opening with a comma leaves the next word small."""
+"""The openings that show each tone. After a comma the next word is not capitalized."""
 
 _PLACES_TEXT = (
     "river hill garden bridge market forest lake tower road window gate field beach castle"
@@ -44,7 +44,7 @@ PLACES = tuple(_PLACES_TEXT.split())
 PREPOSITIONS = ("near", "by", "behind", "beside")
 VERBS = ("sees", "likes", "finds", "meets", "follows", "watches", "needs", "loves")
 CHATTER = ("That is all.", "Ask me again.", "I know a lot.", "And so on.")
-"""What a flawed reply may add though nobody asked."""
+"""What a flawed reply may add unasked."""
 JUNK = ("blah", "foo", "zork", "um", "qux", "lol", "xx", "etc")
 """Words outside the world; only flawed replies have them."""
 
@@ -59,7 +59,7 @@ def with_article(word: str) -> str:
 
 
 def phrase(noun: str) -> str:
-    """A noun as it stands in a reply.
+    """A noun as replies write it.
 
     >>> phrase("owl"), phrase("rose"), phrase("Rome")
     ('an owl', 'a rose', 'Rome')
@@ -87,5 +87,5 @@ def join_and(phrases: list[str]) -> str:
 
 
 def capitalized(text: str) -> str:
-    """The text with a capital at its start, the rest as it is."""
+    """The text with its first letter capitalized."""
     return text[:1].upper() + text[1:]

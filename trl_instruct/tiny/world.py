@@ -60,10 +60,9 @@ class Task:
     Args:
         format: one of :data:`FORMATS`.
         groups: (category, count) of the items asked for.
-        tone: a key of ``TONES``, or "" where none is asked for.
+        tone: a key of ``TONES``, or "" if none is asked for.
         word: a word the reply must use, or "".
-        noun: the noun asked about.
-        category: the category asked about.
+        noun, category: those asked about.
         wording: which paraphrase the instruction has, 0 <= wording < ``WORDINGS``.
 
     >>> Task("list", groups=(("flower", 1), ("city", 1)), tone="politely", word="hill").prompt
@@ -82,8 +81,7 @@ class Task:
 
     @property
     def prompt(self) -> str:
-        """The instruction in English; it ends in a newline, so that a byte-level tokenizer cuts
-        there whatever follows."""
+        """The instruction; a byte-level tokenizer always splits after its final newline."""
         blanks = {
             "tone": self.tone and f", {self.tone}",
             "groups": self.groups and join_and([_group_text(*group) for group in self.groups]),
@@ -113,7 +111,7 @@ class Task:
 
     @property
     def true_category(self) -> str:
-        """The category that the noun asked about is of."""
+        """The true category of the noun asked about."""
         return CATEGORY_OF[self.noun]
 
     @property
@@ -127,7 +125,7 @@ def _group_text(category: str, count: int) -> str:
 
 
 def sample_task(rng: random.Random) -> Task:
-    """Draw a task; the rng alone decides which."""
+    """Sample a task; only the rng decides which."""
     (task_format,) = rng.choices(FORMATS, FORMAT_WEIGHTS)
     tone = rng.choice(tuple(TONES)) if rng.random() < TONE_SHARE else ""
     wording = rng.randrange(WORDINGS)
@@ -136,7 +134,7 @@ def sample_task(rng: random.Random) -> Task:
     groups = _sample_groups(1 + (rng.random() < TWO_GROUPS_SHARE), rng)
     while task_format == "sentence" and sum(count for _, count in groups) < 2:
         groups = _sample_groups(1, rng)
-    # A single group with neither tone nor word would be won by its format alone, half of it.
+    # A single group with neither tone nor word would give half the score for the format alone.
     needs_word = len(groups) == 1 and not tone
     word = rng.choice(PLACES) if needs_word or rng.random() < WORD_SHARE else ""
     return Task(task_format, groups=groups, tone=tone, word=word, wording=wording)
@@ -151,7 +149,7 @@ def _sample_question(tone: str, wording: int, rng: random.Random) -> Task:
 
 
 def _sample_groups(size: int, rng: random.Random) -> tuple[tuple[str, int], ...]:
-    """One to three of one category, or one of each of two."""
+    """One to three items of one category, or one of each of two categories."""
     categories = rng.sample(tuple(CATEGORIES), size)
     counts = SINGLE_COUNTS if size == 1 else (1,)
     return tuple((category, rng.choice(counts)) for category in categories)
