@@ -31,7 +31,6 @@ from trl_instruct.ppo_trainer.advantages import (
     masked_whiten,
     token_rewards,
 )
-from trl_instruct.ppo_trainer.checkpoint import load_models, load_rest, save_rest
 from trl_instruct.ppo_trainer.curves import LOGGED_SAMPLES, is_due, show_samples
 from trl_instruct.ppo_trainer.ema import MovingAverage
 from trl_instruct.ppo_trainer.iteration_trainer import IterationTrainer, set_learning_rate
@@ -49,6 +48,7 @@ from trl_instruct.ppo_trainer.rollouts import (
     unmeasured,
     with_logprobs,
 )
+from trl_instruct.ppo_trainer.run_state import load_models, load_rest, save_rest
 from trl_instruct.rewards.function import RewardError, RewardFunction, as_completions
 from trl_instruct.rewards.reward_model import RewardModel
 
