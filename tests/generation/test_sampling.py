@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
+from trl_instruct.data.rendering import render_prompts
 from trl_instruct.errors import InputError
 from trl_instruct.generation.sampling import (
     decode,
@@ -14,7 +15,6 @@ from trl_instruct.generation.sampling import (
     unused_sampling,
 )
 from trl_instruct.logprobs import entropy, log_distribution, token_logprobs
-from trl_instruct.models.tokenizers import tokenize_prompts
 
 
 def sample(model, prompts, **options):
@@ -78,11 +78,11 @@ def test_generation_leaves_the_mode_as_it_was(make_policy):
 
 def test_messages_go_through_the_chat_template(tokenizer, chat_tokenizer):
     messages = [{"role": "user", "content": "Hi"}]
-    (tokens,) = tokenize_prompts([messages], chat_tokenizer)
+    (tokens,) = render_prompts([messages], chat_tokenizer)
     assert chat_tokenizer.decode(tokens) == "u:Hi\na:"
-    assert tokenize_prompts(["Hi"], tokenizer) == [tokenizer("Hi")["input_ids"]]
+    assert render_prompts(["Hi"], tokenizer) == [tokenizer("Hi")["input_ids"]]
     with pytest.raises(InputError, match="the tokenizer has no chat template"):
-        tokenize_prompts([messages], tokenizer)
+        render_prompts([messages], tokenizer)
 
 
 def test_prompts_are_cut_from_the_left_and_counted():

@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 
 import trl_instruct.ppo_trainer.trainer as ours
 from trl_instruct import ppo
+from trl_instruct.data.rendering import render_prompts
 from trl_instruct.generation.logits import spread
-from trl_instruct.models.tokenizers import tokenize_prompts
 from trl_instruct.padding import completion_lengths, right_padded_mask
 from trl_instruct.ppo_trainer import micro_batch
 from trl_instruct.ppo_trainer.advantages import gae, masked_whiten
@@ -89,7 +89,7 @@ class Watch(TrainerCallback):
 
     def __init__(self, completions, tokenizer):
         self.completions = completions
-        self.rows = {tuple(ids): row for row, ids in enumerate(tokenize_prompts(ASKED, tokenizer))}
+        self.rows = {tuple(ids): row for row, ids in enumerate(render_prompts(ASKED, tokenizer))}
         self.rollouts, self.updates, self.weights, self.metrics = [], [], [], []
 
     def rows_of(self, prompts):

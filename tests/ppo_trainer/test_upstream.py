@@ -9,7 +9,7 @@ from trl.experimental.utils import get_reward
 
 from trl_instruct import InputError, RewardModel, RewardModule, ppo
 from trl_instruct.configs import PPOConfig
-from trl_instruct.models.tokenizers import tokenize_prompts
+from trl_instruct.data.rendering import render_prompts
 from trl_instruct.ppo_trainer.upstream import upstream_trainer
 from trl_instruct.recipes.pretrain import train_tokenizer
 from trl_instruct.rewards.combined import Clipped, WeightedSum
@@ -32,7 +32,7 @@ def test_a_trl_without_ppo_says_which_has_it(saved_policy, tmp_path):
 def batch(module, tokenizer, completions, **columns):
     """Rows as TRL's trainer makes them: (prompts + completions, width of the prompts)."""
     asked = ASKED[: len(completions)]
-    ids = tokenize_prompts(asked, tokenizer)
+    ids = render_prompts(asked, tokenizer)
     names = ("prompt", "input_ids", *columns)
     values = zip(asked, ids, *columns.values(), strict=True)
     queries = module.collate([dict(zip(names, row, strict=True)) for row in values])["input_ids"]

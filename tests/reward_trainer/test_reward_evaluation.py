@@ -15,7 +15,7 @@ from trl_instruct.reward_trainer.evaluation import (
     comparisons,
     evaluate_reward,
     numbered,
-    token_lengths,
+    response_ids,
     within_prompt_correlation,
 )
 
@@ -196,8 +196,9 @@ def test_length_correlation_of_equal_lengths_is_unknown():
 
 
 def test_length_is_in_tokens_of_the_response(tokenizer):
-    assert token_lengths(["abc", "ü"], tokenizer) == [3, 2]
-    assert token_lengths([[{"role": "assistant", "content": "abc"}]], tokenizer) == [3]
+    assert list(map(len, response_ids(["abc", "ü"], tokenizer))) == [3, 2]
+    said = [[{"role": "assistant", "content": "abc"}]]
+    assert list(map(len, response_ids(said, tokenizer))) == [3]
 
 
 # ---- ceilings ------------------------------------------------------------------------------------

@@ -11,13 +11,14 @@ from tokenizers import normalizers
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 from trl import ModelConfig
 
+from trl_instruct.data.rendering import render
 from trl_instruct.errors import InputError
 from trl_instruct.ppo_trainer.roles import load_roles
 from trl_instruct.rewards.function import as_completions, call_reward, reward_name
 from trl_instruct.rewards.http import HTTPReward
 from trl_instruct.rewards.load import load_reward
 from trl_instruct.rewards.reward_model import RewardModel
-from trl_instruct.rewards.tokens import cut_prompt, token_ids
+from trl_instruct.rewards.tokens import cut_prompt
 
 PROMPTS = ["one ", "a longer prompt ", "two "]
 COMPLETIONS = ["yes", "no, and never again", ""]
@@ -175,27 +176,17 @@ def test_completions_take_the_form_of_their_prompts():
 def test_a_cut_prompt_is_the_same_for_all_responses(tokenizer, max_length, lengths):
     prompt, responses = "question: ", ["", "ab", "abcd"]
     rows = [tokenizer(prompt + response)["input_ids"] for response in responses]
-    cut = cut_prompt(rows, prompt, tokenizer, max_length=max_length)
+    cut = cut_prompt(rows, tokenizer(prompt)["input_ids"], max_length=max_length)
     assert [len(row) for row in cut] == lengths
     for row, response in zip(cut, responses, strict=True):
         assert (prompt + response).endswith(tokenizer.decode(row))
         assert tokenizer.decode(row).endswith(response)
 
 
-def test_a_token_that_joins_prompt_and_response_is_not_cut():
-    rows = [[1, 2, 3, 90, 5], [1, 2, 3, 91, 5]]
-
-    def joining(prompt):
-        return {"input_ids": [1, 2, 3, 4]}  # alone, the prompt ends in another token
-
-    assert cut_prompt(rows, "?", joining, max_length=3) == [[3, 90, 5], [3, 91, 5]]
-    assert cut_prompt(rows, "?", joining, max_length=2) == rows
-
-
 def test_a_cut_prompt_of_messages(chat_tokenizer):
     prompt, reply = [{"role": "user", "content": "hello"}], [{"role": "assistant", "content": "hi"}]
-    row = token_ids(prompt, reply, chat_tokenizer)
-    (cut,) = cut_prompt([row], prompt, chat_tokenizer, max_length=10)
+    rendered = render(prompt, reply, chat_tokenizer)
+    (cut,) = cut_prompt([rendered.ids], rendered.prompt, max_length=10)
     assert chat_tokenizer.decode(cut) == "llo\na:hi<eos>\n"
 
 

@@ -215,7 +215,6 @@ def test_messages_are_closed_by_the_template():
     ("template", "text", "read"),
     [
         (THINKING, "cab", "u:hi<eos>\na:<think>cab<eos>\n"),
-        (SHOUTING, "cab", "u:hi<eos>\nA:cab<eos>\n"),
         (TRIMMING, " cab ", "u:hi<eos>\na:cab<eos>\n"),
         (FORGETTING, "hm</think>cab", "u:hi<eos>\na:cab<eos>\n"),
     ],
@@ -224,6 +223,13 @@ def test_a_template_that_shows_a_completion_otherwise(template, text, read):
     row, tokenizer = row_of(template, text)
     assert row == tokenizer(read)["input_ids"]
     assert PAIR in row
+
+
+def test_a_template_that_opens_a_policys_turn_differently():
+    """The policy wrote after "a:", so that is what the reward model reads, and SFT trains on."""
+    row, tokenizer = row_of(SHOUTING, "cab")
+    assert tokenizer.decode(row) == "u:hi<eos>\na:cab<eos>\n"
+    assert PAIR not in row
 
 
 def test_more_than_the_assistants_message():
@@ -242,14 +248,15 @@ def test_special_tokens_that_the_text_does_not_show(scored, merging):
     assert abs(of_ids[0] - of_ids[1]) > 0.01
 
 
-def test_a_tokenizer_that_ends_a_prompt_with_eos(merging):
-    """The sampled tokens stood behind an EOS, where no reward model was trained to read any."""
-    plain, ending = merging.backend_tokenizer, merging_tokenizer()
+def test_a_tokenizer_that_ends_every_text_with_eos(merging):
+    """The EOS that it appends to a prompt is left out: it would end the completion."""
+    ending = merging_tokenizer()
     ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
         "$A <eos>", special_tokens=[("<eos>", EOS)]
     )
+    assert ending("one ")["input_ids"][-1] == EOS
     (row,) = reward_rows(["one "], ["cab"], ending, [spelt(merging, "cab")])
-    assert row == [*plain.encode("one cab<eos>").ids, EOS]
+    assert row == [*merging("one ")["input_ids"], *spelt(merging, "cab"), EOS]
 
 
 def test_which_tokenizers_are_the_same(merging, tokenizer, tmp_path):

@@ -1,7 +1,6 @@
 """What `evaluate` measures of checkpoints: samples, log-probabilities, losses, scores."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import takewhile
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_instruct.configs import EvaluateConfig
+from trl_instruct.data.rendering import render
 from trl_instruct.data.sources import iterate
 from trl_instruct.errors import InputError
 from trl_instruct.evaluation.samples import Sampled, sample, score_completions, sequence_logprobs
@@ -19,10 +19,8 @@ from trl_instruct.generation.logits import completion_logprobs
 from trl_instruct.generation.sampling import Completion, pad_prompts, prompt_tokens, sample_several
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource, context_length, evaluating
-from trl_instruct.models.tokenizers import tokenize_prompts
 from trl_instruct.padding import pad_rows, similar_lengths
 from trl_instruct.rewards.function import RewardFunction, place_on
-from trl_instruct.rewards.tokens import token_ids
 
 JUDGED_AT_ONCE = 512
 Progress: TypeAlias = Callable[[int], Any]
@@ -144,6 +142,7 @@ def _measure(
         policy,
         tokenizer,
         subject.prompts["prompt"][:],
+        columns=subject.prompts[:],
         response_length=config.response_length,
         max_prompt_length=config.max_prompt_length,
         stop_strings=config.stop_strings,
@@ -185,6 +184,7 @@ def _sample_several(
         policy,
         max_prompt_length=config.max_prompt_length,
         response_length=config.response_length,
+        columns=subject.prompts[:],
     )
     rows = sample_several(
         policy,
@@ -278,24 +278,19 @@ def completion_loss(
 def demonstration_tokens(
     demonstrations: Dataset, tokenizer: PreTrainedTokenizerBase, context: int | None
 ) -> list[tuple[list[int], list[int]]]:
-    """Prompt and completion of each demonstration as tokens, as TRL's SFTTrainer makes them.
-
-    The completion begins at the first token where prompt alone and both together differ.
+    """Prompt and completion of each demonstration as tokens, as `sft` trains on them.
 
     Args:
         context: most tokens of both; None: no limit.
     """
     rows = []
     for number, record in enumerate(iterate(demonstrations), start=1):
-        (opening,) = tokenize_prompts([record["prompt"]], tokenizer)
-        whole = token_ids(record["prompt"], record["completion"], tokenizer)
-        both = zip(opening, whole, strict=False)
-        shared = len(list(takewhile(lambda pair: pair[0] == pair[1], both)))
-        completion = whole[shared:context]
-        if not shared or not completion:
+        prompt, completion, _ = render(record["prompt"], record["completion"], tokenizer, record)
+        room = None if context is None else max(0, context - len(prompt))
+        if not completion[:room]:
             raise InputError(
-                f"Demonstration {number}: the prompt is {len(opening)} tokens long and the model's "
+                f"Demonstration {number}: the prompt is {len(prompt)} tokens long and the model's "
                 f"context {context}, so no completion is left to measure. Shorten the prompt."
             )
-        rows.append((whole[:shared], completion))
+        rows.append((prompt, completion[:room]))
     return rows

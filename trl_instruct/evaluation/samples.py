@@ -1,6 +1,6 @@
 """One completion per prompt: sampled, scored, and its log-probability."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +53,7 @@ def sample(
     batch_size: int = 64,
     seed: int = 0,
     progress: Callable[[int], Any] | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> Sampled:
     """One sampled completion per prompt.
 
@@ -71,6 +72,7 @@ def sample(
         policy,
         max_prompt_length=max_prompt_length,
         response_length=response_length,
+        columns=columns,
     )
     completions, lengths, ended = generate(
         policy,

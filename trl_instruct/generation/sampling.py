@@ -1,6 +1,6 @@
 """Prompts -> completions: tokenised, cut to fit, sampled from the policy, decoded."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_instruct.configs import PPOConfig
+from trl_instruct.data.rendering import completion_texts, render_prompts
 from trl_instruct.errors import InputError
 from trl_instruct.generation.token_sampling import (
     NEVER,
@@ -17,7 +18,6 @@ from trl_instruct.generation.token_sampling import (
     reads_padding,
 )
 from trl_instruct.models.properties import context_length, evaluating
-from trl_instruct.models.tokenizers import tokenize_prompts
 from trl_instruct.padding import completion_lengths, left_padded_mask, unpadded
 
 
@@ -69,13 +69,14 @@ def prompt_tokens(
     *,
     max_prompt_length: int | None,
     response_length: int,
+    columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> tuple[list[list[int]], int]:
-    """Prompts (texts or messages) tokenised and cut to the policy's context, and how many were cut.
+    """Prompts (texts or messages) as ids, cut to the policy's context, and how many were cut.
 
-    Lengths as in `fit_prompts`.
+    Lengths as in `fit_prompts`, columns as in `render_prompts`.
     """
     return fit_prompts(
-        tokenize_prompts(prompts, tokenizer),
+        render_prompts(prompts, tokenizer, columns),
         max_prompt_length=max_prompt_length,
         response_length=response_length,
         context=context_length(policy),
@@ -203,11 +204,11 @@ def decode(
     """Texts of what `generate` returned, each cut before the EOS or stop string that ended it."""
     kept = zip(completion_ids.tolist(), lengths.tolist(), ended.tolist(), strict=True)
     rows = [(ids[:length], ids[: length - end]) for ids, length, end in kept]
-    texts = tokenizer.batch_decode([row for _, row in rows], skip_special_tokens=True)
+    texts = completion_texts([row for _, row in rows], tokenizer)
     if not stop_strings:
         return texts
     # The token that completes a stop string may also hold the last letters before it.
-    whole = tokenizer.batch_decode([row for row, _ in rows], skip_special_tokens=True)
+    whole = completion_texts([row for row, _ in rows], tokenizer)
     ends = [_first_of(stop_strings, text) for text in whole]
     return [
         text if end is None else full[:end]

@@ -1,8 +1,6 @@
 """The tokenizer of a model, with what all stages rely on."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -89,24 +87,3 @@ def check_same_tokens(
                 "the second, so one of them is not the base's. Give each the tokenizer that it was "
                 "trained with."
             )
-
-
-def tokenize_prompts(prompts: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of prompts, each a text or a list of messages.
-
-    Messages go through the tokenizer's chat template, which opens the assistant's turn.
-
-    Raises:
-        InputError: messages without a chat template.
-    """
-    if not prompts or isinstance(prompts[0], str):
-        return tokenizer(list(prompts))["input_ids"] if prompts else []
-    if tokenizer.chat_template is None:
-        raise InputError(
-            "The prompts are messages, but the tokenizer has no chat template. Train the policy "
-            "with `sft(..., chat_template_path=...)`, or give prompts as text."
-        )
-    return [
-        tokenizer.apply_chat_template(p, add_generation_prompt=True, return_dict=True)["input_ids"]
-        for p in prompts
-    ]

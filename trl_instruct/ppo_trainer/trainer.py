@@ -125,6 +125,7 @@ class PPOTrainer(IterationTrainer):
             model,
             max_prompt_length=args.max_prompt_length,
             response_length=args.response_length,
+            columns=train_dataset[:],
         )
         self.minibatch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
         sharding.load_unsharded()  # models loaded later (checkpoints, comparisons) are whole

@@ -187,6 +187,7 @@ class UpstreamTrainer(Trainer):
             model,
             max_prompt_length=args.max_prompt_length,
             response_length=args.response_length,
+            columns=train_dataset[:],
         )
         if isinstance(reward_model, PreTrainedModel):
             reward_model = RewardModel(reward_model, processing_class)

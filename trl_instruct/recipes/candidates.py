@@ -123,6 +123,7 @@ def sample_candidates(
         model,
         max_prompt_length=max_prompt_length,
         response_length=response_length,
+        columns=records[:],
     )
     if gold is not None:
         gold = load_reward(gold, tokenizer, batch_size=batch_size, **trust)

@@ -156,7 +156,7 @@ def _measure(run: StageRun, reward: RewardModel, data: Preferences) -> dict[str,
     metrics: dict[str, Any] = {}
     if data.demonstrations is not None:
         shown = data.demonstrations[:]
-        shift, std = reward.measure_shift(shown["prompt"], shown["completion"])
+        shift, std = reward.measure_shift(shown.pop("prompt"), shown.pop("completion"), **shown)
         metrics |= {"shift": shift, "std": std, "demonstrations": len(data.demonstrations)}
         if isinstance(reward.model, PeftModel) and run.is_main:
             save_beside_adapter(reward.model, run.folder)
@@ -176,4 +176,4 @@ def _train_accuracy(run: StageRun, reward: RewardModel, data: Preferences) -> fl
     assert data.held_out is not None
     shown = data.train.shuffle(seed=run.config.seed)
     shown = as_rankings(shown.select(range(min(len(shown), len(data.held_out)))))
-    return pair_accuracy(reward, shown).mean if count_pairs(shown) else math.nan
+    return pair_accuracy(reward, shown, reward.tokenizer).mean if count_pairs(shown) else math.nan

@@ -4,12 +4,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import ModelConfig, SFTTrainer
 
 from trl_instruct.configs import SFTConfig
 from trl_instruct.data.records import load_demonstrations
+from trl_instruct.data.rendering import render
+from trl_instruct.data.sources import Source, first_record, iterate, map_records
 from trl_instruct.errors import InputError
 from trl_instruct.models.adapters import keep_float32, new_adapter_config, trained_weights
 from trl_instruct.models.load import load_policy
@@ -76,7 +78,9 @@ def sft(
         model = tiny_base(Path(config.output_dir).parent / "base", seed=config.seed)
     with run_stage("sft", config, model_config) as run:
         policy, tokenizer = _load(run, model, processing_class)
-        truncated = check_demonstrations(demonstrations, tokenizer, config)
+        demonstrations, truncated = render_demonstrations(demonstrations, tokenizer, config)
+        if held_out is not None:
+            held_out, _ = render_demonstrations(held_out, tokenizer, config)
         if truncated:
             run.say(f"{truncated} of {len(demonstrations)} demonstrations are cut at max_length")
         trained = trained_weights(policy)
@@ -119,28 +123,44 @@ def _measure(trainer: SFTTrainer) -> dict[str, float]:
     return {"base_loss": before, "eval_loss": trainer.evaluate()["eval_loss"]}
 
 
-def check_demonstrations(
+def render_demonstrations(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: SFTConfig
-) -> int:
-    """Number of demonstrations that max_length cuts; InputError if it leaves only the prompt."""
+) -> tuple[Dataset, int]:
+    """Demonstrations with the ids that SFTTrainer takes, and how many of them max_length cuts.
+
+    TRL renders them itself if the trainer sets the chat template, or for assistant_only_loss.
+
+    Raises:
+        InputError: messages without a chat template, or that it refuses; a prompt that leaves no
+            room for its completion; assistant_only_loss beside completion_only_loss.
+    """
     check_chat_template(dataset, tokenizer, config)
-    is_text = isinstance(dataset[0]["prompt"], str)
-    if config.max_length is None or not (is_text or tokenizer.chat_template):
-        return 0  # the trainer sets the template later: lengths are not known yet
-    cut = 0
-    for row, record in enumerate(dataset):
-        prompt, completion = record["prompt"], record["completion"]
-        if is_text:
-            opening = tokenizer(prompt)
-            whole = tokenizer(prompt + completion.removesuffix(tokenizer.eos_token))
-        else:
-            opening = tokenizer.apply_chat_template(prompt, return_dict=True)
-            whole = tokenizer.apply_chat_template(prompt + completion, return_dict=True)
-        if len(opening["input_ids"]) >= config.max_length:
-            raise InputError(
-                f"Demonstration {row + 1}: the prompt alone is {len(opening['input_ids'])} tokens "
-                f"and max_length is {config.max_length}, which leaves no completion to learn. "
-                "Raise max_length (up to the model's context), or shorten the prompt."
+    is_text = isinstance(first_record(dataset, Source.of(dataset))["prompt"], str)
+    if config.assistant_only_loss and config.completion_only_loss is not False:
+        raise InputError(
+            "assistant_only_loss learns every reply of a dialogue, completion_only_loss the last "
+            "one only. Set completion_only_loss=False as well, or leave assistant_only_loss out."
+        )
+    if config.assistant_only_loss or not (is_text or tokenizer.chat_template):
+        return dataset, 0
+
+    def rendered(record: dict[str, Any], row: int) -> dict[str, list[int]]:
+        try:
+            prompt, completion, _ = render(
+                record["prompt"], record["completion"], tokenizer, record
             )
-        cut += len(whole["input_ids"]) + is_text > config.max_length  # text gets an EOS
-    return cut
+        except InputError as error:
+            raise InputError(f"Demonstration {row + 1}: {error}") from error
+        if config.max_length is not None and len(prompt) >= config.max_length:
+            raise InputError(
+                f"Demonstration {row + 1}: the prompt alone is {len(prompt)} tokens and max_length "
+                f"is {config.max_length}, which leaves no completion to learn. Raise max_length "
+                "(up to the model's context), or shorten the prompt."
+            )
+        mask = [0] * len(prompt) + [1] * len(completion)
+        return {"input_ids": prompt + completion, "completion_mask": mask}
+
+    ready = map_records(dataset, rendered, with_indices=True)
+    if config.max_length is None or isinstance(ready, IterableDataset):
+        return ready, 0
+    return ready, sum(len(ids) > config.max_length for ids in iterate(ready, "input_ids"))

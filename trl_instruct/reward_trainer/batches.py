@@ -1,6 +1,6 @@
 """Rankings as token rows, one per response, and batches of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, takewhile
 from typing import Any
@@ -9,8 +9,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
+from trl_instruct.data.rendering import record_of, render_all
 from trl_instruct.padding import pad_rows, right_padded_mask
-from trl_instruct.rewards.tokens import cut_prompt, token_ids
+from trl_instruct.rewards.tokens import cut_prompt
 
 
 def tokenize_rankings(
@@ -36,13 +37,13 @@ def tokenize_rankings(
     """
     weights = batch.get("weight") or [None] * len(batch["prompt"])
     records = []
-    for prompt, responses, ranks, weight in zip(
-        batch["prompt"], batch["responses"], batch["ranks"], weights, strict=True
-    ):
-        rows = [token_ids(prompt, response, tokenizer) for response in responses]
+    columns = (batch["prompt"], batch["responses"], batch["ranks"], weights)
+    for row, (prompt, responses, ranks, weight) in enumerate(zip(*columns, strict=True)):
+        rendered = render_all(prompt, responses, tokenizer, record_of(batch, row))
+        rows = [one.ids for one in rendered]
         whole = len(rows[0])
         if max_length is not None and truncate_prompt:
-            rows = cut_prompt(rows, prompt, tokenizer, max_length=max_length)
+            rows = cut_prompt(rows, rendered[0].prompt, max_length=max_length)
         fits = [max_length is None or len(row) <= max_length for row in rows]
         kept = [row for row, fit in zip(rows, fits, strict=True) if fit]
         order = [rank for rank, fit in zip(ranks, fits, strict=True) if fit]
@@ -59,6 +60,15 @@ def tokenize_rankings(
             }
         )
     return {name: [record[name] for record in records] for name in records[0]}
+
+
+def tokenize_pair(
+    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[int]]:
+    """A pair as the ids that TRL's RewardTrainer takes."""
+    pair = [record["chosen"], record["rejected"]]
+    chosen, rejected = render_all(record["prompt"], pair, tokenizer, record)
+    return {"chosen_ids": chosen.ids, "rejected_ids": rejected.ids}
 
 
 def _shared_length(rows: Sequence[Sequence[int]]) -> int:

@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_instruct.data.pairs import content_key, ranking_to_pairs
 from trl_instruct.data.rankings import Ranking, dense_ranks
+from trl_instruct.data.rendering import ARGUMENTS
 from trl_instruct.data.sources import iterate
 from trl_instruct.errors import InputError
 from trl_instruct.intervals import Interval, grouped_interval
-from trl_instruct.rewards.function import RewardFunction, call_reward
+from trl_instruct.rewards.function import RewardFunction, as_text, call_reward
 
 MOST_BINS, LEAST_PAIRS = 10, 30
 
@@ -44,12 +45,23 @@ class Labeled(NamedTuple):
 
 
 class Numbered(NamedTuple):
-    """Rankings, with prompt, prompt number and content of each of their R distinct responses."""
+    """Rankings, and what belongs to each of their R distinct responses.
+
+    prompts, prompt_numbers, responses; arguments: what their chat template reads beside them.
+    """
 
     rankings: list[Labeled]
     prompts: list[Any]
     prompt_numbers: list[int]
     responses: list[Any]
+    arguments: list[dict[str, Any]]
+
+    def scores(self, reward: RewardFunction, ids: list[list[int]]) -> list[float]:
+        """The reward's scores of all responses; `ids` are their tokens."""
+        columns: dict[str, list[Any]] = {"completion_ids": ids}
+        for name in {name for given in self.arguments for name in given}:
+            columns[name] = [given.get(name) for given in self.arguments]
+        return call_reward(reward, self.prompts, self.responses, columns)
 
 
 class Comparisons(NamedTuple):
@@ -108,8 +120,8 @@ def evaluate_reward(
         and agreement (see `agreement`); eval_prompts, eval_rankings, eval_pairs.
     """
     held_out = numbered(rankings)
-    scores = call_reward(reward, held_out.prompts, held_out.responses, {})
-    lengths = token_lengths(held_out.responses, tokenizer)
+    ids = response_ids(held_out.responses, tokenizer)
+    scores, lengths = held_out.scores(reward, ids), list(map(len, ids))
     pairs = comparisons(held_out.rankings, scores, lengths)
     bins = calibration(pairs)
     metrics: dict[str, Any] = {
@@ -131,14 +143,16 @@ def evaluate_reward(
     return RewardEvaluation(metrics, scores, lengths)
 
 
-def pair_accuracy(reward: RewardFunction, rankings: Dataset) -> Interval:
+def pair_accuracy(
+    reward: RewardFunction, rankings: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> Interval:
     """Only the accuracy of `evaluate_reward`, for rankings that the reward was trained on.
 
     Raises:
         InputError: no ranking has a strict pair.
     """
     shown = numbered(rankings)
-    scores = call_reward(reward, shown.prompts, shown.responses, {})
+    scores = shown.scores(reward, response_ids(shown.responses, tokenizer))
     pairs = comparisons(shown.rankings, scores, [0] * len(scores))
     return pairs.accuracy(pairs.margins)
 
@@ -265,27 +279,29 @@ def agreement(labeled: Sequence[Labeled]) -> dict[str, float] | None:
     return {**measured._asdict(), "pairs": len(values)}
 
 
-def token_lengths(responses: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def response_ids(responses: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Tokens of each response (text or messages), without special tokens."""
-    texts = [r if isinstance(r, str) else "\n".join(m["content"] for m in r) for r in responses]
-    return [len(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    texts = list(map(as_text, responses))
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
 def numbered(rankings: Dataset) -> Numbered:
     """Number the prompts and responses of rankings, so that each response is scored once."""
-    result = Numbered([], [], [], [])
+    result = Numbered([], [], [], [], [])
     prompts: dict[str, int] = {}
-    responses: dict[tuple[str, str], int] = {}
+    responses: dict[tuple[str, ...], int] = {}
     for record in iterate(rankings):
         asked, ranked = content_key(record["prompt"]), []
+        arguments = {name: record[name] for name in ARGUMENTS if record.get(name) is not None}
         prompt = prompts.setdefault(asked.strip(), len(prompts))
         for response in record["responses"]:
-            key = asked, content_key(response)
+            key = asked, content_key(response), str(arguments)
             if key not in responses:
                 responses[key] = len(responses)
                 result.prompts.append(record["prompt"])
                 result.prompt_numbers.append(prompt)
                 result.responses.append(response)
+                result.arguments.append(arguments)
             ranked.append(responses[key])
         weight = 1.0 if record.get("weight") is None else float(record["weight"])
         gold = record.get("gold_scores")

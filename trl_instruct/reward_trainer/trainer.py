@@ -17,7 +17,7 @@ from trl_instruct.errors import InputError
 from trl_instruct.models.properties import disable_dropout, evaluating
 from trl_instruct.models.tokenizers import check_tokenizer
 from trl_instruct.padding import LengthBatchSampler, pad_rows
-from trl_instruct.reward_trainer.batches import RankingCollator, tokenize_rankings
+from trl_instruct.reward_trainer.batches import RankingCollator, tokenize_pair, tokenize_rankings
 from trl_instruct.reward_trainer.losses import pair_loss, pair_weights
 from trl_instruct.reward_trainer.prefix import share_prefix, sharing_pays
 from trl_instruct.reward_trainer.prefix_scores import shared_scores, sharing_fault, skips_hidden
@@ -127,6 +127,9 @@ class RankingRewardTrainer(RewardTrainer):
 
     def _prepare_pairs(self, dataset: Any, *given: Any) -> Any:
         """TRL's own preparation; it leaves overlong pairs out."""
+        if {"prompt", "chosen", "rejected"} <= set(dataset.column_names or ()):
+            tokenize = partial(tokenize_pair, tokenizer=given[0])
+            dataset = dataset.map(tokenize, remove_columns=["prompt", "chosen", "rejected"])
         prepared = super()._prepare_dataset(dataset, *given)
         if not isinstance(dataset, IterableDataset):
             self.overlong += len(dataset) - len(prepared)

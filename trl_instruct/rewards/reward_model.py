@@ -51,14 +51,14 @@ class RewardModel:
         return shift_of(self.model)
 
     def measure_shift(
-        self, prompts: Sequence[Any], completions: Sequence[Any]
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
     ) -> tuple[float, float]:
         """Set the shift at which these demonstrations score 0 on average (InstructGPT 3.5).
 
         Returns:
             The mean and standard deviation of the model's scores without a shift.
         """
-        scores = [score + self.shift for score in self(prompts, completions)]
+        scores = [score + self.shift for score in self(prompts, completions, **columns)]
         mean, std = statistics.fmean(scores), statistics.pstdev(scores)
         keep_shift(self.model, mean, std)
         return mean, std
@@ -73,7 +73,7 @@ class RewardModel:
     ) -> list[float]:
         """Scores of the completions, one float each."""
         known = completion_ids if self.reads_ids else None
-        rows = reward_rows(prompts, completions, self.tokenizer, known)
+        rows = reward_rows(prompts, completions, self.tokenizer, known, columns)
         context = context_length(self.model)
         if context is not None:
             self.truncated += sum(len(row) > context for row in rows)

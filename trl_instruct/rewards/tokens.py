@@ -1,16 +1,15 @@
 """The tokens that a reward model reads: those of the text, or those that the policy sampled."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
-from itertools import takewhile
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from trl_instruct.models.tokenizers import tokenize_prompts
+from trl_instruct.data.rendering import completion_texts, record_of, render
 
 
 def reward_rows(
@@ -18,6 +17,7 @@ def reward_rows(
     completions: Sequence[Any],
     tokenizer: PreTrainedTokenizerBase,
     completion_ids: Sequence[list[int]] | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[list[int]]:
     """The tokens a reward model reads, one row per completion.
 
@@ -28,31 +28,41 @@ def reward_rows(
         tokenizer: the reward model's.
         completion_ids: the tokens that each completion was decoded from, by the same tokenizer,
             with or without those that ended it; None if only the texts are known.
+        columns: `tools` and `chat_template_kwargs`, if the records have them.
     """
-    known: Sequence[list[int] | None] = completion_ids or [None] * len(completions)
-    return [
-        _sampled_row(*row, tokenizer) or token_ids(*row[:2], tokenizer)
-        for row in zip(prompts, completions, known, strict=True)
-    ]
+    sampled = _sampled(completions, completion_ids, tokenizer)
+    rows = []
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        rendered = render(prompt, completion, tokenizer, record_of(columns or {}, row))
+        own = sampled[row]
+        if own is None or rendered.closing is None:
+            rows.append(rendered.ids)
+        else:
+            closing = tokenizer(rendered.closing, add_special_tokens=False)["input_ids"]
+            rows.append([*rendered.prompt, *own, *closing])
+    return rows
 
 
-def _sampled_row(
-    prompt: Any, completion: Any, ids: list[int] | None, tokenizer: PreTrainedTokenizerBase
-) -> list[int] | None:
-    """Prompt, sampled tokens, and what closes them; None if the text must be tokenised afresh.
+def _sampled(
+    completions: Sequence[Any],
+    completion_ids: Sequence[list[int]] | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Sequence[list[int] | None]:
+    """The sampled tokens of each text, without what ended it.
 
-    It must if the text differs from the tokens (special tokens in between, a stop string that was
-    removed), or if `_closing` finds no end.
+    None where the text differs from them: special tokens in between, a stop string that was
+    removed, a completion that is more than the assistant's message.
     """
-    text = _answer(completion)
-    if ids is None or text is None:
-        return None
-    own = next((part for part in (ids, ids[:-1]) if tokenizer.decode(part) == text), None)
-    (opening,) = tokenize_prompts([prompt], tokenizer)
-    closing = _closing(prompt, completion, text, opening, tokenizer)
-    if own is None or closing is None:
-        return None
-    return [*opening, *own, *tokenizer(closing, add_special_tokens=False)["input_ids"]]
+    if completion_ids is None:
+        return [None] * len(completions)
+    cut = [ids[:-1] for ids in completion_ids]
+    read = completion_texts([*completion_ids, *cut], tokenizer, skip_special_tokens=False)
+    found: list[list[int] | None] = []
+    for row, completion in enumerate(completions):
+        text, count = _answer(completion), len(completions)
+        whole = completion_ids[row] if text == read[row] else None
+        found.append(cut[row] if whole is None and text == read[count + row] else whole)
+    return found
 
 
 def _answer(completion: Any) -> str | None:
@@ -61,26 +71,6 @@ def _answer(completion: Any) -> str | None:
         return completion
     roles = [message.get("role") for message in completion]
     return completion[0].get("content") if roles == ["assistant"] else None
-
-
-def _closing(
-    prompt: Any,
-    completion: Any,
-    text: str,
-    opening: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-) -> str | None:
-    """What a reward model reads after the completion: EOS, or the end of the template's turn.
-
-    None if the model would read prompt or completion differently from the policy: the template adds
-    or removes thoughts or trims the text, or EOS follows the prompt.
-    """
-    if isinstance(prompt, str):
-        return None if opening[-1] == tokenizer.eos_token_id else tokenizer.eos_token
-    before = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    whole = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
-    before += text
-    return whole[len(before) :] if whole.startswith(before) else None
 
 
 def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
@@ -113,26 +103,7 @@ def _digest(core: Tokenizer, size: int) -> str:
     return sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
 
-def token_ids(prompt: Any, completion: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Prompt + completion as a reward model reads them, in training and in use.
-
-    Texts are joined and ended with EOS, as in TRL's RewardTrainer; messages use the chat template.
-    """
-    if isinstance(prompt, str):
-        text = prompt + completion
-        if not text.endswith(tokenizer.eos_token):
-            text += tokenizer.eos_token
-        return tokenizer(text)["input_ids"]
-    return tokenizer.apply_chat_template([*prompt, *completion], return_dict=True)["input_ids"]
-
-
-def cut_prompt(
-    rows: list[list[int]],
-    prompt: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-) -> list[list[int]]:
+def cut_prompt(rows: list[list[int]], prompt_ids: list[int], *, max_length: int) -> list[list[int]]:
     """The rows of one prompt's responses, with the prompt cut from the left until they fit.
 
     All lose the same tokens, as many as the longest needs, so that the responses are judged after
@@ -140,16 +111,11 @@ def cut_prompt(
     fit even then is returned too long, and does not shorten the others.
 
     Args:
-        rows: prompt + response, from `token_ids`.
+        rows: prompt + response.
+        prompt_ids: the prompt that all of them begin with.
         max_length: most tokens of a row.
     """
-    if isinstance(prompt, str):
-        opening = tokenizer(prompt)["input_ids"]
-    else:
-        opening = tokenizer.apply_chat_template(prompt, return_dict=True)["input_ids"]
-    # Only what all rows share: a token may join the prompt's last letters and a response's first.
-    shared = takewhile(lambda tokens: len({*tokens}) == 1, zip(opening, *rows, strict=False))
-    most = max(0, len(list(shared)) - 1)
+    most = max(0, len(prompt_ids) - 1)
     longest = max((len(row) for row in rows if len(row) - most <= max_length), default=0)
     cut = max(0, longest - max_length)
     return [row[cut:] for row in rows]

@@ -1,0 +1,237 @@
+"""The one rendering: here a record becomes token ids, and sampled ids become text again.
+
+What SFT trains on, what PPO continues, what a reward model reads and what a labeler sees are the
+same ids and the same characters. A policy continues the ids of the prompt alone, so training keeps
+these too: if a tokenizer would merge the prompt's last letters with the completion's first, the
+completion is tokenised after the prompt's own tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from trl_instruct.errors import InputError
+
+ARGUMENTS = ("tools", "chat_template_kwargs")
+"""Columns of a record that its chat template reads, as in TRL."""
+
+# Texts before which a completion is tokenised, or after which it is decoded, as if inside a text.
+ANCHORS = ("a", "\n", ".")
+
+
+class Rendered(NamedTuple):
+    """Ids of a prompt as a policy continues it, and of the completion, with what ends it.
+
+    `closing` is the text that ends the completion: EOS, or the end of the template's turn. It is
+    None if the template changes the completion's text (trims it, moves its thoughts).
+    """
+
+    prompt: list[int]
+    completion: list[int]
+    closing: str | None
+
+    @property
+    def ids(self) -> list[int]:
+        """Prompt + completion."""
+        return self.prompt + self.completion
+
+
+def render(
+    prompt: Any,
+    completion: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    record: Mapping[str, Any] | None = None,
+) -> Rendered:
+    """Prompt and completion as token ids. Arguments and errors as `render_all`."""
+    (rendered,) = render_all(prompt, [completion], tokenizer, record)
+    return rendered
+
+
+def render_all(
+    prompt: Any,
+    completions: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    record: Mapping[str, Any] | None = None,
+) -> list[Rendered]:
+    """A prompt with each of its completions as token ids.
+
+    Texts are joined and end with EOS, as TRL's trainers join them; messages go through the chat
+    template.
+
+    Args:
+        prompt, completions: texts, or lists of messages.
+        record: the record with the columns `tools` and `chat_template_kwargs`, if it has them.
+
+    Raises:
+        InputError: messages without a chat template, or messages that it refuses.
+    """
+    if isinstance(prompt, str):
+        before, ids = _plain(prompt, tokenizer)
+        opening, eos = prompt, str(tokenizer.eos_token)
+        endings = ["" if text.endswith(eos) else eos for text in completions]
+        rests = [text + end for text, end in zip(completions, endings, strict=True)]
+        closings: list[str | None] = [*endings]
+    else:
+        arguments = template_arguments(record or {})
+        answers = all(completion[0]["role"] == "assistant" for completion in completions)
+        opening = _chat(prompt, tokenizer, add_generation_prompt=answers, **arguments)
+        before, ids = [], _ids(opening, tokenizer)
+        rests, closings = [], []
+        for completion in completions:
+            whole = _chat([*prompt, *completion], tokenizer, **arguments)
+            said = str(completion[0].get("content") or "")
+            # Some templates open a turn differently for a policy than in a dialogue.
+            start = len(opening) if whole.startswith(opening) else _place(said, whole, opening)
+            rests.append(whole[start:])
+            alone = len(completion) == 1 and rests[-1].startswith(said)
+            closings.append(rests[-1][len(said) :] if alone else None)
+    rendered = []
+    for rest, closing in zip(rests, closings, strict=True):
+        whole_ids = _ids(opening + rest, tokenizer)
+        follows = whole_ids[: len(ids)] == ids
+        after = whole_ids[len(ids) :] if follows else _after_anchor(rest, tokenizer)
+        rendered.append(Rendered([*before, *ids], after, closing))
+    return rendered
+
+
+def render_prompt(
+    prompt: Any, tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Ids of a prompt, a text or messages, as a policy continues it. Arguments as `render`.
+
+    An EOS that the tokenizer appends to every text is left out: it would end the completion.
+    """
+    if isinstance(prompt, str):
+        before, ids = _plain(prompt, tokenizer)
+        return before + ids
+    opening = _chat(
+        prompt, tokenizer, add_generation_prompt=True, **template_arguments(record or {})
+    )
+    return _ids(opening, tokenizer)
+
+
+def render_prompts(
+    prompts: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> list[list[int]]:
+    """Ids of B prompts; `columns` may hold `tools` and `chat_template_kwargs`, B values each.
+
+    Raises:
+        InputError: as `render`, with the number of the prompt.
+    """
+    rows = []
+    for row, prompt in enumerate(prompts):
+        try:
+            rows.append(render_prompt(prompt, tokenizer, record_of(columns or {}, row)))
+        except InputError as error:
+            raise InputError(f"Prompt {row + 1}: {error}") from error
+    return rows
+
+
+def record_of(columns: Mapping[str, Sequence[Any]], row: int) -> dict[str, Any]:
+    """What one row of the columns gives its chat template."""
+    return {name: columns[name][row] for name in ARGUMENTS if columns.get(name) is not None}
+
+
+def template_arguments(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of the chat template: `tools`, and the entries of `chat_template_kwargs`.
+
+    Tables give every struct the union of its keys, so that absent keys come back as null; they are
+    left out.
+
+    >>> template_arguments({"tools": '[{"name": "now"}]', "chat_template_kwargs": {"a": 1, "b": None}})
+    {'tools': [{'name': 'now'}], 'a': 1}
+    """  # noqa: E501
+    tools = record.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    given = {"tools": tools or None, **(record.get("chat_template_kwargs") or {})}
+    return _without_nulls(given)
+
+
+def completion_texts(
+    rows: Sequence[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    skip_special_tokens: bool = True,
+) -> list[str]:
+    """Texts of sampled completions, as they continue a prompt.
+
+    Some decoders strip the space that a text begins with (Llama 2, T5); a completion's is kept.
+    """
+    anchor = _ids(ANCHORS[0], tokenizer)
+    options = {"skip_special_tokens": skip_special_tokens}
+    before, *texts = tokenizer.batch_decode([anchor, *(anchor + row for row in rows)], **options)
+    return [
+        text[len(before) :] if text.startswith(before) else tokenizer.decode(row, **options)
+        for text, row in zip(texts, rows, strict=True)
+    ]
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of a text, without what the tokenizer adds around it."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before a text (BOS), and the text's ids; not what it appends."""
+    ids = _ids(text, tokenizer)
+    if not tokenizer.num_special_tokens_to_add():
+        return [], ids
+    full = tokenizer(text)["input_ids"]
+    for start in range(len(full) - len(ids) + 1):
+        if full[start : start + len(ids)] == ids:
+            return full[:start], ids
+    return [], full
+
+
+def _after_anchor(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of a text that continues another one, whose tokens it does not join."""
+    for anchor in ANCHORS:
+        before, whole = _ids(anchor, tokenizer), _ids(anchor + text, tokenizer)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+    return _ids(text, tokenizer)
+
+
+def _chat(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase, **arguments: Any) -> str:
+    """The messages in the chat template; InputError if there is none, or if it refuses them."""
+    if tokenizer.chat_template is None:
+        raise InputError(
+            "The prompt is messages, but the tokenizer has no chat template. Train the policy with "
+            "`sft(..., chat_template_path=...)`, or give text."
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
+    except (TemplateError, TypeError, KeyError) as error:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise InputError(
+            f"The chat template refuses the messages with the roles {roles}: {error}. Change them "
+            "(a system message may be put into the first user message), or give another "
+            "chat_template_path."
+        ) from error
+
+
+def _place(said: str, whole: str, opening: str) -> int:
+    """Where the reply's text begins in a rendered dialogue that does not begin with `opening`."""
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(opening, whole, strict=False))
+    place = whole.find(said.strip(), len(list(alike)))
+    if not said.strip() or place < 0:
+        raise InputError(
+            "The chat template renders a prompt differently with its reply than without, and the "
+            f"reply's text is not in it, so it cannot be trained on: {whole[-80:]!r} after "
+            f"{opening[-80:]!r}. Give another chat_template_path."
+        )
+    return place
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
