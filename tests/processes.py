@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from conftest import PROMPTS, byte_tokenizer, letters, tiny_model
 from datasets import Dataset
 from trl import ModelConfig
@@ -110,6 +111,7 @@ def main(folder, how=None):
     logs = [{k: v for k, v in log.items() if k != "eps"} for log in trainer.state.log_history]
     if trainer.is_world_process_zero():
         write_json(folder / "logs.json", {"processes": processes, "logs": logs})
+    PartialState().destroy_process_group()  # left open, it may abort the process at its exit
 
 
 if __name__ == "__main__":

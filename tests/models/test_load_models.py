@@ -64,6 +64,18 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
         check_tokenizer(tokenizer, "mine")
 
 
+def test_special_tokens_that_are_named_replace_the_tokenizers_own(tmp_path):
+    tokenizer = byte_tokenizer(pad_token=None)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path, special_tokens={"eos_token": "a"})
+    assert (loaded.eos_token, loaded.pad_token) == ("a", "a")
+    loaded = load_tokenizer(tmp_path, special_tokens={"eos_token": "a", "pad_token": "b"})
+    assert (loaded.eos_token_id, loaded.pad_token) == (loaded.encode("a")[0], "b")
+    with pytest.raises(InputError, match="pad_token is '<gone>', but the tokenizer of 'mine' has"):
+        check_tokenizer(byte_tokenizer(), "mine", {"pad_token": "<gone>"})
+
+
 def test_no_tokenizer_there(tmp_path):
     with pytest.raises(InputError, match=f"No tokenizer could be loaded from '{tmp_path}'") as told:
         load_tokenizer(tmp_path)

@@ -301,6 +301,18 @@ def test_the_loss_counts_the_completion_only(
     assert sorted(learnt.tolist()) == sorted(tokenizer("yes<eos>n<eos>")["input_ids"])
 
 
+def test_the_eos_token_that_is_named_ends_demonstrations_and_pairs(
+    saved_policy, tokenizer, tmp_path, monkeypatch
+):
+    built = [trainer_of(monkeypatch, name) for name in ("SFTTrainer", "RankingRewardTrainer")]
+    own = {**QUICK, "eos_token": "z"}
+    policy = sft(saved_policy, Dataset.from_list(DEMONSTRATIONS), tmp_path / "sft", **own)
+    rm(policy, Dataset.from_list(PAIRS), tmp_path / "rm", eval_size=0, **own)
+    rows = [row for (one,) in built for row in one.train_dataset]
+    ends = [row[name][-1] for row in rows for name in row if name.endswith("_ids")]
+    assert len(ends) == 8 + 16 and set(ends) == set(tokenizer("z")["input_ids"])
+
+
 def test_sft_learns_and_measures_held_out_loss(saved_policy, tmp_path):
     data = Dataset.from_list(DEMONSTRATIONS)
     options = {**QUICK, "max_steps": 1, "learning_rate": 0.0}

@@ -10,19 +10,24 @@ from trl_instruct.models.properties import ModelSource, model_name
 
 
 def load_tokenizer(
-    source: ModelSource, *, revision: str = "main", trust_remote_code: bool = False
+    source: ModelSource,
+    *,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+    special_tokens: dict[str, str] | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with the EOS and pad tokens that all stages rely on.
 
     Args:
         source: a model, as in `load`; for a loaded model, the place that it was loaded from.
+        special_tokens: as in `check_tokenizer`.
 
     Returns:
         The tokenizer, padding on the left. EOS serves as a missing pad token: masks come from
         lengths, so pad == eos does no harm.
 
     Raises:
-        InputError: no tokenizer there, or one without an EOS token.
+        InputError: no tokenizer there, or what `check_tokenizer` refuses.
     """
     path = model_name(source)
     try:
@@ -34,15 +39,29 @@ def load_tokenizer(
             f"No tokenizer could be loaded from {path!r}: {load_fault(path, error)} Give a Hub "
             "id or a folder that holds one, or pass processing_class=."
         ) from error
-    return check_tokenizer(tokenizer, path)
+    return check_tokenizer(tokenizer, path, special_tokens)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer with a pad token; InputError if it has no EOS token."""
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, name: str, special_tokens: dict[str, str] | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer with a pad token and with `special_tokens` (`{"eos_token": "<|im_end|>"}`).
+
+    Raises:
+        InputError: a special token that is not in the vocabulary, or no EOS token.
+    """
+    for role, token in (special_tokens or {}).items():
+        if token not in tokenizer.get_vocab():
+            raise InputError(
+                f"{role} is {token!r}, but the tokenizer of {name!r} has no such token. Give one "
+                "of its vocabulary."
+            )
+        setattr(tokenizer, role, token)
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"The tokenizer of {name!r} has no EOS token, so no completion can end. Set one from "
-            "its vocabulary (tokenizer.eos_token = ...; tokenizer.save_pretrained(...))."
+            "its vocabulary (tokenizer.eos_token = ...; tokenizer.save_pretrained(...); in sft and "
+            "rm also the option eos_token)."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

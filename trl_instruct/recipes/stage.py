@@ -343,13 +343,17 @@ def starting_point(
     run.check_folder()
     if isinstance(model, str | os.PathLike):
         check_finished(Path(model))
+    given = {role: getattr(run.config, role, None) for role in ("eos_token", "pad_token")}
+    special_tokens = {role: token for role, token in given.items() if token is not None}
     if processing_class is not None:
-        tokenizer = check_tokenizer(copy.deepcopy(processing_class), model_name(model))
+        own = copy.deepcopy(processing_class)
+        tokenizer = check_tokenizer(own, model_name(model), special_tokens)
     else:
         tokenizer = load_tokenizer(
             model,
             revision=model_config.model_revision,
             trust_remote_code=run.config.trust_remote_code,
+            special_tokens=special_tokens,
         )
     template = getattr(run.config, "chat_template_path", None)
     if template is not None:
