@@ -100,6 +100,35 @@ def test_a_faulty_ranking_is_named(fields, message):
         canonical_ranking(record, ORDER)
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"rank": [3, 2, 1]},
+        {"Rewards": [0.1, 0.2, 0.7]},
+        {"labels": ["poor", "ok", "good"]},
+        {"correct": [False, False, True]},
+        {"winner": "c"},
+    ],
+)
+def test_an_order_under_another_name_is_not_taken_for_best_first(field):
+    record = {"prompt": "2+2=", "responses": ["a", "b", "c"], **field}
+    (name,) = field
+    with pytest.raises(InputError, match=f"`{name}` is .*Rename it to `ranks`"):
+        canonical_ranking(record)
+    assert canonical_ranking({**record, "ranks": [3, 2, 1]}).ranks == [3, 2, 1]
+
+
+def test_columns_that_are_no_order_stay_with_best_first():
+    record = {
+        "prompt": "2+2=",
+        "responses": ["a", "b"],
+        "models": ["x", "y"],
+        "id": 7,
+        "rank": None,
+    }
+    assert canonical_ranking(record).ranks == [1, 2]
+
+
 def test_labels_without_an_order():
     record = {"prompt": "2+2=", "responses": ["a", "b"], "ratings": ["good", "ok"]}
     with pytest.raises(InputError, match=r"the label 'good', .*rating_order=\["):

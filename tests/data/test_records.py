@@ -225,3 +225,21 @@ def test_faulty_pairs(record, implicit, message):
 )
 def test_real_files(name, rows, load):
     assert len(load(real(name))) == rows
+
+
+def test_columns_that_hold_one_field_together_are_to_be_joined():
+    row = {"instruction": "Add.", "input": "2 and 3", "output": "5"}
+    with pytest.raises(InputError, match="Join `instruction` and `input` into `prompt`") as told:
+        load_demonstrations(Dataset.from_list([row]))
+    assert "rename" not in str(told.value)
+
+
+def test_a_column_in_other_letters_is_to_be_renamed():
+    with pytest.raises(InputError, match=r'rename_column\(" Completion", "completion"\)'):
+        load_demonstrations(Dataset.from_list([{"prompt": "a", " Completion": "b"}]))
+
+
+def test_a_fault_in_the_last_message_is_counted_from_the_first():
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}]
+    with pytest.raises(InputError, match=r"`messages\[1\]` has no text `content`"):
+        load_demonstrations(Dataset.from_list([{"messages": talk}]))

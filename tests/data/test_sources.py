@@ -164,7 +164,7 @@ def test_faults_of_place_and_type(tmp_path):
     with pytest.raises(InputError, match="holds no records"):
         load_records(Dataset.from_list([]))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="could not be loaded"):
+    with pytest.raises(InputError, match=r"the folder holds no data file \(\.json, "):
         load_records(tmp_path / "empty")
 
 

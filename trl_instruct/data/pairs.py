@@ -36,6 +36,11 @@ from trl_instruct.data.records import (
     map_records,
     require_columns,
 )
+from trl_instruct.data.repeated_prompts import (
+    keep_dialogue,
+    prompt_in_dialogue,
+    take_off_prompts,
+)
 from trl_instruct.data.ties import TIES, wins
 from trl_instruct.errors import InputError
 
@@ -147,8 +152,9 @@ def load_pairs(
 
     A missing `prompt` is what chosen and rejected both begin with (TRL's implicit prompt): all
     shared messages; in text, all up to the last shared "\\n\\nAssistant:" of a dialogue, else all
-    shared text. Other columns are kept. A pair whose chosen and rejected are equal is left out,
-    counted in `counts` and logged. Arguments as `load_records`.
+    shared text. A text `prompt` that is a message of the conversations is left out; a prompt that
+    both replies repeat is taken off. Other columns are kept. A pair whose chosen and rejected are
+    equal is left out, counted in `counts` and logged. Arguments as `load_records`.
 
     Raises:
         InputError: a missing column; a field null, empty, malformed or of two formats; no shared
@@ -165,8 +171,12 @@ def load_pairs(
     first = first_record(dataset, where)
     columns = dataset.column_names or list(first)
     require_columns(columns, where, ("chosen", "rejected"), "A pair")
+    if prompt_in_dialogue(first, "chosen"):
+        dataset, columns = keep_dialogue(dataset, where, "chosen"), set(columns) - {"prompt"}
     implicit = "prompt" not in columns
-    form = "messages" if isinstance(first["chosen"], list) else "text"
+    if not implicit:
+        dataset = take_off_prompts(dataset, where, ("chosen", "rejected"))
+    form = form_of({"prompt": first["chosen"]} if implicit else first)
     check = partial(check_pair, form=form, implicit=implicit)
     dataset = check_records(dataset, where, check)
     counts = RankingCounts() if counts is None else counts

@@ -27,11 +27,17 @@ from trl_instruct.data.records import (
     map_records,
     require_columns,
 )
+from trl_instruct.data.repeated_prompts import take_off_prompts
 from trl_instruct.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 ORDERS = ("ranks", "scores", "ratings")
+# Other names under which published files keep an order.
+LIKE_ORDERS = (
+    *("rank", "ranking", "rankings", "rating", "score", "reward", "rewards", "label", "labels"),
+    *("preference", "preferences", "votes", "order", "winner", "best", "best_response"),
+)
 MESSAGE = {"role": Value("string"), "content": Value("string")}
 
 
@@ -114,8 +120,9 @@ def load_rankings(
     - none of these: the responses are already best first;
 
     and optionally `labeler` and `weight` (> 0). Each labeler's ranking of a prompt is a record.
-    Other columns are kept. A field that is present but null is an error, not an order. InstructGPT
-    ranks K = 4 to 9 responses (section 3.5).
+    Other columns are kept. A field that is present but null is an error, not an order; so is a
+    column that may hold the order under another name (`rank`, `labels`, any K numbers) where none
+    of the three is there. InstructGPT ranks K = 4 to 9 responses (section 3.5).
 
     Args:
         source, split, streaming: as `load_records`.
@@ -139,6 +146,7 @@ def load_rankings(
     first = first_record(dataset, where)
     columns = dataset.column_names or list(first)
     require_columns(columns, where, ("prompt", "responses"), "A ranking")
+    dataset = take_off_prompts(dataset, where, ("responses",))
     counts, before = (RankingCounts() if counts is None else counts), RankingCounts()
     form = form_of(first)
     options: dict[str, Any] = {"rating_order": rating_order, "where": where, "form": form}
@@ -202,7 +210,8 @@ def canonical_ranks(record: Record, rating_order: Sequence[Any] | None = None) -
 
     Raises:
         InputError: K < 2; `ranks`, `scores` or `ratings` null, not one per response, not finite or
-            contradictory; a rank that is not a whole number >= 1; a label not in `rating_order`.
+            contradictory; a rank that is not a whole number >= 1; a label not in `rating_order`;
+            none of the three, but a column that looks like an order under another name.
 
     >>> canonical_ranks({"responses": ["a", "b", "c"], "ratings": ["ok", "good", "ok"]},
     ...                 rating_order=["good", "ok", "poor"])
@@ -225,6 +234,8 @@ def canonical_ranks(record: Record, rating_order: Sequence[Any] | None = None) -
             f"`{'`, `'.join(present)}` null: the ranking is not filled in. Write one number per "
             "response or delete the record; if all responses are best first, remove the field."
         )
+    if not present:
+        _refuse_unread_order(record)
     (first, ranks), *others = given.items() or [("responses", list(range(1, len(responses) + 1)))]
     for field, other in others:
         if other != ranks:
@@ -233,6 +244,19 @@ def canonical_ranks(record: Record, rating_order: Sequence[Any] | None = None) -
                 f"responses in the order {ranks}, {field} {record[field]} in {other}. Keep one."
             )
     return ranks
+
+
+def _refuse_unread_order(record: Record) -> None:
+    """InputError for a column that looks like the order of the responses but is not read."""
+    for name, value in record.items():
+        one_each = isinstance(value, list) and len(value) == len(record["responses"])
+        numbers = one_each and all(isinstance(v, Real) for v in value)
+        if value is not None and (numbers or name.lower() in LIKE_ORDERS):
+            raise InputError(
+                f"`{name}` is {kind_of(value)}, which looks like the order of the responses, but "
+                "that name is not read. Rename it to `ranks` (1 = best) or `scores` (higher = "
+                "better), one number per response; if the responses are best first, remove it."
+            )
 
 
 def dense_ranks(values: Sequence[float]) -> list[int]:

@@ -14,6 +14,11 @@ from typing import Any
 
 from datasets import IterableDataset
 
+from trl_instruct.data.repeated_prompts import (
+    keep_dialogue,
+    prompt_in_dialogue,
+    take_off_prompts,
+)
 from trl_instruct.data.sources import (
     AnyDataset,
     Record,
@@ -43,8 +48,9 @@ def load_demonstrations(source: Any, split: str = "train", streaming: bool = Fal
     """Demonstrations for SFT: `prompt` and `completion`, both text or both messages.
 
     TRL's `messages` column is split into `prompt` (all but the last message) and `completion` (the
-    last, by the assistant). Other columns are kept. Arguments as `load_records`. The data of step 1
-    in InstructGPT, section 3.2.
+    last, by the assistant); a text `prompt` that is one of the messages is left out. A prompt that
+    the completions repeat is taken off. Other columns are kept. Arguments as `load_records`. The
+    data of step 1 in InstructGPT, section 3.2.
 
     Raises:
         InputError: a column is missing; a field is null, empty, malformed or of another type; text
@@ -57,6 +63,9 @@ def load_demonstrations(source: Any, split: str = "train", streaming: bool = Fal
     dataset, where = load_records(source, split, streaming), Source.of(source, split)
     first = first_record(dataset, where)
     columns = dataset.column_names or list(first)
+    if "completion" not in columns and prompt_in_dialogue(first, "messages"):
+        dataset = keep_dialogue(dataset, where, "messages")
+        columns = [name for name in columns if name != "prompt"]
     if "messages" in columns and "prompt" not in columns:
         dataset = check_records(dataset, where, check_dialogue)
         types = dataset.features
@@ -66,6 +75,7 @@ def load_demonstrations(source: Any, split: str = "train", streaming: bool = Fal
             types = type(types)({**kept, "prompt": dialogue, "completion": dialogue})
         return map_records(dataset, split_dialogue, remove_columns=["messages"], features=types)
     require_columns(columns, where, ("prompt", "completion"), "A demonstration", "or `messages`")
+    dataset = take_off_prompts(dataset, where, ("completion",))
     return check_records(dataset, where, partial(check_demonstration, form=form_of(first)))
 
 
@@ -186,7 +196,7 @@ def check_dialogue(record: Record) -> None:
         count = f"{len(messages)} message{'' if len(messages) == 1 else 's'}"
         raise InputError(f"`messages` has {count}; at least a prompt and a reply are needed.")
     check_content("messages", messages[:-1])
-    check_reply("messages", messages[-1:], form="messages")
+    check_reply("messages", messages, form="messages")
 
 
 def split_dialogue(record: Record) -> dict[str, Any]:
@@ -330,11 +340,21 @@ def require_columns(
     missing = [column for column in needed if column not in found]
     if not missing:
         return
-    aliases = [(a, column) for column in missing for a in ALIASES.get(column, ()) if a in found]
-    rename = f'.rename_column("{aliases[0][0]}", "{aliases[0][1]}")' if aliases else None
     raise InputError(
         f"{source.name}: {' and '.join(f'`{column}`' for column in missing)} missing. Columns "
         f"found: {', '.join(found)}. {what} needs {' and '.join(f'`{c}`' for c in needed)}"
-        f"{' ' + otherwise if otherwise else ''}. "
-        + (f"Rename the field in the file, or load it and {rename}." if rename else "Add it.")
+        f"{' ' + otherwise if otherwise else ''}. {_advice(found, missing)}"
     )
+
+
+def _advice(found: Sequence[str], missing: Sequence[str]) -> str:
+    """What to do about missing columns. Several that may hold one field are to be joined."""
+    for column in missing:
+        known = (column, *ALIASES.get(column, ()))
+        held = [name for name in found if name.strip().lower() in known]
+        if len(held) > 1:
+            return f"Join {' and '.join(f'`{name}`' for name in held)} into `{column}`."
+        if held:
+            rename = f'.rename_column("{held[0]}", "{column}")'
+            return f"Rename the field in the file, or load it and {rename}."
+    return "Add it."

@@ -195,7 +195,10 @@ def _load_folder(path: Path, split: str, streaming: bool, where: Source) -> AnyD
     try:
         if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
             return load_dataset(str(path), split=split, streaming=streaming)
-    except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
+    except FileNotFoundError as error:
+        known = ", ".join(BUILDERS)
+        raise InputError(f"{where.name}: the folder holds no data file ({known}).") from error
+    except (ValueError, DatasetGenerationError) as error:
         cause = error.__cause__ or error
         raise InputError(f"{where.name}: split {split!r} could not be loaded: {cause}") from error
     saved = load_from_disk(str(path))

@@ -15,7 +15,6 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
-from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from tqdm.auto import tqdm
 from transformers import (
@@ -35,6 +34,7 @@ from trl import ModelConfig
 
 from trl_instruct.configs import RewardConfig, SFTConfig, StageConfig
 from trl_instruct.console import progress_bar
+from trl_instruct.data.sources import AnyDataset, Source, first_record
 from trl_instruct.errors import InputError
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, write_json
 from trl_instruct.models.adapters import FINGERPRINT, Adapter, is_adapter
@@ -370,11 +370,12 @@ def within_context(max_length: int | None, model: PreTrainedModel) -> int | None
 
 
 def check_chat_template(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: SFTConfig | RewardConfig
+    dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, config: SFTConfig | RewardConfig
 ) -> None:
     """InputError for messages without a chat template."""
     known = tokenizer.chat_template or config.chat_template_path
-    if not known and not isinstance(dataset[0]["prompt"], str):
+    first = first_record(dataset, Source.of(dataset))
+    if not known and not isinstance(first["prompt"], str):
         raise InputError(
             "The records are messages, but the tokenizer has no chat template. Set "
             "chat_template_path to a Jinja file or to a model that has one."
