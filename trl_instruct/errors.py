@@ -1,8 +1,27 @@
 """The one exception for mistakes that a user can fix."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """A user's mistake: data, a path, an option. Nothing has been written when it is raised.
 
     The message says what was given (with values), what is needed, and what to do about it.
     """
+
+
+@contextmanager
+def located(place: str) -> Iterator[None]:
+    """Put a place, such as "Prompt 3", in front of an `InputError` raised inside.
+
+    >>> with located("Prompt 3"):
+    ...     raise InputError("`prompt` is empty.")
+    Traceback (most recent call last):
+    ...
+    trl_instruct.errors.InputError: Prompt 3: `prompt` is empty.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None

@@ -191,7 +191,7 @@ def ways(prompt, completion, other, tokenizer, record=()):
     pair = {"prompt": prompt, "chosen": completion, "rejected": other, **record}
     ranking = {"prompt": prompt, "responses": [other, completion], "ranks": [2, 1], **record}
     ranked = {name: [value] for name, value in ranking.items()}
-    ranked = tokenize_rankings(ranked, tokenizer=tokenizer, max_length=None)
+    ranked = tokenize_rankings(ranked, [0], tokenizer=tokenizer, max_length=None)
     columns = {name: [value] for name, value in record.items()}
     (opening,) = render_prompts([prompt], tokenizer, columns)
     sampled = render(prompt, completion, tokenizer, record).completion
@@ -199,7 +199,7 @@ def ways(prompt, completion, other, tokenizer, record=()):
     (measured,) = demonstration_tokens(shown, tokenizer, None)
     return {
         "sft": sft["input_ids"][0],
-        "rm, pairs": tokenize_pair(pair, tokenizer)["chosen_ids"],
+        "rm, pairs": tokenize_pair(pair, 0, tokenizer)["chosen_ids"],
         "rm, rankings": ranked["response_ids"][0][1],
         "ppo": opening + sampled,
         "scored": reward_rows(*given, columns=columns)[0],

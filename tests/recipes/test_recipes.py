@@ -8,7 +8,12 @@ import torch
 import yaml
 from conftest import CHAT_TEMPLATE
 from datasets import Dataset, DatasetDict
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    get_peft_model,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -201,6 +206,26 @@ def test_a_lora_policy_loads_as_a_plain_model(lora_chain):
     same_outputs(AutoModelForCausalLM.from_pretrained(results["ppo"]), kept["ppo"])
 
 
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 6]},
+    ],
+)
+def test_adapters_on_embeddings_go_on(saved_policy, tmp_path, targets):
+    base = AutoModelForCausalLM.from_pretrained(saved_policy)
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, **targets))
+    adapted.peft_config["default"].base_model_name_or_path = str(saved_policy)
+    adapted.save_pretrained(tmp_path / "given")
+    AutoTokenizer.from_pretrained(saved_policy).save_pretrained(tmp_path / "given")
+    data = Dataset.from_list(DEMONSTRATIONS)
+    policy = sft(tmp_path / "given", data, tmp_path / "sft", use_peft=True, **QUICK)
+    reward = rm(policy, Dataset.from_list(RANKINGS), tmp_path / "rm", eval_size=0, **LORA, **QUICK)
+    ppo(policy, vowels, Dataset.from_list(PROMPTS), tmp_path / "ppo", **LORA, **QUICK_PPO)
+    assert load_reward(reward)(["Q1: "], ["a"])
+
+
 @pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
 def test_lora_in_one_stage_only(chain, saved_policy, tmp_path, stage):
     if stage == "sft":
@@ -313,6 +338,18 @@ def test_the_eos_token_that_is_named_ends_demonstrations_and_pairs(
     assert len(ends) == 8 + 16 and set(ends) == set(tokenizer("z")["input_ids"])
 
 
+def test_a_template_that_ends_turns_with_another_token_names_it(saved_policy, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(saved_policy)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("eos_token", "'<pad>'")
+    data = Dataset.from_list([chat(row) for row in DEMONSTRATIONS])
+    with pytest.raises(InputError, match="ends a reply with '<pad>'.*Set eos_token to '<pad>'"):
+        sft(saved_policy, data, tmp_path / "sft", processing_class=tokenizer, **QUICK)
+    assert not (tmp_path / "sft").exists()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("eos_token", "''")
+    sft(saved_policy, data, tmp_path / "sft", processing_class=tokenizer, **QUICK)
+    assert "the chat template ends a reply with no special token" in capsys.readouterr().out
+
+
 def test_sft_learns_and_measures_held_out_loss(saved_policy, tmp_path):
     data = Dataset.from_list(DEMONSTRATIONS)
     options = {**QUICK, "max_steps": 1, "learning_rate": 0.0}
@@ -384,6 +421,38 @@ def test_rm_learns_from_rankings(saved_policy, tmp_path):
     )
     assert result.metrics["accuracy"] == 1.0
     assert result.metrics["train_loss"] < 0.6
+
+
+REFUSING = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("place", ["Ranking 8", "Pair 8", "Held-out row 1", "Demonstration 1"])
+def test_rm_renders_every_row_before_its_first_step(saved_policy, tmp_path, place):
+    tokenizer = AutoTokenizer.from_pretrained(saved_policy)
+    tokenizer.chat_template = REFUSING + CHAT_TEMPLATE
+    good = [chat(row) for row in (PAIRS if place == "Pair 8" else RANKINGS)]
+    shown = [chat(row) for row in DEMONSTRATIONS]
+    bad = {"Demonstration 1": shown[0]}.get(place, good[-1])
+    bad = {**bad, "prompt": messages("system", "Be kind.") + bad["prompt"]}
+    train = [*good[:-1], bad] if place.endswith("8") else good
+    more = {"Held-out row 1": {"eval_dataset": Dataset.from_list([bad])}}
+    more["Demonstration 1"] = {"demonstrations": Dataset.from_list([bad, *shown])}
+    given = {"eval_size": 0, **more.get(place, {}), "processing_class": tokenizer, **QUICK}
+    with pytest.raises(InputError, match=f"^{place}: .*roles system, user: no system turn"):
+        rm(saved_policy, Dataset.from_list(train), tmp_path / "rm", **given)
+    assert not (tmp_path / "rm").exists()
+
+
+def test_rm_that_fails_to_measure_keeps_its_model(saved_policy, tmp_path, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("no disk")
+
+    monkeypatch.setattr(rm_recipe, "evaluate_reward", fails)
+    with pytest.raises(RuntimeError, match="no disk"):
+        rm(saved_policy, Dataset.from_list(RANKINGS), tmp_path / "rm", eval_size=0.25, **QUICK)
+    assert (tmp_path / "rm" / "model.safetensors").is_file()
 
 
 def test_rm_holds_out_prompts_of_pairs_too(saved_policy, tmp_path, monkeypatch):

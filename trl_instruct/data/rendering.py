@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from trl_instruct.errors import InputError
+from trl_instruct.errors import InputError, located
 
 ARGUMENTS = ("tools", "chat_template_kwargs")
 """Columns of a record that its chat template reads, as in TRL."""
@@ -128,10 +128,8 @@ def render_prompts(
     """
     rows = []
     for row, prompt in enumerate(prompts):
-        try:
+        with located(f"Prompt {row + 1}"):
             rows.append(render_prompt(prompt, tokenizer, record_of(columns or {}, row)))
-        except InputError as error:
-            raise InputError(f"Prompt {row + 1}: {error}") from error
     return rows
 
 

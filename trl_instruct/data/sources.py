@@ -74,7 +74,7 @@ class Source:
         """Put the file and line, or the row, in front of an `InputError` raised inside."""
         try:
             yield
-        except InputError as error:
+        except InputError as error:  # the line is looked up only now
             raise InputError(f"{self.where(row)}: {error}") from None
 
 

@@ -142,7 +142,8 @@ def _ended(run: FinishedStage) -> Iterator[Finding]:
             f"ended {was:.0%} -> {ended:.0%}",
             f"below {LEAST_ENDED:.0%}",
             "Set missing_eos_penalty, or raise response_length; if the SFT policy does not end "
-            "either, its demonstrations lack the EOS token.",
+            "either, its demonstrations lack the EOS token, or another token ends its turns (the "
+            "option eos_token of sft).",
         )
 
 

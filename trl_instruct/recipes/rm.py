@@ -17,7 +17,9 @@ from trl_instruct.data.preferences import (
     load_preferences,
     most_responses,
 )
-from trl_instruct.errors import InputError
+from trl_instruct.data.rendering import render_all
+from trl_instruct.data.sources import iterate
+from trl_instruct.errors import InputError, located
 from trl_instruct.models.adapters import (
     CLASSIFIER,
     keep_float32,
@@ -103,10 +105,12 @@ def rm(
         )
         keep_float32(trainer.model, trained)
         _check_overlong(trainer, run)
+        _check_rendering(data, tokenizer)
         rows = config.per_device_train_batch_size * most_responses(data.train)
         batch = Work(rows, config.max_length or 0, predicted=0)
         run.say(memory_table({"reward model": trainer.model}, [batch], config))
         output = run.train(trainer, {"loss": "loss", "accuracy": "accuracy"})
+        trainer.save_model(str(run.folder))  # a failure to measure it does not lose it
         metrics = {
             "train_loss": output.training_loss,
             "pairs": count_pairs(data.train),
@@ -135,6 +139,16 @@ def _load(
     run.config.max_length = within_context(run.config.max_length, classifier)
     check_vocabulary(tokenizer, classifier)
     return classifier, tokenizer
+
+
+def _check_rendering(data: Preferences, tokenizer: PreTrainedTokenizerBase) -> None:
+    """InputError for a row that is read after training and that the chat template refuses."""
+    shown = {"Held-out row": data.held_out, "Demonstration": data.demonstrations}
+    for what, rows in shown.items():
+        for number, record in enumerate(iterate(rows) if rows is not None else (), start=1):
+            replies = record["responses"] if "responses" in record else [record["completion"]]
+            with located(f"{what} {number}"):
+                render_all(record["prompt"], replies, tokenizer, record)
 
 
 def _check_overlong(trainer: RankingRewardTrainer, run: StageRun) -> None:

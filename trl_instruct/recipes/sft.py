@@ -12,7 +12,8 @@ from trl_instruct.configs import SFTConfig
 from trl_instruct.data.records import load_demonstrations
 from trl_instruct.data.rendering import render
 from trl_instruct.data.sources import Source, first_record, iterate, map_records
-from trl_instruct.errors import InputError
+from trl_instruct.errors import InputError, located
+from trl_instruct.generation.sampling import eos_token_ids
 from trl_instruct.models.adapters import keep_float32, new_adapter_config, trained_weights
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource, context_length
@@ -63,7 +64,8 @@ def sft(
 
     Raises:
         InputError: bad records, a prompt longer than the context, a missing model, a tokenizer
-            without EOS, an unknown option, an output_dir that is taken.
+            without EOS, a chat template that ends replies with another token, an unknown option, an
+            output_dir that is taken.
     """
     config, model_config = stage_options(
         SFTConfig, config, model_config, output_dir, dataset, options
@@ -79,6 +81,7 @@ def sft(
     with run_stage("sft", config, model_config) as run:
         policy, tokenizer = _load(run, model, processing_class)
         demonstrations, truncated = render_demonstrations(demonstrations, tokenizer, config)
+        _check_ending(run, demonstrations, policy, tokenizer)
         if held_out is not None:
             held_out, _ = render_demonstrations(held_out, tokenizer, config)
         if truncated:
@@ -116,6 +119,34 @@ def _load(
     return policy, tokenizer
 
 
+def _check_ending(
+    run: StageRun, rendered: Dataset, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse, or tell of, a chat template whose replies end with no EOS of the model.
+
+    Base models have a template that ends a turn with `<|im_end|>`, but the EOS `<|endoftext|>`.
+    """
+    first = first_record(rendered, Source.of(rendered))
+    if "completion_mask" not in first:
+        return  # TRL renders
+    learnt = [i for i, own in zip(first["input_ids"], first["completion_mask"], strict=True) if own]
+    if set(learnt) & set(eos_token_ids(policy, tokenizer)):
+        return
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    last = next((i for i in reversed(learnt) if i in special), None)
+    if last is None:
+        run.say(
+            "the chat template ends a reply with no special token: the policy will not stop by "
+            "itself, so give stop_strings wherever it generates"
+        )
+        return
+    token = tokenizer.convert_ids_to_tokens(last)
+    raise InputError(
+        f"The chat template ends a reply with {token!r}, but the model's EOS token is "
+        f"{tokenizer.eos_token!r}: the policy would never stop. Set eos_token to {token!r}."
+    )
+
+
 def _measure(trainer: SFTTrainer) -> dict[str, float]:
     """Loss on the held-out demonstrations, before training and after."""
     logs = trainer.state.log_history  # from the start, even of a resumed run
@@ -145,12 +176,10 @@ def render_demonstrations(
         return dataset, 0
 
     def rendered(record: dict[str, Any], row: int) -> dict[str, list[int]]:
-        try:
+        with located(f"Demonstration {row + 1}"):
             prompt, completion, _ = render(
                 record["prompt"], record["completion"], tokenizer, record
             )
-        except InputError as error:
-            raise InputError(f"Demonstration {row + 1}: {error}") from error
         if config.max_length is not None and len(prompt) >= config.max_length:
             raise InputError(
                 f"Demonstration {row + 1}: the prompt alone is {len(prompt)} tokens and max_length "

@@ -10,12 +10,14 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from trl_instruct.data.rendering import record_of, render_all
+from trl_instruct.errors import located
 from trl_instruct.padding import pad_rows, right_padded_mask
 from trl_instruct.rewards.tokens import cut_prompt
 
 
 def tokenize_rankings(
     batch: dict[str, list[Any]],
+    rows: Sequence[int],
     *,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
@@ -26,6 +28,7 @@ def tokenize_rankings(
 
     Args:
         batch: columns `prompt`, `responses`, `ranks` and optionally `weight`.
+        rows: the numbers of the rankings, from 0, for errors.
         max_length: of prompt + response; longer ones are left out. None: no limit.
         truncate_prompt: whether to cut the beginning of the prompt first.
         ties: "half" counts ties as comparisons, "drop" does not.
@@ -39,13 +42,14 @@ def tokenize_rankings(
     records = []
     columns = (batch["prompt"], batch["responses"], batch["ranks"], weights)
     for row, (prompt, responses, ranks, weight) in enumerate(zip(*columns, strict=True)):
-        rendered = render_all(prompt, responses, tokenizer, record_of(batch, row))
-        rows = [one.ids for one in rendered]
-        whole = len(rows[0])
+        with located(f"Ranking {rows[row] + 1}"):
+            rendered = render_all(prompt, responses, tokenizer, record_of(batch, row))
+        texts = [one.ids for one in rendered]
+        whole = len(texts[0])
         if max_length is not None and truncate_prompt:
-            rows = cut_prompt(rows, rendered[0].prompt, max_length=max_length)
-        fits = [max_length is None or len(row) <= max_length for row in rows]
-        kept = [row for row, fit in zip(rows, fits, strict=True) if fit]
+            texts = cut_prompt(texts, rendered[0].prompt, max_length=max_length)
+        fits = [max_length is None or len(ids) <= max_length for ids in texts]
+        kept = [ids for ids, fit in zip(texts, fits, strict=True) if fit]
         order = [rank for rank, fit in zip(ranks, fits, strict=True) if fit]
         records.append(
             {
@@ -53,8 +57,8 @@ def tokenize_rankings(
                 "ranks": order,
                 "weight": 1.0 if weight is None else float(weight),
                 "comparisons": sum(a != b or ties == "half" for a, b in combinations(order, 2)),
-                "overlong": len(rows) - len(kept),
-                "truncated": len(rows[0]) < whole,
+                "overlong": len(texts) - len(kept),
+                "truncated": len(texts[0]) < whole,
                 "longest": max(map(len, kept), default=0),
                 "length": _shared_length(kept),
             }
@@ -63,11 +67,12 @@ def tokenize_rankings(
 
 
 def tokenize_pair(
-    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    record: Mapping[str, Any], row: int, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list[int]]:
     """A pair as the ids that TRL's RewardTrainer takes."""
     pair = [record["chosen"], record["rejected"]]
-    chosen, rejected = render_all(record["prompt"], pair, tokenizer, record)
+    with located(f"Pair {row + 1}"):
+        chosen, rejected = render_all(record["prompt"], pair, tokenizer, record)
     return {"chosen_ids": chosen.ids, "rejected_ids": rejected.ids}
 
 

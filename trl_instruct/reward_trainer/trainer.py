@@ -110,7 +110,7 @@ class RankingRewardTrainer(RewardTrainer):
             truncate_prompt=getattr(args, "truncate_prompt", False),
             ties=self.ties,
         )
-        options = {"batched": True, "remove_columns": columns}
+        options = {"batched": True, "with_indices": True, "remove_columns": columns}
         if isinstance(dataset, IterableDataset):
             return self._prepare_stream(dataset.map(tokenize, **options))
         options |= {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {name} dataset"}
@@ -129,7 +129,8 @@ class RankingRewardTrainer(RewardTrainer):
         """TRL's own preparation; it leaves overlong pairs out."""
         if {"prompt", "chosen", "rejected"} <= set(dataset.column_names or ()):
             tokenize = partial(tokenize_pair, tokenizer=given[0])
-            dataset = dataset.map(tokenize, remove_columns=["prompt", "chosen", "rejected"])
+            columns = ["prompt", "chosen", "rejected"]
+            dataset = dataset.map(tokenize, with_indices=True, remove_columns=columns)
         prepared = super()._prepare_dataset(dataset, *given)
         if not isinstance(dataset, IterableDataset):
             self.overlong += len(dataset) - len(prepared)
