@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import subprocess
@@ -227,6 +228,32 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, message):
     line = fails(capsys, "sft", *[a.format(prompts=path) if "{p" in a else a for a in arguments])
     assert message in line
     assert [p.name for p in tmp_path.iterdir()] == ["d.jsonl"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message", "library"),
+    [
+        (["--eval_strategy", "steps"], "you didn't pass an `eval_dataset`", None),
+        (["--report_to", "wandb"], "requires wandb to be installed", "wandb"),
+        (["--deepspeed", "ds.json"], "'deepspeed>=", "deepspeed"),
+        (["--use_liger_kernel", "true"], "liger-kernel", "liger_kernel"),
+        (["--dataloader_drop_last", "true"], "drops all of the 2 training rows: a batch", None),
+        (["--metric_for_best_model", "accuracy"], "'accuracy'; sft measures the loss", None),
+    ],
+)
+def test_faults_that_libraries_find(
+    saved_policy, tmp_path, monkeypatch, capsys, arguments, message, library
+):
+    if library and importlib.util.find_spec(library):
+        pytest.skip(f"{library} is installed, so that it does not fail")
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "d.jsonl", DEMONSTRATIONS[:2])
+    (tmp_path / "ds.json").write_text("{}")
+    given = ["--model_name_or_path", str(saved_policy), "--dataset_name", path]
+    given += ["--output_dir", "x", "--use_cpu", "true", "--report_to", "none", *arguments]
+    assert message in fails(capsys, "sft", *given)
+    assert not Path("x").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """One dataclass per stage, extending TRL's. Defaults are InstructGPT's published values where they
 make sense at any scale; each field's help cites the place in the paper (Ouyang et al. 2022)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import trl
 from transformers import SchedulerType, TrainingArguments
+from transformers.utils import is_liger_kernel_available
 
 from trl_instruct.errors import InputError
 
@@ -54,6 +56,9 @@ class StageConfig(_Mixin):
         super().__post_init__()
         batch = ("train_batch_size", "eval_batch_size")
         check_counts(self, *(f"per_device_{b}" for b in batch), "gradient_accumulation_steps")
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise InputError("use_liger_kernel needs the package liger-kernel; install it.")
+        check_stop_strings(getattr(self, "stop_strings", None))
         if self.learning_rate < 0:
             raise InputError(f"learning_rate is {self.learning_rate}; it must not be negative.")
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
@@ -66,6 +71,15 @@ def has_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.accelerator.is_available()
+
+
+def check_stop_strings(stop_strings: Sequence[str] | None) -> None:
+    """InputError for an empty stop string: every completion would end at once."""
+    if stop_strings and not all(stop_strings):
+        raise InputError(
+            f"stop_strings are {list(stop_strings)}: an empty one ends every completion before its "
+            "first token. Remove it."
+        )
 
 
 def check_counts(config: StageConfig, *names: str) -> None:

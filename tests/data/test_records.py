@@ -243,3 +243,9 @@ def test_a_fault_in_the_last_message_is_counted_from_the_first():
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}]
     with pytest.raises(InputError, match=r"`messages\[1\]` has no text `content`"):
         load_demonstrations(Dataset.from_list([{"messages": talk}]))
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids"])
+def test_a_column_named_like_an_argument_of_rewards(name):
+    with pytest.raises(InputError, match=f"a column is called `{name}`, .*Rename it"):
+        load_prompts(Dataset.from_list([{"prompt": "a", name: "b"}]))

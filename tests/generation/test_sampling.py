@@ -23,6 +23,18 @@ def sample(model, prompts, **options):
     return generate(model, prompts, **options)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"stop_strings": ["a", ""]}, r"stop_strings are \['a', ''\]: an empty one ends every"),
+        ({"stop_strings": ["a"]}, "stop_strings need the tokenizer"),
+    ],
+)
+def test_stop_strings_that_cannot_work(policy, given, message):
+    with pytest.raises(InputError, match=message):
+        generate(policy, [[5]], max_new_tokens=2, eos_token_ids=[0], **given)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("temperature", "copies"), [(1.0, 1), (0.5, 1), (1.0, 64)])
 def test_sampling_is_from_the_full_distribution_at_its_temperature(policy, temperature, copies):

@@ -41,6 +41,7 @@ ALIASES = {
     "rejected": ("dispreferred", "loser", "worse"),
     "text": ("content", "document", "review", "texts"),
 }
+REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
 TURN = "\n\nAssistant:"
 
 
@@ -82,7 +83,7 @@ def load_demonstrations(source: Any, split: str = "train", streaming: bool = Fal
 def load_prompts(source: Any, split: str = "train", streaming: bool = False) -> AnyDataset:
     """Prompts for PPO: `prompt`, text or messages. Other columns reach the reward functions.
 
-    Arguments and errors as `load_demonstrations`.
+    Arguments and errors as `load_demonstrations`; also a column named like an argument of rewards.
 
     >>> from datasets import Dataset
     >>> load_prompts(Dataset.from_list([{"prompt": "Name a city.", "country": "Italy"}]))[0]
@@ -90,7 +91,13 @@ def load_prompts(source: Any, split: str = "train", streaming: bool = False) -> 
     """
     dataset, where = load_records(source, split, streaming), Source.of(source, split)
     first = first_record(dataset, where)
-    require_columns(dataset.column_names or list(first), where, ("prompt",), "A prompt record")
+    columns = dataset.column_names or list(first)
+    require_columns(columns, where, ("prompt",), "A prompt record")
+    if taken := [name for name in REWARD_ARGUMENTS if name in columns]:
+        raise InputError(
+            f"{where.name}: a column is called `{taken[0]}`, as what rewards are given of the "
+            "policy. Rename it, or remove it."
+        )
     return check_records(dataset, where, partial(check_prompt, form=form_of(first)))
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_instruct.configs import PPOConfig
+from trl_instruct.configs import PPOConfig, check_stop_strings
 from trl_instruct.data.rendering import completion_texts, render_prompts
 from trl_instruct.errors import InputError
 from trl_instruct.generation.token_sampling import (
@@ -123,7 +123,13 @@ def generate(
     Returns:
         completion_ids `(B, C)` with B = R * copies (filler after the end), completion_lengths
         `(B,)`, ended `(B,)`.
+
+    Raises:
+        InputError: an empty stop string, or stop strings without the tokenizer.
     """
+    check_stop_strings(stop_strings)
+    if stop_strings and tokenizer is None:
+        raise InputError("stop_strings need the tokenizer, which reads them. Give tokenizer=.")
     if reads_padding(policy):
         # Even for prompts of equal length: RWKV's cached states mix the rows of a batch
         # (transformers 5.23), and a batch without the cache is slower than single rows.

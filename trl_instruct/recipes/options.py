@@ -148,7 +148,11 @@ def option_errors() -> Iterator[None]:
         raise
     except json.JSONDecodeError as error:
         raise InputError(f"{error.doc!r} is not a JSON object; one is needed: {error}.") from error
-    except (ValueError, TypeError) as error:
+    except RuntimeError as error:  # a tracker that is not installed
+        if "install" not in str(error):
+            raise
+        raise InputError(" ".join(str(error).split())) from error
+    except (ValueError, TypeError, ImportError) as error:
         raise InputError(" ".join(str(error).split())) from error
 
 

@@ -21,7 +21,7 @@ from trl_instruct.ppo_trainer.rollout_scores import reward_counts
 from trl_instruct.ppo_trainer.trainer import PPOTrainer
 from trl_instruct.ppo_trainer.upstream import upstream_trainer
 from trl_instruct.recipes.memory import Work, memory_table
-from trl_instruct.recipes.options import stage_options
+from trl_instruct.recipes.options import option_errors, stage_options
 from trl_instruct.recipes.stage import StageResult, StageRun, run_stage, starting_point
 from trl_instruct.rewards.function import RewardFunction, parts_of
 from trl_instruct.rewards.load import Reward, load_reward
@@ -80,18 +80,19 @@ def ppo(
         value = value_model or config.value_model_path
         roles = load_roles(base, reward, value, tokenizer, config, model_config)
         check_vocabulary(tokenizer, roles.policy)
-        trainer = trainer_class(
-            args=config,
-            processing_class=tokenizer,
-            model=roles.policy,
-            ref_model=roles.ref_policy,
-            reward_model=roles.reward,
-            train_dataset=prompts,
-            value_model=roles.value,
-            ptx_dataset=pretraining,
-            gold=_gold(config, tokenizer),
-            callbacks=callbacks,
-        )
+        with option_errors():
+            trainer = trainer_class(
+                args=config,
+                processing_class=tokenizer,
+                model=roles.policy,
+                ref_model=roles.ref_policy,
+                reward_model=roles.reward,
+                train_dataset=prompts,
+                value_model=roles.value,
+                ptx_dataset=pretraining,
+                gold=_gold(config, tokenizer),
+                callbacks=callbacks,
+            )
         _tell_before(run, roles, trainer)
         labels = {"score": "objective/scores", "kl": "objective/kl", "length": "objective/length"}
         output = run.train(trainer, labels)

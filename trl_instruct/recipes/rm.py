@@ -30,7 +30,7 @@ from trl_instruct.models.load import load_reward_model
 from trl_instruct.models.properties import ModelSource
 from trl_instruct.models.tokenizers import check_vocabulary
 from trl_instruct.recipes.memory import Work, memory_table
-from trl_instruct.recipes.options import named_source, stage_options
+from trl_instruct.recipes.options import named_source, option_errors, stage_options
 from trl_instruct.recipes.stage import (
     StageResult,
     StageRun,
@@ -95,14 +95,15 @@ def rm(
         run.say(str(data.counts))
         classifier, tokenizer = _load(run, model, processing_class, data)
         trained = trained_weights(classifier)
-        trainer = RankingRewardTrainer(
-            model=classifier,
-            args=config,
-            train_dataset=data.train,
-            processing_class=tokenizer,
-            peft_config=new_adapter_config(classifier, model_config, CLASSIFIER),
-            callbacks=callbacks,
-        )
+        with option_errors():
+            trainer = RankingRewardTrainer(
+                model=classifier,
+                args=config,
+                train_dataset=data.train,
+                processing_class=tokenizer,
+                peft_config=new_adapter_config(classifier, model_config, CLASSIFIER),
+                callbacks=callbacks,
+            )
         keep_float32(trainer.model, trained)
         _check_overlong(trainer, run)
         _check_rendering(data, tokenizer)

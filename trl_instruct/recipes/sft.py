@@ -19,7 +19,7 @@ from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource, context_length
 from trl_instruct.models.tokenizers import check_vocabulary
 from trl_instruct.recipes.memory import Work, memory_table
-from trl_instruct.recipes.options import named_source, stage_options
+from trl_instruct.recipes.options import named_source, option_errors, stage_options
 from trl_instruct.recipes.pretrain import tiny_base
 from trl_instruct.recipes.stage import (
     StageResult,
@@ -70,6 +70,11 @@ def sft(
     config, model_config = stage_options(
         SFTConfig, config, model_config, output_dir, dataset, options
     )
+    if config.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise InputError(
+            f"metric_for_best_model is {config.metric_for_best_model!r}; sft measures the loss "
+            "while it trains. Give 'loss', or leave it out."
+        )
     demonstrations = load_demonstrations(dataset, config.dataset_train_split)
     held_out = named_source(eval_dataset, config)
     if held_out is not None:
@@ -87,15 +92,16 @@ def sft(
         if truncated:
             run.say(f"{truncated} of {len(demonstrations)} demonstrations are cut at max_length")
         trained = trained_weights(policy)
-        trainer = SFTTrainer(
-            model=policy,
-            args=config,
-            train_dataset=demonstrations,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-            peft_config=new_adapter_config(policy, model_config),
-            callbacks=callbacks,
-        )
+        with option_errors():
+            trainer = SFTTrainer(
+                model=policy,
+                args=config,
+                train_dataset=demonstrations,
+                eval_dataset=held_out,
+                processing_class=tokenizer,
+                peft_config=new_adapter_config(policy, model_config),
+                callbacks=callbacks,
+            )
         keep_float32(trainer.model, trained)
         length = config.max_length or context_length(policy) or 0
         batch = Work(config.per_device_train_batch_size, length, predicted=length)

@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -221,6 +221,16 @@ class StageRun:
             save_config(self.folder / CONFIG_FILE, self.config, self.model_config)
         PartialState().wait_for_everyone()
 
+    def _check_batches(self, trainer: Trainer) -> None:
+        """InputError if dataloader_drop_last drops all that there is."""
+        rows, config = trainer.train_dataset, self.config
+        batch = config.per_device_train_batch_size * config.world_size
+        if config.dataloader_drop_last and isinstance(rows, Sized) and len(rows) < batch:
+            raise InputError(
+                f"dataloader_drop_last drops all of the {len(rows)} training rows: a batch has "
+                f"{batch}. Give more rows, a smaller per_device_train_batch_size, or leave it out."
+            )
+
     def release(self) -> None:
         """Remove what a failed stage left, unless there is something to resume from."""
         content = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else None
@@ -243,6 +253,7 @@ class StageRun:
             labels: for the progress bar: label -> key in the trainer's logs.
         """
         check_saving(trainer.accelerator)
+        self._check_batches(trainer)
         self.begin()
         if not self.config.disable_tqdm:
             # One bar with the named metrics instead of a printed dict per log.
