@@ -202,3 +202,12 @@ def test_the_tiny_world():
     assert isinstance(load_records("tiny:prompts", streaming=True), IterableDataset)
     with pytest.raises(InputError, match="tiny:nothing"):
         load_records("tiny:nothing")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("early", [{}, {"source": None}])
+def test_a_column_that_comes_after_the_first_block_of_a_file(tmp_path, early):
+    rows = [{"prompt": f"a{n}", "completion": "x" * 700, **early} for n in range(16_000)]
+    rows.append({"prompt": "z", "completion": "b", "source": "x"})
+    loaded = load_records(write(tmp_path / "late.jsonl", "\n".join(map(json.dumps, rows))))
+    assert loaded[0]["source"] is None and loaded[16_000]["source"] == "x"

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from os import PathLike, fspath
 from pathlib import Path
@@ -43,6 +44,9 @@ CSV_OPTIONS: dict[str, Any] = {
     "na_values": [""],
     "converters": dict.fromkeys(TEXT_CELLS + LIST_CELLS, str),
 }
+
+
+WHOLE_FILE = 1 << 31  # bytes that the json reader takes at once; by default 10 MB
 
 
 @dataclass(frozen=True)
@@ -218,11 +222,17 @@ def _load_file(path: Path, builder: str, split: str, streaming: bool, where: Sou
     if builder == "csv":
         _check_separator(path, where)
     options = CSV_OPTIONS if builder == "csv" else {}
-    files = {"train": str(path)}
+    load = partial(
+        load_dataset, builder, data_files={"train": str(path)}, split=split, streaming=streaming
+    )
     try:
-        dataset = load_dataset(
-            builder, data_files=files, split=split, streaming=streaming, **options
-        )
+        try:
+            dataset = load(**options)
+        except DatasetGenerationError:
+            if builder != "json":
+                raise
+            # A block of 10 MB has another column, or a first value where others have null.
+            dataset = load(chunksize=WHOLE_FILE)
     except (StopIteration, ValueError, OSError, EOFError, DatasetGenerationError) as error:
         raise _file_fault(error, path, builder, where) from error
     if builder == "csv":
