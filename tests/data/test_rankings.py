@@ -7,14 +7,8 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_instruct.data.rankings import (
-    Ranking,
-    RankingCounts,
-    canonical_ranking,
-    canonical_ranks,
-    dense_ranks,
-    load_rankings,
-)
+from trl_instruct.data.orders import canonical_ranks, dense_ranks
+from trl_instruct.data.rankings import Ranking, RankingCounts, canonical_ranking, load_rankings
 from trl_instruct.errors import InputError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

@@ -13,14 +13,8 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
-from trl_instruct.data.rankings import (
-    MESSAGE,
-    Ranking,
-    RankingCounts,
-    canonical_ranking,
-    dense_ranks,
-    plural,
-)
+from trl_instruct.data.orders import dense_ranks
+from trl_instruct.data.rankings import MESSAGE, Ranking, RankingCounts, canonical_ranking, plural
 from trl_instruct.data.records import (
     AnyDataset,
     Record,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
+from trl_instruct.data.orders import ORDERS, canonical_ranks, canonical_scores, dense_ranks
 from trl_instruct.data.records import (
     AnyDataset,
     Record,
@@ -32,12 +33,6 @@ from trl_instruct.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-ORDERS = ("ranks", "scores", "ratings")
-# Other names under which published files keep an order.
-LIKE_ORDERS = (
-    *("rank", "ranking", "rankings", "rating", "score", "reward", "rewards", "label", "labels"),
-    *("preference", "preferences", "votes", "order", "winner", "best", "best_response"),
-)
 MESSAGE = {"role": Value("string"), "content": Value("string")}
 
 
@@ -195,7 +190,7 @@ def canonical_ranking(record: Record, rating_order: Sequence[Any] | None = None)
             f"`responses` are {len(keys)} times the same, {kind_of(responses[0])}; a ranking needs "
             "at least 2 that differ. Delete the record."
         )
-    scores = _scores(record, rating_order)
+    scores = canonical_scores(record, rating_order)
     return Ranking(
         prompt=record["prompt"],
         responses=[responses[index] for index in kept],
@@ -205,70 +200,6 @@ def canonical_ranking(record: Record, rating_order: Sequence[Any] | None = None)
     )
 
 
-def canonical_ranks(record: Record, rating_order: Sequence[Any] | None = None) -> list[int]:
-    """Dense ranks of the K `responses` (1 = best, equal = tie), from whichever field has them.
-
-    Raises:
-        InputError: K < 2; `ranks`, `scores` or `ratings` null, not one per response, not finite or
-            contradictory; a rank that is not a whole number >= 1; a label not in `rating_order`;
-            none of the three, but a column that looks like an order under another name.
-
-    >>> canonical_ranks({"responses": ["a", "b", "c"], "ratings": ["ok", "good", "ok"]},
-    ...                 rating_order=["good", "ok", "poor"])
-    [2, 1, 2]
-    >>> canonical_ranks({"responses": ["a", "b"]})
-    [1, 2]
-    """
-    responses = record.get("responses")
-    if not isinstance(responses, list):
-        raise InputError(f"`responses` is {kind_of(responses)}; a list of K >= 2 is needed.")
-    if len(responses) < 2:
-        raise InputError(
-            f"`responses` has K = {len(responses)}; a ranking needs at least 2. Add another "
-            "response or delete the record."
-        )
-    present = [field for field in ORDERS if field in record]
-    given = {f: _order(record, f, rating_order) for f in present if record[f] is not None}
-    if present and not given:
-        raise InputError(
-            f"`{'`, `'.join(present)}` null: the ranking is not filled in. Write one number per "
-            "response or delete the record; if all responses are best first, remove the field."
-        )
-    if not present:
-        _refuse_unread_order(record)
-    (first, ranks), *others = given.items() or [("responses", list(range(1, len(responses) + 1)))]
-    for field, other in others:
-        if other != ranks:
-            raise InputError(
-                f"`{first}` and `{field}` contradict each other: {first} {record[first]} put the "
-                f"responses in the order {ranks}, {field} {record[field]} in {other}. Keep one."
-            )
-    return ranks
-
-
-def _refuse_unread_order(record: Record) -> None:
-    """InputError for a column that looks like the order of the responses but is not read."""
-    for name, value in record.items():
-        one_each = isinstance(value, list) and len(value) == len(record["responses"])
-        numbers = one_each and all(isinstance(v, Real) for v in value)
-        if value is not None and (numbers or name.lower() in LIKE_ORDERS):
-            raise InputError(
-                f"`{name}` is {kind_of(value)}, which looks like the order of the responses, but "
-                "that name is not read. Rename it to `ranks` (1 = best) or `scores` (higher = "
-                "better), one number per response; if the responses are best first, remove it."
-            )
-
-
-def dense_ranks(values: Sequence[float]) -> list[int]:
-    """Ranks without gaps, the smallest value first.
-
-    >>> dense_ranks([1, 1, 3]), dense_ranks([-0.5, -2.0, -0.5])
-    ([1, 1, 2], [2, 1, 2])
-    """
-    position = {value: rank for rank, value in enumerate(sorted(set(values)), start=1)}
-    return [position[value] for value in values]
-
-
 def plural(count: int, noun: str) -> str:
     """A count with its noun.
 
@@ -276,66 +207,6 @@ def plural(count: int, noun: str) -> str:
     ('1 tie', '1,200 ties')
     """
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def _order(record: Record, field: str, rating_order: Sequence[Any] | None) -> list[int]:
-    """Dense ranks from the field `ranks`, `scores` or `ratings`."""
-    if field == "ranks":
-        return dense_ranks(
-            [_rank(index, rank) for index, rank in enumerate(_values(record, field))]
-        )
-    return dense_ranks([-score for score in _numbers(record, field, rating_order)])
-
-
-def _values(record: Record, field: str) -> list[Any]:
-    values, needed = record[field], len(record["responses"])
-    if not isinstance(values, list):
-        raise InputError(f"`{field}` is {kind_of(values)}; a list of {needed} is needed.")
-    if len(values) != needed:
-        raise InputError(
-            f"`{field}` has {len(values)} values for {needed} responses: {values}; give one each."
-        )
-    return values
-
-
-def _rank(index: int, rank: Any) -> int:
-    whole = isinstance(rank, Real) and not isinstance(rank, bool) and float(rank).is_integer()
-    if not whole or rank < 1:
-        raise InputError(
-            f"`ranks[{index}]` is {kind_of(rank)}; a whole number >= 1 is needed (1 = best, equal "
-            "ranks are a tie)."
-        )
-    return int(rank)
-
-
-def _numbers(record: Record, field: str, rating_order: Sequence[Any] | None) -> list[float]:
-    """`scores` or `ratings` as numbers; labels count from 0 = worst in `rating_order`."""
-    values = _values(record, field)
-    if any(isinstance(v, str) for v in values) or (field == "ratings" and rating_order is not None):
-        return [_level(f"{field}[{index}]", v, rating_order) for index, v in enumerate(values)]
-    for index, value in enumerate(values):
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
-            raise InputError(f"`{field}[{index}]` is {kind_of(value)}; a finite number is needed.")
-    return [float(value) for value in values]
-
-
-def _level(field: str, label: Any, rating_order: Sequence[Any] | None) -> float:
-    if rating_order is None:
-        raise InputError(
-            f"`{field}` is the label {label!r}, but the order of labels is not known. Give it, "
-            'best first: rating_order=["good", "ok", "fair", "poor"].'
-        )
-    if label not in rating_order:
-        raise InputError(f"`{field}` is {kind_of(label)}; rating_order has {list(rating_order)}.")
-    return float(len(rating_order) - 1 - list(rating_order).index(label))
-
-
-def _scores(record: Record, rating_order: Sequence[Any] | None) -> list[float] | None:
-    for field in ("scores", "ratings"):
-        if record.get(field) is not None:
-            return _numbers(record, field, rating_order)
-    return None
 
 
 def _reply(index: int, response: Any, form: str) -> Any:

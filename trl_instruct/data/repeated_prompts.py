@@ -27,10 +27,8 @@ def take_off_prompts(dataset: AnyDataset, where: Source, fields: tuple[str, ...]
         dataset: rows with `prompt` and the replies in `fields`; a faulty row stays as it is.
         fields: `("chosen", "rejected")`, `("completion",)` or `("responses",)`, a list of replies.
     """
-    rows = iterate(dataset)
-    if not _repeat(
-        islice(rows, STREAMED) if isinstance(dataset, IterableDataset) else rows, fields
-    ):
+    first = STREAMED if isinstance(dataset, IterableDataset) else None  # None: all
+    if not _repeat(islice(iterate(dataset), first), fields):
         return dataset
     names = "` and `".join(fields)
     logger.warning("%s: `%s` begin with the prompt, which is taken off", where.name, names)

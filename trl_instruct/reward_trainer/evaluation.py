@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from transformers import PreTrainedTokenizerBase
 
+from trl_instruct.data.orders import dense_ranks
 from trl_instruct.data.pairs import content_key, ranking_to_pairs
-from trl_instruct.data.rankings import Ranking, dense_ranks
+from trl_instruct.data.rankings import Ranking
 from trl_instruct.data.rendering import ARGUMENTS
 from trl_instruct.data.sources import iterate
 from trl_instruct.errors import InputError
