@@ -80,7 +80,9 @@ def install_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """InputError if the tokenizer has ids that the model has no embedding for."""
-    rows = model.get_input_embeddings().weight.shape[0]  # an adapter's wrapper has no more
+    embedding = model.get_input_embeddings()
+    # An adapter's wrapper has only the weight, which in turn is empty where ZeRO-3 shards it.
+    rows = getattr(embedding, "num_embeddings", len(embedding.weight))
     token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if last >= rows:
         raise InputError(
