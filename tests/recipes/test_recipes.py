@@ -445,6 +445,13 @@ def test_rm_renders_every_row_before_its_first_step(saved_policy, tmp_path, plac
     assert not (tmp_path / "rm").exists()
 
 
+def test_rm_does_not_evaluate_while_it_trains(saved_policy, tmp_path):
+    given = {"eval_size": 0.25, "eval_strategy": "steps", **QUICK}
+    with pytest.raises(InputError, match="eval_strategy is 'steps', but rm measures .* once"):
+        rm(saved_policy, Dataset.from_list(RANKINGS), tmp_path / "rm", **given)
+    assert not (tmp_path / "rm").exists()
+
+
 def test_rm_that_fails_to_measure_keeps_its_model(saved_policy, tmp_path, monkeypatch):
     def fails(*args):
         raise RuntimeError("no disk")

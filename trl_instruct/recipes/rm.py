@@ -85,6 +85,11 @@ def rm(
     config, model_config = stage_options(
         RewardConfig, config, model_config, output_dir, dataset, options
     )
+    if config.eval_strategy != "no":
+        raise InputError(
+            f"eval_strategy is {config.eval_strategy.value!r}, but rm measures the held-out "
+            "accuracy once, after training. Leave it out; RankingRewardTrainer can do both."
+        )
     data = load_preferences(
         dataset,
         named_source(eval_dataset, config),
