@@ -326,6 +326,26 @@ def test_the_loss_counts_the_completion_only(
     assert sorted(learnt.tolist()) == sorted(tokenizer("yes<eos>n<eos>")["input_ids"])
 
 
+def test_every_reply_is_learnt_only_with_both_options(saved_policy, tmp_path, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(saved_policy)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] + ':' }}{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+        "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+    )
+    turns = [("user", "p"), ("assistant", "one"), ("user", "q"), ("assistant", "two")]
+    talk = [{"role": role, "content": text} for role, text in turns]
+    data = Dataset.from_list([{"messages": talk}] * 4)
+    given = {"processing_class": tokenizer, "assistant_only_loss": True, **QUICK}
+    with pytest.raises(InputError, match="Set completion_only_loss=False as well"):
+        sft(saved_policy, data, tmp_path / "sft", **given)
+    built = trainer_of(monkeypatch, "SFTTrainer")
+    sft(saved_policy, data, tmp_path / "sft", completion_only_loss=False, **given)
+    (labels,) = built[0].data_collator([dict(built[0].train_dataset[0])])["labels"]
+    assert tokenizer.decode(labels[labels != -100]) == "one<eos>two<eos>"
+
+
 def test_the_eos_token_that_is_named_ends_demonstrations_and_pairs(
     saved_policy, tokenizer, tmp_path, monkeypatch
 ):
