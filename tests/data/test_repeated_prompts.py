@@ -54,6 +54,9 @@ def test_one_conversation_that_repeats_its_prompt_is_cut():
     ]
     read = load_demonstrations(given(rows))
     assert [row["completion"] for row in read] == [[reply("b")], [reply("d")]]
+    pair = {"prompt": [user("a")], "chosen": [user("a"), reply("b")], "rejected": [reply("c")]}
+    (read,) = load_pairs(given([pair]))
+    assert (read["chosen"], read["rejected"]) == ([reply("b")], [reply("c")])
 
 
 def test_a_text_prompt_beside_conversations(caplog):
