@@ -111,8 +111,13 @@ def main(folder, how=None):
     logs = [{k: v for k, v in log.items() if k != "eps"} for log in trainer.state.log_history]
     if trainer.is_world_process_zero():
         write_json(folder / "logs.json", {"processes": processes, "logs": logs})
-    PartialState().destroy_process_group()  # left open, it may abort the process at its exit
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), *sys.argv[2:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All results are written. On a busy machine the interpreter's end meets gloo's threads, which
+    # may abort the process ("terminate called without an active exception").
+    os._exit(0)
