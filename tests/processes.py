@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from conftest import PROMPTS, byte_tokenizer, letters, tiny_model
 from datasets import Dataset
 from trl import ModelConfig
@@ -111,7 +110,6 @@ def main(folder, how=None):
     logs = [{k: v for k, v in log.items() if k != "eps"} for log in trainer.state.log_history]
     if trainer.is_world_process_zero():
         write_json(folder / "logs.json", {"processes": processes, "logs": logs})
-    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

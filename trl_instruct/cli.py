@@ -59,7 +59,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         name = _named_command(arguments[:1])
         COMMANDS[name](arguments[1:])
-        PartialState().destroy_process_group()  # left open, it may abort the process at its exit
     except InputError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
