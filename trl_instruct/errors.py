@@ -1,6 +1,6 @@
 """The one exception for mistakes that a user can fix."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -12,8 +12,11 @@ class InputError(ValueError):
 
 
 @contextmanager
-def located(place: str) -> Iterator[None]:
+def located(place: str | Callable[[], str]) -> Iterator[None]:
     """Put a place, such as "Prompt 3", in front of an `InputError` raised inside.
+
+    Args:
+        place: text, or a function that looks it up, called only on an error.
 
     >>> with located("Prompt 3"):
     ...     raise InputError("`prompt` is empty.")
@@ -24,4 +27,4 @@ def located(place: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{place}: {error}") from None
+        raise InputError(f"{place if isinstance(place, str) else place()}: {error}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -23,7 +23,7 @@ from datasets import (
 )
 from datasets.exceptions import DatasetGenerationError
 
-from trl_instruct.errors import InputError
+from trl_instruct.errors import InputError, located
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 Record: TypeAlias = Mapping[str, Any]
@@ -73,13 +73,9 @@ class Source:
             numbers = (number for number, line in enumerate(file, start=1) if line.strip())
             return f"{self.name}, line {next(islice(numbers, row, None), row + 1)}"
 
-    @contextmanager
-    def located(self, row: int) -> Iterator[None]:
+    def located(self, row: int) -> AbstractContextManager[None]:
         """Put the file and line, or the row, in front of an `InputError` raised inside."""
-        try:
-            yield
-        except InputError as error:  # the line is looked up only now
-            raise InputError(f"{self.where(row)}: {error}") from None
+        return located(partial(self.where, row))
 
 
 def load_records(source: Any, split: str = "train", streaming: bool = False) -> AnyDataset:
