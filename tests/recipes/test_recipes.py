@@ -368,6 +368,9 @@ def test_a_template_that_ends_turns_with_another_token_names_it(saved_policy, tm
     tokenizer.chat_template = CHAT_TEMPLATE.replace("eos_token", "''")
     sft(saved_policy, data, tmp_path / "sft", processing_class=tokenizer, **QUICK)
     assert "the chat template ends a reply with no special token" in capsys.readouterr().out
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("eos_token", "'<pad>.'")  # not at the end
+    sft(saved_policy, data, tmp_path / "other", processing_class=tokenizer, **QUICK)
+    assert "the chat template ends a reply with no special token" in capsys.readouterr().out
 
 
 def test_sft_learns_and_measures_held_out_loss(saved_policy, tmp_path):

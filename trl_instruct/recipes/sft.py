@@ -138,9 +138,8 @@ def _check_ending(
     learnt = [i for i, own in zip(first["input_ids"], first["completion_mask"], strict=True) if own]
     if set(learnt) & set(eos_token_ids(policy, tokenizer)):
         return
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    last = next((i for i in reversed(learnt) if i in special), None)
-    if last is None:
+    last = next((i for i in reversed(learnt) if tokenizer.decode([i]).strip()), None)
+    if last not in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
         run.say(
             "the chat template ends a reply with no special token: the policy will not stop by "
             "itself, so give stop_strings wherever it generates"
