@@ -95,8 +95,8 @@ def load_prompts(source: Any, split: str = "train", streaming: bool = False) -> 
     require_columns(columns, where, ("prompt",), "A prompt record")
     if taken := [name for name in REWARD_ARGUMENTS if name in columns]:
         raise InputError(
-            f"{where.name}: a column is called `{taken[0]}`, as what rewards are given of the "
-            "policy. Rename it, or remove it."
+            f"{where.name}: a column is called `{taken[0]}`, the name of an argument that every "
+            "reward is given. Rename it, or remove it."
         )
     return check_records(dataset, where, partial(check_prompt, form=form_of(first)))
 

@@ -224,7 +224,7 @@ class StageRun:
     def _check_batches(self, trainer: Trainer) -> None:
         """InputError if dataloader_drop_last drops all that there is."""
         rows, config = trainer.train_dataset, self.config
-        batch = config.per_device_train_batch_size * config.world_size
+        batch = config.train_batch_size * config.world_size
         if config.dataloader_drop_last and isinstance(rows, Sized) and len(rows) < batch:
             raise InputError(
                 f"dataloader_drop_last drops all of the {len(rows)} training rows: a batch has "
