@@ -45,7 +45,7 @@ def test_the_split_that_is_held_out():
     splits = DatasetDict(
         {"train": Dataset.from_list(RANKINGS[:6]), "test": Dataset.from_list(RANKINGS[6:])}
     )
-    config = RewardConfig(use_cpu=True, eval_dataset_split="test")
+    config = RewardConfig(use_cpu=True, dataset_test_split="test")
     data = load_preferences(splits, splits, None, config)
     assert (len(data.train), data.held_out["prompt"][:]) == (6, ["Q6: ", "Q7: "])
 

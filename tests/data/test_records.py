@@ -4,14 +4,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from trl_instruct.data.records import (
-    check_pair,
-    extract_prompt,
-    load_demonstrations,
-    load_prompts,
-    load_texts,
-    openings,
-)
+from trl_instruct.data.records import check_pair, extract_prompt, load_demonstrations, load_prompts
+from trl_instruct.data.texts import load_texts, openings
 from trl_instruct.errors import InputError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -125,13 +119,13 @@ def test_faulty_messages(tmp_path, messages, message):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_misnamed_columns(tmp_path, streaming):
-    path = write(tmp_path / "a.jsonl", [{"instruction": "2+2=", "output": "4"}])
+    path = write(tmp_path / "a.jsonl", [{"query": "2+2=", "answer": "4"}])
     with pytest.raises(InputError) as caught:
         load_demonstrations(path, streaming=streaming)
     assert str(caught.value) == (
-        f"{path}: `prompt` and `completion` missing. Columns found: instruction, output. A "
+        f"{path}: `prompt` and `completion` missing. Columns found: query, answer. A "
         "demonstration needs `prompt` and `completion` or `messages`. Rename the field in the "
-        'file, or load it and .rename_column("instruction", "prompt").'
+        'file, or load it and .rename_column("query", "prompt").'
     )
     with pytest.raises(InputError, match=r"Columns found: a\. .* Add it\."):
         load_prompts(Dataset.from_list([{"a": 1}]))
@@ -228,8 +222,8 @@ def test_real_files(name, rows, load):
 
 
 def test_columns_that_hold_one_field_together_are_to_be_joined():
-    row = {"instruction": "Add.", "input": "2 and 3", "output": "5"}
-    with pytest.raises(InputError, match="Join `instruction` and `input` into `prompt`") as told:
+    row = {"query": "Add.", "input": "2 and 3", "answer": "5"}
+    with pytest.raises(InputError, match="Join `query` and `input` into `prompt`") as told:
         load_demonstrations(Dataset.from_list([row]))
     assert "rename" not in str(told.value)
 

@@ -13,27 +13,38 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
+from trl_instruct.data.conversion import read, recognise
+from trl_instruct.data.dialogues import extract_prompt
+from trl_instruct.data.mixture import mixed
 from trl_instruct.data.orders import dense_ranks
-from trl_instruct.data.rankings import MESSAGE, Ranking, RankingCounts, canonical_ranking, plural
+from trl_instruct.data.rankings import (
+    Ranking,
+    RankingCounts,
+    canonical_ranking,
+    load_rankings,
+    plural,
+)
+from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.data.records import (
-    AnyDataset,
-    Record,
-    Source,
     check_pair,
     check_prompt,
     check_records,
-    extract_prompt,
-    first_record,
     form_of,
-    iterate,
-    load_records,
-    map_records,
     require_columns,
 )
 from trl_instruct.data.repeated_prompts import (
     keep_dialogue,
     prompt_in_dialogue,
     take_off_prompts,
+)
+from trl_instruct.data.sources import (
+    MESSAGE,
+    AnyDataset,
+    Record,
+    Source,
+    first_record,
+    iterate,
+    map_records,
 )
 from trl_instruct.data.ties import TIES, wins
 from trl_instruct.errors import InputError
@@ -141,6 +152,7 @@ def load_pairs(
     streaming: bool = False,
     *,
     counts: RankingCounts | None = None,
+    reading: Reading = AS_PUBLISHED,
 ) -> AnyDataset:
     """Load pairs: `prompt`, `chosen`, `rejected`, optional `margin`; text or messages.
 
@@ -148,7 +160,8 @@ def load_pairs(
     shared messages; in text, all up to the last shared "\\n\\nAssistant:" of a dialogue, else all
     shared text. A text `prompt` that is a message of the conversations is left out; a prompt that
     both replies repeat is taken off. Other columns are kept. A pair whose chosen and rejected are
-    equal is left out, counted in `counts` and logged. Arguments as `load_records`.
+    equal is left out, counted in `counts` and logged. Of published rankings and pairs, all pairs
+    with a winner are read. Arguments as `load_rankings`.
 
     Raises:
         InputError: a missing column; a field null, empty, malformed or of two formats; no shared
@@ -161,7 +174,12 @@ def load_pairs(
     >>> pair["prompt"], pair["chosen"], pair["rejected"]
     ('\\n\\nHuman: Hi\\n\\nAssistant:', ' Hello!', ' Hey.')
     """
-    dataset, where = load_records(source, split, streaming), Source.of(source, split)
+    if isinstance(source, list):
+        return mixed(partial(load_pairs, counts=counts, reading=reading), source, streaming)
+    if recognise(source, split, "ranking", reading)[1] is not None:
+        rankings = load_rankings(source, split, streaming, counts=counts, reading=reading)
+        return rankings_to_pairs(rankings)
+    dataset, where = read(source, split, streaming, "ranking", reading)
     first = first_record(dataset, where)
     columns = dataset.column_names or list(first)
     require_columns(columns, where, ("chosen", "rejected"), "A pair")
@@ -172,7 +190,7 @@ def load_pairs(
         dataset = take_off_prompts(dataset, where, ("chosen", "rejected"))
     form = form_of({"prompt": first["chosen"]} if implicit else first)
     check = partial(check_pair, form=form, implicit=implicit)
-    dataset = check_records(dataset, where, check)
+    dataset = check_records(dataset, where, check, reading)
     counts = RankingCounts() if counts is None else counts
     differs = partial(_differs, counts=counts, where=where)
     if isinstance(dataset, IterableDataset):

@@ -1,15 +1,20 @@
 """What the reward model trains and is evaluated on: rankings or pairs, split by prompt."""
 
+from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, List, Value
 
 from trl_instruct.configs import RewardConfig
+from trl_instruct.data.conversion import recognise
+from trl_instruct.data.mixture import mixed
 from trl_instruct.data.pairs import load_pairs, split_by_prompt
 from trl_instruct.data.rankings import RankingCounts, load_rankings
+from trl_instruct.data.reading import Reading
 from trl_instruct.data.records import form_of, load_demonstrations
-from trl_instruct.data.sources import Source, first_record, iterate, load_records, map_records
+from trl_instruct.data.sources import Source, iterate, map_records
 from trl_instruct.errors import InputError
 
 
@@ -34,17 +39,18 @@ def load_preferences(
         dataset: rankings or pairs, by name or in memory.
         held_out: the same, to evaluate on; None: `config.eval_size` of the prompts.
         demonstrations: by name or in memory; None: no shift.
-        config: split, seed, rating_order, truncate_prompt.
+        config: split, seed, rating_order, truncate_prompt, and how to read the files.
 
     Raises:
         InputError: bad records; neither rankings nor pairs; no pair with a winner; too few prompts
             to hold any out; demonstrations in another format than the preferences.
     """
-    counts = RankingCounts()
-    train = _load(dataset, config, config.dataset_train_split, counts)
+    counts, reading = RankingCounts(), Reading.of(config)
+    others = replace(reading, strict=False)
+    train = _load(dataset, config.dataset_train_split, config, reading, counts)
     test = None
     if held_out is not None:
-        test = _load(held_out, config, config.eval_dataset_split)
+        test = _load(held_out, config.dataset_test_split or "train", config, others)
     elif config.eval_size:
         try:
             train, test = split_by_prompt(train, config.eval_size, seed=config.seed)
@@ -66,7 +72,7 @@ def load_preferences(
                 "with margins, cuts no prompts. Remove the column or the option."
             )
         train = as_rankings(train)
-    shown = None if demonstrations is None else _demonstrations(demonstrations, train)
+    shown = None if demonstrations is None else _demonstrations(demonstrations, train, others)
     return Preferences(train, None if test is None else as_rankings(test), shown, counts)
 
 
@@ -101,8 +107,8 @@ def as_rankings(preferences: Dataset) -> Dataset:
     )
 
 
-def _demonstrations(source: Any, train: Dataset) -> Dataset:
-    demonstrations = load_demonstrations(source)
+def _demonstrations(source: Any, train: Dataset, reading: Reading) -> Dataset:
+    demonstrations = load_demonstrations(source, reading=reading)
     forms = form_of(demonstrations[0]), form_of(train[0])
     if forms[0] != forms[1]:
         raise InputError(
@@ -113,16 +119,24 @@ def _demonstrations(source: Any, train: Dataset) -> Dataset:
 
 
 def _load(
-    source: Any, config: RewardConfig, split: str, counts: RankingCounts | None = None
+    source: Any,
+    split: str,
+    config: RewardConfig,
+    reading: Reading,
+    counts: RankingCounts | None = None,
 ) -> Dataset:
     """Load rankings or pairs, as the columns say."""
-    columns = list(first_record(load_records(source, split), Source.of(source, split)))
-    if "responses" in columns:
-        return load_rankings(source, split, rating_order=config.rating_order, counts=counts)
-    if "chosen" in columns:
-        return load_pairs(source, split, counts=counts)
+    if isinstance(source, list):
+        load = partial(_load, config=config, reading=reading, counts=counts)
+        return mixed(lambda entry, part, _: load(entry, part), source, streaming=False)
+    first, shape = recognise(source, split, "ranking", reading)
+    if shape is not None or "responses" in first:
+        order = config.rating_order
+        return load_rankings(source, split, rating_order=order, counts=counts, reading=reading)
+    if "chosen" in first:
+        return load_pairs(source, split, counts=counts, reading=reading)
     raise InputError(
         f"{Source.of(source, split).name}: the reward model needs rankings (`prompt`, `responses` "
         "and `ranks` or `scores`) or pairs (`prompt`, `chosen`, `rejected`). Columns found: "
-        f"{', '.join(columns)}. Rename them."
+        f"{', '.join(first)}. Name them with columns (responses=answers), or rename them."
     )

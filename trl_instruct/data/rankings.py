@@ -13,27 +13,32 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
+from trl_instruct.data.conversion import read
+from trl_instruct.data.mixture import mixed
 from trl_instruct.data.orders import ORDERS, canonical_ranks, canonical_scores, dense_ranks
+from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.data.records import (
-    AnyDataset,
-    Record,
-    Source,
     check_prompt,
+    check_records,
     check_reply,
-    first_record,
     form_of,
-    iterate,
-    kind_of,
-    load_records,
-    map_records,
+    keep_rows,
     require_columns,
 )
 from trl_instruct.data.repeated_prompts import take_off_prompts
+from trl_instruct.data.sources import (
+    MESSAGE,
+    AnyDataset,
+    Record,
+    Source,
+    first_record,
+    iterate,
+    kind_of,
+    map_records,
+)
 from trl_instruct.errors import InputError
 
 logger = logging.getLogger(__name__)
-
-MESSAGE = {"role": Value("string"), "content": Value("string")}
 
 
 class Ranking(NamedTuple):
@@ -104,6 +109,7 @@ def load_rankings(
     *,
     rating_order: Sequence[Any] | None = None,
     counts: RankingCounts | None = None,
+    reading: Reading = AS_PUBLISHED,
 ) -> AnyDataset:
     """Load rankings and bring them to one form.
 
@@ -117,10 +123,11 @@ def load_rankings(
     and optionally `labeler` and `weight` (> 0). Each labeler's ranking of a prompt is a record.
     Other columns are kept. A field that is present but null is an error, not an order; so is a
     column that may hold the order under another name (`rank`, `labels`, any K numbers) where none
-    of the three is there. InstructGPT ranks K = 4 to 9 responses (section 3.5).
+    of the three is there. Published shapes, pairs too, are read as published
+    (docs/bring_your_data.md). InstructGPT ranks K = 4 to 9 responses (section 3.5).
 
     Args:
-        source, split, streaming: as `load_records`.
+        source, split, streaming, reading: as `load_demonstrations`.
         rating_order: the labels of `ratings`, best first: `["good", "ok", "fair", "poor"]`.
         counts: the counts are added to it (when streaming: as rows are read).
 
@@ -137,7 +144,10 @@ def load_rankings(
     ... ]))[0]["ranks"]
     [3, 1, 2]
     """
-    dataset, where = load_records(source, split, streaming), Source.of(source, split)
+    if isinstance(source, list):
+        load = partial(load_rankings, rating_order=rating_order, counts=counts, reading=reading)
+        return mixed(load, source, streaming)
+    dataset, where = read(source, split, streaming, "ranking", reading)
     first = first_record(dataset, where)
     columns = dataset.column_names or list(first)
     require_columns(columns, where, ("prompt", "responses"), "A ranking")
@@ -145,8 +155,13 @@ def load_rankings(
     counts, before = (RankingCounts() if counts is None else counts), RankingCounts()
     form = form_of(first)
     options: dict[str, Any] = {"rating_order": rating_order, "where": where, "form": form}
-    streamed = isinstance(dataset, IterableDataset)
-    scored = True if streamed else _check_all(dataset, before, options)
+    streamed, scored = isinstance(dataset, IterableDataset), True
+    if isinstance(dataset, Dataset):
+        rows, scored = _check_all(dataset, before, reading, options)
+        dataset = keep_rows(dataset, rows, where)
+    elif reading.skips:
+        check: Any = partial(canonical_ranking, rating_order=rating_order)
+        dataset = check_records(dataset, where, check, reading)
     dataset = map_records(
         dataset,
         partial(_convert, **options, scored=scored, counts=counts if streamed else None),
@@ -232,14 +247,23 @@ def _canonical(record: Record, row: int, *, rating_order: Any, where: Source, fo
         return canonical_ranking(record, rating_order)
 
 
-def _check_all(dataset: Dataset, counts: RankingCounts, options: dict[str, Any]) -> bool:
-    """Check and count all records before any is written; return whether any has scores."""
-    scored = False
+def _check_all(
+    dataset: Dataset, counts: RankingCounts, reading: Reading, options: dict[str, Any]
+) -> tuple[list[int], bool]:
+    """Check and count all records before any is written; the good rows, and if any has scores."""
+    rows, scored = [], False
     for row, record in enumerate(iterate(dataset)):
-        ranking = _canonical(record, row, **options)
+        try:
+            ranking = _canonical(record, row, **options)
+        except InputError as fault:
+            if not reading.skips:
+                raise
+            reading.tell(fault)
+            continue
+        rows.append(row)
         counts.add(ranking)
         scored = scored or ranking.scores is not None
-    return scored
+    return rows, scored
 
 
 def _convert(

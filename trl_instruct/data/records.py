@@ -12,21 +12,25 @@ from functools import partial
 from numbers import Real
 from typing import Any
 
-from datasets import IterableDataset
+from datasets import Dataset, Features, IterableDataset, List
 
+from trl_instruct.data.conversion import REWARD_ARGUMENTS, read
+from trl_instruct.data.dialogues import extract_prompt, split_dialogue, trim_dialogue
+from trl_instruct.data.mixture import mixed
+from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.data.repeated_prompts import (
     keep_dialogue,
     prompt_in_dialogue,
     take_off_prompts,
 )
 from trl_instruct.data.sources import (
+    MESSAGE,
     AnyDataset,
     Record,
     Source,
     first_record,
     iterate,
     kind_of,
-    load_records,
     map_records,
 )
 from trl_instruct.errors import InputError
@@ -41,17 +45,25 @@ ALIASES = {
     "rejected": ("dispreferred", "loser", "worse"),
     "text": ("content", "document", "review", "texts"),
 }
-REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
-TURN = "\n\nAssistant:"
 
 
-def load_demonstrations(source: Any, split: str = "train", streaming: bool = False) -> AnyDataset:
+def load_demonstrations(
+    source: Any,
+    split: str = "train",
+    streaming: bool = False,
+    *,
+    reading: Reading = AS_PUBLISHED,
+) -> AnyDataset:
     """Demonstrations for SFT: `prompt` and `completion`, both text or both messages.
 
-    TRL's `messages` column is split into `prompt` (all but the last message) and `completion` (the
-    last, by the assistant); a text `prompt` that is one of the messages is left out. A prompt that
-    the completions repeat is taken off. Other columns are kept. Arguments as `load_records`. The
-    data of step 1 in InstructGPT, section 3.2.
+    TRL's `messages` column is split into `prompt` (all before the last reply) and `completion` (the
+    last reply, by the assistant); a text `prompt` that is one of the messages is left out. A prompt
+    that the completions repeat is taken off. Other columns are kept. Published shapes are read as
+    published (docs/bring_your_data.md). The data of step 1 in InstructGPT, section 3.2.
+
+    Args:
+        source, split, streaming: as `load_records`; a list of `DatasetConfig`: a mixture.
+        reading: names of columns, the prompts' template, what to do with a faulty record.
 
     Raises:
         InputError: a column is missing; a field is null, empty, malformed or of another type; text
@@ -61,14 +73,17 @@ def load_demonstrations(source: Any, split: str = "train", streaming: bool = Fal
     >>> load_demonstrations(Dataset.from_list([{"prompt": "2+2=", "completion": "4"}]))[0]
     {'prompt': '2+2=', 'completion': '4'}
     """
-    dataset, where = load_records(source, split, streaming), Source.of(source, split)
+    if isinstance(source, list):
+        return mixed(partial(load_demonstrations, reading=reading), source, streaming)
+    dataset, where = read(source, split, streaming, "demonstration", reading)
     first = first_record(dataset, where)
     columns = dataset.column_names or list(first)
     if "completion" not in columns and prompt_in_dialogue(first, "messages"):
         dataset = keep_dialogue(dataset, where, "messages")
         columns = [name for name in columns if name != "prompt"]
     if "messages" in columns and "prompt" not in columns:
-        dataset = check_records(dataset, where, check_dialogue)
+        dataset = _trimmed(dataset, where, first)
+        dataset = check_records(dataset, where, check_dialogue, reading)
         types = dataset.features
         if types is not None:
             kept = {name: kind for name, kind in types.items() if name != "messages"}
@@ -77,10 +92,41 @@ def load_demonstrations(source: Any, split: str = "train", streaming: bool = Fal
         return map_records(dataset, split_dialogue, remove_columns=["messages"], features=types)
     require_columns(columns, where, ("prompt", "completion"), "A demonstration", "or `messages`")
     dataset = take_off_prompts(dataset, where, ("completion",))
-    return check_records(dataset, where, partial(check_demonstration, form=form_of(first)))
+    check = partial(check_demonstration, form=form_of(first))
+    return check_records(dataset, where, check, reading)
 
 
-def load_prompts(source: Any, split: str = "train", streaming: bool = False) -> AnyDataset:
+def _trimmed(dataset: AnyDataset, where: Source, first: Record) -> AnyDataset:
+    """Dialogues that end with a reply and begin with a question, contents in one part."""
+    in_parts = trim_dialogue(first)["messages"] and any(
+        isinstance(message, Mapping) and isinstance(message.get("content"), list)
+        for message in first["messages"]
+    )
+    features = dataset.features
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(trim_dialogue, features=None if in_parts else features)
+    dialogues = iterate(dataset, "messages")
+    changed = sum(trim_dialogue({"messages": talk})["messages"] != talk for talk in dialogues)
+    if not changed:
+        return dataset
+    if not in_parts:
+        logger.warning(
+            "%s: %d dialogues lose what stands before the first question or after the last reply",
+            where.name,
+            changed,
+        )
+    elif features is not None:
+        features = Features({**features, "messages": List(MESSAGE)})
+    return map_records(dataset, trim_dialogue, features=features)
+
+
+def load_prompts(
+    source: Any,
+    split: str = "train",
+    streaming: bool = False,
+    *,
+    reading: Reading = AS_PUBLISHED,
+) -> AnyDataset:
     """Prompts for PPO: `prompt`, text or messages. Other columns reach the reward functions.
 
     Arguments and errors as `load_demonstrations`; also a column named like an argument of rewards.
@@ -89,7 +135,9 @@ def load_prompts(source: Any, split: str = "train", streaming: bool = False) -> 
     >>> load_prompts(Dataset.from_list([{"prompt": "Name a city.", "country": "Italy"}]))[0]
     {'prompt': 'Name a city.', 'country': 'Italy'}
     """
-    dataset, where = load_records(source, split, streaming), Source.of(source, split)
+    if isinstance(source, list):
+        return mixed(partial(load_prompts, reading=reading), source, streaming)
+    dataset, where = read(source, split, streaming, "prompt", reading)
     first = first_record(dataset, where)
     columns = dataset.column_names or list(first)
     require_columns(columns, where, ("prompt",), "A prompt record")
@@ -98,61 +146,7 @@ def load_prompts(source: Any, split: str = "train", streaming: bool = False) -> 
             f"{where.name}: a column is called `{taken[0]}`, the name of an argument that every "
             "reward is given. Rename it, or remove it."
         )
-    return check_records(dataset, where, partial(check_prompt, form=form_of(first)))
-
-
-def load_texts(source: Any, split: str = "train", streaming: bool = False) -> AnyDataset:
-    """Plain texts for pre-training and the ptx loss: a `text` column. Arguments as `load_records`.
-
-    Rows of white space (paragraph breaks of some corpora) are left out; their number is logged.
-
-    Raises:
-        InputError: `text` is missing, null or not text; no row has any text.
-
-    >>> from datasets import Dataset
-    >>> load_texts(Dataset.from_list([{"text": "Once upon a time."}, {"text": ""}])).num_rows
-    1
-    """
-    dataset, where = load_records(source, split, streaming), Source.of(source, split)
-    columns = dataset.column_names or list(first_record(dataset, where))
-    require_columns(columns, where, ("text",), "A text record")
-    dataset = check_records(dataset, where, _check_text_type)
-    if isinstance(dataset, IterableDataset):
-        logger.info("%s: streaming; rows without text are left out as they come", where.name)
-        return dataset.filter(_has_text)
-    rows = [row for row, text in enumerate(iterate(dataset, "text")) if text.strip()]
-    if not rows:
-        raise InputError(f"{where.name}: all {len(dataset)} rows have an empty `text`.")
-    if len(rows) < len(dataset):
-        dropped = len(dataset) - len(rows)
-        logger.warning("%s: %d rows without text are left out", where.name, dropped)
-        dataset = dataset.select(rows)
-    return dataset
-
-
-def openings(texts: AnyDataset, tokenizer: Any, length: int) -> AnyDataset:
-    """Prompts for PPO from plain texts: the opening of each, as `prompt`; other columns are kept.
-
-    The task of Ziegler et al. 2019, section 3.1: continue texts in a given style.
-
-    Args:
-        texts: column `text`, from `load_texts`.
-        tokenizer: the policy's.
-        length: tokens per opening; a shorter text is used whole.
-
-    Raises:
-        InputError: an opening is only white space.
-    """
-
-    def opening(batch: Mapping[str, list[str]]) -> dict[str, list[str]]:
-        rows = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        cut = tokenizer.batch_decode(
-            [row[:length] for row in rows], clean_up_tokenization_spaces=False
-        )
-        # A cut between two tokens of one character leaves half of it, which decodes to U+FFFD.
-        return {"prompt": [text.rstrip("\ufffd") for text in cut]}
-
-    return load_prompts(map_records(texts, opening, batched=True))
+    return check_records(dataset, where, partial(check_prompt, form=form_of(first)), reading)
 
 
 def form_of(record: Record) -> str:
@@ -206,15 +200,6 @@ def check_dialogue(record: Record) -> None:
     check_reply("messages", messages, form="messages")
 
 
-def split_dialogue(record: Record) -> dict[str, Any]:
-    """`messages` -> `prompt` (all but the last) and `completion` (the last).
-
-    >>> split_dialogue({"messages": ["question", "answer"]})
-    {'prompt': ['question'], 'completion': ['answer']}
-    """
-    return {"prompt": record["messages"][:-1], "completion": record["messages"][-1:]}
-
-
 def check_reply(field: str, value: Any, *, form: str) -> None:
     """Check an assistant's reply: text to a text prompt, messages to a prompt of messages.
 
@@ -256,24 +241,6 @@ def check_pair(record: Record, *, form: str, implicit: bool = False) -> None:
         raise InputError(f"`margin` is {kind_of(margin)}; a finite number is needed.")
 
 
-def extract_prompt(record: Record) -> dict[str, Any]:
-    """Move what `chosen` and `rejected` both begin with into `prompt`.
-
-    >>> extract_prompt({"chosen": "2+2= 4", "rejected": "2+2= 5"})
-    {'prompt': '2+2=', 'chosen': ' 4', 'rejected': ' 5'}
-    """
-    chosen, rejected = record["chosen"], record["rejected"]
-    shorter = min(len(chosen), len(rejected))
-    end = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
-    if isinstance(chosen, list):
-        end = min(end, shorter - 1)
-    elif TURN in chosen[:end]:
-        end = chosen.rindex(TURN, 0, end) + len(TURN)
-    elif end and chosen[end - 1] == " ":
-        end -= 1
-    return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
-
-
 def check_content(field: str, value: Any) -> None:
     """Check that a field is text or well-formed messages, and not empty.
 
@@ -298,41 +265,61 @@ def _check_messages(field: str, messages: Sequence[Any]) -> None:
         if not isinstance(message, Mapping):
             raise InputError(f"`{field}[{index}]` is {kind_of(message)}; {needed}.")
         for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
+            called = key == "content" and message.get("tool_calls")
+            if not isinstance(message.get(key), str) and not called:
                 found = f"its keys are {', '.join(message)}" if key not in message else ""
                 found = found or f"`{key}` is {kind_of(message[key])}"
                 raise InputError(f"`{field}[{index}]` has no text `{key}` ({found}); {needed}.")
-    if not messages[-1]["role"].strip() or not messages[-1]["content"].strip():
+    last = messages[-1]
+    said = last.get("tool_calls") or (last["content"] or "").strip()
+    if not last["role"].strip() or not said:
         raise InputError(f"`{field}[{len(messages) - 1}]` is empty: {messages[-1]}; {needed}.")
 
 
-def _check_text_type(record: Record) -> None:
-    if not isinstance(record.get("text"), str):
-        raise InputError(f"`text` is {kind_of(record.get('text'))}; text is needed.")
-
-
-def _has_text(record: Record) -> bool:
-    return bool(record["text"].strip())
-
-
 def check_records(
-    dataset: AnyDataset, source: Source, check: Callable[[Record], None]
+    dataset: AnyDataset,
+    source: Source,
+    check: Callable[[Record], None],
+    reading: Reading = AS_PUBLISHED,
 ) -> AnyDataset:
     """The dataset, with `check` run on each record (of a stream: as it is read).
 
-    `check` raises an `InputError`, to which this adds the file and line or row.
+    `check` raises an `InputError`, to which this adds the file and line or row. If `reading` skips
+    bad records, they are left out and counted.
+
+    Raises:
+        InputError: a faulty record; or all of them are left out.
     """
 
-    def checked(record: dict[str, Any], row: int) -> dict[str, Any]:
-        with source.located(row):
-            check(record)
-        return record
+    def passes(record: dict[str, Any], row: int) -> bool:
+        try:
+            with source.located(row):
+                check(record)
+        except InputError as fault:
+            if not reading.skips:
+                raise
+            reading.tell(fault)
+            return False
+        return True
 
     if isinstance(dataset, IterableDataset):
-        return dataset.map(checked, with_indices=True, features=dataset.features)
-    for row, record in enumerate(iterate(dataset, source=source)):
-        checked(record, row)
-    return dataset
+        return dataset.filter(passes, with_indices=True)
+    rows = [r for r, record in enumerate(iterate(dataset, source=source)) if passes(record, r)]
+    return keep_rows(dataset, rows, source)
+
+
+def keep_rows(dataset: Dataset, rows: list[int], source: Source) -> Dataset:
+    """The rows that are good; the others are counted in a line.
+
+    Raises:
+        InputError: none is good.
+    """
+    if len(rows) == len(dataset):
+        return dataset
+    if not rows:
+        raise InputError(f"{source.name}: all {len(dataset)} records are faulty.")
+    logger.warning("%s: %d faulty records are left out", source.name, len(dataset) - len(rows))
+    return dataset.select(rows)
 
 
 def require_columns(

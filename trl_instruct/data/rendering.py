@@ -8,6 +8,7 @@ completion is tokenised after the prompt's own tokens.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -205,8 +206,9 @@ def _chat(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase, **argumen
             "The prompt is messages, but the tokenizer has no chat template. Train the policy with "
             "`sft(..., chat_template_path=...)`, or give text."
         )
+    clean = [_message(message) for message in messages]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
+        return tokenizer.apply_chat_template(clean, tokenize=False, **arguments)
     except (TemplateError, TypeError, KeyError) as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise InputError(
@@ -214,6 +216,17 @@ def _chat(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase, **argumen
             "(a system message may be put into the first user message), or give another "
             "chat_template_path."
         ) from error
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates expect it: no nulls, and the arguments of a call as an object."""
+    clean = {"content": "", **_without_nulls(message)}
+    for call in clean.get("tool_calls") or ():
+        function = call.get("function", call)
+        if isinstance(function.get("arguments"), str):
+            with contextlib.suppress(json.JSONDecodeError):
+                function["arguments"] = json.loads(function["arguments"])
+    return clean
 
 
 def _place(said: str, whole: str, opening: str) -> int:

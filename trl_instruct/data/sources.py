@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,12 +19,16 @@ from datasets import (
     DatasetDict,
     IterableDataset,
     IterableDatasetDict,
+    Value,
     load_dataset,
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
+from trl.scripts.utils import DatasetConfig
 
 from trl_instruct.errors import InputError, located
+
+MESSAGE = {"role": Value("string"), "content": Value("string")}
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 Record: TypeAlias = Mapping[str, Any]
@@ -55,9 +60,12 @@ class Source:
 
     name: str
     lines: Path | None = None
+    rows: tuple[int, ...] | None = None  # the file's row of each record, if they differ
 
     @classmethod
     def of(cls, source: Any, split: str = "train") -> Source:
+        if isinstance(source, DatasetConfig):
+            return cls.of(source.path, split)
         if not isinstance(source, (str, PathLike)):
             return cls(f"the given {type(source).__name__}")
         if "[" in split:
@@ -67,6 +75,7 @@ class Source:
 
     def where(self, row: int) -> str:
         """Where a user finds row 0, 1, ...: its 1-based line in a JSON Lines file, else its row."""
+        row = self.rows[row] if self.rows else row
         if self.lines is None:
             return f"{self.name}, row {row + 1}"
         with _open_text(self.lines) as file:
@@ -86,7 +95,8 @@ def load_records(source: Any, split: str = "train", streaming: bool = False) -> 
     Args:
         source: a `datasets.Dataset` or `IterableDataset` (returned unchanged), a `DatasetDict`,
             `"tiny:<split>"` (the embedded world), a local .json, .jsonl, .json.gz, .jsonl.gz, .csv
-            or .parquet file, a local folder, or the id of a dataset on the Hub.
+            or .parquet file, a local folder, the id of a dataset on the Hub, or TRL's
+            `DatasetConfig`, with the name of a subset, data files, or columns to keep.
         split: which split; a single file has only "train" (slices like `"train[:100]"` work).
         streaming: return an `IterableDataset`, which reads rows on demand.
 
@@ -101,6 +111,8 @@ def load_records(source: Any, split: str = "train", streaming: bool = False) -> 
         dataset = _take_split(source, split, where)
     elif isinstance(source, (Dataset, IterableDataset)):
         dataset = source
+    elif isinstance(source, DatasetConfig):
+        dataset = _load_configured(source, split, streaming, where)
     elif isinstance(source, str) and source.startswith("tiny:"):
         dataset = _load_tiny(source.removeprefix("tiny:"), streaming)
     elif isinstance(source, (str, PathLike)):
@@ -158,6 +170,15 @@ def kind_of(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
 
 
+def number_of(value: Any) -> float | None:
+    """A number that may be text; None if it is none, as "N/A", or not finite."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _load_tiny(name: str, streaming: bool) -> AnyDataset:
     from trl_instruct.tiny import split  # builds the world only when needed
 
@@ -182,11 +203,33 @@ def _load_path(
         raise InputError(f"{where.name}: the extension must be one of {known}, found {path.name!r}")
     if builder or isinstance(source, PathLike) or str(source).startswith((".", "/", "~")):
         raise InputError(f"{where.name}: no such file or folder (looked in {Path.cwd()}).")
+    return _load_named(DatasetConfig(str(source)), split, streaming, where)
+
+
+def _load_configured(
+    config: DatasetConfig, split: str, streaming: bool, where: Source
+) -> AnyDataset:
+    """What TRL's config of one dataset names."""
+    if config.name or config.data_files or config.data_dir:
+        dataset = _load_named(config, split, streaming, where)
+    else:
+        dataset = load_records(config.path, split, streaming)
+    if config.columns is None:
+        return dataset
+    known = dataset.column_names or list(first_record(dataset, where))
+    if missing := [name for name in config.columns if name not in known]:
+        raise InputError(f"{where.name}: no column {missing[0]!r}; there are {', '.join(known)}.")
+    return dataset.select_columns(config.columns)
+
+
+def _load_named(config: DatasetConfig, split: str, streaming: bool, where: Source) -> AnyDataset:
+    """A dataset of the Hub, or a builder with its files."""
+    subset, options = config.name, {"data_dir": config.data_dir, "data_files": config.data_files}
     try:
-        return load_dataset(str(source), split=split, streaming=streaming)
+        return load_dataset(config.path, subset, split=split, streaming=streaming, **options)
     except (FileNotFoundError, ConnectionError) as error:
         problem = f"no file or folder here, and not found on the Hub: {error}"
-    except ValueError as error:
+    except (ValueError, DatasetGenerationError) as error:
         problem = f"split {split!r} could not be loaded: {error}"
     raise InputError(f"{where.name}: {problem}")
 

@@ -1,0 +1,223 @@
+"""Read a source: a published shape is recognised and said, and gives records of one kind.
+
+What a file does not give is counted, with the reason, in one line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from trl_instruct.data.reading import AS_PUBLISHED, Reading, rename
+from trl_instruct.data.recognition import Shape, shape_of
+from trl_instruct.data.sources import (
+    AnyDataset,
+    Record,
+    Source,
+    first_record,
+    iterate,
+    load_records,
+    map_records,
+)
+from trl_instruct.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+NEEDS = {
+    "demonstration": ("prompt", "completion", "tools"),
+    "ranking": ("prompt", "responses", "ranks", "scores", "labeler"),
+    "prompt": ("prompt", "tools"),
+}
+GIVES = {"demonstration": "completion", "ranking": "responses", "prompt": "prompt"}
+REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
+
+
+def read(
+    source: Any, split: str, streaming: bool, kind: str, reading: Reading
+) -> tuple[AnyDataset, Source]:
+    """A source's records with our fields, and where errors find them.
+
+    Args:
+        source, split, streaming: as `load_records`.
+        kind: "demonstration", "ranking" or "prompt": what the caller needs.
+
+    Raises:
+        InputError: as `load_records`; a column that is not there; a shape that holds no such
+            records; a row that its shape does not explain.
+    """
+    where = Source.of(source, split)
+    dataset = rename(load_records(source, split, streaming), where, reading)
+    first = first_record(dataset, where)
+    shape = shape_of(first, kind)
+    if shape is not None:
+        return _convert(dataset, where, shape, _Counts(kind), reading)
+    if reading.writes_prompts() and ("prompt" in first or reading.prompt_template):
+        write = partial(_with_prompt, reading=reading, where=where)
+        dataset = map_records(dataset, write, with_indices=True)
+    return dataset, where
+
+
+def recognise(
+    source: Any, split: str, kind: str, reading: Reading = AS_PUBLISHED
+) -> tuple[dict[str, Any], Shape | None]:
+    """The first record, its columns renamed, and the published shape that `read` would read."""
+    where = Source.of(source, split)
+    first = first_record(rename(load_records(source, split), where, reading), where)
+    return first, shape_of(first, kind)
+
+
+def _with_prompt(record: Record, row: int, *, reading: Reading, where: Source) -> dict[str, Any]:
+    with where.located(row):
+        return {"prompt": reading.prompt_of(record)}
+
+
+def _convert(
+    dataset: AnyDataset, where: Source, shape: Shape, counts: _Counts, reading: Reading
+) -> tuple[AnyDataset, Source]:
+    """The records that a file of a published shape gives; what it does not give is told."""
+    options: dict[str, Any] = {"where": where, "shape": shape, "counts": counts, "reading": reading}
+    if isinstance(dataset, IterableDataset):
+        if shape.group:
+            raise InputError(
+                f"{where.name}: read as {shape.name}, whose records lie in several rows: that "
+                "cannot be streamed. Leave out streaming."
+            )
+        logger.warning("%s: read as %s", where.name, shape.told)
+        return IterableDataset.from_generator(
+            _streamed, gen_kwargs=dict(options, rows=dataset)
+        ), where
+    found = list(_records(iterate(dataset, source=where), **options))
+    told = counts.told(where, shape, len(dataset), len(found))
+    if not found:
+        raise InputError(f"{told}. Give another file, or say with columns what to read.")
+    logger.warning("%s", told)
+    try:
+        converted = Dataset.from_list([record for _, record in found])
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{told}, but they are not of one form: {error}") from error
+    return converted, replace(where, rows=tuple(row for row, _ in found))
+
+
+def _streamed(rows: IterableDataset, **options: Any) -> Iterator[dict[str, Any]]:
+    yield from (record for _, record in _records(rows, **options))
+
+
+def _records(
+    rows: Iterable[Record], *, where: Source, shape: Shape, counts: _Counts, reading: Reading
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """What the rows give, each record with the number of its (first) row."""
+    for number, members in _grouped(rows, shape.group):
+        try:
+            with where.located(number):
+                given = shape.read(members if shape.group else members[0])
+                given = given if isinstance(given, list) else [given]
+                given = [_written(record, members[0], reading) for record in given]
+        except InputError as fault:
+            if not reading.skips:
+                raise
+            reading.tell(fault)
+            counts.left_out["a faulty row"] += 1
+            continue
+        for record in filter(None, map(counts.fit, given)):
+            kept = {}
+            if counts.kind == "prompt" and not shape.group:  # other columns go to the reward
+                kept = {k: v for k, v in members[0].items() if k not in REWARD_ARGUMENTS}
+            yield number, {**kept, **record}
+
+
+def _grouped(rows: Iterable[Record], group: str | None) -> Iterator[tuple[int, list[Record]]]:
+    """Rows that belong together, in the order of their first, with its number."""
+    if group is None:
+        yield from ((number, [row]) for number, row in enumerate(rows))
+        return
+    found: dict[str, tuple[int, list[Record]]] = {}
+    for number, row in enumerate(rows):
+        value: Any = row
+        for name in group.split("."):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        key = json.dumps(value, sort_keys=True, default=str)
+        found.setdefault(key, (number, []))[1].append(row)
+    yield from found.values()
+
+
+def _written(record: Any, row: Record, reading: Reading) -> Any:
+    """The record with its prompt as the user wants it."""
+    if isinstance(record, dict) and record.get("prompt") and reading.writes_prompts():
+        record["prompt"] = reading.prompt_of({**row, "prompt": record["prompt"]})
+    return record
+
+
+class _Counts:
+    """Why rows gave no record of a kind."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self.left_out: Counter[str] = Counter()
+        self.dropped = 0  # responses
+        self.seen: set[str] = set()
+
+    def fit(self, record: dict[str, Any] | str) -> dict[str, Any] | None:
+        """The record with what its kind needs; None, counted, if it lacks that."""
+        if isinstance(record, dict) and GIVES[self.kind] not in record:
+            return None  # of another kind: a demonstration among rankings
+        reason = record if isinstance(record, str) else self._fault(record)
+        if reason:
+            self.left_out[reason] += 1
+            return None
+        assert isinstance(record, dict)
+        return {name: record[name] for name in NEEDS[self.kind] if name in record}
+
+    def _fault(self, record: dict[str, Any]) -> str:
+        """Why the kind cannot use the record; empty if it can."""
+        if not record["prompt"]:
+            return "an empty prompt"
+        if self.kind == "ranking":
+            return self._prune(record)
+        if self.kind == "demonstration":
+            reply = record["completion"]
+            return "no answer" if reply is None else "an empty reply" * _is_empty(reply)
+        key = json.dumps(record["prompt"], sort_keys=True)
+        seen = key in self.seen
+        self.seen.add(key)
+        return "a repeated prompt" * seen
+
+    def _prune(self, record: dict[str, Any]) -> str:
+        """Leave out responses without text or place; the reason if fewer than two remain."""
+        order = "ranks" if "ranks" in record else "scores"
+        given = list(zip(record["responses"], record.get(order) or [], strict=False))
+        written = [pair for pair in given if not _is_empty(pair[0])]
+        kept = [pair for pair in written if pair[1] is not None]
+        if len(kept) < 2:
+            found = "no answer" if len(given) < 2 else "an empty reply"
+            return found if len(written) < 2 else "no order"
+        if all(response == kept[0][0] for response, _ in kept):
+            return "the same response twice"
+        self.dropped += len(given) - len(kept)
+        record["responses"] = [response for response, _ in kept]
+        numbers = [float(number) for _, number in kept]
+        places = {value: place for place, value in enumerate(sorted(set(numbers)), start=1)}
+        record[order] = numbers if order == "scores" else [places[number] for number in numbers]
+        return ""
+
+    def told(self, where: Source, shape: Shape, rows: int, found: int) -> str:
+        """The line that says how a file was read."""
+        what = self.kind + "s" * (found != 1)
+        text = f"{where.name}: read as {shape.told}: {rows:,} rows give {found:,} {what}"
+        reasons = [f"{count:,} {why}" for why, count in self.left_out.items()]
+        text += f"; left out: {', '.join(reasons)}" if reasons else ""
+        dropped = f"; also {self.dropped:,} responses without text or place"
+        return text + (dropped if self.dropped else "")
+
+
+def _is_empty(reply: Any) -> bool:
+    """Whether a reply, text or messages, says nothing."""
+    if isinstance(reply, list):
+        reply = reply[-1].get("content") if reply else None
+    return not isinstance(reply, str) or not reply.strip()

@@ -1,0 +1,137 @@
+"""What a user says about files: names of columns, how prompts are written, what a fault means.
+
+`conversion.py` reads published shapes; all loaders read through its `read`.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, kind_of, map_records
+from trl_instruct.errors import InputError
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a user says about the files that a chain of stages reads.
+
+    Args:
+        columns: our field -> the file's column: `{"prompt": "question", "scores": "votes"}`.
+        prompt_template: text prompts, with columns in braces: `"{question}\\n\\nAnswer:\\n"`. An
+            empty column goes with the white space that follows it. A prompt that begins and ends
+            as the template does has been written by it before.
+        prompt_suffix: what each text prompt ends with; one that does already stays as it is.
+        on_bad_record: "error" stops at a faulty record, "skip" leaves it out and counts it.
+        faults: with a list, faulty records are left out, and each is told there.
+        strict: a column that `columns` names must be there; else it is not looked for.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    prompt_template: str | None = None
+    prompt_suffix: str | None = None
+    on_bad_record: str = "error"
+    faults: list[str] | None = None
+    strict: bool = True
+
+    @classmethod
+    def of(cls, config: Any, *, strict: bool = True) -> Reading:
+        """How a stage's config, or the options of `generate`, say to read files."""
+        return cls(
+            dict(column.split("=", 1) for column in config.columns or ()),
+            config.prompt_template,
+            config.prompt_suffix,
+            config.on_bad_record,
+            config.faults,
+            strict and not config.remembered,
+        )
+
+    @property
+    def skips(self) -> bool:
+        """Whether a faulty record is left out."""
+        return self.on_bad_record == "skip" or self.faults is not None
+
+    def tell(self, fault: Exception) -> None:
+        """Keep a fault for those who want to see them all."""
+        if self.faults is not None:
+            self.faults.append(str(fault))
+
+    def writes_prompts(self) -> bool:
+        """Whether prompts are changed."""
+        return bool(self.prompt_template or self.prompt_suffix)
+
+    def prompt_of(self, record: Record) -> Any:
+        """The prompt of a record, by template and suffix.
+
+        >>> reading = Reading(prompt_template="{instruction}\\n{input}\\n### Response:\\n")
+        >>> reading.prompt_of({"instruction": "Name a gem.", "input": ""})
+        'Name a gem.\\n### Response:\\n'
+        """
+        prompt = record.get("prompt")
+        if self.prompt_template:
+            prompt = _filled(self.prompt_template, record)
+        if not self.prompt_suffix:
+            return prompt
+        if not isinstance(prompt, str):
+            raise InputError(f"`prompt` is {kind_of(prompt)}; prompt_suffix is for text prompts.")
+        return prompt if prompt.endswith(self.prompt_suffix) else prompt + self.prompt_suffix
+
+
+AS_PUBLISHED = Reading()
+
+
+def rename(dataset: AnyDataset, where: Source, reading: Reading) -> AnyDataset:
+    """The dataset with its columns renamed, also inside what Argilla and Label Studio export."""
+    if not reading.columns:
+        return dataset
+    first = first_record(dataset, where)
+    inside = next((n for n in ("fields", "data") if isinstance(first.get(n), Mapping)), None)
+    held = {**first, **(first[inside] if inside else {})}
+    names = {}
+    for name, column in reading.columns.items():
+        clash = name in held and name not in reading.columns.values()
+        if column in held and not clash:
+            names[column] = name
+        elif reading.strict:
+            fault = f"there is a column {name!r} too" if clash else f"there is no column {column!r}"
+            raise InputError(
+                f"{where.name}: columns says {name}={column}, but {fault}. Columns found: "
+                f"{', '.join(held)}."
+            )
+    if inside is None:
+        return dataset.rename_columns(names) if names else dataset
+    return map_records(
+        dataset, lambda row: {inside: {names.get(k, k): v for k, v in row[inside].items()}}
+    )
+
+
+def _filled(template: str, record: Record) -> str:
+    """The template with the record's columns; an empty one takes the white space after it along."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise InputError(f"prompt_template {template!r} cannot be read: {error}.") from None
+    names = [name for _, name, _, _ in parts if name is not None]
+    prompt = record.get("prompt")
+    if isinstance(prompt, str) and (names == ["prompt"] or not set(names) <= set(record)):
+        head, tail = parts[0][0], "" if parts[-1][1] is not None else parts[-1][0]
+        if (head or tail) and prompt.startswith(head) and prompt.endswith(tail):
+            return prompt
+    text, empty = "", False
+    for literal, name, _, _ in parts:
+        text += literal.lstrip() if empty else literal
+        if name is None:
+            continue
+        if name not in record:
+            raise InputError(
+                f"prompt_template has {{{name}}}, but there is no column {name!r}. Columns found: "
+                f"{', '.join(record)}. Give another prompt_template, or '' for none."
+            )
+        value = record[name]
+        if not isinstance(value, str | None):
+            raise InputError(f"`{name}` is {kind_of(value)}; prompt_template takes text.")
+        empty = not value
+        text += value or ""
+    return text

@@ -1,0 +1,350 @@
+"""The shapes of published files: one short function each, from a file's row to our fields.
+
+A function gives a record, or a list of them, with `prompt` and what else the row holds:
+`completion` (a demonstration); `responses` with `ranks` (1 = best; None: no place) or `scores`
+(higher = better); `labeler`. A text in place of a record says why there is none. `recognition.py`
+tells the shapes apart, `conversion.py` sorts out what a reading cannot use (an empty reply).
+docs/bring_your_data.md has the sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trl_instruct.data.dialogues import extract_prompt, messages_of, said, split_reply
+from trl_instruct.data.sources import Record, kind_of, number_of
+from trl_instruct.errors import InputError
+
+Given = dict[str, Any] | str | list[Any]
+PAIR = ("chosen", "rejected")
+
+
+# ---- demonstrations ------------------------------------------------------------------------------
+
+
+def alpaca(row: Record) -> Given:
+    """`instruction`, `input`, `output`; LLaMA-Factory adds `system` and `history`."""
+    prompt, answer = _asked(row), row.get(key_of(row, "output", "response") or "")
+    if isinstance(answer, list):  # of old versions of LLaMA-Factory: best first
+        return {"prompt": prompt, "responses": answer, "ranks": list(range(1, len(answer) + 1))}
+    return {"prompt": prompt, "completion": said(answer) if isinstance(prompt, list) else answer}
+
+
+def sharegpt(row: Record) -> Given:
+    """`conversations` of `from` and `value`; `system` and `tools` beside them."""
+    return split_reply(_turns(row)) | ({"tools": row["tools"]} if row.get("tools") else {})
+
+
+def dialogue(row: Record) -> Given:
+    """`messages` as prompts: all before the last reply; of UltraChat the first message."""
+    turns = messages_of("messages", row["messages"])
+    asked = [m for m in turns if m["role"] == "user"][:1] if row.get("prompt") else []
+    return {"prompt": asked or split_reply(turns)["prompt"]}
+
+
+def openrlhf(row: Record) -> Given:
+    """`question` and `response`, or `input` and `output`: text."""
+    prompt, answer = ("question", "response") if "question" in row else ("input", "output")
+    return {"prompt": row[prompt], "completion": row[answer]}
+
+
+def openrlhf_prompts(row: Record) -> Given:
+    """`context_messages`, or `input` alone."""
+    return {"prompt": row.get("context_messages") or row.get("input")}
+
+
+def unpaired(rows: Sequence[Record]) -> Given:
+    """`completion` with `label` (KTO): good ones are demonstrations, both kinds make a ranking."""
+    good = [row.get("label", row.get("kto_tag")) for row in rows]
+    ranks = [1 if label else 2 for label in good]
+    ranked = {"responses": [row["completion"] for row in rows], "ranks": ranks}
+    shown = [row for row, label in zip(rows, good, strict=True) if label]
+    return [{"prompt": rows[0]["prompt"], **ranked}, *(dict(row) for row in shown)]
+
+
+def stepwise(row: Record) -> Given:
+    """`labels` judge the steps of one answer: it is a demonstration if all are true."""
+    steps = "\n".join(row["completions"])
+    return {"prompt": row["prompt"], "completion": steps if all(row["labels"]) else None}
+
+
+# ---- pairs ---------------------------------------------------------------------------------------
+
+
+def implicit_pairs(row: Record) -> Given:
+    """`chosen` and `rejected`, whole dialogues that begin alike: HH-RLHF, TRL, OpenRLHF."""
+    if not row["chosen"] or not row["rejected"]:
+        return "no answer"
+    return _pair(*extract_prompt(dict(zip(PAIR, _dialogues(row), strict=True))).values())
+
+
+def rated_pairs(row: Record) -> Given:
+    """UltraFeedback binarized (H4, Argilla) and distilabel's DPO: two ratings beside a pair."""
+    better, worse = _dialogues(row)
+    if not better or not worse:
+        return "no answer"
+    prompt = row.get("prompt")
+    if isinstance(better, list) or prompt is None:
+        prompt, better, worse = extract_prompt({"chosen": better, "rejected": worse}).values()
+    record = _pair(prompt, better, worse, _rated(row))
+    shown = split_reply(messages_of("messages", row.get("messages") or []))
+    return record | {name: shown[name] for name in ("completion",) if name in shown}
+
+
+def argilla_pairs(row: Record) -> Given:
+    """Argilla's older UltraFeedback: `instruction`, `chosen_response`, `rejected_response`."""
+    replies = row["chosen_response"], row["rejected_response"]
+    return _pair(row["instruction"], *replies, _rated(row))
+
+
+def alpaca_pairs(row: Record) -> Given:
+    """LLaMA-Factory's, axolotl's and Orca's: `instruction`, `input`, `system`, `history`."""
+    return _pair(_asked(row), row["chosen"], row["rejected"])
+
+
+def sharegpt_pairs(row: Record) -> Given:
+    """`conversations`, and one message each in `chosen` and `rejected`."""
+    return _pair(_turns(row), *(messages_of(name, [row[name]]) for name in PAIR))
+
+
+def openrlhf_pairs(row: Record) -> Given:
+    """`context_messages`, and text or messages in `chosen` and `rejected`."""
+    return _pair(messages_of("context_messages", row["context_messages"]), *_dialogues(row))
+
+
+def swift_pairs(row: Record) -> Given:
+    """ms-swift: `messages`, whose last is the better reply, and the worse one."""
+    parts = split_reply(messages_of("messages", row["messages"]))
+    worse = said(row.get("rejected_response"))
+    if worse is None:
+        others = messages_of("rejected_messages", row["rejected_messages"])
+        worse = split_reply(others).get("completion")
+    return parts | _pair(parts["prompt"], parts.get("completion"), worse)
+
+
+def helpsteer2(row: Record) -> Given:
+    """`preference_strength` from -3, `response_1` is better, to 3; one file for both splits."""
+    if row.get("split") == "validation":
+        return "of the split `validation`"
+    ranks = _signed(row["preference_strength"])
+    return _pair(row["prompt"], row["response_1"], row["response_2"], ranks)
+
+
+def helpsteer3(row: Record) -> Given:
+    """`overall_preference` from -3, `response1` is better, to 3."""
+    context = row["context"]
+    prompt = context if isinstance(context, str) else messages_of("context", context)
+    return _pair(prompt, row["response1"], row["response2"], _signed(row["overall_preference"]))
+
+
+def pku_safe(row: Record) -> Given:
+    """`better_response_id` or `safer_response_id`, as the user says: `ranks=...`."""
+    if "ranks" not in row:
+        raise InputError(
+            "PKU-SafeRLHF says which response is better and which is safer. Choose: --columns "
+            "ranks=better_response_id, or --columns ranks=safer_response_id."
+        )
+    return _pair(row["prompt"], row["response_0"], row["response_1"], _indexed(row["ranks"], 2))
+
+
+def webgpt(row: Record) -> Given:
+    """`score_0` and `score_1`, higher is better; the question is an object."""
+    question, scores = row["question"], [row["score_0"], row["score_1"]]
+    prompt = question["full_text"] if isinstance(question, Mapping) else question
+    return {"prompt": prompt, "responses": [row["answer_0"], row["answer_1"]], "scores": scores}
+
+
+def tldr(row: Record) -> Given:
+    """OpenAI's summaries of posts and news; `choice` is the index of the better one."""
+    info = {name: value or "" for name, value in row["info"].items()}
+    body = (info.get("post") or info.get("article") or "").replace("\n\n", "\n")
+    if info.get("post"):
+        prompt = f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\nPOST: "
+    else:
+        prompt = f"TITLE: {info.get('title')}\n\n"
+    texts = [summary["text"] for summary in row["summaries"]]
+    ranks = _indexed(row["choice"], len(texts))
+    return {"prompt": f"{prompt}{body}\n\nTL;DR:", "responses": texts, "ranks": ranks}
+
+
+def shp(row: Record) -> Given:
+    """Stanford's posts: `labels` 1 says that A is better, 0 that B is."""
+    ranks = {1: [1, 2], 0: [2, 1]}.get(row["labels"], [None, None])
+    return _pair(row["history"], row["human_ref_A"], row["human_ref_B"], ranks)
+
+
+def arena(row: Record) -> Given:
+    """Two conversations; the shared prompt is the first user turn, the rest are the responses."""
+    a, b = (messages_of(name, row[name]) for name in ("conversation_a", "conversation_b"))
+    start = 1 + next((i for i, message in enumerate(a) if message["role"] == "user"), 0)
+    if a[:start] != b[:start]:
+        return "two prompts"
+    ranks = {"model_a": [1, 2], "model_b": [2, 1], "tie": [1, 1], "tie (bothbad)": [1, 1]}
+    if row["winner"] not in ranks:
+        raise InputError(f"`winner` is {kind_of(row['winner'])}; {', '.join(ranks)} are known.")
+    return _pair(a[:start], a[start:], b[start:], ranks[row["winner"]])
+
+
+# ---- rankings ------------------------------------------------------------------------------------
+
+
+def ultrafeedback(row: Record) -> Given:
+    """OpenBMB's: four completions, each with its score. Their system prompts differ: not read."""
+    given = row["completions"]
+    scores = [
+        number_of(c["fine-grained_score" if c.get("overall_score") is None else "overall_score"])
+        for c in ({"fine-grained_score": None, **c} for c in given)
+    ]
+    texts = [completion["response"] for completion in given]
+    return {"prompt": row["instruction"], "responses": texts, "scores": scores}
+
+
+def nectar(row: Record) -> Given:
+    """Seven answers, each with its `rank`, 1 = best."""
+    texts = [answer["answer"] for answer in row["answers"]]
+    ranks = [answer["rank"] for answer in row["answers"]]
+    return {"prompt": row["prompt"], "responses": texts, "ranks": ranks}
+
+
+def distilabel_ratings(row: Record) -> Given:
+    """`generations` and `ratings`, some of which the parser may have lost."""
+    texts, scores = row["generations"] or [], [number_of(r) for r in row["ratings"] or []]
+    if len(texts) != len(scores):
+        return "ratings that do not match the generations"
+    return {"prompt": _asked(row, "system_prompt"), "responses": texts, "scores": scores}
+
+
+def distilabel_quality(row: Record) -> Given:
+    """distilabel's QualityScorer: `instruction`, `responses`, `scores`."""
+    scores = [number_of(score) for score in row["scores"] or []]
+    return {"prompt": row["instruction"], "responses": row["responses"], "scores": scores}
+
+
+def distilabel_pairrm(row: Record) -> Given:
+    """`input`, `candidates`, `ranks`; `ranked_candidates` is a wrong permutation: not read."""
+    return {"prompt": row["input"], "responses": row["candidates"], "ranks": row["ranks"]}
+
+
+def reward_bench(row: Record) -> Given:
+    """Lists in `chosen`, all rank 1, and `rejected`, all rank 2."""
+    ranks = [1] * len(row["chosen"]) + [2] * len(row["rejected"])
+    return {"prompt": row["prompt"], "responses": row["chosen"] + row["rejected"], "ranks": ranks}
+
+
+def helpsteer2_attributes(rows: Sequence[Record]) -> Given:
+    """One response a row, scored from 0 to 4; rows of one prompt make a ranking."""
+    scores = [row.get("scores", row["helpfulness"]) for row in rows]
+    if any(isinstance(score, list) for score in scores):
+        raise InputError("`helpfulness` is a list (disagreements/); single scores are needed.")
+    texts = [row["response"] for row in rows]
+    return {"prompt": rows[0]["prompt"], "responses": texts, "scores": scores}
+
+
+def oasst_tree(row: Record) -> Given:
+    """A tree of messages: rankings of the replies to each prompter, rank 0 = best; the best path.
+
+    Deleted, synthetic and refused messages do not count, nor trees that are not ready.
+    """
+    if row.get("tree_state") not in (None, "ready_for_export"):
+        return f"a tree in the state {row['tree_state']}"
+    return _prompter(row["prompt"], [], best=True)
+
+
+def oasst_messages(rows: Sequence[Record]) -> Given:
+    """The same trees as a table of messages, joined by `parent_id`."""
+    nodes = {row["message_id"]: {**row, "replies": []} for row in rows}
+    for node in nodes.values():
+        nodes.get(node["parent_id"], {"replies": []})["replies"].append(node)
+    roots = [node for node in nodes.values() if not node["parent_id"]]
+    trees = [oasst_tree({"prompt": root, "tree_state": root.get("tree_state")}) for root in roots]
+    return [given for tree in trees for given in (tree if isinstance(tree, list) else [tree])]
+
+
+def _prompter(node: Mapping[str, Any], path: list[Any], *, best: bool) -> list[Any]:
+    """Records of a prompter's message and what follows; `best`: the path is the best one."""
+    if not _counts(node):
+        return []
+    prompt = [*path, {"role": "user", "content": node["text"]}]
+    replies = [reply for reply in node.get("replies") or [] if _counts(reply)]
+    if not replies:
+        return [{"prompt": prompt}]
+    ranks = [reply.get("rank") for reply in replies]
+    first = replies[ranks.index(min((r for r in ranks if r is not None), default=ranks[0]))]
+    found = [{"prompt": prompt, "responses": [r["text"] for r in replies], "ranks": ranks}]
+    found += [{"prompt": prompt, "completion": said(first["text"])}] * best
+    for reply in replies:
+        for follower in reply.get("replies") or []:
+            on_best = best and reply is first
+            found += _prompter(follower, prompt + said(reply["text"]), best=on_best)
+    return found
+
+
+def _counts(node: Mapping[str, Any]) -> bool:
+    refused = node.get("review_result") is False
+    return not (node.get("deleted") or node.get("synthetic") or refused)
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+
+
+def _pair(prompt: Any, better: Any, worse: Any, ranks: Sequence[Any] = (1, 2)) -> dict[str, Any]:
+    return {"prompt": prompt, "responses": [better, worse], "ranks": [*ranks]}
+
+
+def _signed(strength: Any) -> list[Any]:
+    """Ranks of two responses: a negative strength is for the first."""
+    if strength is None:
+        return [None, None]
+    return [1, 1] if strength == 0 else [1, 2] if strength < 0 else [2, 1]
+
+
+def _indexed(better: Any, count: int) -> list[Any]:
+    """Ranks of responses of which one, by its index from 0, is the best."""
+    return [None if better is None else 1 if index == better else 2 for index in range(count)]
+
+
+def _rated(row: Record) -> list[int]:
+    """Ranks of a pair beside which its ratings stand: equal ones are a tie."""
+    better, worse = (number_of(row[name]) for name in ratings_of(row) or ("", ""))
+    return [1, 1] if better is not None and better == worse else [1, 2]
+
+
+def ratings_of(row: Record) -> list[str]:
+    """The two columns in which a pair has its ratings."""
+    for form in ("score_{}", "{}-rating", "{}_rating", "{}_score", "{}_avg_rating"):
+        names = [form.format(side) for side in PAIR]
+        if set(names) <= set(row):
+            return names
+    return []
+
+
+def _asked(row: Record, system: str = "system") -> Any:
+    """Instruction and input as text; as messages if the file has a system or history column."""
+    asked = [row.get(key_of(row, name) or "") for name in ("instruction", "question", "input")]
+    text = "\n".join(part for part in asked if part)
+    if system not in row and "history" not in row:
+        return text
+    turns = [{"role": "system", "content": row[system]}] if row.get(system) else []
+    for question, answer in row.get("history") or []:
+        turns += [{"role": "user", "content": question}, *said(answer)]
+    return [*turns, {"role": "user", "content": text}]
+
+
+def _turns(row: Record) -> list[dict[str, str]]:
+    """`conversations`, with the text of `system` unless a system turn is there."""
+    turns = messages_of("conversations", row["conversations"])
+    if not row.get("system") or (turns and turns[0]["role"] == "system"):
+        return turns
+    return [{"role": "system", "content": row["system"]}, *turns]
+
+
+def _dialogues(row: Record) -> list[Any]:
+    """`chosen` and `rejected`, their messages in our form."""
+    given = [row[name] for name in PAIR]
+    return [messages_of("chosen", one) if isinstance(one, list) else one for one in given]
+
+
+def key_of(row: Record, *names: str) -> str | None:
+    """The column with one of the names, in any case."""
+    return next((key for key in row if key.lower() in names), None)

@@ -1,0 +1,108 @@
+"""Plain texts, for pre-training and PPO-ptx, and their openings as prompts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from trl_instruct.data.mixture import mixed
+from trl_instruct.data.reading import AS_PUBLISHED, Reading, rename
+from trl_instruct.data.records import check_records, load_prompts, require_columns
+from trl_instruct.data.sources import (
+    AnyDataset,
+    Record,
+    Source,
+    first_record,
+    iterate,
+    kind_of,
+    load_records,
+    map_records,
+)
+from trl_instruct.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def load_texts(
+    source: Any,
+    split: str = "train",
+    streaming: bool = False,
+    *,
+    reading: Reading = AS_PUBLISHED,
+) -> AnyDataset:
+    """Plain texts for pre-training and the ptx loss: a `text` column. Arguments as `load_records`.
+
+    Rows of white space (paragraph breaks of some corpora) are left out; their number is logged.
+
+    Raises:
+        InputError: `text` is missing, null or not text; no row has any text.
+
+    >>> from datasets import Dataset
+    >>> load_texts(Dataset.from_list([{"text": "Once upon a time."}, {"text": ""}])).num_rows
+    1
+    """
+    if isinstance(source, list):
+        return mixed(partial(load_texts, reading=reading), source, streaming)
+    where = Source.of(source, split)
+    dataset = rename(load_records(source, split, streaming), where, reading)
+    columns = dataset.column_names or list(first_record(dataset, where))
+    require_columns(columns, where, ("text",), "A text record")
+    dataset = check_records(dataset, where, _check_text_type, reading)
+    if isinstance(dataset, IterableDataset):
+        logger.info("%s: streaming; rows without text are left out as they come", where.name)
+        return dataset.filter(_has_text)
+    rows = [row for row, text in enumerate(iterate(dataset, "text")) if text.strip()]
+    if not rows:
+        raise InputError(f"{where.name}: all {len(dataset)} rows have an empty `text`.")
+    if len(rows) < len(dataset):
+        dropped = len(dataset) - len(rows)
+        logger.warning("%s: %d rows without text are left out", where.name, dropped)
+        dataset = dataset.select(rows)
+    return dataset
+
+
+def openings(texts: AnyDataset, tokenizer: Any, length: int) -> AnyDataset:
+    """Prompts for PPO from plain texts: the opening of each, as `prompt`; other columns are kept.
+
+    The task of Ziegler et al. 2019, section 3.1: continue texts in a given style.
+
+    Args:
+        texts: column `text`, from `load_texts`.
+        tokenizer: the policy's.
+        length: tokens per opening; a shorter text is used whole.
+
+    Raises:
+        InputError: an opening is only white space.
+    """
+
+    def opening(batch: Mapping[str, list[str]]) -> dict[str, list[str]]:
+        rows = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        cut = tokenizer.batch_decode(
+            [row[:length] for row in rows], clean_up_tokenization_spaces=False
+        )
+        # A cut between two tokens of one character leaves half of it, which decodes to U+FFFD.
+        return {"prompt": [text.rstrip("\ufffd") for text in cut]}
+
+    return load_prompts(map_records(texts, opening, batched=True))
+
+
+def prompts_of(
+    source: Any, split: str, tokenizer: Any, opening_length: int | None, reading: Reading
+) -> Dataset:
+    """Prompts in every form: `prompt` columns, or the openings of texts."""
+    if opening_length:
+        return openings(load_texts(source, split, reading=reading), tokenizer, opening_length)
+    return load_prompts(source, split, reading=reading)
+
+
+def _check_text_type(record: Record) -> None:
+    if not isinstance(record.get("text"), str):
+        raise InputError(f"`text` is {kind_of(record.get('text'))}; text is needed.")
+
+
+def _has_text(record: Record) -> bool:
+    return bool(record["text"].strip())

@@ -1,0 +1,166 @@
+"""Rankings that people gave in Argilla and Label Studio, from what these tools export.
+
+An answer is one labeler's ranking. Suggestions and predictions are a machine's: not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from trl_instruct.data.sources import Record, kind_of
+from trl_instruct.errors import InputError
+
+Answer = tuple[str, Any, Any, Any]  # question, labeler, value, status
+TAGS = ("ranker", "selected", "rating")
+
+
+def argilla(row: Record) -> list[Any]:
+    """`to_json` of Argilla 2: `fields`, and `responses` by question. It has no status."""
+    given = (row["responses"] or {}).items()
+    answers = [
+        (question, answer.get("user_id"), answer.get("value"), None)
+        for question, several in given
+        for answer in several or []
+    ]
+    return _rankings(_present(row["fields"]), answers)
+
+
+def argilla_table(row: Record) -> list[Any]:
+    """Argilla's flat records: `<question>.responses`, `.users`, `.status`; or Argilla 1's."""
+    answers: list[Answer] = []
+    for name, given in row.items():
+        if name.endswith(".responses"):
+            nothing = [None] * len(given or [])
+            users, states = (row.get(f"{name}.{part}") or nothing for part in ("users", "status"))
+            question = [name.removesuffix(".responses")] * len(nothing)
+            answers += zip(question, users, given or [], states, strict=True)
+        elif isinstance(given, list) and given and isinstance(given[0], Mapping):
+            answers += [(name, a.get("user_id"), a.get("value"), a.get("status")) for a in given]
+    questions = {answer[0] for answer in answers}
+    fields = {k: v for k, v in row.items() if "." not in k and k not in questions}
+    return _rankings(_present(fields), answers)
+
+
+def _rankings(fields: Mapping[str, Any], answers: Iterable[Answer]) -> list[Any]:
+    """A ranking for each answer: the options in order, or each with its rank, 1 = best."""
+    found: list[Any] = []
+    for question, user, value, status in answers:
+        if status in ("draft", "discarded"):
+            found.append(f"a {status} answer")
+        if status in ("draft", "discarded") or not isinstance(value, list) or not value:
+            continue  # a rating or a text does not say which response it is about
+        options = [v if isinstance(v, Mapping) else {"value": v} for v in value]
+        names = [option["value"] for option in options]
+        if not all(name in fields for name in names):
+            raise InputError(
+                f"`{question}` ranks {', '.join(map(str, names))}, but the fields are "
+                f"{', '.join(fields)}. Say which is which, for each: --columns OPTION=FIELD."
+            )
+        found.append(
+            {
+                "prompt": _text(fields, names, "prompt"),
+                "responses": [fields[name] for name in names],
+                "ranks": [option.get("rank", place) for place, option in enumerate(options, 1)],
+                "labeler": _name(user),
+            }
+        )
+    return found or [{"prompt": _text(fields, [], "prompt"), "responses": []}]
+
+
+def label_studio(tasks: Sequence[Record]) -> list[Any]:
+    """Tasks with `data` and `annotations`: a Ranker's list, a Pairwise choice, or ratings."""
+    found: list[Any] = []
+    rated: dict[Any, list[tuple[str, float]]] = {}
+    for task in tasks:
+        data, before = _present(task["data"]), len(found) + len(rated)
+        for annotation in task["annotations"] or []:
+            if annotation.get("was_cancelled"):
+                found.append("a cancelled answer")
+                continue
+            labeler = _name(annotation.get("completed_by"))
+            for result in annotation.get("result") or []:
+                value = _present(result["value"])
+                if "ranker" in value:
+                    found.append({**_ranker(data, value["ranker"]), "labeler": labeler})
+                elif "selected" in value:
+                    found.append({**_pairwise(data, value["selected"]), "labeler": labeler})
+                elif value.get("rating"):  # 0: not set
+                    text = _text(data, ["prompt"], "completion")
+                    rated.setdefault(labeler, []).append((text, float(value["rating"])))
+        if len(found) + len(rated) == before:
+            found.append({"prompt": _text(data, [], "prompt"), "responses": []})
+    for labeler, given in rated.items():
+        texts, scores = map(list, zip(*given, strict=True))
+        prompt = tasks[0]["data"]["prompt"]
+        found.append({"prompt": prompt, "responses": texts, "scores": scores, "labeler": labeler})
+    return found
+
+
+def label_studio_min(rows: Sequence[Record]) -> list[Any]:
+    """JSON_MIN: a row an annotation, the values of each tag in a list beside the data."""
+    own = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time")
+    tasks = []
+    for row in rows:
+        listed = {name: given for name, given in row.items() if isinstance(given, list)}
+        tags = {
+            name: [{"value": v} for v in given if isinstance(v, Mapping) and set(TAGS) & set(v)]
+            for name, given in listed.items()
+        }
+        data = {k: v for k, v in row.items() if k not in own and not tags.get(k)}
+        results = [result for given in tags.values() for result in given]
+        annotations = [{"completed_by": row["annotator"], "result": results}]
+        tasks.append({"data": data, "annotations": annotations})
+    return label_studio(tasks)
+
+
+def _ranker(data: Mapping[str, Any], order: Any) -> dict[str, Any]:
+    """A Ranker's list, best first; the items lie in the one list of the data that has its ids."""
+    lists = [*order.values()] if isinstance(order, Mapping) else [order]
+    lists = [given for given in lists if given is not None]
+    if len(lists) != 1:
+        raise InputError(
+            "`ranker` has several buckets, and which is better stands in the labeling "
+            "configuration alone. Write one list, best first."
+        )
+    names = [str(name) for name in lists[0]]
+    for items in data.values():
+        if isinstance(items, list) and all(isinstance(item, Mapping) for item in items):
+            texts = {str(i.get("id")): i.get("body") or i.get("title") for i in items}
+            if set(names) <= set(texts):
+                responses, ranks = [texts[name] for name in names], [*range(1, len(names) + 1)]
+                return {"prompt": _text(data, [], "prompt"), "responses": responses, "ranks": ranks}
+    raise InputError(f"`ranker` has the items {kind_of(lists[0])}, which no list of `data` has.")
+
+
+def _pairwise(data: Mapping[str, Any], selected: str) -> dict[str, Any]:
+    """A Pairwise choice; which field is left, the labeling configuration alone says."""
+    if not {"left", "right"} <= set(data):
+        raise InputError(
+            f"the answer is {selected!r}, and which field that is stands in the labeling "
+            f"configuration alone; the fields are {', '.join(data)}. Say it: --columns "
+            "left=answer1 right=answer2."
+        )
+    ranks = {"left": [1, 2], "right": [2, 1]}.get(selected, [None, None])
+    prompt = _text(data, ["left", "right"], "prompt")
+    return {"prompt": prompt, "responses": [data["left"], data["right"]], "ranks": ranks}
+
+
+def _text(fields: Mapping[str, Any], others: Sequence[Any], wanted: str) -> Any:
+    """The field `wanted`, or the only text among the fields that are not `others`."""
+    texts = [k for k, v in fields.items() if isinstance(v, str) and k not in others]
+    if wanted not in fields and len(texts) != 1:
+        raise InputError(
+            f"which field is the {wanted}? The fields are {', '.join(fields)}. Say it: --columns "
+            f"{wanted}=FIELD."
+        )
+    return fields[wanted if wanted in fields else texts[0]]
+
+
+def _present(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _name(labeler: Any) -> str | None:
+    found = labeler.get("id") if isinstance(labeler, Mapping) else labeler
+    return None if found is None else str(found)
