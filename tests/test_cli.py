@@ -120,7 +120,7 @@ def test_candidates_of_the_splits_that_are_named(tmp_path, saved_policy):
         "dataset_name": prompts,
         "dataset_train_split": "train[:3]",
         "eval_dataset_name": prompts,
-        "eval_dataset_split": "train[3:5]",
+        "dataset_test_split": "train[3:5]",
         "response_length": 3,
         "output_dir": tmp_path / "c",
         "use_cpu": True,

@@ -22,18 +22,21 @@ from trl_instruct.configs import (
     PretrainConfig,
     RewardConfig,
     SFTConfig,
+    line_breaks,
 )
 from trl_instruct.console import one_line
-from trl_instruct.data.records import load_prompts
+from trl_instruct.data.reading import Reading
 from trl_instruct.data.sources import kind_of
+from trl_instruct.data.texts import prompts_of
 from trl_instruct.diagnosis.page import read_evaluation, report, summary_lines
 from trl_instruct.errors import InputError
 from trl_instruct.evaluation.answers import AnswerOptions, answer_prompts, converse
 from trl_instruct.evaluation.compare import compare
 from trl_instruct.evaluation.evaluate import evaluate
 from trl_instruct.models.merging import merge
+from trl_instruct.models.tokenizers import load_tokenizer
 from trl_instruct.recipes.candidates import candidates
-from trl_instruct.recipes.chain import read_chain
+from trl_instruct.recipes.chain import check_format, read_chain, remember_reading
 from trl_instruct.recipes.options import (
     Config,
     check_names,
@@ -211,8 +214,13 @@ def generate_command(arguments: list[str]) -> None:
     parser.add_argument("--models", nargs="+", required=True, help=name)
     parser.add_argument("--prompts", nargs="+", help="Texts; default: typed, one per line.")
     parser.add_argument("--dataset_name", help="Records with prompts, instead.")
-    suffix = "Appended to typed text if there is no chat template; \\n is a line break."
-    parser.add_argument("--prompt_suffix", default="", help=suffix)
+    parser.add_argument("--dataset_train_split", default="train", help="Its split (%(default)s).")
+    parser.add_argument("--opening_length", type=int, help="As in `ppo`.")
+    parser.add_argument("--columns", nargs="+", help="As in `ppo`.")
+    parser.add_argument("--prompt_template", type=line_breaks, help="As in `ppo`.")
+    suffix = "As in `ppo`; also of typed text if there is no chat template."
+    parser.add_argument("--prompt_suffix", type=line_breaks, help=suffix)
+    parser.set_defaults(on_bad_record="error", faults=None, remembered=False)
     text = "Continue typed text unchanged, even if there is a chat template."
     parser.add_argument("--text", action="store_true", help=text)
     parser.add_argument("--num_completions", type=int, default=1, help="Per prompt (%(default)s).")
@@ -240,10 +248,15 @@ def _generate(options: Namespace, models: dict[str, str]) -> None:
     )
     if options.prompts and options.dataset_name:
         raise InputError("prompts and dataset_name were both given; use one of them.")
-    typed = {"suffix": options.prompt_suffix.replace("\\n", "\n"), "chat": not options.text}
+    remember_reading(options, *models.values())
+    typed: Any = {"suffix": options.prompt_suffix or "", "chat": not options.text}
     if options.dataset_name:
-        prompts = load_prompts(options.dataset_name)["prompt"][:]
-        lines = answer_prompts(models, prompts, sampling)
+        tokenizer = load_tokenizer(next(iter(models.values())))
+        given = options.dataset_name, options.dataset_train_split, tokenizer, options.opening_length
+        prompts = prompts_of(*given, Reading.of(options))
+        for source in models.values():
+            check_format(prompts, tokenizer, model=source)
+        lines = answer_prompts(models, prompts["prompt"][:], sampling, columns=prompts[:])
     elif options.prompts:
         lines = answer_prompts(models, options.prompts, sampling, typed=True, **typed)
     else:

@@ -28,12 +28,41 @@ class StageConfig(_Mixin):
     REFUSED: ClassVar[dict[str, str]] = {}
     """Names that a user may take for options, and why they are refused."""
 
+    faults: ClassVar[list[str] | None] = None
+    """With a list, a dry run: faulty records are told there, and nothing is trained."""
+
+    remembered: ClassVar[bool] = False
+    """Whether the columns are those of an earlier stage; some files may not have them."""
+
     dataset_name: str | None = _option(
         None, "Training data: a Hub id, a local json / jsonl(.gz) / csv / parquet, or tiny:<split>."
     )
+    dataset_config: str | None = _option(None, "Name of the dataset's subset on the Hub.")
     dataset_train_split: str = _option("train", "Split of the dataset to train on.")
+    dataset_test_split: str | None = _option(
+        None, "Held-out split, of eval_dataset_name (default: train) or else of dataset_name."
+    )
+    dataset_streaming: bool = _option(False, "Read the dataset while training (sft; max_steps).")
+    datasets: list[dict] | None = _option(
+        None,
+        "Instead of dataset_name, several, in YAML, as TRL writes them: path, name, data_dir, "
+        "data_files, split, columns, fraction.",
+    )
     eval_dataset_name: str | None = _option(None, "Held-out data, named like dataset_name.")
-    eval_dataset_split: str = _option("train", "Its split; a single file has only `train`.")
+    columns: list[str] | None = _option(
+        None, "Our fields and the file's columns: prompt=question responses=answers scores=votes."
+    )
+    prompt_template: str | None = _option(
+        None,
+        "Writes text prompts from columns: {instruction}, a blank line, {input}, ... An empty "
+        "column goes with the white space after it. Later stages remember it; '': none.",
+    )
+    prompt_suffix: str | None = _option(
+        None, "What each text prompt ends with, as \\n; later stages remember it; '': nothing."
+    )
+    on_bad_record: Literal["error", "skip"] = _option(
+        "error", "Stop at a faulty record, or leave it out and count it."
+    )
     overwrite_output_dir: bool = _option(False, "Replace the run that output_dir holds.")
     trust_remote_code: bool = _option(False, "Let models and tokenizers run code from the Hub.")
     merge_adapter: bool = _option(
@@ -54,6 +83,16 @@ class StageConfig(_Mixin):
             {"min_lr_rate": 0.1} if floored else None
         )
         super().__post_init__()
+        for name in ("prompt_template", "prompt_suffix"):
+            if getattr(self, name) is not None:
+                setattr(self, name, line_breaks(getattr(self, name)))
+        for column in self.columns or ():
+            if not all(column.partition("=")):
+                raise InputError(
+                    f"columns has {column!r}; field=column is needed: prompt=question."
+                )
+        if self.datasets and (self.dataset_name or self.dataset_config):
+            raise InputError("datasets and dataset_name were both given; use one of them.")
         batch = ("train_batch_size", "eval_batch_size")
         check_counts(self, *(f"per_device_{b}" for b in batch), "gradient_accumulation_steps")
         if self.use_liger_kernel and not is_liger_kernel_available():
@@ -71,6 +110,11 @@ def has_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.accelerator.is_available()
+
+
+def line_breaks(text: str) -> str:
+    """Line breaks for the `\\n` that is typed in a shell."""
+    return text.replace("\\n", "\n")
 
 
 def check_stop_strings(stop_strings: Sequence[str] | None) -> None:
@@ -322,6 +366,9 @@ class CandidatesConfig(StageConfig, TrainingArguments):
 
     num_candidates: int = _option(4, "K, completions per prompt (the paper's labelers saw 4 to 9).")
     response_length: int = _option(53, "Longest completion, tokens.")
+    opening_length: int | None = _option(
+        None, "Use this many first tokens of each `text` as its prompt; default: use `prompt`."
+    )
     max_prompt_length: int | None = _option(
         None, "Longer prompts lose their beginning, and are counted; default: they are an error."
     )
@@ -334,7 +381,7 @@ class CandidatesConfig(StageConfig, TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "response_length", "max_prompt_length")
+        check_counts(self, "response_length", "opening_length", "max_prompt_length")
 
 
 @dataclass
@@ -344,6 +391,7 @@ class EvaluateConfig(StageConfig, TrainingArguments):
     REFUSED: ClassVar[dict[str, str]] = {
         "model_name_or_path": "list the checkpoints in models.",
         "eval_dataset_name": "the held-out prompts are dataset_name.",
+        "dataset_test_split": "the held-out prompts are dataset_name; dataset_train_split.",
     }
 
     dataset_name: str | None = _option(
@@ -359,6 +407,9 @@ class EvaluateConfig(StageConfig, TrainingArguments):
     demonstrations_name: str | None = _option(None, "Held-out demonstrations, for the perplexity.")
     best_of_n: int = _option(16, "N, completions for best of n by the first judge; 1: none.")
     response_length: int = _option(53, "Longest completion, tokens.")
+    opening_length: int | None = _option(
+        None, "Use this many first tokens of each `text` as its prompt; default: use `prompt`."
+    )
     max_prompt_length: int | None = _option(
         None, "Longer prompts lose their beginning; default: they are an error."
     )
@@ -368,6 +419,6 @@ class EvaluateConfig(StageConfig, TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "response_length", "max_prompt_length", "best_of_n")
+        check_counts(self, "response_length", "opening_length", "max_prompt_length", "best_of_n")
         if self.temperature <= 0:
             raise InputError(f"temperature is {self.temperature}; to sample, it must be above 0.")

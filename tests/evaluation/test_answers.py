@@ -123,8 +123,11 @@ def test_weights_of_half_the_size(folders, monkeypatch):
 
 def test_prompts_of_a_file(folders, tmp_path, capsys, asked):
     file = write(tmp_path / "prompts.jsonl", PROMPTS[:2])
-    generate("--models", folders / "plain", "--dataset_name", file, "--prompt_suffix", "never")
+    generate("--models", folders / "plain", "--dataset_name", file)
     assert asked == ["Q0: ", "Q1: "]
+    asked.clear()
+    generate("--models", folders / "plain", "--dataset_name", file, "--prompt_suffix", "A:\\n")
+    assert asked == ["Q0: A:\n", "Q1: A:\n"]
 
 
 def test_typed_lines(folders, monkeypatch, capsys, asked):

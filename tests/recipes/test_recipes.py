@@ -389,7 +389,7 @@ def test_sft_measures_on_the_split_that_is_named(saved_policy, tmp_path):
     )
     options = {**QUICK, "max_steps": 1, "eval_dataset": splits}
     losses = [
-        sft(saved_policy, splits, tmp_path / split, eval_dataset_split=split, **options).metrics
+        sft(saved_policy, splits, tmp_path / split, dataset_test_split=split, **options).metrics
         for split in ("train", "test")
     ]
     options["eval_dataset"] = splits["test"]

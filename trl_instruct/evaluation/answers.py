@@ -53,12 +53,17 @@ class Speaker:
         return [{"role": "user", "content": text}] if self.chat else text + self.suffix
 
     def complete(
-        self, prompts: Sequence[Any], *, max_prompt_length: int | None = None
+        self,
+        prompts: Sequence[Any],
+        *,
+        columns: Mapping[str, Sequence[Any]] | None = None,
+        max_prompt_length: int | None = None,
     ) -> list[list[str]]:
         """Completions of each prompt.
 
         Args:
             prompts: texts, or lists of messages.
+            columns: what the chat template reads beside them, as `render_prompts` takes it.
             max_prompt_length: longer prompts are cut from the left; None: no cut.
 
         Raises:
@@ -71,6 +76,7 @@ class Speaker:
             self.policy,
             max_prompt_length=max_prompt_length,
             response_length=sampling.response_length,
+            columns=columns,
         )
         several = sample_several(
             self.policy,
@@ -104,6 +110,7 @@ def answer_prompts(
     prompts: Sequence[Any],
     sampling: AnswerOptions,
     *,
+    columns: Mapping[str, Sequence[Any]] | None = None,
     typed: bool = False,
     suffix: str = "",
     chat: bool = True,
@@ -113,22 +120,19 @@ def answer_prompts(
     Args:
         models: checkpoints by name.
         prompts: texts or lists of messages as in records, or typed texts.
+        columns: the other columns of the records.
         typed: the prompts are typed texts, which become messages if there is a chat template.
         suffix, chat: as in `Speaker`, for typed texts.
     """
     answers = {}
     for name, source in models.items():
-        answers[name] = _answers(
-            Speaker(source, sampling, suffix=suffix, chat=chat), prompts, typed=typed
-        )
+        speaker = Speaker(source, sampling, suffix=suffix, chat=chat)
+        set_seed(sampling.seed)
+        asked = [speaker.asked(text) if typed else text for text in prompts]
+        answers[name] = speaker.complete(asked, columns=columns)
     for row, prompt in enumerate(prompts):
         yield f"\n> {one_line(prompt)}"
         yield from shown({name: given[row] for name, given in answers.items()})
-
-
-def _answers(speaker: Speaker, prompts: Sequence[Any], *, typed: bool) -> list[list[str]]:
-    set_seed(speaker.options.seed)
-    return speaker.complete([speaker.asked(text) if typed else text for text in prompts])
 
 
 def converse(

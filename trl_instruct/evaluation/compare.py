@@ -13,7 +13,8 @@ from trl import ModelConfig
 
 from trl_instruct.configs import EvaluateConfig
 from trl_instruct.console import one_line, table
-from trl_instruct.data.records import load_prompts, load_texts, openings
+from trl_instruct.data.reading import Reading
+from trl_instruct.data.texts import prompts_of
 from trl_instruct.errors import InputError
 from trl_instruct.evaluation.measurement import ModelMeasurement, Subject, measure, shown_samples
 from trl_instruct.files import CONFIG_FILE, write_json
@@ -84,11 +85,13 @@ def compare(
 
 
 def _held_out(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The prompts to compare on."""
-    source, split = config["eval_dataset_name"], config.get("eval_dataset_split", "train")
-    if length := config.get("opening_length"):
-        return openings(load_texts(source, split), tokenizer, length)
-    return load_prompts(source, split)
+    """The prompts to compare on, read as `ppo` read its own."""
+    columns = dict(column.split("=", 1) for column in config.get("columns") or ())
+    written = config.get("prompt_template"), config.get("prompt_suffix")
+    reading = Reading(columns, *written, strict=False)
+    split = config.get("dataset_test_split") or "train"
+    source, length = config["eval_dataset_name"], config.get("opening_length")
+    return prompts_of(source, split, tokenizer, length, reading)
 
 
 def _measurement_options(config: dict[str, Any], **trust: Any) -> EvaluateConfig:

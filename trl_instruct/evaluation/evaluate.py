@@ -4,6 +4,7 @@ import copy
 import os
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from trl import ModelConfig
 
 from trl_instruct.configs import EvaluateConfig
 from trl_instruct.console import progress_bar
-from trl_instruct.data.records import load_demonstrations, load_prompts
+from trl_instruct.data.reading import Reading
+from trl_instruct.data.records import load_demonstrations
 from trl_instruct.data.sources import name_of
+from trl_instruct.data.texts import prompts_of
 from trl_instruct.errors import InputError
 from trl_instruct.evaluation.measurement import ModelMeasurement, Subject, measure, shown_samples
 from trl_instruct.evaluation.statistics import best_of_n, distinct, repetition, win_rate
@@ -23,7 +26,8 @@ from trl_instruct.files import read_metrics, write_json
 from trl_instruct.intervals import mean_interval
 from trl_instruct.models.properties import ModelSource, is_nameless, model_name
 from trl_instruct.models.tokenizers import check_tokenizer, load_tokenizer
-from trl_instruct.recipes.options import named_source, stage_options
+from trl_instruct.recipes.chain import check_format, remember_reading
+from trl_instruct.recipes.options import data_of, named_source, stage_options
 from trl_instruct.recipes.stage import StageResult, run_stage
 from trl_instruct.rewards.function import RewardFunction
 from trl_instruct.rewards.load import load_reward
@@ -82,13 +86,22 @@ def evaluate(
     config.models, config.judges = _as_listed(models), _as_listed(judges)
     source = named_source(demonstrations, config, "demonstrations_name")
     trust: Any = {"trust_remote_code": config.trust_remote_code}
+    remember_reading(config, *models.values())
+    reading = Reading.of(config)
+    tokenizers = _tokenizers(models, processing_class, **trust)
+    tokenizer = tokenizers[config.baseline or next(iter(models))]
+    given, split = data_of(dataset, config), config.dataset_train_split
+    prompts = prompts_of(given, split, tokenizer, config.opening_length, reading)
+    for name, model in models.items():
+        check_format(prompts, tokenizers[name], **{f"model_{name}": model})
+    shown = replace(reading, strict=False)
     subject = Subject(
         config,
         model_config,
         dict(models),
-        _tokenizers(models, processing_class, **trust),
-        load_prompts(dataset, config.dataset_train_split),
-        None if source is None else load_demonstrations(source),
+        tokenizers,
+        prompts,
+        None if source is None else load_demonstrations(source, reading=shown),
         config.best_of_n if judges and config.best_of_n > 1 else 0,
     )
     with run_stage("evaluate", config, model_config) as run:

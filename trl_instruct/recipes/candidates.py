@@ -12,13 +12,16 @@ from trl import ModelConfig
 
 from trl_instruct.configs import CandidatesConfig
 from trl_instruct.console import progress_bar
-from trl_instruct.data.records import load_prompts
+from trl_instruct.data.reading import AS_PUBLISHED, Reading
+from trl_instruct.data.texts import prompts_of
 from trl_instruct.errors import InputError
 from trl_instruct.files import written_at_once
 from trl_instruct.generation.sampling import Completion, prompt_tokens, sample_several
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource, model_name
 from trl_instruct.models.tokenizers import check_tokenizer, load_tokenizer
+from trl_instruct.recipes.chain import check_format, remember_reading
+from trl_instruct.recipes.options import data_of, held_out_of
 from trl_instruct.recipes.stage import StageResult, run_stage
 from trl_instruct.rewards.function import RewardFunction, as_completions, call_reward, place_on
 from trl_instruct.rewards.load import load_reward
@@ -32,29 +35,29 @@ def candidates(config: CandidatesConfig, model_config: ModelConfig) -> StageResu
 
     Only the main process samples: all processes would write the same file.
     """
-    sources = {"train": (config.dataset_name, config.dataset_train_split)}
-    if config.eval_dataset_name:
-        sources["test"] = (config.eval_dataset_name, config.eval_dataset_split)
+    policy = model_config.model_name_or_path
+    remember_reading(config, policy)
+    sources = {"train": (data_of(config.dataset_name, config), config.dataset_train_split)}
+    test = held_out_of(config.dataset_name, None, config)
+    if test is not None:
+        sources["test"] = test
     with run_stage("candidates", config, model_config) as run:
         run.begin()
         if not run.is_main:
             return StageResult(run.folder)
+        same = "num_candidates response_length opening_length max_prompt_length temperature"
+        same += " stop_strings gold seed trust_remote_code"
+        options: Any = {name: getattr(config, name) for name in same.split()}
         metrics = {
             name: sample_candidates(
-                model_config.model_name_or_path,
+                policy,
                 source,
                 run.folder / f"{name}.jsonl",
-                num_candidates=config.num_candidates,
-                response_length=config.response_length,
-                max_prompt_length=config.max_prompt_length,
-                temperature=config.temperature,
-                stop_strings=config.stop_strings,
-                gold=config.gold,
-                seed=config.seed,
                 batch_size=config.per_device_eval_batch_size,
                 split=split,
                 model_config=model_config,
-                trust_remote_code=config.trust_remote_code,
+                reading=Reading.of(config, strict=name == "train"),
+                **options,
             )
             for name, (source, split) in sources.items()
         }
@@ -71,6 +74,7 @@ def sample_candidates(
     *,
     num_candidates: int = 4,
     response_length: int = 53,
+    opening_length: int | None = None,
     max_prompt_length: int | None = None,
     temperature: float = 1.0,
     stop_strings: Sequence[str] | None = None,
@@ -81,6 +85,7 @@ def sample_candidates(
     split: str = "train",
     processing_class: PreTrainedTokenizerBase | None = None,
     model_config: ModelConfig | None = None,
+    reading: Reading = AS_PUBLISHED,
     trust_remote_code: bool = False,
 ) -> dict[str, int]:
     """Sample K completions per prompt into a file for ranking (InstructGPT 3.5).
@@ -94,6 +99,7 @@ def sample_candidates(
         output_file: a .jsonl path.
         num_candidates: K; the paper's labelers saw 4 to 9.
         response_length: longest completion, tokens.
+        opening_length: of each `text`, this many first tokens are its prompt; None: `prompt` is.
         max_prompt_length: longer prompts lose their beginning; None: they are an error.
         stop_strings: texts that end a completion, besides EOS; they are cut off.
         gold: the reward that the simulated labeler uses, as in `load_reward`.
@@ -103,6 +109,7 @@ def sample_candidates(
         batch_size: completions per forward pass.
         processing_class: the policy's tokenizer, if it is not in the policy's folder.
         model_config: how to load the policy: dtype, `load_in_8bit`, ...
+        reading: names of columns, the prompts' template, what to do with a faulty record.
         trust_remote_code: whether models from the Hub may run their own code.
 
     Returns:
@@ -114,9 +121,10 @@ def sample_candidates(
         InputError: num_candidates below 2, bad prompts, no policy, or a tokenizer without EOS.
     """
     _check_request(policy, prompts, num_candidates, temperature)
-    records = load_prompts(prompts, split)
     trust: Any = {"trust_remote_code": trust_remote_code}
     model, tokenizer = _load(policy, processing_class, model_config or ModelConfig(), **trust)
+    records = prompts_of(prompts, split, tokenizer, opening_length, reading)
+    check_format(records, tokenizer, policy=policy)
     token_lists, cut = prompt_tokens(
         records["prompt"][:],
         tokenizer,

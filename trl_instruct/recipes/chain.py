@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
+from trl_instruct.data.sources import AnyDataset, Source, first_record, name_of
 from trl_instruct.errors import InputError
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, read_json, read_metrics
 
@@ -55,6 +56,39 @@ def read_chain(folder: str | os.PathLike) -> dict[str, FinishedStage]:
         found.setdefault(run.metrics.get("stage", ""), run)
         waiting += _came_from(run.config)
     return {name: found[name] for name in STAGE_NAMES if name in found}
+
+
+def remember_reading(config: Any, *models: Any) -> None:
+    """Read files as the first of the models read its own, unless the config says otherwise."""
+    for model in models:
+        path = Path(name_of(model) or "") / CONFIG_FILE
+        if not path.is_file():
+            continue
+        known = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        config.remembered = config.columns is None and "columns" in known
+        for name in ("columns", "prompt_template", "prompt_suffix"):
+            if getattr(config, name) is None:
+                setattr(config, name, known.get(name))
+        return
+
+
+def check_format(prompts: AnyDataset, tokenizer: Any, **models: Any) -> None:
+    """InputError if a model, named by its role, was trained on text and the prompts are messages.
+
+    Or the other way round. Text that holds a special token of the template is messages already.
+    """
+    first = first_record(prompts, Source.of(prompts))["prompt"]
+    given = "text" if isinstance(first, str) else "messages"
+    if given == "text" and any(token in first for token in tokenizer.get_added_vocab()):
+        return
+    for role, model in models.items():
+        name = name_of(model)
+        known = read_metrics(name).get("format", given) if name else given
+        if known != given:
+            raise InputError(
+                f"`prompt` is {given}, but the {role.replace('_', ' ')} {name} was trained on "
+                f"{known}, as its metrics.json tells. Give the prompts as {known}."
+            )
 
 
 def _is_finished(folder: Path) -> bool:

@@ -17,8 +17,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 from transformers import TrainingArguments
 from trl import ModelConfig
+from trl.scripts.utils import DatasetConfig
 
-from trl_instruct.configs import StageConfig
+from trl_instruct.configs import SFTConfig, StageConfig
 from trl_instruct.data.sources import kind_of, name_of
 from trl_instruct.errors import InputError
 
@@ -198,9 +199,16 @@ def stage_options(
     config, model_config = resolve(config_class, config, model_config, options)
     if output_dir is not None:
         config.output_dir = os.fspath(output_dir)
-    if dataset is None:
+    if isinstance(dataset, list):
+        config.datasets = dataset
+    if dataset is None and not config.datasets:
         raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
     config.dataset_name = name_of(dataset) or config.dataset_name
+    if config.dataset_streaming and config_class is not SFTConfig:
+        raise InputError(
+            "dataset_streaming: sft alone reads while it trains; this stage counts and draws from "
+            "its records. Leave it out."
+        )
     if trains:
         _check_trainable(config, model_config)
     return config, model_config
@@ -222,6 +230,29 @@ def _check_trainable(config: StageConfig, model_config: ModelConfig) -> None:
         raise InputError(
             "attn_implementation flex_attention has no backward pass on CPU: omit it or use a GPU."
         )
+
+
+def data_of(dataset: Any, config: StageConfig) -> Any:
+    """What a stage reads: the dataset given, its subset, or the mixture that the config lists."""
+    if config.datasets:
+        return config.datasets
+    if config.dataset_config is None:
+        return dataset
+    if not isinstance(dataset, str):
+        raise InputError("dataset_config names a subset of a dataset on the Hub; give its id.")
+    return DatasetConfig(dataset, name=config.dataset_config)
+
+
+def held_out_of(dataset: Any, given: Any, config: StageConfig) -> tuple[Any, str] | None:
+    """Held-out data with its split: what was given, what the config names, or the test split."""
+    given = named_source(given, config)
+    if given is not None:
+        return given, config.dataset_test_split or "train"
+    if config.dataset_test_split is None:
+        return None
+    if config.datasets:
+        raise InputError("dataset_test_split: of which of the datasets? Name an eval_dataset_name.")
+    return data_of(dataset, config), config.dataset_test_split
 
 
 def named_source(given: Any, config: StageConfig, option: str = "eval_dataset_name") -> Any:

@@ -9,8 +9,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import ModelConfig
 
 from trl_instruct.configs import PPOConfig
-from trl_instruct.data.records import load_prompts, load_texts, openings
+from trl_instruct.data.reading import Reading
+from trl_instruct.data.records import load_prompts
 from trl_instruct.data.sources import name_of
+from trl_instruct.data.texts import load_texts, openings
 from trl_instruct.errors import InputError
 from trl_instruct.generation.sampling import unused_sampling
 from trl_instruct.models.properties import ModelSource
@@ -20,8 +22,9 @@ from trl_instruct.ppo_trainer.roles import Roles, load_roles
 from trl_instruct.ppo_trainer.rollout_scores import reward_counts
 from trl_instruct.ppo_trainer.trainer import PPOTrainer
 from trl_instruct.ppo_trainer.upstream import upstream_trainer
+from trl_instruct.recipes.chain import check_format, remember_reading
 from trl_instruct.recipes.memory import Work, memory_table
-from trl_instruct.recipes.options import option_errors, stage_options
+from trl_instruct.recipes.options import data_of, option_errors, stage_options
 from trl_instruct.recipes.stage import StageResult, StageRun, run_stage, starting_point
 from trl_instruct.rewards.function import RewardFunction, parts_of
 from trl_instruct.rewards.load import Reward, load_reward
@@ -69,14 +72,16 @@ def ppo(
     )
     trainer_class = upstream_trainer(config) if config.engine == "trl" else PPOTrainer
     config.reward_model_path = _reward_names(reward) or config.reward_model_path
+    remember_reading(config, model)
     prompts = (load_texts if config.opening_length else load_prompts)(
-        dataset, config.dataset_train_split
+        data_of(dataset, config), config.dataset_train_split, reading=Reading.of(config)
     )
     pretraining = _pretraining_texts(ptx_dataset, config)
     with run_stage("ppo", config, model_config) as run:
         base, tokenizer = starting_point(run, model, processing_class)
         if config.opening_length:
             prompts = openings(prompts, tokenizer, config.opening_length)
+        check_format(prompts, tokenizer, policy=model, reward_model=reward)
         value = value_model or config.value_model_path
         roles = load_roles(base, reward, value, tokenizer, config, model_config)
         check_vocabulary(tokenizer, roles.policy)
@@ -159,4 +164,6 @@ def _pretraining_texts(dataset: Any, config: PPOConfig) -> Dataset | IterableDat
             f"Pretraining text was given ({config.ptx_dataset_name or 'ptx_dataset'}), but "
             "ptx_coef is 0: set ptx_coef to use the text; the paper's is 27.8."
         )
-    return load_texts(source, config.ptx_dataset_split, streaming=config.ptx_streaming)
+    reading = Reading.of(config, strict=False)
+    split, streams = config.ptx_dataset_split, config.ptx_streaming
+    return load_texts(source, split, streaming=streams, reading=reading)

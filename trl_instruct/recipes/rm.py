@@ -17,6 +17,7 @@ from trl_instruct.data.preferences import (
     load_preferences,
     most_responses,
 )
+from trl_instruct.data.records import form_of
 from trl_instruct.data.rendering import render_all
 from trl_instruct.data.sources import iterate
 from trl_instruct.errors import InputError, located
@@ -29,8 +30,15 @@ from trl_instruct.models.adapters import (
 from trl_instruct.models.load import load_reward_model
 from trl_instruct.models.properties import ModelSource
 from trl_instruct.models.tokenizers import check_vocabulary
+from trl_instruct.recipes.chain import remember_reading
 from trl_instruct.recipes.memory import Work, memory_table
-from trl_instruct.recipes.options import named_source, option_errors, stage_options
+from trl_instruct.recipes.options import (
+    data_of,
+    held_out_of,
+    named_source,
+    option_errors,
+    stage_options,
+)
 from trl_instruct.recipes.stage import (
     StageResult,
     StageRun,
@@ -90,9 +98,11 @@ def rm(
             f"eval_strategy is {config.eval_strategy.value!r}, but rm measures the held-out "
             "accuracy once, after training. Leave it out; RankingRewardTrainer can do both."
         )
+    remember_reading(config, model)
+    test = held_out_of(dataset, eval_dataset, config)
     data = load_preferences(
-        dataset,
-        named_source(eval_dataset, config),
+        data_of(dataset, config),
+        test and test[0],
         named_source(demonstrations, config, "demonstrations_name"),
         config,
     )
@@ -123,6 +133,7 @@ def rm(
             "overlong": trainer.overlong,
             "truncated": trainer.truncated,
             "data": asdict(data.counts),
+            "format": form_of(data.train[0]),
             **_measure(run, RewardModel(trainer.model, tokenizer), data),
         }
         result = run.finish(trainer, metrics)

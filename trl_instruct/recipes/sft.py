@@ -1,6 +1,7 @@
 """Stage 1, supervised fine-tuning: load -> train -> measure -> save."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import ModelConfig, SFTTrainer
 
 from trl_instruct.configs import SFTConfig
-from trl_instruct.data.records import load_demonstrations
+from trl_instruct.data.reading import Reading
+from trl_instruct.data.records import form_of, load_demonstrations
 from trl_instruct.data.rendering import render
-from trl_instruct.data.sources import Source, first_record, iterate, map_records
+from trl_instruct.data.sources import AnyDataset, Source, first_record, iterate, map_records
 from trl_instruct.errors import InputError, located
 from trl_instruct.generation.sampling import eos_token_ids
 from trl_instruct.models.adapters import keep_float32, new_adapter_config, trained_weights
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource, context_length
 from trl_instruct.models.tokenizers import check_vocabulary
+from trl_instruct.recipes.chain import remember_reading
 from trl_instruct.recipes.memory import Work, memory_table
-from trl_instruct.recipes.options import named_source, option_errors, stage_options
+from trl_instruct.recipes.options import data_of, held_out_of, option_errors, stage_options
 from trl_instruct.recipes.pretrain import tiny_base
 from trl_instruct.recipes.stage import (
     StageResult,
@@ -75,16 +78,14 @@ def sft(
             f"metric_for_best_model is {config.metric_for_best_model!r}; sft measures the loss "
             "while it trains. Give 'loss', or leave it out."
         )
-    demonstrations = load_demonstrations(dataset, config.dataset_train_split)
-    held_out = named_source(eval_dataset, config)
-    if held_out is not None:
-        held_out = load_demonstrations(held_out, config.eval_dataset_split)
-        config.eval_on_start = True
+    demonstrations, held_out = _demonstrations(model, dataset, eval_dataset, config)
+    config.eval_on_start = held_out is not None
     if isinstance(model, str) and model == TINY:
         StageRun("sft", config, model_config).check_folder()
         model = tiny_base(Path(config.output_dir).parent / "base", seed=config.seed)
     with run_stage("sft", config, model_config) as run:
         policy, tokenizer = _load(run, model, processing_class)
+        form = form_of(first_record(demonstrations, Source.of(demonstrations)))
         demonstrations, truncated = render_demonstrations(demonstrations, tokenizer, config)
         _check_ending(run, demonstrations, policy, tokenizer)
         if held_out is not None:
@@ -107,10 +108,23 @@ def sft(
         batch = Work(config.per_device_train_batch_size, length, predicted=length)
         run.say(memory_table({"policy": trainer.model}, [batch], config))
         output = run.train(trainer, {"loss": "loss"})
-        metrics = {"train_loss": output.training_loss, "truncated": truncated}
+        metrics = {"train_loss": output.training_loss, "truncated": truncated, "format": form}
         if held_out is not None:
             metrics |= _measure(trainer)
         return run.finish(trainer, metrics)
+
+
+def _demonstrations(
+    model: ModelSource, dataset: Any, eval_dataset: Any, config: SFTConfig
+) -> tuple[AnyDataset, AnyDataset | None]:
+    """Demonstrations to learn and, if there are any, held-out ones."""
+    remember_reading(config, model)
+    reading, source = Reading.of(config), data_of(dataset, config)
+    streams = config.dataset_streaming
+    shown = load_demonstrations(source, config.dataset_train_split, streams, reading=reading)
+    test = held_out_of(dataset, eval_dataset, config)
+    reading = replace(reading, strict=False)
+    return shown, None if test is None else load_demonstrations(*test, reading=reading)
 
 
 def _load(
