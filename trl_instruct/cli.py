@@ -290,14 +290,42 @@ def rm_command(arguments: list[str]) -> None:
 def ppo_command(arguments: list[str]) -> None:
     """Stage 3: optimise a policy against a reward with PPO, and compare it with its start."""
     config, model_config = parse(PPOConfig, arguments)
-    model, reward = model_config.model_name_or_path, config.reward_model_path
-    if reward is None:
-        raise InputError("ppo needs reward_model_path: a reward model's folder or Hub id.")
+    model, reward = model_config.model_name_or_path, _reward_of(config)
     result = ppo(model, reward, config.dataset_name, config=config, model_config=model_config)
     _tell(f"policy: {result}")
     if config.eval_dataset_name and PartialState().is_main_process:
         compare(result, reward=reward, trust_remote_code=config.trust_remote_code)
     _tell_diagnosis("ppo", result)
+
+
+def check_command(arguments: list[str]) -> None:
+    """Dry run of sft, rm or ppo: read all that it would read, list every fault, train nothing."""
+    stages: dict[str, Any] = {"sft": SFTConfig, "rm": RewardConfig, "ppo": PPOConfig}
+    if not arguments or arguments[0] not in stages:
+        given = f"{arguments[0]!r} was given" if arguments else "none was given"
+        raise InputError(f"check takes a stage first, sft, rm or ppo; {given}.")
+    config, model_config = parse(stages[arguments[0]], arguments[1:])
+    config.faults = []
+    model, options = model_config.model_name_or_path, {"model_config": model_config}
+    try:
+        if arguments[0] == "ppo":
+            ppo(model, _reward_of(config), config.dataset_name, config=config, **options)
+        else:
+            stage = sft if arguments[0] == "sft" else rm
+            stage(model, config.dataset_name, config=config, **options)
+    except InputError as fault:
+        config.faults.append(str(fault))
+    for number, text in enumerate(config.faults, start=1):
+        _tell(f"fault {number}: {' '.join(text.split())}")
+    _tell(f"check: {len(config.faults) or 'no'} fault{'' if len(config.faults) == 1 else 's'}")
+    if config.faults:
+        sys.exit(2)
+
+
+def _reward_of(config: PPOConfig) -> Any:
+    if config.reward_model_path is None:
+        raise InputError("ppo needs reward_model_path: a reward model's folder or Hub id.")
+    return config.reward_model_path
 
 
 def evaluate_command(arguments: list[str]) -> None:
@@ -327,6 +355,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "candidates": candidates_command,
     "rm": rm_command,
     "ppo": ppo_command,
+    "check": check_command,
     "evaluate": evaluate_command,
     "report": report_command,
     "generate": generate_command,

@@ -193,12 +193,25 @@ class RewardConfig(StageConfig, trl.RewardConfig):
     demonstrations_name: str | None = _option(
         None, "Demonstrations, named like dataset_name, to score 0 on average (3.5); default: none."
     )
+    early_stopping_patience: int | None = _option(
+        None,
+        "Stop after so many evaluations without a better metric_for_best_model (default: the "
+        "held-out accuracy), and keep the best checkpoint; needs eval_strategy and save_strategy.",
+    )
     rating_order: list[str] | None = _option(None, "Rating labels, best first: good ok fair poor.")
     truncate_prompt: bool = _option(
         False,
         "Cut prompts from the left if a response would exceed max_length; default: leave the "
         "response out. Responses are never cut.",
     )
+
+    def __post_init__(self) -> None:
+        check_counts(self, "early_stopping_patience")
+        if self.early_stopping_patience is not None:
+            self.load_best_model_at_end = True
+        metric: str | None = getattr(self, "metric_for_best_model", None)
+        self.metric_for_best_model = metric or ("accuracy" if self.load_best_model_at_end else None)
+        super().__post_init__()
 
 
 @dataclass

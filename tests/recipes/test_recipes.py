@@ -738,7 +738,7 @@ def run_stage(stage, rows, folder, model, **options):
 
 
 RECORDS = [
-    ("sft", [{"instruction": "a", "output": "b"}], r"`prompt` and `completion` missing.*rename"),
+    ("sft", [{"query": "a", "answer": "b"}], r"`prompt` and `completion` missing.*rename"),
     ("sft", [{"prompt": " ", "completion": "b"}], r"row 1: `prompt` is empty"),
     ("sft", [{"prompt": "a", "completion": ""}], r"row 1: `completion` is empty"),
     ("sft", Dataset.from_dict({"prompt": [], "completion": []}), "holds no records"),

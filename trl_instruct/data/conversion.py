@@ -9,7 +9,6 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +35,7 @@ NEEDS = {
     "prompt": ("prompt", "tools"),
 }
 GIVES = {"demonstration": "completion", "ranking": "responses", "prompt": "prompt"}
+BESIDE_PROMPT = ("instruction", "input", "system", "context")
 REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
 
 
@@ -61,6 +61,12 @@ def read(
     if reading.writes_prompts() and ("prompt" in first or reading.prompt_template):
         write = partial(_with_prompt, reading=reading, where=where)
         dataset = map_records(dataset, write, with_indices=True)
+    elif unread := [name for name in BESIDE_PROMPT if _is_unread(first, name)]:
+        logger.warning(
+            "%s: `%s` stands beside `prompt` and is not read; --prompt_template '{%s}\\n{prompt}' "
+            "would join them",
+            *(where.name, unread[0], unread[0]),
+        )
     return dataset, where
 
 
@@ -71,6 +77,12 @@ def recognise(
     where = Source.of(source, split)
     first = first_record(rename(load_records(source, split), where, reading), where)
     return first, shape_of(first, kind)
+
+
+def _is_unread(first: Record, name: str) -> bool:
+    """Whether a text column that others join to the prompt is not in it."""
+    value, prompt = first.get(name), first.get("prompt")
+    return isinstance(value, str) and bool(value.strip()) and value.strip() not in str(prompt)
 
 
 def _with_prompt(record: Record, row: int, *, reading: Reading, where: Source) -> dict[str, Any]:
@@ -102,7 +114,7 @@ def _convert(
         converted = Dataset.from_list([record for _, record in found])
     except (TypeError, ValueError) as error:
         raise InputError(f"{told}, but they are not of one form: {error}") from error
-    return converted, replace(where, rows=tuple(row for row, _ in found))
+    return converted, where.narrowed([row for row, _ in found])
 
 
 def _streamed(rows: IterableDataset, **options: Any) -> Iterator[dict[str, Any]]:

@@ -200,7 +200,9 @@ def load_pairs(
         kept = [row for row, record in records if differs(record, row)]
         if not kept:
             raise InputError(f"{where.name}: chosen is the same as rejected in all {rows} pairs.")
-        dataset = dataset if len(kept) == rows else dataset.select(kept)
+        if len(kept) < rows:
+            dataset = dataset.select(kept)
+            reading.place((reading.found or [where])[-1].narrowed(kept))
         logger.info("%s: %s, %d left out", where.name, plural(rows, "pair"), rows - len(kept))
     if not implicit:
         return dataset

@@ -1,6 +1,6 @@
 """What the reward model trains and is evaluated on: rankings or pairs, split by prompt."""
 
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -13,8 +13,8 @@ from trl_instruct.data.mixture import mixed
 from trl_instruct.data.pairs import load_pairs, split_by_prompt
 from trl_instruct.data.rankings import RankingCounts, load_rankings
 from trl_instruct.data.reading import Reading
-from trl_instruct.data.records import form_of, load_demonstrations
-from trl_instruct.data.sources import Source, iterate, map_records
+from trl_instruct.data.records import check_records, form_of, load_demonstrations
+from trl_instruct.data.sources import Record, Source, iterate, map_records
 from trl_instruct.errors import InputError
 
 
@@ -28,7 +28,11 @@ class Preferences(NamedTuple):
 
 
 def load_preferences(
-    dataset: Any, held_out: Any, demonstrations: Any, config: RewardConfig
+    dataset: Any,
+    held_out: Any,
+    demonstrations: Any,
+    config: RewardConfig,
+    fits: Callable[[Record], Any] | None = None,
 ) -> Preferences:
     """Load the preferences to train and to evaluate on.
 
@@ -40,17 +44,21 @@ def load_preferences(
         held_out: the same, to evaluate on; None: `config.eval_size` of the prompts.
         demonstrations: by name or in memory; None: no shift.
         config: split, seed, rating_order, truncate_prompt, and how to read the files.
+        fits: a check of each record that is read after training; if bad records are left out, of
+            all.
 
     Raises:
         InputError: bad records; neither rankings nor pairs; no pair with a winner; too few prompts
             to hold any out; demonstrations in another format than the preferences.
     """
     counts, reading = RankingCounts(), Reading.of(config)
-    others = replace(reading, strict=False)
     train = _load(dataset, config.dataset_train_split, config, reading, counts)
-    test = None
+    if fits is not None and (reading.skips or (config.eval_size and held_out is None)):
+        train = check_records(train, reading.source, fits, reading)
+    test, others = None, reading.of_another()
     if held_out is not None:
         test = _load(held_out, config.dataset_test_split or "train", config, others)
+        test = test if fits is None else check_records(test, others.source, fits, others)
     elif config.eval_size:
         try:
             train, test = split_by_prompt(train, config.eval_size, seed=config.seed)
@@ -72,7 +80,11 @@ def load_preferences(
                 "with margins, cuts no prompts. Remove the column or the option."
             )
         train = as_rankings(train)
-    shown = None if demonstrations is None else _demonstrations(demonstrations, train, others)
+    shown = None
+    if demonstrations is not None:
+        others = reading.of_another()
+        shown = _demonstrations(demonstrations, train, others)
+        shown = shown if fits is None else check_records(shown, others.source, fits, others)
     return Preferences(train, None if test is None else as_rankings(test), shown, counts)
 
 

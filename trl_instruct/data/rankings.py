@@ -158,7 +158,7 @@ def load_rankings(
     streamed, scored = isinstance(dataset, IterableDataset), True
     if isinstance(dataset, Dataset):
         rows, scored = _check_all(dataset, before, reading, options)
-        dataset = keep_rows(dataset, rows, where)
+        dataset = keep_rows(dataset, rows, where, reading)
     elif reading.skips:
         check: Any = partial(canonical_ranking, rating_order=rating_order)
         dataset = check_records(dataset, where, check, reading)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, kind_of, map_records
@@ -27,6 +27,7 @@ class Reading:
         on_bad_record: "error" stops at a faulty record, "skip" leaves it out and counts it.
         faults: with a list, faulty records are left out, and each is told there.
         strict: a column that `columns` names must be there; else it is not looked for.
+        found: with a list, where the records of each source lie is told there, for later faults.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -35,6 +36,7 @@ class Reading:
     on_bad_record: str = "error"
     faults: list[str] | None = None
     strict: bool = True
+    found: list[Source] | None = None
 
     @classmethod
     def of(cls, config: Any, *, strict: bool = True) -> Reading:
@@ -46,6 +48,7 @@ class Reading:
             config.on_bad_record,
             config.faults,
             strict and not config.remembered,
+            [],
         )
 
     @property
@@ -57,6 +60,20 @@ class Reading:
         """Keep a fault for those who want to see them all."""
         if self.faults is not None:
             self.faults.append(str(fault))
+
+    def place(self, source: Source) -> None:
+        """Tell where the records of a source lie."""
+        if self.found is not None:
+            self.found.append(source)
+
+    @property
+    def source(self) -> Source:
+        """Where the records of the last source lie."""
+        return self.found[-1] if self.found else Source("the data")
+
+    def of_another(self) -> Reading:
+        """The same for another source, which need not have the columns."""
+        return replace(self, strict=False, found=[])
 
     def writes_prompts(self) -> bool:
         """Whether prompts are changed."""

@@ -279,7 +279,7 @@ def _check_messages(field: str, messages: Sequence[Any]) -> None:
 def check_records(
     dataset: AnyDataset,
     source: Source,
-    check: Callable[[Record], None],
+    check: Callable[[Record], Any],
     reading: Reading = AS_PUBLISHED,
 ) -> AnyDataset:
     """The dataset, with `check` run on each record (of a stream: as it is read).
@@ -303,22 +303,24 @@ def check_records(
         return True
 
     if isinstance(dataset, IterableDataset):
+        reading.place(source)
         return dataset.filter(passes, with_indices=True)
     rows = [r for r, record in enumerate(iterate(dataset, source=source)) if passes(record, r)]
-    return keep_rows(dataset, rows, source)
+    return keep_rows(dataset, rows, source, reading)
 
 
-def keep_rows(dataset: Dataset, rows: list[int], source: Source) -> Dataset:
+def keep_rows(dataset: Dataset, rows: list[int], source: Source, reading: Reading) -> Dataset:
     """The rows that are good; the others are counted in a line.
 
     Raises:
         InputError: none is good.
     """
+    reading.place(source if len(rows) == len(dataset) else source.narrowed(rows))
     if len(rows) == len(dataset):
         return dataset
     if not rows:
         raise InputError(f"{source.name}: all {len(dataset)} records are faulty.")
-    logger.warning("%s: %d faulty records are left out", source.name, len(dataset) - len(rows))
+    logger.warning("%s: faulty records left out: %d", source.name, len(dataset) - len(rows))
     return dataset.select(rows)
 
 

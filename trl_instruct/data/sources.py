@@ -5,9 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from os import PathLike, fspath
@@ -72,6 +72,10 @@ class Source:
             return cls(f"{source} ({split})")
         path = Path(fspath(source)).expanduser()
         return cls(str(source), path if path.is_file() and _holds_json_lines(path) else None)
+
+    def narrowed(self, rows: Sequence[int]) -> Source:
+        """The source of some of its records, which then count from 0."""
+        return replace(self, rows=tuple(self.rows[row] if self.rows else row for row in rows))
 
     def where(self, row: int) -> str:
         """Where a user finds row 0, 1, ...: its 1-based line in a JSON Lines file, else its row."""
@@ -224,9 +228,10 @@ def _load_configured(
 
 def _load_named(config: DatasetConfig, split: str, streaming: bool, where: Source) -> AnyDataset:
     """A dataset of the Hub, or a builder with its files."""
-    subset, options = config.name, {"data_dir": config.data_dir, "data_files": config.data_files}
+    given = {name: getattr(config, name) for name in ("name", "data_dir", "data_files")}
+    options: Any = {name: value for name, value in given.items() if value is not None}
     try:
-        return load_dataset(config.path, subset, split=split, streaming=streaming, **options)
+        return load_dataset(config.path, split=split, streaming=streaming, **options)
     except (FileNotFoundError, ConnectionError) as error:
         problem = f"no file or folder here, and not found on the Hub: {error}"
     except (ValueError, DatasetGenerationError) as error:

@@ -21,6 +21,7 @@ from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource, model_name
 from trl_instruct.models.tokenizers import check_tokenizer, load_tokenizer
 from trl_instruct.recipes.chain import check_format, remember_reading
+from trl_instruct.recipes.dry_run import fitting
 from trl_instruct.recipes.options import data_of, held_out_of
 from trl_instruct.recipes.stage import StageResult, run_stage
 from trl_instruct.rewards.function import RewardFunction, as_completions, call_reward, place_on
@@ -125,13 +126,10 @@ def sample_candidates(
     model, tokenizer = _load(policy, processing_class, model_config or ModelConfig(), **trust)
     records = prompts_of(prompts, split, tokenizer, opening_length, reading)
     check_format(records, tokenizer, policy=policy)
+    limits: Any = {"max_prompt_length": max_prompt_length, "response_length": response_length}
+    records = fitting(records, tokenizer, model, reading, **limits)
     token_lists, cut = prompt_tokens(
-        records["prompt"][:],
-        tokenizer,
-        model,
-        max_prompt_length=max_prompt_length,
-        response_length=response_length,
-        columns=records[:],
+        records["prompt"][:], tokenizer, model, columns=records[:], **limits
     )
     if gold is not None:
         gold = load_reward(gold, tokenizer, batch_size=batch_size, **trust)

@@ -23,6 +23,7 @@ from trl_instruct.ppo_trainer.rollout_scores import reward_counts
 from trl_instruct.ppo_trainer.trainer import PPOTrainer
 from trl_instruct.ppo_trainer.upstream import upstream_trainer
 from trl_instruct.recipes.chain import check_format, remember_reading
+from trl_instruct.recipes.dry_run import fitting, tell_prompts, tell_rewards
 from trl_instruct.recipes.memory import Work, memory_table
 from trl_instruct.recipes.options import data_of, option_errors, stage_options
 from trl_instruct.recipes.stage import StageResult, StageRun, run_stage, starting_point
@@ -73,8 +74,9 @@ def ppo(
     trainer_class = upstream_trainer(config) if config.engine == "trl" else PPOTrainer
     config.reward_model_path = _reward_names(reward) or config.reward_model_path
     remember_reading(config, model)
+    reading = Reading.of(config)
     prompts = (load_texts if config.opening_length else load_prompts)(
-        data_of(dataset, config), config.dataset_train_split, reading=Reading.of(config)
+        data_of(dataset, config), config.dataset_train_split, reading=reading
     )
     pretraining = _pretraining_texts(ptx_dataset, config)
     with run_stage("ppo", config, model_config) as run:
@@ -85,6 +87,8 @@ def ppo(
         value = value_model or config.value_model_path
         roles = load_roles(base, reward, value, tokenizer, config, model_config)
         check_vocabulary(tokenizer, roles.policy)
+        limits = {name: getattr(config, name) for name in ("max_prompt_length", "response_length")}
+        prompts = fitting(prompts, tokenizer, roles.policy, reading, **limits)
         with option_errors():
             trainer = trainer_class(
                 args=config,
@@ -99,6 +103,9 @@ def ppo(
                 callbacks=callbacks,
             )
         _tell_before(run, roles, trainer)
+        if run.dry:
+            tell_prompts(run, trainer.prompts, tokenizer)
+            tell_rewards(run, roles.policy, roles.reward, trainer, prompts)
         labels = {"score": "objective/scores", "kl": "objective/kl", "length": "objective/length"}
         output = run.train(trainer, labels)
         metrics = {**output.metrics, "cut_prompts": trainer.cut_prompts, **_counted(run, roles)}

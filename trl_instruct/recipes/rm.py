@@ -3,10 +3,17 @@
 import math
 import os
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
+from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 from trl import ModelConfig
 
 from trl_instruct.configs import RewardConfig
@@ -18,9 +25,9 @@ from trl_instruct.data.preferences import (
     most_responses,
 )
 from trl_instruct.data.records import form_of
-from trl_instruct.data.rendering import render_all
-from trl_instruct.data.sources import iterate
-from trl_instruct.errors import InputError, located
+from trl_instruct.data.rendering import Rendered, render_all
+from trl_instruct.data.sources import Record, iterate
+from trl_instruct.errors import InputError
 from trl_instruct.models.adapters import (
     CLASSIFIER,
     keep_float32,
@@ -31,6 +38,7 @@ from trl_instruct.models.load import load_reward_model
 from trl_instruct.models.properties import ModelSource
 from trl_instruct.models.tokenizers import check_vocabulary
 from trl_instruct.recipes.chain import remember_reading
+from trl_instruct.recipes.dry_run import tell_lengths, tell_records
 from trl_instruct.recipes.memory import Work, memory_table
 from trl_instruct.recipes.options import (
     data_of,
@@ -93,35 +101,35 @@ def rm(
     config, model_config = stage_options(
         RewardConfig, config, model_config, output_dir, dataset, options
     )
-    if config.eval_strategy != "no":
-        raise InputError(
-            f"eval_strategy is {config.eval_strategy.value!r}, but rm measures the held-out "
-            "accuracy once, after training. Leave it out; RankingRewardTrainer can do both."
-        )
+    _check_evaluation(config)
     remember_reading(config, model)
     test = held_out_of(dataset, eval_dataset, config)
-    data = load_preferences(
-        data_of(dataset, config),
-        test and test[0],
-        named_source(demonstrations, config, "demonstrations_name"),
-        config,
-    )
     with run_stage("rm", config, model_config) as run:
+        base, tokenizer = starting_point(run, model, processing_class)
+        data = load_preferences(
+            data_of(dataset, config),
+            test and test[0],
+            named_source(demonstrations, config, "demonstrations_name"),
+            config,
+            fits=partial(_check_rendering, tokenizer=tokenizer),
+        )
         run.say(str(data.counts))
-        classifier, tokenizer = _load(run, model, processing_class, data)
+        classifier = _load(run, base, tokenizer, data)
         trained = trained_weights(classifier)
         with option_errors():
             trainer = RankingRewardTrainer(
                 model=classifier,
                 args=config,
                 train_dataset=data.train,
+                eval_dataset=_watched(config, data),
                 processing_class=tokenizer,
                 peft_config=new_adapter_config(classifier, model_config, CLASSIFIER),
-                callbacks=callbacks,
+                callbacks=_callbacks(config, callbacks),
             )
         keep_float32(trainer.model, trained)
         _check_overlong(trainer, run)
-        _check_rendering(data, tokenizer)
+        if run.dry:
+            _tell(run, data, tokenizer)
         rows = config.per_device_train_batch_size * most_responses(data.train)
         batch = Work(rows, config.max_length or 0, predicted=0)
         run.say(memory_table({"reward model": trainer.model}, [batch], config))
@@ -143,29 +151,67 @@ def rm(
 
 
 def _load(
-    run: StageRun,
-    model: ModelSource | None,
-    processing_class: PreTrainedTokenizerBase | None,
-    data: Preferences,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The classifier to train, with a new head, and its tokenizer; limits max_length to fit."""
-    base, tokenizer = starting_point(run, model, processing_class)
+    run: StageRun, base: ModelSource, tokenizer: PreTrainedTokenizerBase, data: Preferences
+) -> PreTrainedModel:
+    """The classifier to train, with a new head; limits max_length to fit."""
     check_chat_template(data.train, tokenizer, run.config)
     trust = run.config.trust_remote_code
     classifier = load_reward_model(base, run.model_config, fresh_head=True, trust_remote_code=trust)
     run.config.max_length = within_context(run.config.max_length, classifier)
     check_vocabulary(tokenizer, classifier)
-    return classifier, tokenizer
+    return classifier
 
 
-def _check_rendering(data: Preferences, tokenizer: PreTrainedTokenizerBase) -> None:
-    """InputError for a row that is read after training and that the chat template refuses."""
-    shown = {"Held-out row": data.held_out, "Demonstration": data.demonstrations}
-    for what, rows in shown.items():
-        for number, record in enumerate(iterate(rows) if rows is not None else (), start=1):
-            replies = record["responses"] if "responses" in record else [record["completion"]]
-            with located(f"{what} {number}"):
-                render_all(record["prompt"], replies, tokenizer, record)
+def _check_evaluation(config: RewardConfig) -> None:
+    """InputError for a metric that rm does not measure while it trains."""
+    known = ("accuracy", "loss", "margin")
+    metric = config.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        raise InputError(
+            f"metric_for_best_model is {metric!r}; rm measures {', '.join(known)} while it trains."
+        )
+
+
+def _watched(config: RewardConfig, data: Preferences) -> Dataset | None:
+    """The held-out rankings, if they are to be measured while training."""
+    if config.eval_strategy == "no":
+        return None
+    if data.held_out is None:
+        raise InputError(
+            f"eval_strategy is {config.eval_strategy.value!r}, but nothing is held out. Set "
+            "eval_size, or give an eval_dataset_name."
+        )
+    return data.held_out
+
+
+def _callbacks(
+    config: RewardConfig, callbacks: list[TrainerCallback] | None
+) -> list[TrainerCallback] | None:
+    """The user's callbacks, and the one that stops early."""
+    if config.early_stopping_patience is None:
+        return callbacks
+    return [*(callbacks or ()), EarlyStoppingCallback(config.early_stopping_patience)]
+
+
+def _check_rendering(record: Record, *, tokenizer: PreTrainedTokenizerBase) -> None:
+    """InputError for a record, of any kind, that the chat template refuses."""
+    if isinstance(record["prompt"], str):
+        return
+    names = [name for name in ("completion", "chosen", "rejected") if name in record]
+    replies = record["responses"] if "responses" in record else [record[name] for name in names]
+    render_all(record["prompt"], replies, tokenizer, record)
+
+
+def _tell(run: StageRun, data: Preferences, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Show the first response of the first rankings, and the lengths of all."""
+
+    def rendered(record: Record) -> list[Rendered]:
+        return render_all(record["prompt"], record["responses"], tokenizer, record)
+
+    rankings = as_rankings(data.train)
+    tell_records(run, (rendered(record)[0] for record in rankings), tokenizer)
+    lengths = [len(row.ids) for record in iterate(rankings) for row in rendered(record)]
+    tell_lengths(run, "prompts with responses", lengths, run.config.max_length)
 
 
 def _check_overlong(trainer: RankingRewardTrainer, run: StageRun) -> None:

@@ -1,7 +1,6 @@
 """Stage 1, supervised fine-tuning: load -> train -> measure -> save."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import ModelConfig, SFTTrainer
 
 from trl_instruct.configs import SFTConfig
-from trl_instruct.data.reading import Reading
-from trl_instruct.data.records import form_of, load_demonstrations
-from trl_instruct.data.rendering import render
-from trl_instruct.data.sources import AnyDataset, Source, first_record, iterate, map_records
+from trl_instruct.data.reading import AS_PUBLISHED, Reading
+from trl_instruct.data.records import check_records, form_of, load_demonstrations
+from trl_instruct.data.rendering import Rendered, render
+from trl_instruct.data.sources import (
+    AnyDataset,
+    Record,
+    Source,
+    first_record,
+    iterate,
+    map_records,
+)
 from trl_instruct.errors import InputError, located
+from trl_instruct.files import METRICS_FILE
 from trl_instruct.generation.sampling import eos_token_ids
 from trl_instruct.models.adapters import keep_float32, new_adapter_config, trained_weights
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource, context_length
 from trl_instruct.models.tokenizers import check_vocabulary
 from trl_instruct.recipes.chain import remember_reading
+from trl_instruct.recipes.dry_run import SHOWN, tell_lengths, tell_records
 from trl_instruct.recipes.memory import Work, memory_table
 from trl_instruct.recipes.options import data_of, held_out_of, option_errors, stage_options
 from trl_instruct.recipes.pretrain import tiny_base
@@ -78,18 +86,31 @@ def sft(
             f"metric_for_best_model is {config.metric_for_best_model!r}; sft measures the loss "
             "while it trains. Give 'loss', or leave it out."
         )
-    demonstrations, held_out = _demonstrations(model, dataset, eval_dataset, config)
+    remember_reading(config, model)
+    reading = Reading.of(config)
+    others, test = reading.of_another(), held_out_of(dataset, eval_dataset, config)
+    source, streams = data_of(dataset, config), config.dataset_streaming
+    demonstrations = load_demonstrations(
+        source, config.dataset_train_split, streams, reading=reading
+    )
+    held_out = None if test is None else load_demonstrations(*test, reading=others)
     config.eval_on_start = held_out is not None
     if isinstance(model, str) and model == TINY:
         StageRun("sft", config, model_config).check_folder()
-        model = tiny_base(Path(config.output_dir).parent / "base", seed=config.seed)
+        folder = Path(config.output_dir).parent / "base"
+        if config.faults is not None and not (folder / METRICS_FILE).is_file():
+            raise InputError(f"The tiny base model is not in {folder} yet; `make base` trains it.")
+        model = tiny_base(folder, seed=config.seed)
     with run_stage("sft", config, model_config) as run:
         policy, tokenizer = _load(run, model, processing_class)
         form = form_of(first_record(demonstrations, Source.of(demonstrations)))
-        demonstrations, truncated = render_demonstrations(demonstrations, tokenizer, config)
+        given = tokenizer, config
+        demonstrations, truncated = render_demonstrations(demonstrations, *given, reading)
         _check_ending(run, demonstrations, policy, tokenizer)
         if held_out is not None:
-            held_out, _ = render_demonstrations(held_out, tokenizer, config)
+            held_out, _ = render_demonstrations(held_out, *given, others)
+        if run.dry:
+            _tell(run, demonstrations, tokenizer)
         if truncated:
             run.say(f"{truncated} of {len(demonstrations)} demonstrations are cut at max_length")
         trained = trained_weights(policy)
@@ -114,17 +135,17 @@ def sft(
         return run.finish(trainer, metrics)
 
 
-def _demonstrations(
-    model: ModelSource, dataset: Any, eval_dataset: Any, config: SFTConfig
-) -> tuple[AnyDataset, AnyDataset | None]:
-    """Demonstrations to learn and, if there are any, held-out ones."""
-    remember_reading(config, model)
-    reading, source = Reading.of(config), data_of(dataset, config)
-    streams = config.dataset_streaming
-    shown = load_demonstrations(source, config.dataset_train_split, streams, reading=reading)
-    test = held_out_of(dataset, eval_dataset, config)
-    reading = replace(reading, strict=False)
-    return shown, None if test is None else load_demonstrations(*test, reading=reading)
+def _tell(run: StageRun, rendered: AnyDataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Show the first demonstrations with their loss mask, and the lengths of all."""
+    if isinstance(rendered, IterableDataset) or "input_ids" not in rendered.column_names:
+        run.say("the trainer itself renders the demonstrations: they are not shown")
+        return
+    shown = []
+    for record in rendered.select(range(min(SHOWN, len(rendered)))):
+        ids, start = record["input_ids"], record["completion_mask"].index(1)
+        shown.append(Rendered(ids[:start], ids[start:], None))
+    tell_records(run, shown, tokenizer)
+    tell_lengths(run, "demonstrations", [*map(len, rendered["input_ids"])], run.config.max_length)
 
 
 def _load(
@@ -174,7 +195,10 @@ def _measure(trainer: SFTTrainer) -> dict[str, float]:
 
 
 def render_demonstrations(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, config: SFTConfig
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SFTConfig,
+    reading: Reading = AS_PUBLISHED,
 ) -> tuple[Dataset, int]:
     """Demonstrations with the ids that SFTTrainer takes, and how many of them max_length cuts.
 
@@ -194,21 +218,24 @@ def render_demonstrations(
     if config.assistant_only_loss or not (is_text or tokenizer.chat_template):
         return dataset, 0
 
-    def rendered(record: dict[str, Any], row: int) -> dict[str, list[int]]:
-        with located(f"Demonstration {row + 1}"):
-            prompt, completion, _ = render(
-                record["prompt"], record["completion"], tokenizer, record
-            )
+    def render_one(record: Record) -> dict[str, list[int]]:
+        prompt, completion, _ = render(record["prompt"], record["completion"], tokenizer, record)
         if config.max_length is not None and len(prompt) >= config.max_length:
             raise InputError(
-                f"Demonstration {row + 1}: the prompt alone is {len(prompt)} tokens and max_length "
-                f"is {config.max_length}, which leaves no completion to learn. Raise max_length "
-                "(up to the model's context), or shorten the prompt."
+                f"the prompt alone is {len(prompt)} tokens and max_length is {config.max_length}, "
+                "which leaves no completion to learn. Raise max_length (up to the model's "
+                "context), or shorten the prompt."
             )
         mask = [0] * len(prompt) + [1] * len(completion)
         return {"input_ids": prompt + completion, "completion_mask": mask}
 
-    ready = map_records(dataset, rendered, with_indices=True)
+    def located_one(record: Record, row: int) -> dict[str, list[int]]:
+        with reading.source.located(row) if reading.found else located(f"Demonstration {row + 1}"):
+            return render_one(record)
+
+    if reading.skips:
+        dataset = check_records(dataset, reading.source, render_one, reading)
+    ready = map_records(dataset, located_one, with_indices=True)
     if config.max_length is None or isinstance(ready, IterableDataset):
         return ready, 0
     return ready, sum(len(ids) > config.max_length for ids in iterate(ready, "input_ids"))

@@ -44,6 +44,7 @@ from trl_instruct.models.merging import merge_in_place
 from trl_instruct.models.properties import ModelSource, context_length, model_name
 from trl_instruct.models.sharding import check_saving
 from trl_instruct.models.tokenizers import check_tokenizer, install_chat_template, load_tokenizer
+from trl_instruct.recipes.dry_run import DryRunEnd, plan_of
 from trl_instruct.recipes.options import save_config
 from trl_instruct.scalar_head import SHIFT_FILE
 
@@ -144,6 +145,9 @@ def run_stage(name: str, config: StageConfig, model_config: ModelConfig) -> Iter
     set_seed(config.seed)
     try:
         yield run
+    except DryRunEnd:
+        if run.is_main and not run.existed and run.folder.is_dir():
+            run.folder.rmdir()  # transformers makes it
     except BaseException:
         if run.is_main:
             run.release()
@@ -170,8 +174,22 @@ class StageRun:
         """Folder for the base model of an adapter, if it has no other."""
         return self.folder / BASE
 
+    @property
+    def dry(self) -> bool:
+        """Whether the run ends before its first step and leaves the folder alone."""
+        return self.config.faults is not None
+
     def check_folder(self) -> None:
         """InputError unless the folder is new, empty, or may be replaced or resumed."""
+        try:
+            self._check_folder()
+        except InputError as fault:
+            if self.config.faults is None:
+                raise
+            if str(fault) not in self.config.faults:
+                self.config.faults.append(str(fault))
+
+    def _check_folder(self) -> None:
         config, folder = self.config, self.folder
         if self.existed and not folder.is_dir():
             raise InputError(f"output_dir {str(folder)!r} is a file; choose a folder.")
@@ -254,6 +272,10 @@ class StageRun:
         """
         check_saving(trainer.accelerator)
         self._check_batches(trainer)
+        if plan := plan_of(trainer):
+            self.say(plan)
+        if self.dry:
+            raise DryRunEnd
         self.begin()
         if not self.config.disable_tqdm:
             # One bar with the named metrics instead of a printed dict per log.

@@ -116,8 +116,9 @@ class RankingRewardTrainer(RewardTrainer):
         options |= {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {name} dataset"}
         with PartialState().main_process_first():
             dataset = dataset.map(tokenize, **options)
-        self.overlong += sum(dataset["overlong"])
-        self.truncated += sum(dataset["truncated"])
+        if name == "train":
+            self.overlong += sum(dataset["overlong"])
+            self.truncated += sum(dataset["truncated"])
         kept = [row for row, count in enumerate(dataset["comparisons"]) if count]
         dataset = dataset if len(kept) == len(dataset) else dataset.select(kept)
         if len(dataset):

@@ -1,0 +1,144 @@
+"""What a stage is about to do: its records as the model sees them, lengths, steps, a first score.
+
+`trl-instruct check STAGE` ends there: `config.faults` is then a list, and nothing is trained.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, Trainer
+
+from trl_instruct.console import one_line
+from trl_instruct.data.reading import Reading
+from trl_instruct.data.records import check_records
+from trl_instruct.data.rendering import Rendered
+from trl_instruct.data.sources import Record
+from trl_instruct.generation.sampling import prompt_tokens, sample_several
+from trl_instruct.rewards.function import as_completions, call_reward, place_on
+
+SHOWN = 2
+FEW_STEPS = 10
+
+
+class DryRunEnd(Exception):  # noqa: N818 - it is no error
+    """A dry run has checked all that comes before the first step."""
+
+
+def shown_tokens(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A record token by token; those in brackets count in the loss or are scored.
+
+    White space is escaped, so that what a template puts at the joint can be seen.
+    """
+    prompt, completion = (
+        [repr(tokenizer.decode([token]))[1:-1] for token in ids]
+        for ids in (rendered.prompt, rendered.completion)
+    )
+    return "|".join(prompt) + "".join(f"[{token}]" for token in completion)
+
+
+def tell_records(run: Any, rendered: Iterable[Rendered], tokenizer: Any) -> None:
+    """Show the first records of a dry run."""
+    for number, record in zip(range(1, SHOWN + 1), rendered, strict=False):
+        counts = f"{len(record.prompt)} + {len(record.completion)} tokens"
+        run.say(f"record {number}, {counts}: {shown_tokens(record, tokenizer)}")
+
+
+def tell_lengths(run: Any, what: str, lengths: Sequence[int], limit: int | None) -> None:
+    """Say how long the texts are, and how many exceed the limit."""
+    told = f"{what}: {min(lengths)} to {max(lengths)} tokens, median {statistics.median(lengths):g}"
+    if limit:
+        beyond = sum(length > limit for length in lengths)
+        told += f"; the limit is {limit}, {beyond} of {len(lengths)} exceed it"
+    run.say(told)
+
+
+def tell_prompts(run: Any, prompts: Sequence[list[int]], tokenizer: Any) -> None:
+    """Show the first prompts, and the lengths of all."""
+    tell_records(run, (Rendered(ids, [], None) for ids in prompts), tokenizer)
+    tell_lengths(run, "prompts", [*map(len, prompts)], run.config.max_prompt_length)
+
+
+def fitting(
+    prompts: Dataset, tokenizer: Any, policy: Any, reading: Reading, **limits: Any
+) -> Dataset:
+    """Prompts without those that the chat template refuses or that are too long, if bad ones go.
+
+    Otherwise all: `prompt_tokens`, which takes the limits, raises the error.
+    """
+
+    def fits(record: Record) -> None:
+        columns = {name: [value] for name, value in record.items()}
+        prompt_tokens(columns.pop("prompt"), tokenizer, policy, columns=columns, **limits)
+
+    return check_records(prompts, reading.source, fits, reading) if reading.skips else prompts
+
+
+def plan_of(trainer: Trainer) -> str:
+    """Optimizer steps and passes of a run, in words; few of them teach little."""
+    args: Any = trainer.args
+    if hasattr(trainer, "num_iterations"):
+        return _ppo_plan(trainer)
+    if hasattr(args, "num_ppo_epochs"):
+        return ""  # TRL's PPOTrainer
+    try:
+        rows = len(trainer.train_dataset)
+    except TypeError:
+        return f"{args.max_steps} optimizer steps on a stream"
+    each = args.train_batch_size * args.world_size
+    batches = max(1, rows // each if args.dataloader_drop_last else math.ceil(rows / each))
+    a_pass = math.ceil(batches / args.gradient_accumulation_steps)
+    total = args.max_steps if args.max_steps > 0 else math.ceil(a_pass * args.num_train_epochs)
+    batch = each * args.gradient_accumulation_steps
+    return _with_advice(
+        f"{rows:,} rows in batches of {batch}: {_steps(a_pass)} a pass, {_steps(total)} in all "
+        f"({_passes(total / a_pass)})",
+        total,
+    )
+
+
+def _ppo_plan(trainer: Any) -> str:
+    """The same of PPO, whose iterations sample before they take their steps."""
+    args, iterations = trainer.args, trainer.num_iterations
+    steps = getattr(args, "num_mini_batches", 1) * args.num_ppo_epochs * iterations
+    prompts, episodes = len(trainer.train_dataset), iterations * trainer.batch_size
+    return _with_advice(
+        f"{prompts:,} prompts in batches of {trainer.batch_size}: {iterations:,} "
+        f"iteration{'s' * (iterations != 1)}, {episodes:,} episodes ({_passes(episodes / prompts)}), {_steps(steps)}",
+        steps,
+    )
+
+
+def _steps(count: int) -> str:
+    return "ONE optimizer step" if count == 1 else f"{count:,} optimizer steps"
+
+
+def _passes(count: float) -> str:
+    return "1 pass" if count == 1 else f"{count:.3g} passes"
+
+
+def _with_advice(plan: str, steps: int) -> str:
+    if steps >= FEW_STEPS:
+        return plan
+    return f"{plan}: few; lower gradient_accumulation_steps, or give more data or passes"
+
+
+def tell_rewards(run: Any, policy: Any, reward: Any, trainer: Any, prompts: Any) -> None:
+    """Call the reward on completions of the first prompts."""
+    rows = min(SHOWN, len(prompts))
+    options = {name: getattr(run.config, name) for name in ("stop_strings", "temperature")}
+    length = run.config.response_length
+    given = policy, trainer.processing_class, trainer.prompts[:rows], 1
+    drawn = [one for (one,) in sample_several(*given, max_new_tokens=length, **options)]
+    columns = prompts[:rows]
+    asked = columns.pop("prompt")
+    texts = as_completions(asked, [completion.text for completion in drawn])
+    place_on(reward, policy.device)
+    columns["completion_ids"] = [completion.ids for completion in drawn]
+    scores = call_reward(reward, asked, texts, columns)
+    for text, score in zip(texts, scores, strict=True):
+        run.say(f"the reward gives {score:.4g} to {one_line(text)[:80]!r}")
