@@ -451,27 +451,66 @@ REFUSING = (
 )
 
 
-@pytest.mark.parametrize("place", ["Ranking 8", "Pair 8", "Held-out row 1", "Demonstration 1"])
-def test_rm_renders_every_row_before_its_first_step(saved_policy, tmp_path, place):
+@pytest.mark.parametrize("place", ["rankings", "pairs", "held out", "demonstrations"])
+@pytest.mark.parametrize("eval_size", [0, 0.25])
+def test_rm_renders_every_row_before_its_first_step(saved_policy, tmp_path, place, eval_size):
     tokenizer = AutoTokenizer.from_pretrained(saved_policy)
     tokenizer.chat_template = REFUSING + CHAT_TEMPLATE
-    good = [chat(row) for row in (PAIRS if place == "Pair 8" else RANKINGS)]
+    good = [chat(row) for row in (PAIRS if place == "pairs" else RANKINGS)]
     shown = [chat(row) for row in DEMONSTRATIONS]
-    bad = {"Demonstration 1": shown[0]}.get(place, good[-1])
+    bad = shown[0] if place == "demonstrations" else good[-1]
     bad = {**bad, "prompt": messages("system", "Be kind.") + bad["prompt"]}
-    train = [*good[:-1], bad] if place.endswith("8") else good
-    more = {"Held-out row 1": {"eval_dataset": Dataset.from_list([bad])}}
-    more["Demonstration 1"] = {"demonstrations": Dataset.from_list([bad, *shown])}
-    given = {"eval_size": 0, **more.get(place, {}), "processing_class": tokenizer, **QUICK}
-    with pytest.raises(InputError, match=f"^{place}: .*roles system, user: no system turn"):
-        rm(saved_policy, Dataset.from_list(train), tmp_path / "rm", **given)
+    train = [*good[:-1], bad] if place in ("rankings", "pairs") else good
+    more = {"held out": {"eval_dataset": Dataset.from_list([good[0], bad])}}
+    more["demonstrations"] = {"demonstrations": Dataset.from_list([shown[1], bad, *shown])}
+    more = {"eval_size": eval_size, **more.get(place, {})}
+    row = 8 if place in ("rankings", "pairs") else 2
+    # Without held-out rows, the trainer is the first to render rankings; it knows no file.
+    named = f"the given Dataset, row {row}|Ranking {row}|Pair {row}"
+    with pytest.raises(InputError, match=f"^({named}): .*roles system, user: no system turn"):
+        rm(
+            saved_policy,
+            Dataset.from_list(train),
+            tmp_path / "rm",
+            processing_class=tokenizer,
+            **{**QUICK, **more},
+        )
     assert not (tmp_path / "rm").exists()
 
 
-def test_rm_does_not_evaluate_while_it_trains(saved_policy, tmp_path):
-    given = {"eval_size": 0.25, "eval_strategy": "steps", **QUICK}
-    with pytest.raises(InputError, match="eval_strategy is 'steps', but rm measures .* once"):
-        rm(saved_policy, Dataset.from_list(RANKINGS), tmp_path / "rm", **given)
+def test_rm_keeps_the_best_checkpoint_and_stops_early(saved_policy, tmp_path):
+    """The labels are upside down in the held-out half: the more it learns, the worse it gets."""
+    held_out = [{**row, "ranks": [1, 3, 2]} for row in RANKINGS[4:]]
+    every = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1, "eval_steps": 1}
+    options = {**QUICK, **every, "max_steps": 20, "early_stopping_patience": 2}
+    given = Dataset.from_list(RANKINGS), tmp_path / "rm"
+    result = rm(saved_policy, *given, eval_dataset=Dataset.from_list(held_out), **options)
+    state = json.loads((tmp_path / "rm" / "trainer_state.json").read_text())
+    measured = {log["step"]: log for log in state["log_history"] if "eval_accuracy" in log}
+    best = max(measured.values(), key=lambda log: log["eval_accuracy"])
+    assert state["global_step"] == best["step"] + 2 < 20
+    assert state["best_metric"] == best["eval_accuracy"] == result.metrics["accuracy"]
+    assert {"eval_loss", "eval_margin"} <= set(best)
+    best_weights = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "rm" / f"checkpoint-{best['step']}"
+    )
+    same_outputs(best_weights, AutoModelForSequenceClassification.from_pretrained(result.path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_strategy": "steps", "eval_size": 0}, "'steps', but nothing is held out"),
+        ({"metric_for_best_model": "eval_f1"}, "rm measures accuracy, loss, margin"),
+        ({"early_stopping_patience": 0}, "early_stopping_patience is 0"),
+        ({"early_stopping_patience": 2}, "the save and eval strategy to match"),
+    ],
+)
+def test_how_rm_cannot_evaluate(saved_policy, tmp_path, options, message):
+    given = Dataset.from_list(RANKINGS), tmp_path / "rm"
+    options = {**QUICK, "save_strategy": "steps", "eval_size": 0.25, **options}
+    with pytest.raises(InputError, match=message):
+        rm(saved_policy, *given, **options)
     assert not (tmp_path / "rm").exists()
 
 
@@ -743,7 +782,11 @@ RECORDS = [
     ("sft", [{"prompt": "a", "completion": ""}], r"row 1: `completion` is empty"),
     ("sft", Dataset.from_dict({"prompt": [], "completion": []}), "holds no records"),
     ("sft", [chat(DEMONSTRATIONS[0])], "no chat template. Set chat_template_path"),
-    ("sft", [*DEMONSTRATIONS, {"prompt": "p" * 128, "completion": "b"}], r"Demonstration 9: the"),
+    (
+        "sft",
+        [*DEMONSTRATIONS, {"prompt": "p" * 128, "completion": "b"}],
+        "row 9: the prompt alone",
+    ),
     ("rm", [{"prompt": "a", "replies": ["b", "c"]}], "needs rankings .* or pairs .*: prompt, repl"),
     ("rm", [{"prompt": "a", "responses": ["b"]}], r"row 1: .*at least (2|two)"),
     ("rm", [{"prompt": "", "responses": ["b", "c"]}], r"row 1: `prompt` is empty"),

@@ -61,10 +61,10 @@ def read_chain(folder: str | os.PathLike) -> dict[str, FinishedStage]:
 def remember_reading(config: Any, *models: Any) -> None:
     """Read files as the first of the models read its own, unless the config says otherwise."""
     for model in models:
-        path = Path(name_of(model) or "") / CONFIG_FILE
-        if not path.is_file():
+        folder = Path(name_of(model) or "nowhere")
+        if not _is_finished(folder):
             continue
-        known = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        known = _read(folder).config
         config.remembered = config.columns is None and "columns" in known
         for name in ("columns", "prompt_template", "prompt_suffix"):
             if getattr(config, name) is None:

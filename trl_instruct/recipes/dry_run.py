@@ -106,9 +106,10 @@ def _ppo_plan(trainer: Any) -> str:
     args, iterations = trainer.args, trainer.num_iterations
     steps = getattr(args, "num_mini_batches", 1) * args.num_ppo_epochs * iterations
     prompts, episodes = len(trainer.train_dataset), iterations * trainer.batch_size
+    rounds = f"{iterations:,} iteration{'s' * (iterations != 1)}"
     return _with_advice(
-        f"{prompts:,} prompts in batches of {trainer.batch_size}: {iterations:,} "
-        f"iteration{'s' * (iterations != 1)}, {episodes:,} episodes ({_passes(episodes / prompts)}), {_steps(steps)}",
+        f"{prompts:,} prompts in batches of {trainer.batch_size}: {rounds}, {episodes:,} episodes "
+        f"({_passes(episodes / prompts)}), {_steps(steps)}",
         steps,
     )
 

@@ -195,7 +195,7 @@ def _callbacks(
 
 def _check_rendering(record: Record, *, tokenizer: PreTrainedTokenizerBase) -> None:
     """InputError for a record, of any kind, that the chat template refuses."""
-    if isinstance(record["prompt"], str):
+    if isinstance(record["prompt"], str) or tokenizer.chat_template is None:
         return
     names = [name for name in ("completion", "chosen", "rejected") if name in record]
     replies = record["responses"] if "responses" in record else [record[name] for name in names]
