@@ -3,16 +3,28 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from test_recipes import DEMONSTRATIONS, PROMPTS, QUICK, QUICK_PPO, RANKINGS, vowels
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainerState
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerState,
+)
 
 from trl_instruct.errors import InputError
-from trl_instruct.models.checkpoints import all_checkpoints, find_checkpoint, is_whole
+from trl_instruct.models.checkpoints import (
+    all_checkpoints,
+    check_resumable,
+    find_checkpoint,
+    is_whole,
+)
 from trl_instruct.ppo_trainer import trainer as ppo_trainer
 from trl_instruct.recipes.ppo import ppo
 from trl_instruct.recipes.rm import rm
@@ -56,6 +68,51 @@ def test_no_checkpoint_to_go_on_from(tmp_path, checkpoint):
         find_checkpoint(tmp_path, checkpoint)
 
 
+STEPS = {**QUICK, "save_strategy": "steps", "save_steps": 1}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_does_not_fit_is_refused_and_stays(saved_policy, tmp_path):
+    """Of another stage, of a full model for an adapter, of another model, a finished stage."""
+    data, folder = Dataset.from_list(DEMONSTRATIONS), tmp_path / "sft"
+    sft(saved_policy, data, folder, **STEPS)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    resume = {"resume_from_checkpoint": True}
+    with pytest.raises(InputError, match="checkpoint-2' was written by sft, not by rm"):
+        rm(saved_policy, Dataset.from_list(RANKINGS), folder, eval_size=0, **STEPS, **resume)
+    with pytest.raises(InputError, match="was written by sft, not by ppo"):
+        ppo(saved_policy, vowels, Dataset.from_list(PROMPTS), folder, **QUICK_PPO, **resume)
+    with pytest.raises(InputError, match="holds a full model, but use_peft is set"):
+        sft(saved_policy, data, folder, use_peft=True, **STEPS, **resume)
+    finished = {"resume_from_checkpoint": str(folder)}
+    with pytest.raises(InputError, match="is the result of a stage, not a checkpoint"):
+        sft(saved_policy, data, tmp_path / "new", **STEPS, **finished)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    wide = AutoModelForCausalLM.from_config(
+        AutoModelForCausalLM.from_pretrained(saved_policy).config.__class__(
+            vocab_size=258,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            eos_token_id=256,
+            pad_token_id=257,
+        )
+    )
+    tokenizer = AutoTokenizer.from_pretrained(saved_policy)
+    given = {"processing_class": tokenizer, **STEPS, "max_steps": 4, **resume}
+    with pytest.raises(InputError, match="checkpoint-2' does not fit this run"):
+        sft(wide, data, folder, **given)
+
+
+def test_a_reward_models_checkpoint_is_known(saved_reward_model, tmp_path):
+    check_resumable(Path(saved_reward_model), "rm", adapter=False)
+    with pytest.raises(InputError, match="was written by rm, not by sft"):
+        check_resumable(Path(saved_reward_model), "sft", adapter=False)
+
+
+@pytest.mark.slow
 def test_a_half_written_checkpoint_is_removed_and_not_resumed_from(saved_policy, tmp_path):
     data = Dataset.from_list(DEMONSTRATIONS)
     sft(saved_policy, data, tmp_path / "run", **{**QUICK, **SAVING})

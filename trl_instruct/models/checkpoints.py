@@ -9,6 +9,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_instruct.errors import InputError
+from trl_instruct.files import METRICS_FILE
+
+PPO_STATE = "ppo_state.json"
 
 
 def is_whole(folder: Path) -> bool:
@@ -53,6 +56,39 @@ def find_checkpoint(folder: Path, checkpoint: str | bool) -> Path:
         f"{str(folder if isinstance(checkpoint, bool) else checkpoint)!r}. Give the folder of one "
         "(.../checkpoint-<step>), or leave the option out to start afresh."
     )
+
+
+def check_resumable(checkpoint: Path, stage: str, *, adapter: bool) -> None:
+    """Check that a checkpoint is one of this stage, and an adapter's if the run trains one.
+
+    Raises:
+        InputError: it is another stage's, or the folder of a stage's result.
+    """
+    config, lora = (
+        json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        if (checkpoint / name).is_file()
+        else {}
+        for name in ("config.json", "adapter_config.json")
+    )
+    if (checkpoint / METRICS_FILE).is_file():
+        raise InputError(
+            f"resume_from_checkpoint {str(checkpoint)!r} is the result of a stage, not a "
+            "checkpoint. Give one of its folders checkpoint-<step>."
+        )
+    classes = str(config.get("architectures", ""))
+    scores = "SequenceClassification" in classes or lora.get("task_type") == "SEQ_CLS"
+    found = "ppo" if (checkpoint / PPO_STATE).is_file() else "rm" if scores else "sft"
+    if found != {"pretrain": "sft"}.get(stage, stage):
+        raise InputError(
+            f"The checkpoint {str(checkpoint)!r} was written by {found}, not by {stage}. Resume "
+            f"from one of {stage}'s, or choose another output_dir."
+        )
+    if bool(lora) != adapter:
+        held, needed = ("an adapter", "is not") if lora else ("a full model", "is")
+        raise InputError(
+            f"The checkpoint {str(checkpoint)!r} holds {held}, but use_peft {needed} set. Resume "
+            "with the options of the run that wrote it."
+        )
 
 
 def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:

@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trl_instruct.files import write_json
-from trl_instruct.models.checkpoints import load_weights
+from trl_instruct.models.checkpoints import PPO_STATE, load_weights
 from trl_instruct.ppo_trainer.ema import MovingAverage
 from trl_instruct.ppo_trainer.ptx import PretrainingRows
 from trl_instruct.ppo_trainer.rollouts import check_same_order
 from trl_instruct.rewards.function import RewardFunction, load_states, states_of
 
-VALUE, EMA, PROGRESS = "value_model", "ema.safetensors", "ppo_state.json"
+VALUE, EMA, PROGRESS = "value_model", "ema.safetensors", PPO_STATE
 
 
 class Resumable(Protocol):

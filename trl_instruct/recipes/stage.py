@@ -38,7 +38,12 @@ from trl_instruct.data.sources import AnyDataset, Source, first_record
 from trl_instruct.errors import InputError
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, write_json
 from trl_instruct.models.adapters import FINGERPRINT, Adapter, is_adapter
-from trl_instruct.models.checkpoints import all_checkpoints, find_checkpoint, is_whole
+from trl_instruct.models.checkpoints import (
+    all_checkpoints,
+    check_resumable,
+    find_checkpoint,
+    is_whole,
+)
 from trl_instruct.models.load import base_for_adapter, check_finished
 from trl_instruct.models.merging import merge_in_place
 from trl_instruct.models.properties import ModelSource, context_length, model_name
@@ -53,7 +58,7 @@ class Interruption(TrainerCallback):
     """On SIGTERM to any of its processes, a run finishes its step, saves a checkpoint and stops."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.begun = False
 
     def request(self, *_: Any) -> None:
         """Handle the signal."""
@@ -70,6 +75,9 @@ class Interruption(TrainerCallback):
             yield
         finally:
             signal.signal(signal.SIGTERM, previous)
+
+    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
+        self.begun = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -196,6 +204,7 @@ class StageRun:
         self._check_writable()
         if config.resume_from_checkpoint:
             self.checkpoint = find_checkpoint(folder, config.resume_from_checkpoint)
+            check_resumable(self.checkpoint, self.name, adapter=self.model_config.use_peft)
             return
         content = sorted(p.name for p in folder.iterdir()) if self.existed else []
         if content and CONFIG_FILE not in content:
@@ -284,7 +293,7 @@ class StageRun:
             trainer.add_callback(ProgressBar(self.name, labels))
         interruption = Interruption()
         trainer.add_callback(interruption)
-        with interruption.listening():
+        with interruption.listening(), self._loading(interruption):
             output = trainer.train(resume_from_checkpoint=self.checkpoint and str(self.checkpoint))
         if interruption.requested:
             self.say(
@@ -293,6 +302,19 @@ class StageRun:
             )
             raise SystemExit(128 + signal.SIGTERM)
         return output
+
+    @contextlib.contextmanager
+    def _loading(self, progress: Interruption) -> Iterator[None]:
+        """Turn an error before the first step of a resumed run into an `InputError`."""
+        try:
+            yield
+        except (ValueError, RuntimeError, OSError, KeyError) as error:
+            if self.checkpoint is None or progress.begun or isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"The checkpoint {str(self.checkpoint)!r} does not fit this run, which needs the "
+                f"model and options of the run that wrote it: {str(error).strip().splitlines()[0]}"
+            ) from error
 
     def finish(self, trainer: Trainer, metrics: dict[str, Any]) -> StageResult:
         """Save model, tokenizer, log history, model card and, last, the metrics."""
