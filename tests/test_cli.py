@@ -336,6 +336,8 @@ def test_what_a_user_sees(given, tmp_path):
         cwd=tmp_path,
     )
     memory, _, rest = ran.stdout.partition("activations 2.1\n")
+    plan, _, rest = rest.partition("\n")
+    assert plan.startswith("sft: 8 rows in batches of 4: 2 optimizer steps a pass")
     assert ran.returncode == 0 and memory.startswith("sft: memory\n"), ran.stderr
     told = rest.splitlines()
     assert [told[0], told[1]] == [f"policy: {policy}", "No fault found."]

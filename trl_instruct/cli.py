@@ -22,7 +22,6 @@ from trl_instruct.configs import (
     PretrainConfig,
     RewardConfig,
     SFTConfig,
-    line_breaks,
 )
 from trl_instruct.console import one_line
 from trl_instruct.data.reading import Reading
@@ -35,6 +34,7 @@ from trl_instruct.evaluation.compare import compare
 from trl_instruct.evaluation.evaluate import evaluate
 from trl_instruct.models.merging import merge
 from trl_instruct.models.tokenizers import load_tokenizer
+from trl_instruct.option_checks import line_breaks
 from trl_instruct.recipes.candidates import candidates
 from trl_instruct.recipes.chain import check_format, read_chain, remember_reading
 from trl_instruct.recipes.options import (
@@ -302,8 +302,10 @@ def check_command(arguments: list[str]) -> None:
     """Dry run of sft, rm or ppo: read all that it would read, list every fault, train nothing."""
     stages: dict[str, Any] = {"sft": SFTConfig, "rm": RewardConfig, "ppo": PPOConfig}
     if not arguments or arguments[0] not in stages:
-        given = f"{arguments[0]!r} was given" if arguments else "none was given"
-        raise InputError(f"check takes a stage first, sft, rm or ppo; {given}.")
+        parser = _Parser([], prog="trl-instruct check", allow_abbrev=False)
+        parser.add_argument("stage", choices=stages, help="Then its own options.")
+        parser.epilog = "trl-instruct check sft --config sft.yaml --learning_rate 1e-5"
+        parser.parse_args(arguments)
     config, model_config = parse(stages[arguments[0]], arguments[1:])
     config.faults = []
     model, options = model_config.model_name_or_path, {"model_config": model_config}

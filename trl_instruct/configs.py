@@ -1,16 +1,15 @@
 """One dataclass per stage, extending TRL's. Defaults are InstructGPT's published values where they
 make sense at any scale; each field's help cites the place in the paper (Ouyang et al. 2022)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 import trl
 from transformers import SchedulerType, TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
 from trl_instruct.errors import InputError
+from trl_instruct.option_checks import check_counts, check_stop_strings, has_bf16, line_breaks
 
 
 def _option(default: Any, help: str) -> Any:
@@ -103,35 +102,6 @@ class StageConfig(_Mixin):
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
             epochs = self.num_train_epochs
             raise InputError(f"num_train_epochs is {epochs}; make it above 0, or set max_steps.")
-
-
-def has_bf16() -> bool:
-    """Whether an accelerator computes in bfloat16 (a T4 or V100 only emulates it)."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.accelerator.is_available()
-
-
-def line_breaks(text: str) -> str:
-    """Line breaks for the `\\n` that is typed in a shell."""
-    return text.replace("\\n", "\n")
-
-
-def check_stop_strings(stop_strings: Sequence[str] | None) -> None:
-    """InputError for an empty stop string: every completion would end at once."""
-    if stop_strings and not all(stop_strings):
-        raise InputError(
-            f"stop_strings are {list(stop_strings)}: an empty one ends every completion before its "
-            "first token. Remove it."
-        )
-
-
-def check_counts(config: StageConfig, *names: str) -> None:
-    """InputError for a count below 1; None is allowed."""
-    for name in names:
-        count = getattr(config, name)
-        if count is not None and count < 1:
-            raise InputError(f"{name} is {count}; it must be at least 1.")
 
 
 @dataclass
@@ -350,15 +320,13 @@ class PPOConfig(StageConfig, TrainingArguments):
         check_counts(self, "total_episodes", "local_rollout_forward_batch_size")
         check_counts(self, "opening_length", "max_prompt_length")
         check_counts(self, "ptx_max_length", "ptx_rows_per_episode")
-        for name in ("kl_coef", "cliprange", "cliprange_value", "vf_coef", "ptx_coef"):
-            if getattr(self, name) < 0:
+        positive = ("kl_coef", "cliprange", "cliprange_value", "vf_coef", "ptx_coef")
+        for name in (*positive, "value_learning_rate"):
+            if (getattr(self, name) or 0) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must not be negative.")
         for name in ("adaptive_kl_target", "adaptive_kl_horizon", "target_kl"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be above 0.")
-        if self.value_learning_rate is not None and self.value_learning_rate < 0:
-            rate = self.value_learning_rate
-            raise InputError(f"value_learning_rate is {rate}; it must not be negative.")
         for name in ("gamma", "lam", "ema_decay"):
             if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be between 0 and 1.")
@@ -374,10 +342,9 @@ class PPOConfig(StageConfig, TrainingArguments):
 
 
 @dataclass
-class CandidatesConfig(StageConfig, TrainingArguments):
-    """Between 1 and 2: K completions per prompt for the labeler to rank (InstructGPT 3.5)."""
+class SamplingConfig(StageConfig):
+    """Options of the stages that sample and train nothing."""
 
-    num_candidates: int = _option(4, "K, completions per prompt (the paper's labelers saw 4 to 9).")
     response_length: int = _option(53, "Longest completion, tokens.")
     opening_length: int | None = _option(
         None, "Use this many first tokens of each `text` as its prompt; default: use `prompt`."
@@ -385,20 +352,29 @@ class CandidatesConfig(StageConfig, TrainingArguments):
     max_prompt_length: int | None = _option(
         None, "Longer prompts lose their beginning, and are counted; default: they are an error."
     )
-    temperature: float = _option(1.0, "Sampling temperature.")
+    temperature: float = _option(1.0, "Sampling temperature; of evaluate, also for the KL.")
     stop_strings: list[str] | None = _option(None, "Texts that end a completion, besides EOS.")
-    gold: str | None = _option(
-        None, "A simulated labeler ranks by this reward, with noise (`tiny`); default: a person."
-    )
     per_device_eval_batch_size: int = _option(64, "Completions per forward pass.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts(self, "response_length", "opening_length", "max_prompt_length")
+        if self.temperature <= 0:
+            raise InputError(f"temperature is {self.temperature}; to sample, it must be above 0.")
 
 
 @dataclass
-class EvaluateConfig(StageConfig, TrainingArguments):
+class CandidatesConfig(SamplingConfig, TrainingArguments):
+    """Between 1 and 2: K completions per prompt for the labeler to rank (InstructGPT 3.5)."""
+
+    num_candidates: int = _option(4, "K, completions per prompt (the paper's labelers saw 4 to 9).")
+    gold: str | None = _option(
+        None, "A simulated labeler ranks by this reward, with noise (`tiny`); default: a person."
+    )
+
+
+@dataclass
+class EvaluateConfig(SamplingConfig, TrainingArguments):
     """After the stages: checkpoints side by side on held-out prompts."""
 
     REFUSED: ClassVar[dict[str, str]] = {
@@ -419,19 +395,7 @@ class EvaluateConfig(StageConfig, TrainingArguments):
     reference: str | None = _option(None, "Model for the KL and best of n; default: baseline.")
     demonstrations_name: str | None = _option(None, "Held-out demonstrations, for the perplexity.")
     best_of_n: int = _option(16, "N, completions for best of n by the first judge; 1: none.")
-    response_length: int = _option(53, "Longest completion, tokens.")
-    opening_length: int | None = _option(
-        None, "Use this many first tokens of each `text` as its prompt; default: use `prompt`."
-    )
-    max_prompt_length: int | None = _option(
-        None, "Longer prompts lose their beginning; default: they are an error."
-    )
-    temperature: float = _option(1.0, "Sampling temperature, also for the KL.")
-    stop_strings: list[str] | None = _option(None, "Texts that end a completion, besides EOS.")
-    per_device_eval_batch_size: int = _option(64, "Completions per forward pass.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "response_length", "opening_length", "max_prompt_length", "best_of_n")
-        if self.temperature <= 0:
-            raise InputError(f"temperature is {self.temperature}; to sample, it must be above 0.")
+        check_counts(self, "best_of_n")

@@ -9,9 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_instruct.data.pairs import (
-    group_pairs,
     load_pairs,
-    pairs_to_rankings,
     ranking_to_pairs,
     rankings_to_pairs,
     split_by_prompt,
@@ -182,52 +180,6 @@ def test_faults(record, options, message):
         expand(record, **options)
 
 
-@given(rank_lists)
-def test_pairs_of_a_ranking_go_back_to_it(ranks):
-    pairs = [(str(i), str(j)) for i, j in indices(ranks)]
-    rankings = group_pairs(pairs)
-    if len(set(ranks)) == 1:
-        assert rankings == []
-        return
-    ((responses, back),) = rankings
-    expected = {str(index): rank for index, rank in enumerate(ranks)}
-    order = {rank: place for place, rank in enumerate(sorted(set(ranks)), start=1)}
-    assert dict(zip(responses, back, strict=True)) == {r: order[k] for r, k in expected.items()}
-    assert back == sorted(back)
-
-
-@given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("abcd")), max_size=8))
-def test_no_comparison_is_lost_or_made_up(pairs):
-    pairs = [pair for pair in pairs if pair[0] != pair[1]]
-    back = [
-        (responses[i], responses[j])
-        for responses, ranks in group_pairs(pairs)
-        for i, a in enumerate(ranks)
-        for j, b in enumerate(ranks)
-        if a < b
-    ]
-    assert Counter(back) == Counter(pairs)
-
-
-def test_pairs_to_rankings_by_hand():
-    rows = [("p", "ab"), ("q", "ab"), ("p", "bc"), ("p", "ac"), ("q", "ba"), ("p", "xy")]
-    pairs = Dataset.from_list([{"prompt": p, "chosen": c, "rejected": r} for p, (c, r) in rows])
-    assert pairs_to_rankings(pairs).to_list() == [
-        {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [1, 2, 3]},
-        {"prompt": "p", "responses": ["x", "y"], "ranks": [1, 2]},
-        {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2]},
-        {"prompt": "q", "responses": ["b", "a"], "ranks": [1, 2]},
-    ]
-    with pytest.raises(InputError, match="needs all rows at once"):
-        pairs_to_rankings(pairs.to_iterable_dataset())
-
-
-def test_conversational_pairs_to_rankings():
-    record = {"prompt": chat("?"), "responses": [reply("a"), reply("b"), reply("c")]}
-    pairs = rankings_to_pairs(Dataset.from_list([record]))
-    assert pairs_to_rankings(pairs).to_list() == [{**record, "ranks": [1, 2, 3]}]
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_load_pairs_splits_off_the_prompt(tmp_path, streaming):
     rows = [
@@ -316,12 +268,6 @@ def test_real_rankings(name, pairs):
     assert min(rows["margin"]) > 0
     train, test = split_by_prompt(rankings, 0.1)
     assert not set(train["prompt"]) & set(test["prompt"])
-
-
-@pytest.mark.slow
-def test_real_disjoint_rankings_come_back():
-    rankings = load_rankings(real("alpacaeval_gpt4judge_rankings_train.jsonl.gz"))
-    assert len(pairs_to_rankings(rankings_to_pairs(rankings))) == len(rankings)
 
 
 def test_real_pairs():

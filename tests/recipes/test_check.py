@@ -116,7 +116,8 @@ def test_a_stage_that_has_no_check(capsys):
         with pytest.raises(SystemExit) as ended:
             cli.main(["check", *given])
         assert ended.value.code == 2
-        assert "check takes a stage first, sft, rm or ppo" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "stage" in told and told.count("\n") == 1
 
 
 @pytest.mark.slow

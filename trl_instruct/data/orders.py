@@ -141,3 +141,12 @@ def canonical_scores(record: Record, rating_order: Sequence[Any] | None) -> list
         if record.get(field) is not None:
             return _numbers(record, field, rating_order)
     return None
+
+
+def number_of(value: Any) -> float | None:
+    """A number that may be text; None if it is none, as "N/A", or not finite."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None

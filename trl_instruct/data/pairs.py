@@ -1,12 +1,10 @@
-"""Pairs in TRL's preference format: from rankings, from pairs files, and back to rankings."""
+"""Pairs in TRL's preference format: from rankings, and from pairs files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Sequence
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -16,7 +14,6 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from trl_instruct.data.conversion import read, recognise
 from trl_instruct.data.dialogues import extract_prompt
 from trl_instruct.data.mixture import mixed
-from trl_instruct.data.orders import dense_ranks
 from trl_instruct.data.rankings import (
     Ranking,
     RankingCounts,
@@ -212,76 +209,6 @@ def load_pairs(
     return map_records(dataset, extract_prompt, features=features)
 
 
-def pairs_to_rankings(dataset: Dataset) -> Dataset:
-    """Group the pairs of each prompt back into rankings (the reverse of `rankings_to_pairs`).
-
-    Pairs of a prompt that share responses form a group. If a group is exactly the strict pairs of
-    one ranking, each once, it becomes that ranking; two responses without a pair are then a tie.
-    Otherwise (contradictions, repetitions, missing comparisons) each pair stays a ranking of K = 2:
-    none is lost or invented. The result has `prompt`, `responses` (best first) and `ranks`; other
-    columns, `margin` too, are dropped.
-
-    Raises:
-        InputError: a streamed dataset; a faulty pair.
-
-    >>> pairs = [("a", "b"), ("a", "c"), ("b", "c")]
-    >>> rankings = pairs_to_rankings(Dataset.from_list(
-    ...     [{"prompt": "?", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
-    ... ))
-    >>> rankings[0]
-    {'prompt': '?', 'responses': ['a', 'b', 'c'], 'ranks': [1, 2, 3]}
-    """
-    _refuse_stream(dataset, "pairs_to_rankings")
-    dataset = load_pairs(dataset).select_columns(["prompt", "chosen", "rejected"])
-    kinds = dataset.features
-    reply, ranks = List(kinds["chosen"]), List(Value("int64"))
-    rows_of: defaultdict[bytes, list[int]] = defaultdict(list)
-    for row, prompt in enumerate(iterate(dataset, "prompt")):
-        rows_of[_digest(0, content_key(prompt))].append(row)
-    groups = list(rows_of.values())
-    return map_records(
-        dataset.select([rows[0] for rows in groups]),
-        partial(_regroup, dataset=dataset, groups=groups),
-        with_indices=True,
-        batched=True,
-        batch_size=250,
-        remove_columns=["chosen", "rejected"],
-        features=Features({"prompt": kinds["prompt"], "responses": reply, "ranks": ranks}),
-    )
-
-
-def group_pairs(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[list[Any], list[int]]]:
-    """Rankings (responses best first, ranks) from all (chosen, rejected) pairs of one prompt.
-
-    >>> group_pairs([("a", "c"), ("b", "c"), ("y", "z")])
-    [(['a', 'b', 'c'], [1, 1, 2]), (['y', 'z'], [1, 2])]
-    >>> group_pairs([("a", "b"), ("b", "a")])
-    [(['a', 'b'], [1, 2]), (['b', 'a'], [1, 2])]
-    """
-    group_of: dict[str, set[str]] = {}
-    for chosen, rejected in pairs:
-        keys = content_key(chosen), content_key(rejected)
-        joined = set(keys).union(*(group_of.get(key, ()) for key in keys))
-        group_of.update(dict.fromkeys(joined, joined))
-    groups: defaultdict[int, list[tuple[Any, Any]]] = defaultdict(list)
-    for pair in pairs:
-        groups[id(group_of[content_key(pair[0])])].append(pair)
-    return [ranking for group in groups.values() for ranking in _rank_group(group)]
-
-
-def _rank_group(pairs: list[tuple[Any, Any]]) -> list[tuple[list[Any], list[int]]]:
-    """One ranking if the pairs are exactly its strict pairs, each once; else one per pair."""
-    responses = {content_key(response): response for pair in pairs for response in pair}
-    keys = [(content_key(chosen), content_key(rejected)) for chosen, rejected in pairs]
-    losses = Counter(rejected for _, rejected in keys)
-    ranks = dict(zip(responses, dense_ranks([losses[r] for r in responses]), strict=True))
-    expected = {(a, b) for a in ranks for b in ranks if ranks[a] < ranks[b]}
-    if len(keys) != len(expected) or set(keys) != expected:
-        return [(list(pair), [1, 2]) for pair in pairs]
-    order = sorted(ranks, key=lambda response: ranks[response])
-    return [([responses[r] for r in order], [ranks[r] for r in order])]
-
-
 def split_by_prompt(
     dataset: Dataset, test_size: float | int, seed: int = 0
 ) -> tuple[Dataset, Dataset]:
@@ -374,19 +301,6 @@ def _differs(record: Record, row: int, *, counts: RankingCounts, where: Source) 
         logger.warning("%s: chosen equals rejected; such pairs are left out", where.where(row))
     counts.update(RankingCounts(1, 2 - same, 1 - same, 0, int(same), int(same)))
     return not same
-
-
-def _regroup(
-    batch: dict[str, list[Any]], indices: list[int], *, dataset: Dataset, groups: list[list[int]]
-) -> dict[str, list[Any]]:
-    """The rankings of all pairs of a batch of prompts."""
-    table: dict[str, list[Any]] = {"prompt": [], "responses": [], "ranks": []}
-    for prompt, index in zip(batch["prompt"], indices, strict=True):
-        records = dataset[groups[index]]
-        for ranking in group_pairs(list(zip(records["chosen"], records["rejected"], strict=True))):
-            for name, value in zip(table, (prompt, *ranking), strict=True):
-                table[name].append(value)
-    return table
 
 
 def _refuse_stream(dataset: AnyDataset, name: str) -> None:

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trl_instruct.data.dialogues import extract_prompt, messages_of, said, split_reply
-from trl_instruct.data.sources import Record, kind_of, number_of
+from trl_instruct.data.orders import number_of
+from trl_instruct.data.sources import Record, kind_of
 from trl_instruct.errors import InputError
 
 Given = dict[str, Any] | str | list[Any]

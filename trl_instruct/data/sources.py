@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -41,7 +40,10 @@ BUILDERS = {
     ".csv": "csv",
     ".parquet": "parquet",
 }
-TEXT_CELLS = ("prompt", "completion", "chosen", "rejected", "text", "labeler")
+TEXT_CELLS = (
+    *("prompt", "completion", "chosen", "rejected", "text", "labeler"),
+    *("instruction", "input", "output", "question", "answer", "response"),
+)
 LIST_CELLS = ("messages", "responses", "ranks", "scores", "ratings")
 # Text stays text: pandas would read the answer "NA" as a missing value and "007" as 7.
 CSV_OPTIONS: dict[str, Any] = {
@@ -172,15 +174,6 @@ def kind_of(value: Any) -> str:
         return "null or absent"
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
-
-
-def number_of(value: Any) -> float | None:
-    """A number that may be text; None if it is none, as "N/A", or not finite."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _load_tiny(name: str, streaming: bool) -> AnyDataset:

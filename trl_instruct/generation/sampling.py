@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_instruct.configs import PPOConfig, check_stop_strings
+from trl_instruct.configs import PPOConfig
 from trl_instruct.data.rendering import completion_texts, render_prompts
 from trl_instruct.errors import InputError
 from trl_instruct.generation.token_sampling import (
@@ -18,6 +18,7 @@ from trl_instruct.generation.token_sampling import (
     reads_padding,
 )
 from trl_instruct.models.properties import context_length, evaluating
+from trl_instruct.option_checks import check_stop_strings
 from trl_instruct.padding import completion_lengths, left_padded_mask, unpadded
 
 

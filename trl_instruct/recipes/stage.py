@@ -5,7 +5,6 @@ import copy
 import os
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass, field
@@ -13,27 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from huggingface_hub import ModelCard, ModelCardData
-from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import TrainOutput
 from trl import ModelConfig
 
 from trl_instruct.configs import RewardConfig, SFTConfig, StageConfig
-from trl_instruct.console import progress_bar
 from trl_instruct.data.sources import AnyDataset, Source, first_record
 from trl_instruct.errors import InputError
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, write_json
@@ -51,41 +43,8 @@ from trl_instruct.models.sharding import check_saving
 from trl_instruct.models.tokenizers import check_tokenizer, install_chat_template, load_tokenizer
 from trl_instruct.recipes.dry_run import DryRunEnd, plan_of
 from trl_instruct.recipes.options import save_config
+from trl_instruct.recipes.progress import Interruption, ProgressBar
 from trl_instruct.scalar_head import SHIFT_FILE
-
-
-class Interruption(TrainerCallback):
-    """On SIGTERM to any of its processes, a run finishes its step, saves a checkpoint and stops."""
-
-    def __init__(self) -> None:
-        self.requested = self.begun = False
-
-    def request(self, *_: Any) -> None:
-        """Handle the signal."""
-        self.requested = True
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle the signal in this context; restore the old handler even if training fails."""
-        if threading.current_thread() is not threading.main_thread():  # only it gets signals
-            yield
-            return
-        previous = signal.signal(signal.SIGTERM, self.request)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-
-    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
-        self.begun = True
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.requested = any(gather_object([self.requested]))
-        if self.requested:
-            control.should_save = control.should_training_stop = True
-
 
 # What a stage writes and --overwrite_output_dir removes.
 WRITTEN = (
@@ -357,34 +316,6 @@ class StageRun:
             "human feedback](https://arxiv.org/abs/2203.02155).",
         ]
         ModelCard("\n\n".join(text), ignore_metadata_errors=True).save(self.folder / "README.md")
-
-
-class ProgressBar(TrainerCallback):
-    """A bar over optimizer steps (PPO: iterations) that shows the named metrics."""
-
-    def __init__(self, name: str, labels: dict[str, str]):
-        self.name, self.labels = name, labels
-        self.bar: tqdm | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.bar = progress_bar(self.name, state.max_steps, initial=state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        shown = {label: logs[key] for label, key in self.labels.items() if logs and key in logs}
-        if self.bar is not None and shown:
-            self.bar.set_postfix({k: f"{float(v):.3g}" for k, v in shown.items()}, refresh=False)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
 
 
 def starting_point(

@@ -1,0 +1,37 @@
+"""Checks and defaults of options that several configs share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from trl_instruct.errors import InputError
+
+
+def has_bf16() -> bool:
+    """Whether an accelerator computes in bfloat16 (a T4 or V100 only emulates it)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.accelerator.is_available()
+
+
+def line_breaks(text: str) -> str:
+    """Line breaks for the `\\n` that is typed in a shell."""
+    return text.replace("\\n", "\n")
+
+
+def check_stop_strings(stop_strings: Sequence[str] | None) -> None:
+    """InputError for an empty stop string: every completion would end at once."""
+    if stop_strings and not all(stop_strings):
+        raise InputError(
+            f"stop_strings are {list(stop_strings)}: an empty one ends every completion before its "
+            "first token. Remove it."
+        )
+
+
+def check_counts(config: Any, *names: str) -> None:
+    """InputError for a count below 1; None is allowed."""
+    for name in names:
+        count = getattr(config, name)
+        if count is not None and count < 1:
+            raise InputError(f"{name} is {count}; it must be at least 1.")

@@ -1,0 +1,74 @@
+"""What a stage shows while it trains, and how a signal ends it."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trl_instruct.console import progress_bar
+
+
+class Interruption(TrainerCallback):
+    """On SIGTERM to any of its processes, a run finishes its step, saves a checkpoint and stops."""
+
+    def __init__(self) -> None:
+        self.requested = self.begun = False
+
+    def request(self, *_: Any) -> None:
+        """Handle the signal."""
+        self.requested = True
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signal in this context; restore the old handler even if training fails."""
+        if threading.current_thread() is not threading.main_thread():  # only it gets signals
+            yield
+            return
+        previous = signal.signal(signal.SIGTERM, self.request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
+        self.begun = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.requested = any(gather_object([self.requested]))
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+
+
+class ProgressBar(TrainerCallback):
+    """A bar over optimizer steps (PPO: iterations) that shows the named metrics."""
+
+    def __init__(self, name: str, labels: dict[str, str]):
+        self.name, self.labels = name, labels
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = progress_bar(self.name, state.max_steps, initial=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        shown = {label: logs[key] for label, key in self.labels.items() if logs and key in logs}
+        if self.bar is not None and shown:
+            self.bar.set_postfix({k: f"{float(v):.3g}" for k, v in shown.items()}, refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
