@@ -6,7 +6,13 @@ import re
 import pytest
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, load_peft_weights
+from peft import (
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    load_peft_weights,
+)
 from test_load_models import adapter, logits, save
 from test_recipes import DEMONSTRATIONS, PAIRS, QUICK
 from transformers import AutoModelForCausalLM
@@ -262,3 +268,26 @@ def test_adapters_of_other_methods_are_merged_too(folders, tmp_path):
         logits(load_policy(tmp_path / "dora", ModelConfig())),
         logits(Adapter.read(tmp_path / "dora").on(other)),
     )
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [258, 259]},
+    ],
+    ids=lambda how: list(how)[-1],
+)
+def test_an_adapter_over_more_tokens_than_its_base_has(folders, tmp_path, how):
+    """It fits once the base in the folder has them too."""
+    base = AutoModelForCausalLM.from_pretrained(folders["base"])
+    base.resize_token_embeddings(260)
+    over = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, **how))
+    over.save_pretrained(tmp_path / "over")
+    told = "does not fit .*resize_token_embeddings, then save_pretrained"
+    for options in (LORA, ModelConfig()):
+        with pytest.raises(InputError, match=told):
+            load_policy(tmp_path / "over", options)
+    over.unload().save_pretrained(folders["base"])
+    assert load_policy(tmp_path / "over", LORA).get_input_embeddings().weight.shape[0] == 260

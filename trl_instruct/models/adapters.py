@@ -161,13 +161,18 @@ class Adapter:
         """Turn peft's errors about an adapter that does not fit into an InputError."""
         try:
             yield
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, LookupError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             told = " ".join(line.strip() for line in lines[:2])
+            advice = "Was it trained on another model, or has the model in that folder changed?"
+            if "embed" in told or isinstance(error, IndexError):
+                advice = (
+                    "If tokens were added to its base, the base in that folder must have them too: "
+                    "resize_token_embeddings, then save_pretrained."
+                )
             raise InputError(
                 f"The adapter in {self.folder!r} does not fit the {type(model).__name__} from "
-                f"{model_name(model)!r}: {told}. Was it trained on another model, or has the "
-                "model in that folder changed?"
+                f"{model_name(model)!r}: {told}. {advice}"
             ) from error
 
 
