@@ -25,7 +25,7 @@ endif
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-imdb bench-rm bench-ppo bench-ppo-tiny bench-memory report check test test-unit clean FORCE $(STAGES)
+.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-imdb bench-rm bench-ppo bench-ppo-tiny bench-memory report check check-data test test-unit clean FORCE $(STAGES)
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -94,6 +94,11 @@ report: install $(evaluated)  ## one page on all stages so far: what is at fault
 	  $(if $(evaluated),--evaluation $(RUN)/evaluation/evaluation.json)
 
 FORCE:
+
+check-data: install  ## dry run of the stages of CONFIG: every fault of data and options, nothing trained
+	@failed=; for stage in sft rm ppo; do test -f $(CONFIGS)/$$stage.yaml || continue; \
+	  echo "== $$stage"; python recipes/check.py $$stage --config $(CONFIGS)/$$stage.yaml $(ARGS) \
+	    || failed="$$failed $$stage"; done; test -z "$$failed" || { echo "faults in:$$failed"; exit 2; }
 
 # ---- the project itself --------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ _EXPORTS = {
     "load_rankings": "data.rankings",
     "load_pairs": "data.pairs",
     "load_prompts": "data.records",
+    "Reading": "data.reading",
     "rankings_to_pairs": "data.pairs",
     "split_by_prompt": "data.pairs",
     "RewardModel": "rewards.reward_model",
