@@ -17,7 +17,13 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 def test_every_shape_is_in_the_table():
-    own = (recognition.UNPAIRED, recognition.ARGILLA, recognition.RATED, recognition.HH)
+    own = (
+        recognition.UNPAIRED,
+        recognition.TAGGED,
+        recognition.ARGILLA,
+        recognition.RATED,
+        recognition.HH,
+    )
     known = {shape.name for shape in (*own, *recognition.JUDGED, *recognition.PLAIN)}
     rows = [line.split("|")[1] for line in PAGE.splitlines() if line.startswith("| `")]
     assert {name for row in rows for name in re.findall(r"`(.+?)`", row)} == known
@@ -47,5 +53,9 @@ def test_the_pieces_in_another_project(saved_policy, tmp_path, monkeypatch):
     exec(BLOCKS[0], names := {})
     assert 0 <= names["measured"]["eval_accuracy"] <= 1
     assert len(names["pairs"]) == 3 * len(names["train"])
+    try:
+        from trl import GRPOTrainer  # noqa: F401
+    except RuntimeError as error:  # TRL 1.12 imports requests, which it does not install
+        pytest.skip(f"TRL's GRPOTrainer cannot be imported here: {error}")
     exec(BLOCKS[1], names)
     assert names["grpo"].state.global_step == 1

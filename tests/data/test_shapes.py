@@ -733,6 +733,38 @@ def test_published_shapes(rows, kind, expected):
     assert read(kind, rows) == expected
 
 
+def test_kto_of_llama_factory():
+    rows = [
+        {"instruction": "Gem?", "input": "", "output": "Opal.", "kto_tag": True},
+        {"instruction": "Gem?", "input": "", "output": "Gum.", "kto_tag": False},
+    ]
+    assert read("demonstration", rows) == [("Gem?", "Opal.")]
+    assert read("prompt", rows) == [("Gem?",)]
+
+
+def test_splits_of_h4_without_pairs():
+    """train_gen has no pair, train_sft only the dialogue."""
+    empty = {"chosen": [], "rejected": [], "score_chosen": 0.0, "score_rejected": 0.0}
+    rows = [{**H4[0], **empty}, H4[0]]
+    assert read("prompt", rows) == [([u("Hi")],)]
+    assert read("demonstration", rows[:1]) == [([u("Hi")], [a("Hello")])]
+    assert len(read("ranking", rows)) == 1
+
+
+def test_answers_of_argilla_that_rank_nothing(caplog):
+    row = {**ARGILLA1[0], "stars": [{"user_id": "u", "value": 4, "status": "submitted"}]}
+    assert read("ranking", [row]) == [("Fern?", ["Fir.", "Bracken."], [2, 1])]
+    assert "1 an answer to `stars`, which ranks nothing" in caplog.text
+
+
+def test_calls_of_tools_are_kept():
+    """`content` is null beside them, and tables give every message every key."""
+    call = {"type": "function", "function": {"name": "now", "arguments": '{"zone": "CET"}'}}
+    talk = [u("Time?"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    shown = load_demonstrations(Dataset.from_list([{"messages": talk}]))[0]
+    assert shown["completion"][0]["tool_calls"][0]["function"]["name"] == "now"
+
+
 def test_oasst(tmp_path):
     path = tmp_path / "trees.jsonl"
     path.write_text(json.dumps(tree()) + "\n" + json.dumps(tree("growing")) + "\n")

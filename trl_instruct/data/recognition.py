@@ -33,6 +33,7 @@ class Shape(NamedTuple):
 
 
 UNPAIRED = Shape("TRL's unpaired preferences", "", shapes.unpaired, "prompt")
+TAGGED = Shape("LLaMA-Factory's KTO", "", shapes.tagged)
 ARGILLA = Shape("Argilla's table", "", tools.argilla_table)
 RATED = Shape("rated pairs", "", shapes.rated_pairs, says="equal ratings are a tie")
 HH = Shape("HH-RLHF", "", shapes.implicit_pairs)
@@ -43,7 +44,10 @@ JUDGED = (
     Shape("Label Studio's JSON_MIN", "annotator annotation_id", tools.label_studio_min, "prompt"),
     Shape("OASST trees", "message_tree_id prompt.role", shapes.oasst_tree),
     Shape("OASST messages", "message_id parent_id role", shapes.oasst_messages, "message_tree_id"),
-    Shape("UltraFeedback", "instruction completions[].response", shapes.ultrafeedback),
+    Shape(
+        *("UltraFeedback", "instruction completions[].response", shapes.ultrafeedback),
+        says="scores: overall_score, else fine-grained_score",
+    ),
     Shape("Nectar", "prompt answers[].rank", shapes.nectar),
     Shape("distilabel ratings", "instruction generations ratings", shapes.distilabel_ratings),
     Shape("distilabel's QualityScorer", "instruction responses scores", shapes.distilabel_quality),
@@ -94,7 +98,10 @@ def shape_of(first: Record, kind: str) -> Shape | None:
         kind: what is wanted: "demonstration", "ranking" or "prompt".
     """
     if any(isinstance(first.get(name), bool) for name in ("label", "kto_tag")):
-        return UNPAIRED if "completion" in first else None
+        if "completion" in first:
+            return UNPAIRED
+        if {"instruction", "conversations"} & set(first):
+            return TAGGED
     shown = kind == "demonstration" and "completion" in first
     if "prompt" in first and (shown or "responses" in first):
         return None

@@ -64,6 +64,12 @@ def unpaired(rows: Sequence[Record]) -> Given:
     return [{"prompt": rows[0]["prompt"], **ranked}, *(dict(row) for row in shown)]
 
 
+def tagged(row: Record) -> Given:
+    """LLaMA-Factory's KTO: Alpaca or ShareGPT with `kto_tag`, which says whether it is good."""
+    given: Any = sharegpt(row) if "conversations" in row else alpaca(row)
+    return given if row.get("kto_tag", row.get("label")) else {**given, "completion": None}
+
+
 def stepwise(row: Record) -> Given:
     """`labels` judge the steps of one answer: it is a demonstration if all are true."""
     steps = "\n".join(row["completions"])
@@ -83,14 +89,15 @@ def implicit_pairs(row: Record) -> Given:
 def rated_pairs(row: Record) -> Given:
     """UltraFeedback binarized (H4, Argilla) and distilabel's DPO: two ratings beside a pair."""
     better, worse = _dialogues(row)
-    if not better or not worse:
-        return "no answer"
-    prompt = row.get("prompt")
+    shown, prompt = (
+        split_reply(messages_of("messages", row.get("messages") or [])),
+        row.get("prompt"),
+    )
+    if not better or not worse:  # a split for generation or SFT
+        return shown if shown["prompt"] else {"prompt": prompt, "responses": []}
     if isinstance(better, list) or prompt is None:
         prompt, better, worse = extract_prompt({"chosen": better, "rejected": worse}).values()
-    record = _pair(prompt, better, worse, _rated(row))
-    shown = split_reply(messages_of("messages", row.get("messages") or []))
-    return record | {name: shown[name] for name in ("completion",) if name in shown}
+    return {**shown, **_pair(prompt, better, worse, _rated(row))}
 
 
 def argilla_pairs(row: Record) -> Given:

@@ -48,8 +48,10 @@ def _rankings(fields: Mapping[str, Any], answers: Iterable[Answer]) -> list[Any]
     for question, user, value, status in answers:
         if status in ("draft", "discarded"):
             found.append(f"a {status} answer")
-        if status in ("draft", "discarded") or not isinstance(value, list) or not value:
-            continue  # a rating or a text does not say which response it is about
+            continue
+        if not isinstance(value, list) or not value:
+            found.append(f"an answer to `{question}`, which ranks nothing")
+            continue
         options = [v if isinstance(v, Mapping) else {"value": v} for v in value]
         names = [option["value"] for option in options]
         if not all(name in fields for name in names):
@@ -65,7 +67,9 @@ def _rankings(fields: Mapping[str, Any], answers: Iterable[Answer]) -> list[Any]
                 "labeler": _name(user),
             }
         )
-    return found or [{"prompt": _text(fields, [], "prompt"), "responses": []}]
+    if any(isinstance(record, dict) for record in found):
+        return found
+    return [*found, {"prompt": _text(fields, [], "prompt"), "responses": []}]
 
 
 def label_studio(tasks: Sequence[Record]) -> list[Any]:
