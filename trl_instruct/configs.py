@@ -24,14 +24,12 @@ _Mixin: Any = TrainingArguments if TYPE_CHECKING else object
 class StageConfig(_Mixin):
     """Options of every stage: where the data are, what may be overwritten, ..."""
 
+    # Names that a user may take for options, and why they are refused.
     REFUSED: ClassVar[dict[str, str]] = {}
-    """Names that a user may take for options, and why they are refused."""
-
+    # With a list, a dry run: faulty records are told there, and nothing is trained.
     faults: ClassVar[list[str] | None] = None
-    """With a list, a dry run: faulty records are told there, and nothing is trained."""
-
+    # Whether the columns are those of an earlier stage; some files may not have them.
     remembered: ClassVar[bool] = False
-    """Whether the columns are those of an earlier stage; some files may not have them."""
 
     dataset_name: str | None = _option(
         None, "Training data: a Hub id, a local json / jsonl(.gz) / csv / parquet, or tiny:<split>."

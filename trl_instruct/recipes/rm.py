@@ -6,7 +6,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from datasets import Dataset
 from peft import PeftModel
 from transformers import (
     EarlyStoppingCallback,
@@ -116,16 +115,7 @@ def rm(
         run.say(str(data.counts))
         classifier = _load(run, base, tokenizer, data)
         trained = trained_weights(classifier)
-        with option_errors():
-            trainer = RankingRewardTrainer(
-                model=classifier,
-                args=config,
-                train_dataset=data.train,
-                eval_dataset=_watched(config, data),
-                processing_class=tokenizer,
-                peft_config=new_adapter_config(classifier, model_config, CLASSIFIER),
-                callbacks=_callbacks(config, callbacks),
-            )
+        trainer = _trainer(run, classifier, tokenizer, data, callbacks)
         keep_float32(trainer.model, trained)
         _check_overlong(trainer, run)
         if run.dry:
@@ -172,25 +162,33 @@ def _check_evaluation(config: RewardConfig) -> None:
         )
 
 
-def _watched(config: RewardConfig, data: Preferences) -> Dataset | None:
-    """The held-out rankings, if they are to be measured while training."""
-    if config.eval_strategy == "no":
-        return None
-    if data.held_out is None:
+def _trainer(
+    run: StageRun,
+    classifier: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Preferences,
+    callbacks: list[TrainerCallback] | None,
+) -> RankingRewardTrainer:
+    """The trainer; with eval_strategy it measures the held-out rankings, and may stop early."""
+    config = run.config
+    watches = config.eval_strategy != "no"
+    if watches and data.held_out is None:
         raise InputError(
             f"eval_strategy is {config.eval_strategy.value!r}, but nothing is held out. Set "
             "eval_size, or give an eval_dataset_name."
         )
-    return data.held_out
-
-
-def _callbacks(
-    config: RewardConfig, callbacks: list[TrainerCallback] | None
-) -> list[TrainerCallback] | None:
-    """The user's callbacks, and the one that stops early."""
-    if config.early_stopping_patience is None:
-        return callbacks
-    return [*(callbacks or ()), EarlyStoppingCallback(config.early_stopping_patience)]
+    if config.early_stopping_patience is not None:
+        callbacks = [*(callbacks or ()), EarlyStoppingCallback(config.early_stopping_patience)]
+    with option_errors():
+        return RankingRewardTrainer(
+            model=classifier,
+            args=config,
+            train_dataset=data.train,
+            eval_dataset=data.held_out if watches else None,
+            processing_class=tokenizer,
+            peft_config=new_adapter_config(classifier, run.model_config, CLASSIFIER),
+            callbacks=callbacks,
+        )
 
 
 def _check_rendering(record: Record, *, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,7 +1,6 @@
 """Stage 1, supervised fine-tuning: load -> train -> measure -> save."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -81,11 +80,7 @@ def sft(
     config, model_config = stage_options(
         SFTConfig, config, model_config, output_dir, dataset, options
     )
-    if config.metric_for_best_model not in (None, "loss", "eval_loss"):
-        raise InputError(
-            f"metric_for_best_model is {config.metric_for_best_model!r}; sft measures the loss "
-            "while it trains. Give 'loss', or leave it out."
-        )
+    _check_metric(config)
     remember_reading(config, model)
     reading = Reading.of(config)
     others, test = reading.of_another(), held_out_of(dataset, eval_dataset, config)
@@ -94,13 +89,9 @@ def sft(
         source, config.dataset_train_split, streams, reading=reading
     )
     held_out = None if test is None else load_demonstrations(*test, reading=others)
-    config.eval_on_start = held_out is not None
+    config.eval_on_start = config.eval_on_start or held_out is not None
     if isinstance(model, str) and model == TINY:
-        StageRun("sft", config, model_config).check_folder()
-        folder = Path(config.output_dir).parent / "base"
-        if config.faults is not None and not (folder / METRICS_FILE).is_file():
-            raise InputError(f"The tiny base model is not in {folder} yet; `make base` trains it.")
-        model = tiny_base(folder, seed=config.seed)
+        model = _tiny_base(StageRun("sft", config, model_config))
     with run_stage("sft", config, model_config) as run:
         policy, tokenizer = _load(run, model, processing_class)
         form = form_of(first_record(demonstrations, Source.of(demonstrations)))
@@ -133,6 +124,24 @@ def sft(
         if held_out is not None:
             metrics |= _measure(trainer)
         return run.finish(trainer, metrics)
+
+
+def _check_metric(config: SFTConfig) -> None:
+    """InputError for a metric that sft does not measure."""
+    if config.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise InputError(
+            f"metric_for_best_model is {config.metric_for_best_model!r}; sft measures the loss "
+            "while it trains. Give 'loss', or leave it out."
+        )
+
+
+def _tiny_base(run: StageRun) -> StageResult:
+    """The embedded base model, beside the stage's folder; trained if it is missing."""
+    run.check_folder()
+    folder = run.folder.parent / "base"
+    if run.dry and not (folder / METRICS_FILE).is_file():
+        raise InputError(f"The tiny base model is not in {folder} yet; `make base` trains it.")
+    return tiny_base(folder, seed=run.config.seed)
 
 
 def _tell(run: StageRun, rendered: AnyDataset, tokenizer: PreTrainedTokenizerBase) -> None:
