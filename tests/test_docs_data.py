@@ -19,7 +19,6 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 def test_every_shape_is_in_the_table():
     own = (
         recognition.UNPAIRED,
-        recognition.TAGGED,
         recognition.ARGILLA,
         recognition.RATED,
         recognition.HH,

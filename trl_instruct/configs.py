@@ -83,6 +83,9 @@ class StageConfig(_Mixin):
         for name in ("prompt_template", "prompt_suffix"):
             if getattr(self, name) is not None:
                 setattr(self, name, line_breaks(getattr(self, name)))
+        for name in ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs"):
+            if isinstance(getattr(self, name), str):
+                raise InputError(f"{name} is {getattr(self, name)!r}; a JSON object is needed.")
         for column in self.columns or ():
             if not all(column.partition("=")):
                 raise InputError(

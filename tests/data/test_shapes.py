@@ -518,7 +518,11 @@ READINGS = [
         "sharegpt",
         SHAREGPT,
         "prompt",
-        [([s("Be kind."), u("Bye")],), ([u("Hi")],), ([u("Anyone?")],)],
+        [
+            ([s("Be kind."), u("Bye")],),
+            ([u("Hi"), a("Hello."), u("And you?")],),
+            ([u("Anyone?")],),
+        ],
     ),
     (
         "sharegpt, system beside",
@@ -733,13 +737,105 @@ def test_published_shapes(rows, kind, expected):
     assert read(kind, rows) == expected
 
 
-def test_kto_of_llama_factory():
-    rows = [
-        {"instruction": "Gem?", "input": "", "output": "Opal.", "kto_tag": True},
-        {"instruction": "Gem?", "input": "", "output": "Gum.", "kto_tag": False},
+TAGGED = [
+    {"instruction": "Gem?", "input": "", "output": "Opal.", "kto_tag": True},
+    {"instruction": "Gem?", "input": "", "output": "Gum.", "kto_tag": False},
+    {"instruction": "Gem?", "input": "Red.", "output": "Ruby.", "kto_tag": True},
+]
+
+
+@pytest.mark.parametrize("labels", [(True, False, True), (1, 0, 1), (None, False, True)])
+def test_kto_of_llama_factory(labels):
+    rows = [{**row, "kto_tag": label} for row, label in zip(TAGGED, labels, strict=True)]
+    good = [("Gem?", "Opal.")] if labels[0] else []
+    assert read("demonstration", rows) == [*good, ("Gem?\nRed.", "Ruby.")]
+    assert read("prompt", rows) == [("Gem?",), ("Gem?\nRed.",)]
+    if labels[0]:
+        assert read("ranking", rows) == [("Gem?", ["Opal.", "Gum."], [1, 2])]
+
+
+def test_kto_of_messages():
+    rows = [{"messages": [u("Gem?"), a(t)], "label": t == "Opal."} for t in ("Gum.", "Opal.")]
+    assert read("demonstration", rows) == [([u("Gem?")], [a("Opal.")])]
+    assert read("ranking", rows) == [([u("Gem?")], [[a("Gum.")], [a("Opal.")]], [2, 1])]
+
+
+def test_one_scale_a_ranking():
+    """A fine-grained score beside overall scores is on another scale: it gives no place."""
+    scores = [(7.0, 4.0), (None, 5.0), (2.0, 1.0)]
+    given = [
+        {"response": text, "overall_score": overall, "fine-grained_score": fine}
+        for text, (overall, fine) in zip("abc", scores, strict=True)
     ]
-    assert read("demonstration", rows) == [("Gem?", "Opal.")]
-    assert read("prompt", rows) == [("Gem?",)]
+    row = {"instruction": "Name a sea.", "completions": given}
+    fine = [{**one, "overall_score": None} for one in given]
+    assert read("ranking", [row, {**row, "completions": fine}]) == [
+        ("Name a sea.", ["a", "c"], [1, 2]),
+        ("Name a sea.", ["a", "b", "c"], [2, 1, 3]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "bad"),
+    [
+        ({**PKU[0], "ranks": 0}, {"ranks": 7}),
+        (TLDR[0], {"choice": 5}),
+        (HELPSTEER2[0], {"preference_strength": -100}),
+        (SHP[0], {"labels": 3}),
+        (ARENA[0], {"winner": None}),
+    ],
+    ids=["pku", "tldr", "helpsteer2", "shp", "arena"],
+)
+def test_a_choice_that_does_not_exist_is_no_tie(row, bad, caplog):
+    assert len(read("ranking", [row, {**row, **bad}])) == 1
+    assert "1 no order" in caplog.text
+
+
+def test_the_first_row_may_be_empty():
+    for rows in (ULTRAFEEDBACK, NECTAR, REWARD_BENCH, STEPWISE):
+        kind = "demonstration" if rows is STEPWISE else "ranking"
+        lists = {name: [] for name, value in rows[0].items() if isinstance(value, list)}
+        found = read(kind, [{**rows[0], **lists}, *rows])
+        assert [row for row in found if row[1]] == read(kind, rows)
+
+
+def test_columns_that_the_user_names_replace_those_of_the_shape():
+    row = {**ALPACA[1], "gold": "Ruby."}
+    named = {"completion": "gold"}
+    assert read("demonstration", [row], columns=named) == [("Name a gem.", "Ruby.")]
+    row = {**DISTILABEL[0], "votes": [1.0, 2.0, 3.0]}
+    (ranking,) = read("ranking", [row], columns={"scores": "votes"})
+    assert ranking[2] == [3, 2, 1]
+    weighted = Reading(columns={"weight": "score_ratio"})
+    assert load_rankings(Dataset.from_list(SHP), reading=weighted)["weight"][:] == [7.75, 7.75]
+
+
+def test_prompts_need_no_choice_between_responses():
+    assert read("prompt", PKU) == [("Thaw a pipe?",)]
+    assert read("prompt", PAIRWISE) == [("Reed?",)]
+
+
+def test_a_row_that_is_not_as_published_is_named():
+    rows = [{**OASST_FLAT[0], "message_id": None}, *OASST_FLAT]
+    with pytest.raises(InputError, match="row 1: the row is not as OASST messages is published"):
+        read("ranking", rows)
+    short = [{**FACTORY[0], "history": [["Ocean?"]]}, FACTORY[1]]
+    with pytest.raises(InputError, match="row 1: the row is not as Alpaca pairs is published"):
+        read("pair", short)
+    assert len(read("pair", short, on_bad_record="skip")) == 1
+
+
+def test_dialogues_that_lose_turns_are_counted(caplog):
+    read("demonstration", SHAREGPT)
+    assert "; left out: 1 no answer; 1 dialogues cut to a question and its reply" in caplog.text
+
+
+def test_prompts_of_messages_keep_calls_of_tools():
+    call = {"type": "function", "function": {"name": "now", "arguments": "{}"}}
+    talk = [u("Time?"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+    talk += [{"role": "tool", "content": "3"}, u("And now?"), a("4")]
+    (prompt,) = load_prompts(Dataset.from_list([{"messages": talk}]))["prompt"][:]
+    assert prompt[1]["tool_calls"][0]["function"]["name"] == "now"
 
 
 def test_splits_of_h4_without_pairs():
@@ -844,7 +940,7 @@ def test_a_winner_that_nobody_knows():
 
 
 def test_what_a_shape_does_not_hold():
-    with pytest.raises(InputError, match="read as SHP: 2 rows give 0 demonstrations.*another file"):
+    with pytest.raises(InputError, match="SHP: 2 rows give 0 demonstrations.*holds demonst"):
         read("demonstration", SHP)
     with pytest.raises(
         InputError, match="read as TRL's stepwise supervision: 2 rows give 0 rankings"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,10 @@ from trl_instruct.data.sources import (
     AnyDataset,
     Record,
     Source,
-    first_record,
     iterate,
     load_records,
     map_records,
+    typical_record,
 )
 from trl_instruct.errors import InputError
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 NEEDS = {
     "demonstration": ("prompt", "completion", "tools"),
-    "ranking": ("prompt", "responses", "ranks", "scores", "labeler"),
+    "ranking": ("prompt", "responses", "ranks", "scores", "labeler", "weight"),
     "prompt": ("prompt", "tools"),
 }
 GIVES = {"demonstration": "completion", "ranking": "responses", "prompt": "prompt"}
@@ -54,14 +54,14 @@ def read(
     """
     where = Source.of(source, split)
     dataset = rename(load_records(source, split, streaming), where, reading)
-    first = first_record(dataset, where)
+    first = typical_record(dataset, where)
     shape = shape_of(first, kind)
     if shape is not None:
         return _convert(dataset, where, shape, _Counts(kind), reading)
     if reading.writes_prompts() and ("prompt" in first or reading.prompt_template):
         write = partial(_with_prompt, reading=reading, where=where)
         dataset = map_records(dataset, write, with_indices=True)
-    elif unread := [name for name in BESIDE_PROMPT if _is_unread(first, name)]:
+    elif "prompt" in first and (unread := [n for n in BESIDE_PROMPT if _is_unread(first, n)]):
         logger.warning(
             "%s: `%s` stands beside `prompt` and is not read; --prompt_template '{%s}\\n{prompt}' "
             "would join them",
@@ -75,7 +75,7 @@ def recognise(
 ) -> tuple[dict[str, Any], Shape | None]:
     """The first record, its columns renamed, and the published shape that `read` would read."""
     where = Source.of(source, split)
-    first = first_record(rename(load_records(source, split), where, reading), where)
+    first = typical_record(rename(load_records(source, split), where, reading), where)
     return first, shape_of(first, kind)
 
 
@@ -108,7 +108,7 @@ def _convert(
     found = list(_records(iterate(dataset, source=where), **options))
     told = counts.told(where, shape, len(dataset), len(found))
     if not found:
-        raise InputError(f"{told}. Give another file, or say with columns what to read.")
+        raise InputError(f"{told}. Give a file that holds {counts.kind}s.")
     logger.warning("%s", told)
     try:
         converted = Dataset.from_list([record for _, record in found])
@@ -128,23 +128,68 @@ def _records(
     for number, members in _grouped(rows, shape.group):
         try:
             with where.located(number):
-                given = shape.read(members if shape.group else members[0])
-                given = given if isinstance(given, list) else [given]
-                given = [_written(record, members[0], reading) for record in given]
+                given = _given(shape, members, counts.kind, reading)
         except InputError as fault:
             if not reading.skips:
                 raise
             reading.tell(fault)
             counts.left_out["a faulty row"] += 1
             continue
-        for record in filter(None, map(counts.fit, given)):
+        for record in filter(None, (counts.fit(record, number) for record in given)):
             kept = {}
             if counts.kind == "prompt" and not shape.group:  # other columns go to the reward
                 kept = {k: v for k, v in members[0].items() if k not in REWARD_ARGUMENTS}
             yield number, {**kept, **record}
 
 
-def _grouped(rows: Iterable[Record], group: str | None) -> Iterator[tuple[int, list[Record]]]:
+def _given(shape: Shape, members: list[Record], kind: str, reading: Reading) -> list[Any]:
+    """What rows that belong together give, with the columns and prompts that the user wants.
+
+    Raises:
+        InputError: a row that its shape does not explain.
+    """
+    try:
+        given = shape.read(members if shape.group else members[0])
+    except InputError:
+        prompt = _held_prompt(members[0]) if kind == "prompt" else None
+        if prompt is None:  # a prompt needs no choice between responses
+            raise
+        given = {"prompt": prompt}
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"the row is not as {shape.name} is published ({type(error).__name__}: {error})."
+        ) from error
+    row = members[0]
+    named = {n: row[n] for n in NEEDS[kind] if n in reading.columns and _replaces(n, row.get(n))}
+    order, found = {"ranks", "scores"}, []
+    for record in given if isinstance(given, list) else [given]:
+        if isinstance(record, dict):
+            if order & set(named):
+                record = {name: value for name, value in record.items() if name not in order}
+            record = {**record, **named}
+            if record.get("prompt") and reading.writes_prompts():
+                record["prompt"] = reading.prompt_of({**row, "prompt": record["prompt"]})
+        found.append(record)
+    return found
+
+
+def _replaces(name: str, value: Any) -> bool:
+    """Whether a column that the user names is the field itself: PKU's `ranks` is an index."""
+    return (
+        isinstance(value, list) if name in ("responses", "ranks", "scores") else value is not None
+    )
+
+
+def _held_prompt(row: Record) -> Any:
+    """The prompt of a row, also inside what Argilla and Label Studio export."""
+    inside = (row.get(name) for name in ("fields", "data"))
+    held = [row, *(part for part in inside if isinstance(part, Mapping))]
+    return next((part["prompt"] for part in held if isinstance(part.get("prompt"), str)), None)
+
+
+def _grouped(
+    rows: Iterable[Record], group: str | Callable[[Record], Any] | None
+) -> Iterator[tuple[int, list[Record]]]:
     """Rows that belong together, in the order of their first, with its number."""
     if group is None:
         yield from ((number, [row]) for number, row in enumerate(rows))
@@ -152,18 +197,13 @@ def _grouped(rows: Iterable[Record], group: str | None) -> Iterator[tuple[int, l
     found: dict[str, tuple[int, list[Record]]] = {}
     for number, row in enumerate(rows):
         value: Any = row
-        for name in group.split("."):
-            value = value.get(name) if isinstance(value, Mapping) else None
-        key = json.dumps(value, sort_keys=True, default=str)
-        found.setdefault(key, (number, []))[1].append(row)
+        if callable(group):
+            value = group(row)
+        else:
+            for name in group.split("."):
+                value = value.get(name) if isinstance(value, Mapping) else None
+        found.setdefault(_key(value), (number, []))[1].append(row)
     yield from found.values()
-
-
-def _written(record: Any, row: Record, reading: Reading) -> Any:
-    """The record with its prompt as the user wants it."""
-    if isinstance(record, dict) and record.get("prompt") and reading.writes_prompts():
-        record["prompt"] = reading.prompt_of({**row, "prompt": record["prompt"]})
-    return record
 
 
 class _Counts:
@@ -173,32 +213,45 @@ class _Counts:
         self.kind = kind
         self.left_out: Counter[str] = Counter()
         self.dropped = 0  # responses
-        self.seen: set[str] = set()
+        self.cut = 0  # dialogues
+        self.seen: dict[str, int] = {}
 
-    def fit(self, record: dict[str, Any] | str) -> dict[str, Any] | None:
+    def fit(self, record: dict[str, Any] | str, row: int) -> dict[str, Any] | None:
         """The record with what its kind needs; None, counted, if it lacks that."""
-        if isinstance(record, dict) and GIVES[self.kind] not in record:
+        if isinstance(record, str):
+            self.left_out[record] += 1
+            return None
+        if self.kind == "prompt":
+            record["prompt"] = record.get("asked", record["prompt"])
+            if self._is_own(record["prompt"], row):
+                return None
+        other = {"completion", "responses"} & set(record)
+        if other and GIVES[self.kind] not in record:
             return None  # of another kind: a demonstration among rankings
-        reason = record if isinstance(record, str) else self._fault(record)
-        if reason:
+        if reason := self._fault(record, row):
             self.left_out[reason] += 1
             return None
-        assert isinstance(record, dict)
+        self.cut += self.kind == "demonstration" and "cut" in record
         return {name: record[name] for name in NEEDS[self.kind] if name in record}
 
-    def _fault(self, record: dict[str, Any]) -> str:
+    def _is_own(self, prompt: Any, row: int) -> bool:
+        """Whether this row has given the prompt already, with another record; remembers it."""
+        known = self.seen.get(_key(prompt))
+        self.seen.setdefault(_key(prompt), row)
+        return known == row
+
+    def _fault(self, record: dict[str, Any], row: int) -> str:
         """Why the kind cannot use the record; empty if it can."""
         if not record["prompt"]:
             return "an empty prompt"
+        if self.kind == "prompt":
+            return "a repeated prompt" * (self.seen[_key(record["prompt"])] != row)
+        if "why" in record or GIVES[self.kind] not in record:
+            return record.get("why", "no answer")
         if self.kind == "ranking":
             return self._prune(record)
-        if self.kind == "demonstration":
-            reply = record["completion"]
-            return "no answer" if reply is None else "an empty reply" * _is_empty(reply)
-        key = json.dumps(record["prompt"], sort_keys=True)
-        seen = key in self.seen
-        self.seen.add(key)
-        return "a repeated prompt" * seen
+        reply = record["completion"]
+        return "no answer" if reply is None else "an empty reply" * _is_empty(reply)
 
     def _prune(self, record: dict[str, Any]) -> str:
         """Leave out responses without text or place; the reason if fewer than two remain."""
@@ -207,7 +260,8 @@ class _Counts:
         written = [pair for pair in given if not _is_empty(pair[0])]
         kept = [pair for pair in written if pair[1] is not None]
         if len(kept) < 2:
-            found = "no answer" if len(given) < 2 else "an empty reply"
+            few = ("no answer", "only one response")
+            found = few[len(given)] if len(given) < 2 else "an empty reply"
             return found if len(written) < 2 else "no order"
         if all(response == kept[0][0] for response, _ in kept):
             return "the same response twice"
@@ -225,7 +279,12 @@ class _Counts:
         reasons = [f"{count:,} {why}" for why, count in self.left_out.items()]
         text += f"; left out: {', '.join(reasons)}" if reasons else ""
         dropped = f"; also {self.dropped:,} responses without text or place"
-        return text + (dropped if self.dropped else "")
+        cut = f"; {self.cut:,} dialogues cut to a question and its reply"
+        return text + (dropped if self.dropped else "") + (cut if self.cut else "")
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _is_empty(reply: Any) -> bool:

@@ -66,18 +66,21 @@ def trim_dialogue(record: Record) -> dict[str, Any]:
 def split_reply(messages: list[Any]) -> dict[str, Any]:
     """`prompt` and `completion`: the last reply, and all before it.
 
-    A reply that nobody asked for at the beginning, and turns after the last reply, are left out. A
+    A reply that nobody asked for at the beginning, and turns after the last reply, are left out:
+    `cut` says so. `asked` is what a policy would continue, if the user has the last word. A
     dialogue without a reply is a prompt.
 
-    >>> split_reply([{"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Hi"}])
-    {'prompt': [{'role': 'user', 'content': 'Hi'}]}
+    >>> split_reply([{"role": "user", "content": "Hi"}])["asked"]
+    [{'role': 'user', 'content': 'Hi'}]
     """
     asked = next((i for i, m in enumerate(messages) if m.get("role") == "user"), len(messages))
     kept = [m for i, m in enumerate(messages) if i >= asked or m.get("role") != "assistant"]
-    replies = [i for i, m in enumerate(kept) if m.get("role") == "assistant"]
-    if not replies:
-        return {"prompt": kept}
-    return {"prompt": kept[: replies[-1]], "completion": kept[replies[-1] : replies[-1] + 1]}
+    last = max((i for i, m in enumerate(kept) if m.get("role") == "assistant"), default=None)
+    ends = {"asked": kept} if kept and kept[-1].get("role") == "user" else {}
+    if last is None:
+        return {"prompt": kept, **ends}
+    cut = {"cut": True} if last + 1 < len(messages) else {}
+    return {"prompt": kept[:last], "completion": kept[last : last + 1], **ends, **cut}
 
 
 def split_dialogue(record: Record) -> dict[str, Any]:

@@ -15,14 +15,14 @@ class Shape(NamedTuple):
     """A published shape.
 
     `columns` in any case; `a[].b` is a list `a` of objects with `b`, `a[]` one of other values.
-    With `group`, `read` takes all rows that share this column. `kind` is the only one that it
-    gives; `says` is what was taken, where a file holds more than one.
+    With `group`, `read` takes all rows that share this column, or its value. `kind` is the only
+    one that it gives; `says` is what was taken, where a file holds more than one.
     """
 
     name: str
     columns: str
     read: Callable[[Any], Any]
-    group: str | None = None
+    group: str | Callable[[Record], Any] | None = None
     kind: str | None = None
     says: str = ""
 
@@ -32,14 +32,16 @@ class Shape(NamedTuple):
         return f"{self.name} ({self.says})" if self.says else self.name
 
 
-UNPAIRED = Shape("TRL's unpaired preferences", "", shapes.unpaired, "prompt")
-TAGGED = Shape("LLaMA-Factory's KTO", "", shapes.tagged)
+UNPAIRED = Shape("unpaired preferences", "", shapes.unpaired, shapes.unpaired_prompt)
 ARGILLA = Shape("Argilla's table", "", tools.argilla_table)
 RATED = Shape("rated pairs", "", shapes.rated_pairs, says="equal ratings are a tie")
 HH = Shape("HH-RLHF", "", shapes.implicit_pairs)
 # Shapes whose columns say more about replies than ours do. The first that fits is read.
 JUDGED = (
-    Shape("Argilla's records", "fields responses", tools.argilla),
+    Shape(
+        *("Argilla's records", "fields responses", tools.argilla),
+        says="drafts and answers look alike in this export",
+    ),
     Shape("Label Studio's JSON", "data annotations", tools.label_studio, "data.prompt"),
     Shape("Label Studio's JSON_MIN", "annotator annotation_id", tools.label_studio_min, "prompt"),
     Shape("OASST trees", "message_tree_id prompt.role", shapes.oasst_tree),
@@ -70,6 +72,7 @@ JUDGED = (
     Shape("ms-swift's pairs", "messages rejected_response", shapes.swift_pairs),
     Shape("ms-swift's pairs", "messages rejected_messages", shapes.swift_pairs),
     Shape("ShareGPT pairs", "conversations chosen rejected", shapes.sharegpt_pairs),
+    Shape("ShareGPT pairs", "messages chosen.role rejected.role", shapes.sharegpt_pairs),
     Shape("OpenRLHF's pairs", "context_messages chosen rejected", shapes.openrlhf_pairs),
 )
 # Shapes of files without our column `prompt`.
@@ -94,14 +97,12 @@ def shape_of(first: Record, kind: str) -> Shape | None:
     """The published shape of a file; None if it has our own fields, or none that is known.
 
     Args:
-        first: the first record.
+        first: the first record, or where it is null or empty, the first that is not.
         kind: what is wanted: "demonstration", "ranking" or "prompt".
     """
-    if any(isinstance(first.get(name), bool) for name in ("label", "kto_tag")):
-        if "completion" in first:
-            return UNPAIRED
-        if {"instruction", "conversations"} & set(first):
-            return TAGGED
+    replies = {"completion", "messages", "conversations", "output"} & set(first)
+    if replies and (_is_switch(first.get("label")) or _is_switch(first.get("kto_tag"))):
+        return UNPAIRED
     shown = kind == "demonstration" and "completion" in first
     if "prompt" in first and (shown or "responses" in first):
         return None
@@ -118,6 +119,11 @@ def shape_of(first: Record, kind: str) -> Shape | None:
         if held and shape.kind in (None, kind):
             return shape
     return None
+
+
+def _is_switch(value: Any) -> bool:
+    """Whether a label says good or bad: true and false, or 1 and 0 as csv files have it."""
+    return isinstance(value, bool) or value in (0, 1)
 
 
 def _has_answers(first: Record) -> bool:

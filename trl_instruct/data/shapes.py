@@ -39,15 +39,20 @@ def sharegpt(row: Record) -> Given:
 
 def dialogue(row: Record) -> Given:
     """`messages` as prompts: all before the last reply; of UltraChat the first message."""
-    turns = messages_of("messages", row["messages"])
+    turns = row["messages"] or []
+    if any(isinstance(turn.get("content"), list) for turn in turns):
+        turns = messages_of("messages", turns)
     asked = [m for m in turns if m["role"] == "user"][:1] if row.get("prompt") else []
-    return {"prompt": asked or split_reply(turns)["prompt"]}
+    return {"prompt": asked} if asked else split_reply(turns)
 
 
 def openrlhf(row: Record) -> Given:
-    """`question` and `response`, or `input` and `output`: text."""
+    """`question` and `response`, or `input` and `output`: text, or messages beside `system`."""
     prompt, answer = ("question", "response") if "question" in row else ("input", "output")
-    return {"prompt": row[prompt], "completion": row[answer]}
+    asked, reply = row[prompt], row[answer]
+    asked = _asked(row) if isinstance(asked, str) else asked
+    talks = isinstance(asked, list) and isinstance(reply, str)
+    return {"prompt": asked, "completion": said(reply) if talks else reply}
 
 
 def openrlhf_prompts(row: Record) -> Given:
@@ -56,24 +61,38 @@ def openrlhf_prompts(row: Record) -> Given:
 
 
 def unpaired(rows: Sequence[Record]) -> Given:
-    """`completion` with `label` (KTO): good ones are demonstrations, both kinds make a ranking."""
-    good = [row.get("label", row.get("kto_tag")) for row in rows]
-    ranks = [1 if label else 2 for label in good]
-    ranked = {"responses": [row["completion"] for row in rows], "ranks": ranks}
-    shown = [row for row, label in zip(rows, good, strict=True) if label]
-    return [{"prompt": rows[0]["prompt"], **ranked}, *(dict(row) for row in shown)]
+    """KTO, `label` or `kto_tag`: good ones are demonstrations, both kinds make a ranking."""
+    given = [_judged(row) for row in rows]
+    labels = [row.get("label", row.get("kto_tag")) for row in rows]
+    ranks = [None if label is None else 1 if label else 2 for label in labels]
+    ranked = {"responses": [one.get("completion") for one in given], "ranks": ranks}
+    shown = [one for one, label in zip(given, labels, strict=True) if label]
+    return [{"prompt": given[0]["prompt"], **ranked}, *shown]
 
 
-def tagged(row: Record) -> Given:
-    """LLaMA-Factory's KTO: Alpaca or ShareGPT with `kto_tag`, which says whether it is good."""
-    given: Any = sharegpt(row) if "conversations" in row else alpaca(row)
-    return given if row.get("kto_tag", row.get("label")) else {**given, "completion": None}
+def unpaired_prompt(row: Record) -> Any:
+    """What the rows of one ranking share."""
+    return _judged(row)["prompt"]
+
+
+def _judged(row: Record) -> Any:
+    """A row of KTO data: our fields, `messages`, ShareGPT's or Alpaca's."""
+    if "completion" in row:
+        return {"prompt": row["prompt"], "completion": row["completion"]}
+    if "messages" in row:
+        return split_reply(messages_of("messages", row["messages"]))
+    return sharegpt(row) if "conversations" in row else alpaca(row)
 
 
 def stepwise(row: Record) -> Given:
     """`labels` judge the steps of one answer: it is a demonstration if all are true."""
-    steps = "\n".join(row["completions"])
-    return {"prompt": row["prompt"], "completion": steps if all(row["labels"]) else None}
+    steps, labels = row["completions"] or [], row["labels"] or []
+    record = {"prompt": row["prompt"], "completion": None}
+    if len(steps) != len(labels):
+        return {**record, "why": "labels that do not match the steps"}
+    if not all(labels):
+        return {**record, "why": "a wrong step"}
+    return {**record, "completion": "\n".join(steps)}
 
 
 # ---- pairs ---------------------------------------------------------------------------------------
@@ -126,7 +145,7 @@ def swift_pairs(row: Record) -> Given:
     parts = split_reply(messages_of("messages", row["messages"]))
     worse = said(row.get("rejected_response"))
     if worse is None:
-        others = messages_of("rejected_messages", row["rejected_messages"])
+        others = messages_of("rejected_messages", row.get("rejected_messages") or [])
         worse = split_reply(others).get("completion")
     return parts | _pair(parts["prompt"], parts.get("completion"), worse)
 
@@ -171,7 +190,7 @@ def tldr(row: Record) -> Given:
         prompt = f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\nPOST: "
     else:
         prompt = f"TITLE: {info.get('title')}\n\n"
-    texts = [summary["text"] for summary in row["summaries"]]
+    texts = [summary["text"] for summary in row["summaries"] or []]
     ranks = _indexed(row["choice"], len(texts))
     return {"prompt": f"{prompt}{body}\n\nTL;DR:", "responses": texts, "ranks": ranks}
 
@@ -189,6 +208,8 @@ def arena(row: Record) -> Given:
     if a[:start] != b[:start]:
         return "two prompts"
     ranks = {"model_a": [1, 2], "model_b": [2, 1], "tie": [1, 1], "tie (bothbad)": [1, 1]}
+    if row["winner"] is None:
+        return "no order"
     if row["winner"] not in ranks:
         raise InputError(f"`winner` is {kind_of(row['winner'])}; {', '.join(ranks)} are known.")
     return _pair(a[:start], a[start:], b[start:], ranks[row["winner"]])
@@ -199,45 +220,45 @@ def arena(row: Record) -> Given:
 
 def ultrafeedback(row: Record) -> Given:
     """OpenBMB's: four completions, each with its score. Their system prompts differ: not read."""
-    given = row["completions"]
-    scores = [
-        number_of(c["fine-grained_score" if c.get("overall_score") is None else "overall_score"])
-        for c in ({"fine-grained_score": None, **c} for c in given)
-    ]
+    given = row["completions"] or []
+    names = ("scores", "overall_score", "fine-grained_score")
+    held = [name for name in names if any(c.get(name) is not None for c in given)]
+    scores = [number_of(completion.get(held[0])) if held else None for completion in given]
     texts = [completion["response"] for completion in given]
     return {"prompt": row["instruction"], "responses": texts, "scores": scores}
 
 
 def nectar(row: Record) -> Given:
     """Seven answers, each with its `rank`, 1 = best."""
-    texts = [answer["answer"] for answer in row["answers"]]
-    ranks = [answer["rank"] for answer in row["answers"]]
+    answers = row["answers"] or []
+    texts, ranks = [a["answer"] for a in answers], [a.get("rank") for a in answers]
     return {"prompt": row["prompt"], "responses": texts, "ranks": ranks}
 
 
 def distilabel_ratings(row: Record) -> Given:
     """`generations` and `ratings`, some of which the parser may have lost."""
     texts, scores = row["generations"] or [], [number_of(r) for r in row["ratings"] or []]
-    if len(texts) != len(scores):
-        return "ratings that do not match the generations"
-    return {"prompt": _asked(row, "system_prompt"), "responses": texts, "scores": scores}
+    record = {"prompt": _asked(row, "system_prompt"), "responses": texts, "scores": scores}
+    matches = len(texts) == len(scores)
+    return record if matches else {**record, "why": "ratings that do not match the generations"}
 
 
 def distilabel_quality(row: Record) -> Given:
     """distilabel's QualityScorer: `instruction`, `responses`, `scores`."""
     scores = [number_of(score) for score in row["scores"] or []]
-    return {"prompt": row["instruction"], "responses": row["responses"], "scores": scores}
+    return {"prompt": row["instruction"], "responses": row["responses"] or [], "scores": scores}
 
 
 def distilabel_pairrm(row: Record) -> Given:
     """`input`, `candidates`, `ranks`; `ranked_candidates` is a wrong permutation: not read."""
-    return {"prompt": row["input"], "responses": row["candidates"], "ranks": row["ranks"]}
+    return {"prompt": row["input"], "responses": row["candidates"] or [], "ranks": row["ranks"]}
 
 
 def reward_bench(row: Record) -> Given:
     """Lists in `chosen`, all rank 1, and `rejected`, all rank 2."""
-    ranks = [1] * len(row["chosen"]) + [2] * len(row["rejected"])
-    return {"prompt": row["prompt"], "responses": row["chosen"] + row["rejected"], "ranks": ranks}
+    better, worse = row["chosen"] or [], row["rejected"] or []
+    ranks = [1] * len(better) + [2] * len(worse)
+    return {"prompt": row["prompt"], "responses": better + worse, "ranks": ranks}
 
 
 def helpsteer2_attributes(rows: Sequence[Record]) -> Given:
@@ -262,11 +283,15 @@ def oasst_tree(row: Record) -> Given:
 def oasst_messages(rows: Sequence[Record]) -> Given:
     """The same trees as a table of messages, joined by `parent_id`."""
     nodes = {row["message_id"]: {**row, "replies": []} for row in rows}
+    lost = 0
     for node in nodes.values():
-        nodes.get(node["parent_id"], {"replies": []})["replies"].append(node)
+        parent = node["parent_id"]
+        lost += bool(parent) and parent not in nodes
+        nodes.get(parent, {"replies": []})["replies"].append(node)
     roots = [node for node in nodes.values() if not node["parent_id"]]
     trees = [oasst_tree({"prompt": root, "tree_state": root.get("tree_state")}) for root in roots]
-    return [given for tree in trees for given in (tree if isinstance(tree, list) else [tree])]
+    found = [given for tree in trees for given in (tree if isinstance(tree, list) else [tree])]
+    return found + ["a message without its parent"] * lost
 
 
 def _prompter(node: Mapping[str, Any], path: list[Any], *, best: bool) -> list[Any]:
@@ -302,14 +327,15 @@ def _pair(prompt: Any, better: Any, worse: Any, ranks: Sequence[Any] = (1, 2)) -
 
 def _signed(strength: Any) -> list[Any]:
     """Ranks of two responses: a negative strength is for the first."""
-    if strength is None:
+    if strength is None or abs(strength) > 3:
         return [None, None]
     return [1, 1] if strength == 0 else [1, 2] if strength < 0 else [2, 1]
 
 
 def _indexed(better: Any, count: int) -> list[Any]:
     """Ranks of responses of which one, by its index from 0, is the best."""
-    return [None if better is None else 1 if index == better else 2 for index in range(count)]
+    known = not isinstance(better, bool) and number_of(better) in range(count)
+    return [1 if index == int(better) else 2 for index in range(count)] if known else [None] * count
 
 
 def _rated(row: Record) -> list[int]:
@@ -335,13 +361,13 @@ def _asked(row: Record, system: str = "system") -> Any:
         return text
     turns = [{"role": "system", "content": row[system]}] if row.get(system) else []
     for question, answer in row.get("history") or []:
-        turns += [{"role": "user", "content": question}, *said(answer)]
+        turns += [{"role": "user", "content": question}, *(said(answer) or ())]
     return [*turns, {"role": "user", "content": text}]
 
 
 def _turns(row: Record) -> list[dict[str, str]]:
     """`conversations`, with the text of `system` unless a system turn is there."""
-    turns = messages_of("conversations", row["conversations"])
+    turns = messages_of("conversations", row.get("conversations", row.get("messages")) or [])
     if not row.get("system") or (turns and turns[0]["role"] == "system"):
         return turns
     return [{"role": "system", "content": row["system"]}, *turns]

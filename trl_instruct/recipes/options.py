@@ -153,8 +153,13 @@ def option_errors() -> Iterator[None]:
         if "install" not in str(error):
             raise
         raise InputError(" ".join(str(error).split())) from error
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise InputError(" ".join(str(error).split())) from error
+    except Exception as error:  # of the Hub's client, if push_to_hub finds no network or token
+        if not type(error).__module__.startswith(("httpx", "huggingface_hub")):
+            raise
+        told = f"The Hub did not answer: {error}"
+        raise InputError(f"{' '.join(told.split())}. Leave push_to_hub out, or log in.") from error
 
 
 def save_config(path: Path, config: StageConfig, model_config: ModelConfig) -> None:
