@@ -240,6 +240,12 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, message):
         (["--use_liger_kernel", "true"], "liger-kernel", "liger_kernel"),
         (["--dataloader_drop_last", "true"], "drops all of the 2 training rows: a batch", None),
         (["--metric_for_best_model", "accuracy"], "'accuracy'; sft measures the loss", None),
+        (["--gradient_checkpointing_kwargs", "x"], "kwargs is 'x'; a JSON object is", None),
+        (["--accelerator_config", "no.json"], "No such file or directory: 'no.json'", None),
+        (["--activation_offloading", "true"], "off a GPU; there is none", None),
+        (["--learning_rate", "nan"], "learning_rate is nan", None),
+        (["--push_to_hub", "true"], "https://huggingface.co", None),
+        (["--lora_target_modules", "lm_head", "--use_peft", "true"], "`lm_head` is not sup", None),
     ],
 )
 def test_faults_that_libraries_find(

@@ -9,7 +9,13 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
 from trl_instruct.errors import InputError
-from trl_instruct.option_checks import check_counts, check_stop_strings, has_bf16, line_breaks
+from trl_instruct.option_checks import (
+    check_counts,
+    check_stop_strings,
+    check_training,
+    has_bf16,
+    line_breaks,
+)
 
 
 def _option(default: Any, help: str) -> Any:
@@ -83,9 +89,6 @@ class StageConfig(_Mixin):
         for name in ("prompt_template", "prompt_suffix"):
             if getattr(self, name) is not None:
                 setattr(self, name, line_breaks(getattr(self, name)))
-        for name in ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs"):
-            if isinstance(getattr(self, name), str):
-                raise InputError(f"{name} is {getattr(self, name)!r}; a JSON object is needed.")
         for column in self.columns or ():
             if not all(column.partition("=")):
                 raise InputError(
@@ -98,11 +101,7 @@ class StageConfig(_Mixin):
         if self.use_liger_kernel and not is_liger_kernel_available():
             raise InputError("use_liger_kernel needs the package liger-kernel; install it.")
         check_stop_strings(getattr(self, "stop_strings", None))
-        if self.learning_rate < 0:
-            raise InputError(f"learning_rate is {self.learning_rate}; it must not be negative.")
-        if self.num_train_epochs <= 0 and self.max_steps <= 0:
-            epochs = self.num_train_epochs
-            raise InputError(f"num_train_epochs is {epochs}; make it above 0, or set max_steps.")
+        check_training(self)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Checks and defaults of options that several configs share."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,3 +36,17 @@ def check_counts(config: Any, *names: str) -> None:
         count = getattr(config, name)
         if count is not None and count < 1:
             raise InputError(f"{name} is {count}; it must be at least 1.")
+
+
+def check_training(config: Any) -> None:
+    """InputError for what would stop the training, or for what it needs and does not have."""
+    for name in ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs"):
+        if isinstance(getattr(config, name), str):
+            raise InputError(f"{name} is {getattr(config, name)!r}; a JSON object is needed.")
+    if not 0 <= config.learning_rate < math.inf:  # NaN neither
+        raise InputError(f"learning_rate is {config.learning_rate}; it must not be negative.")
+    if getattr(config, "activation_offloading", False) and not torch.accelerator.is_available():
+        raise InputError("activation_offloading moves activations off a GPU; there is none.")
+    if config.num_train_epochs <= 0 and config.max_steps <= 0:
+        epochs = config.num_train_epochs
+        raise InputError(f"num_train_epochs is {epochs}; make it above 0, or set max_steps.")

@@ -160,6 +160,8 @@ def test_faulty_texts():
     [
         ("Sky is blue.", "Sky is green.", ("Sky is", " blue.", " green.")),
         ("Q A1", "Q A2", ("Q A", "1", "2")),
+        ("The tide is out.", "The tide is over.", ("The tide is", " out.", " over.")),
+        ("Q:\nA: good", "Q:\nA: great", ("Q:\nA:", " good", " great")),
         ("same", "same", ("same", "", "")),
         ("no", "yes", ("", "no", "yes")),
         (

@@ -893,6 +893,26 @@ def test_the_user_says_which_side():
     assert read("ranking", JSON_MIN, columns=SIDES) == [("Reed?", ["Sedge.", "Read."], [1, 2])]
 
 
+def test_several_ratings_in_one_task():
+    tags = [{"to_name": f"answer{n}", "value": {"rating": stars}} for n, stars in ((1, 4), (2, 5))]
+    row = {**PAIRWISE[0], "annotations": [{"completed_by": 1, "result": tags}]}
+    assert read("ranking", [row]) == [("Reed?", ["Sedge.", "Read."], [2, 1])]
+
+
+def test_two_lists_that_a_ranker_may_mean():
+    data = {**RANKER[0]["data"], "other": [{"id": "x", "body": "B"}, {"id": "y", "body": "A"}]}
+    row = {**RANKER[0], "data": data}
+    with pytest.raises(InputError, match="lists items, other have. Say which: --columns resp"):
+        read("ranking", [row])
+    named = {"responses": "other"}
+    assert read("ranking", [row], columns=named) == [("Reed?", ["A", "B"], [1, 2])]
+
+
+def test_pairs_are_no_rankings():
+    with pytest.raises(InputError, match="these are pairs; load_pairs reads them"):
+        read("ranking", [{"prompt": "2?", "chosen": "4", "rejected": "5"}])
+
+
 def test_options_of_argilla_that_are_no_fields():
     row = {**ARGILLA2[0], "fields": {"prompt": "Fern?", "one": "Fir.", "two": "Bracken."}}
     with pytest.raises(

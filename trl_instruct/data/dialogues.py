@@ -105,6 +105,12 @@ def extract_prompt(record: Record) -> dict[str, Any]:
         end = min(end, shorter - 1)
     elif TURN in chosen[:end]:
         end = chosen.rindex(TURN, 0, end) + len(TURN)
-    elif end and chosen[end - 1] == " ":
-        end -= 1
+    else:
+        while end and any(_is_word(text[end - 1 : end + 1]) for text in (chosen, rejected)):
+            end -= 1  # not inside a word that both replies begin with
+        end -= end > 0 and chosen[end - 1] == " "
     return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
+
+
+def _is_word(letters: str) -> bool:
+    return len(letters) == 2 and letters.isascii() and letters.isalpha()

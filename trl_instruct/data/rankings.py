@@ -150,6 +150,8 @@ def load_rankings(
     dataset, where = read(source, split, streaming, "ranking", reading)
     first = first_record(dataset, where)
     columns = dataset.column_names or list(first)
+    if "responses" not in columns and {"chosen", "rejected"} <= set(columns):
+        raise InputError(f"{where.name}: these are pairs; load_pairs reads them, and rm does.")
     require_columns(columns, where, ("prompt", "responses"), "A ranking")
     dataset = take_off_prompts(dataset, where, ("responses",))
     counts, before = (RankingCounts() if counts is None else counts), RankingCounts()

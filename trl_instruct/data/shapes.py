@@ -9,6 +9,7 @@ docs/bring_your_data.md has the sources.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -185,7 +186,7 @@ def webgpt(row: Record) -> Given:
 def tldr(row: Record) -> Given:
     """OpenAI's summaries of posts and news; `choice` is the index of the better one."""
     info = {name: value or "" for name, value in row["info"].items()}
-    body = (info.get("post") or info.get("article") or "").replace("\n\n", "\n")
+    body = re.sub(r"\n\n+", "\n", info.get("post") or info.get("article") or "")
     if info.get("post"):
         prompt = f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\nPOST: "
     else:

@@ -32,7 +32,8 @@ def argilla_table(row: Record) -> list[Any]:
     for name, given in row.items():
         if name.endswith(".responses"):
             nothing = [None] * len(given or [])
-            users, states = (row.get(f"{name}.{part}") or nothing for part in ("users", "status"))
+            parts = (row.get(f"{name}.{part}") for part in ("users", "status"))
+            users, states = (part if nothing and part else nothing for part in parts)
             question = [name.removesuffix(".responses")] * len(nothing)
             answers += zip(question, users, given or [], states, strict=True)
         elif isinstance(given, list) and given and isinstance(given[0], Mapping):
@@ -77,7 +78,7 @@ def label_studio(tasks: Sequence[Record]) -> list[Any]:
     found: list[Any] = []
     rated: dict[Any, list[tuple[str, float]]] = {}
     for task in tasks:
-        data, before = _present(task["data"]), len(found) + len(rated)
+        data, before = _present(task["data"] or {}), len(found) + len(rated)
         for annotation in task["annotations"] or []:
             if annotation.get("was_cancelled"):
                 found.append("a cancelled answer")
@@ -90,7 +91,9 @@ def label_studio(tasks: Sequence[Record]) -> list[Any]:
                 elif "selected" in value:
                     found.append({**_pairwise(data, value["selected"]), "labeler": labeler})
                 elif value.get("rating"):  # 0: not set
-                    text = _text(data, ["prompt"], "completion")
+                    rates = result.get("to_name")  # one of several Rating tags names its text
+                    own = rates != "prompt" and isinstance(data.get(rates), str)
+                    text = data[rates] if own else _text(data, ["prompt"], "completion")
                     rated.setdefault(labeler, []).append((text, float(value["rating"])))
         if len(found) + len(rated) == before:
             found.append({"prompt": _text(data, [], "prompt"), "responses": []})
@@ -128,13 +131,21 @@ def _ranker(data: Mapping[str, Any], order: Any) -> dict[str, Any]:
             "configuration alone. Write one list, best first."
         )
     names = [str(name) for name in lists[0]]
-    for items in data.values():
-        if isinstance(items, list) and all(isinstance(item, Mapping) for item in items):
-            texts = {str(i.get("id")): i.get("body") or i.get("title") for i in items}
-            if set(names) <= set(texts):
-                responses, ranks = [texts[name] for name in names], [*range(1, len(names) + 1)]
-                return {"prompt": _text(data, [], "prompt"), "responses": responses, "ranks": ranks}
-    raise InputError(f"`ranker` has the items {kind_of(lists[0])}, which no list of `data` has.")
+    held = {
+        field: {str(i.get("id")): i.get("body") or i.get("title") for i in items}
+        for field, items in data.items()
+        if isinstance(items, list) and all(isinstance(item, Mapping) for item in items)
+    }
+    fitting = {field: texts for field, texts in held.items() if set(names) <= set(texts)}
+    if "responses" not in fitting and len(fitting) != 1:
+        found = f"the lists {', '.join(fitting)} have" if fitting else "no list of `data` has"
+        raise InputError(
+            f"`ranker` has the items {kind_of(lists[0])}, which {found}. Say which: --columns "
+            "responses=LIST."
+        )
+    texts = fitting.get("responses") or next(iter(fitting.values()))
+    responses, ranks = [texts[name] for name in names], [*range(1, len(names) + 1)]
+    return {"prompt": _text(data, [], "prompt"), "responses": responses, "ranks": ranks}
 
 
 def _pairwise(data: Mapping[str, Any], selected: str) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def ppo(
     config, model_config = stage_options(
         PPOConfig, config, model_config, output_dir, dataset, options
     )
+    _check_metric(config)
     trainer_class = upstream_trainer(config) if config.engine == "trl" else PPOTrainer
     config.reward_model_path = _reward_names(reward) or config.reward_model_path
     remember_reading(config, model)
@@ -112,6 +113,16 @@ def ppo(
         if run.is_main:
             curves.plot(trainer.state.log_history, run.folder / curves.FIGURE)
         return run.finish(trainer, metrics)
+
+
+def _check_metric(config: PPOConfig) -> None:
+    """InputError for a metric whose name is none of PPO's."""
+    name, plain = config.metric_for_best_model, ("episode", "eps", "grad_norm", "lr", "epoch")
+    if name is not None and "/" not in name and name not in plain:
+        raise InputError(
+            f"metric_for_best_model is {name!r}; PPO logs objective/scores, objective/kl, "
+            f"policy/..., val/..., loss/..., {', '.join(plain)}."
+        )
 
 
 def _tell_before(run: StageRun, roles: Roles, trainer: Any) -> None:
