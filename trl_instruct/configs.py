@@ -11,7 +11,6 @@ from transformers.utils import is_liger_kernel_available
 from trl_instruct.errors import InputError
 from trl_instruct.option_checks import (
     check_counts,
-    check_stop_strings,
     check_training,
     has_bf16,
     line_breaks,
@@ -100,7 +99,6 @@ class StageConfig(_Mixin):
         check_counts(self, *(f"per_device_{b}" for b in batch), "gradient_accumulation_steps")
         if self.use_liger_kernel and not is_liger_kernel_available():
             raise InputError("use_liger_kernel needs the package liger-kernel; install it.")
-        check_stop_strings(getattr(self, "stop_strings", None))
         check_training(self)
 
 

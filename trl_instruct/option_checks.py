@@ -47,6 +47,7 @@ def check_training(config: Any) -> None:
         raise InputError(f"learning_rate is {config.learning_rate}; it must not be negative.")
     if getattr(config, "activation_offloading", False) and not torch.accelerator.is_available():
         raise InputError("activation_offloading moves activations off a GPU; there is none.")
+    check_stop_strings(getattr(config, "stop_strings", None))
     if config.num_train_epochs <= 0 and config.max_steps <= 0:
         epochs = config.num_train_epochs
         raise InputError(f"num_train_epochs is {epochs}; make it above 0, or set max_steps.")
