@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -20,10 +21,10 @@ from trl_instruct.data.sources import (
     AnyDataset,
     Record,
     Source,
+    first_record,
     iterate,
     load_records,
     map_records,
-    typical_record,
 )
 from trl_instruct.errors import InputError
 
@@ -54,7 +55,7 @@ def read(
     """
     where = Source.of(source, split)
     dataset = rename(load_records(source, split, streaming), where, reading)
-    first = typical_record(dataset, where)
+    first = _typical_record(dataset, where)
     shape = shape_of(first, kind)
     if shape is not None:
         return _convert(dataset, where, shape, _Counts(kind), reading)
@@ -75,7 +76,7 @@ def recognise(
 ) -> tuple[dict[str, Any], Shape | None]:
     """The first record, its columns renamed, and the published shape that `read` would read."""
     where = Source.of(source, split)
-    first = typical_record(rename(load_records(source, split), where, reading), where)
+    first = _typical_record(rename(load_records(source, split), where, reading), where)
     return first, shape_of(first, kind)
 
 
@@ -83,6 +84,16 @@ def _is_unread(first: Record, name: str) -> bool:
     """Whether a text column that others join to the prompt is not in it."""
     value, prompt = first.get(name), first.get("prompt")
     return isinstance(value, str) and bool(value.strip()) and value.strip() not in str(prompt)
+
+
+def _typical_record(dataset: AnyDataset, source: Source) -> dict[str, Any]:
+    """The first record; where it is null or empty, the first value of 100 that is not."""
+    found = first_record(dataset, source)
+    for record in islice(iterate(dataset, source=source), 100):
+        for name, value in record.items():
+            if found.get(name) in (None, [], {}, "") and value is not None:
+                found[name] = value
+    return found
 
 
 def _with_prompt(record: Record, row: int, *, reading: Reading, where: Source) -> dict[str, Any]:

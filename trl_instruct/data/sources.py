@@ -139,16 +139,6 @@ def first_record(dataset: AnyDataset, source: Source) -> dict[str, Any]:
     raise InputError(f"{source.name} holds no records; at least one is needed.")
 
 
-def typical_record(dataset: AnyDataset, source: Source) -> dict[str, Any]:
-    """The first record; where it is null or empty, the first value of 100 that is not."""
-    found = first_record(dataset, source)
-    for record in islice(iterate(dataset, source=source), 100):
-        for name, value in record.items():
-            if found.get(name) in (None, [], {}, "") and value is not None:
-                found[name] = value
-    return found
-
-
 def iterate(
     dataset: AnyDataset, column: str | None = None, *, source: Source | None = None
 ) -> Iterator[Any]:
