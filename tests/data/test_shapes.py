@@ -754,6 +754,12 @@ def test_kto_of_llama_factory(labels):
         assert read("ranking", rows) == [("Gem?", ["Opal.", "Gum."], [1, 2])]
 
 
+def test_a_faulty_row_among_those_that_belong_together():
+    rows = [*TAGGED, {**TAGGED[0], "history": [[1]]}]
+    with pytest.raises(InputError, match="row 4: the row is not as unpaired preferences is publ"):
+        read("demonstration", [{"history": None, **row} for row in rows])
+
+
 def test_kto_of_messages():
     rows = [{"messages": [u("Gem?"), a(t)], "label": t == "Opal."} for t in ("Gum.", "Opal.")]
     assert read("demonstration", rows) == [([u("Gem?")], [a("Opal.")])]

@@ -209,7 +209,10 @@ def _grouped(
     for number, row in enumerate(rows):
         value: Any = row
         if callable(group):
-            value = group(row)
+            try:
+                value = group(row)
+            except (ValueError, LookupError, TypeError, AttributeError):
+                value = number  # alone: its reading tells what is wrong with it
         else:
             for name in group.split("."):
                 value = value.get(name) if isinstance(value, Mapping) else None
