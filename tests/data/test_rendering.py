@@ -4,9 +4,11 @@ What SFT trains on = what rm trains on (pairs, rankings) = PPO's prompt + comple
 model scores; and back, the text of what was sampled.
 """
 
+import copy
 import json
 
 import pytest
+from conftest import CHAT_TEMPLATE, byte_tokenizer
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
@@ -320,3 +322,22 @@ def test_what_a_record_gives_its_template():
     expected = [{"name": "a", "parameters": {"b": {"type": "string"}}}]
     assert template_arguments(given) == {"tools": expected, "enable_thinking": False}
     assert template_arguments({"tools": [], "chat_template_kwargs": None}) == {}
+
+
+def test_a_prompt_that_ends_with_eos(caplog):
+    """Text is refused in training and sampling alike; a template that ends so is told."""
+    tokenizer, chat_tokenizer = byte_tokenizer(), byte_tokenizer(chat_template=CHAT_TEMPLATE)
+    for call in (
+        lambda: render("Hi<eos>", "Hello", tokenizer),
+        lambda: render_prompt("Hi<eos>", tokenizer),
+        lambda: render_prompts(["Hi", "Hi<eos>"], tokenizer),
+    ):
+        with pytest.raises(InputError, match="the prompt ends with the EOS token '<eos>'"):
+            call()
+    assert render_prompt("<eos>", tokenizer) == [256]  # as GPT-2 begins a text
+    render_prompts([[{"role": "user", "content": "Hi"}]], chat_tokenizer)
+    assert not caplog.text
+    bare = copy.copy(chat_tokenizer)
+    bare.chat_template = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    render_prompts([[{"role": "user", "content": "Hi"}]], bare)
+    assert "1 prompts end with EOS" in caplog.text

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from trl_instruct.errors import InputError, located
+
+logger = logging.getLogger(__name__)
 
 ARGUMENTS = ("tools", "chat_template_kwargs")
 """Columns of a record that its chat template reads, as in TRL."""
@@ -131,6 +134,13 @@ def render_prompts(
     for row, prompt in enumerate(prompts):
         with located(f"Prompt {row + 1}"):
             rows.append(render_prompt(prompt, tokenizer, record_of(columns or {}, row)))
+    ended = sum(ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1 for ids in rows)
+    if ended:
+        logger.warning(
+            "%d prompts end with EOS once they are in the chat template: it may not know "
+            "add_generation_prompt",
+            ended,
+        )
     return rows
 
 
@@ -179,8 +189,17 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before a text (BOS), and the text's ids; not what it appends."""
+    """What the tokenizer puts before a prompt (BOS), and its ids; not what it appends.
+
+    Raises:
+        InputError: the prompt itself ends with EOS. (Alone, it is GPT-2's beginning of a text.)
+    """
     ids = _ids(text, tokenizer)
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        raise InputError(
+            f"the prompt ends with the EOS token {tokenizer.eos_token!r}: a policy would go on "
+            "after the end of a text. Remove it."
+        )
     if not tokenizer.num_special_tokens_to_add():
         return [], ids
     full = tokenizer(text)["input_ids"]
