@@ -196,3 +196,29 @@ def test_prompts_of_another_form_than_the_models(tmp_path, chat_tokenizer):
     check_format(written, chat_tokenizer, policy=policy)
     check_format(talk, chat_tokenizer, policy=policy, reward_model=len)
     check_format(text, chat_tokenizer, policy=tmp_path / "nowhere", reward_model=[reward])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("skip", [False, True])
+def test_ppo_reads_held_out_prompts_before_it_trains(saved_policy, tmp_path, capsys, skip):
+    """`compare` reads them after the training."""
+    path, held_out = write(tmp_path / "p.jsonl", PROMPTS), tmp_path / "e.jsonl"
+    write(held_out, [PROMPTS[0], {"prompt": ""}, {"prompt": "p" * 125}][: 2 if skip else 3])
+    code = tmp_path / "rewards.py"
+    code.write_text(
+        "def one(prompts, completions, **columns):\n    return [1.0 for _ in prompts]\n"
+    )
+    given = ("--reward_model_path", f"{code}:one", "--eval_dataset_name", held_out)
+    skips = ("--on_bad_record", "skip") if skip else ()
+    named = {"model_name_or_path": saved_policy, "dataset_name": path, **QUICK_PPO}
+    flags = [text for name, value in named.items() for text in (f"--{name}", str(value))]
+    arguments = ["ppo", *flags, *map(str, given), *skips, "--output_dir", str(tmp_path / "x")]
+    if skip:
+        cli.main(arguments)
+        assert "1 test prompts, one completion each" in capsys.readouterr().out
+        return
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert "e.jsonl, line 2: `prompt` is empty" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+    assert check("ppo", saved_policy, path, tmp_path / "x", capsys, *given, quick=QUICK_PPO)[0] == 2

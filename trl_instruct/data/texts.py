@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from trl_instruct.data.mixture import mixed
 from trl_instruct.data.reading import AS_PUBLISHED, Reading, rename
 from trl_instruct.data.records import check_records, load_prompts, require_columns
+from trl_instruct.data.rendering import render_prompt
 from trl_instruct.data.sources import (
     AnyDataset,
     Record,
@@ -93,10 +94,20 @@ def openings(texts: AnyDataset, tokenizer: Any, length: int) -> AnyDataset:
 def prompts_of(
     source: Any, split: str, tokenizer: Any, opening_length: int | None, reading: Reading
 ) -> Dataset:
-    """Prompts in every form: `prompt` columns, or the openings of texts."""
+    """Prompts in every form: `prompt` columns, or the openings of texts.
+
+    If bad records are left out, so are those that the chat template refuses.
+    """
     if opening_length:
         return openings(load_texts(source, split, reading=reading), tokenizer, opening_length)
-    return load_prompts(source, split, reading=reading)
+    prompts = load_prompts(source, split, reading=reading)
+    if not reading.skips:
+        return prompts
+
+    def renders(record: Record) -> None:
+        render_prompt(record["prompt"], tokenizer, record)
+
+    return check_records(prompts, reading.source, renders, reading)
 
 
 def _check_text_type(record: Record) -> None:

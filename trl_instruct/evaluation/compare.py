@@ -88,7 +88,8 @@ def _held_out(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Dat
     """The prompts to compare on, read as `ppo` read its own."""
     columns = dict(column.split("=", 1) for column in config.get("columns") or ())
     written = config.get("prompt_template"), config.get("prompt_suffix")
-    reading = Reading(columns, *written, strict=False)
+    bad = config.get("on_bad_record", "error")
+    reading = Reading(columns, *written, bad, strict=False, found=[])
     split = config.get("dataset_test_split") or "train"
     source, length = config["eval_dataset_name"], config.get("opening_length")
     return prompts_of(source, split, tokenizer, length, reading)

@@ -12,9 +12,9 @@ from trl_instruct.configs import PPOConfig
 from trl_instruct.data.reading import Reading
 from trl_instruct.data.records import load_prompts
 from trl_instruct.data.sources import name_of
-from trl_instruct.data.texts import load_texts, openings
+from trl_instruct.data.texts import load_texts, openings, prompts_of
 from trl_instruct.errors import InputError
-from trl_instruct.generation.sampling import unused_sampling
+from trl_instruct.generation.sampling import prompt_tokens, unused_sampling
 from trl_instruct.models.properties import ModelSource
 from trl_instruct.models.tokenizers import check_vocabulary
 from trl_instruct.ppo_trainer import curves
@@ -90,6 +90,7 @@ def ppo(
         check_vocabulary(tokenizer, roles.policy)
         limits = {name: getattr(config, name) for name in ("max_prompt_length", "response_length")}
         prompts = fitting(prompts, tokenizer, roles.policy, reading, **limits)
+        _check_held_out(config, tokenizer, roles.policy, reading, limits)
         with option_errors():
             trainer = trainer_class(
                 args=config,
@@ -113,6 +114,18 @@ def ppo(
         if run.is_main:
             curves.plot(trainer.state.log_history, run.folder / curves.FIGURE)
         return run.finish(trainer, metrics)
+
+
+def _check_held_out(
+    config: PPOConfig, tokenizer: Any, policy: Any, reading: Reading, limits: dict[str, Any]
+) -> None:
+    """InputError for a prompt that `compare` would read after the training, and could not."""
+    if config.eval_dataset_name is None:
+        return
+    split = config.dataset_test_split or "train"
+    given = tokenizer, config.opening_length, reading.of_another()
+    prompts = prompts_of(config.eval_dataset_name, split, *given)
+    prompt_tokens(prompts["prompt"][:], tokenizer, policy, columns=prompts[:], **limits)
 
 
 def _check_metric(config: PPOConfig) -> None:
