@@ -32,6 +32,9 @@ def check(stage, model, path, folder, capsys, *arguments, quick=QUICK):
 def test_tokens_with_their_mask(tokenizer):
     record = Rendered(tokenizer("a\n")["input_ids"], [*tokenizer(" b")["input_ids"], 256], None)
     assert shown_tokens(record, tokenizer) == r"a|\n[ ][b][<eos>]"
+    long = tokenizer("a" * 50 + "b" * 7 + "c" * 50)["input_ids"]
+    shown = [*"a" * 50, " ... 7 more ... ", *"c" * 50]
+    assert shown_tokens(Rendered(long, [], None), tokenizer) == "|".join(shown)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from trl_instruct.data.sources import Record
 from trl_instruct.generation.sampling import prompt_tokens, sample_several
 from trl_instruct.rewards.function import as_completions, call_reward, place_on
 
-SHOWN = 2
+SHOWN, HEAD = 2, 50
 FEW_STEPS = 10
 
 
@@ -32,13 +32,18 @@ class DryRunEnd(Exception):  # noqa: N818 - it is no error
 def shown_tokens(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> str:
     """A record token by token; those in brackets count in the loss or are scored.
 
-    White space is escaped, so that what a template puts at the joint can be seen.
+    White space is escaped, so that what a template puts at the joint can be seen. Of long texts the
+    middle is left out.
     """
-    prompt, completion = (
-        [repr(tokenizer.decode([token]))[1:-1] for token in ids]
-        for ids in (rendered.prompt, rendered.completion)
-    )
-    return "|".join(prompt) + "".join(f"[{token}]" for token in completion)
+
+    def texts(ids: list[int]) -> list[str]:
+        shown = [repr(tokenizer.decode([token]))[1:-1] for token in ids]
+        if len(shown) > 2 * HEAD:
+            shown[HEAD:-HEAD] = [f" ... {len(shown) - 2 * HEAD} more ... "]
+        return shown
+
+    completion = texts(rendered.completion)
+    return "|".join(texts(rendered.prompt)) + "".join(f"[{text}]" for text in completion)
 
 
 def tell_records(run: Any, rendered: Iterable[Rendered], tokenizer: Any) -> None:
