@@ -69,7 +69,8 @@ def test_the_recipe_runs_with_what_the_hub_would_give(
     options = {**QUICK, "model_name_or_path": saved_policy, "output_dir": tmp_path / "ppo"}
     flags = [f"--{name}={value}" for name, value in options.items()]
     cli.main(["ppo", "--config", str(RECIPE), *flags])
-    assert asked == [("stanfordnlp/imdb", "train"), ("stanfordnlp/imdb", "test[:250]+test[-250:]")]
+    train, held_out = (("stanfordnlp/imdb", part) for part in ("train", "test[:250]+test[-250:]"))
+    assert asked == [train, held_out, held_out]  # checked before the training, compared on after it
     assert set(judged) == {("lvwerra/distilbert-imdb", "POSITIVE", "log_odds")}
     summary = json.loads((tmp_path / "ppo" / "summary.json").read_text())
     shown = [sample["prompt"] for sample in summary["samples"]]
