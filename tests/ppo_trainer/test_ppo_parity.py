@@ -242,12 +242,12 @@ def assert_moved(watch, *parts):
 
 SGD = {"optim": "sgd", "learning_rate": 0.01}
 TWO_EPOCHS = {
-    **{"optim": "sgd", "learning_rate": 0.0037, "num_ppo_epochs": 2},
+    **{"optim": "sgd", "learning_rate": 0.0045, "num_ppo_epochs": 2},
     **{"cliprange": 0.05, "cliprange_value": 0.01},
 }
 SETTINGS = {
     "adamw": {"learning_rate": 1e-3, "adam_epsilon": 1e-5},
-    "two epochs, clipped": {**TWO_EPOCHS, "temperature": 0.8},
+    "two epochs, clipped": {**TWO_EPOCHS, "temperature": 1.25},
     "whitened rewards, k3": {
         **SGD,
         "learning_rate": 0.007,
