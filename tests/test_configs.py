@@ -5,6 +5,7 @@ import torch
 import yaml
 from transformers import SchedulerType
 from trl import ModelConfig
+from trl.scripts.utils import DatasetConfig
 
 from trl_instruct.cli import parse
 from trl_instruct.configs import (
@@ -16,7 +17,7 @@ from trl_instruct.configs import (
     has_bf16,
 )
 from trl_instruct.errors import InputError
-from trl_instruct.recipes.options import resolve, save_config
+from trl_instruct.recipes.options import resolve, save_config, stage_options
 
 CONFIGS = [PretrainConfig, SFTConfig, CandidatesConfig, RewardConfig, PPOConfig]
 # What differs from the defaults of transformers, of TRL, of ours; back to another's default; null.
@@ -196,3 +197,18 @@ def test_options_of_trls_ppo_config_that_have_another_name_here():
         InputError, match=r"sft_model_path is not an option here: .*model_name_or_path"
     ):
         resolve(PPOConfig, None, None, {"output_dir": "x", "sft_model_path": "gpt2"})
+
+
+def test_a_mixture_of_objects_is_saved_as_yaml(tmp_path):
+    mixture = [DatasetConfig("a.jsonl", fraction=1.0)]
+    given = stage_options(SFTConfig, None, None, tmp_path, mixture, {"use_cpu": True})
+    save_config(tmp_path / "config.yaml", *given)
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())["datasets"]
+    assert [DatasetConfig(**entry) for entry in saved] == mixture
+
+
+@pytest.mark.parametrize("config_class", [c for c in CONFIGS if c is not SFTConfig])
+def test_stages_that_do_not_stream_say_so(config_class):
+    options = {"use_cpu": True, "dataset_streaming": True}
+    with pytest.raises(InputError, match="dataset_streaming: sft alone reads while it trains"):
+        stage_options(config_class, None, None, "x", "d.jsonl", options, trains=False)

@@ -293,7 +293,7 @@ def ppo_command(arguments: list[str]) -> None:
     model, reward = model_config.model_name_or_path, _reward_of(config)
     result = ppo(model, reward, config.dataset_name, config=config, model_config=model_config)
     _tell(f"policy: {result}")
-    if config.eval_dataset_name and PartialState().is_main_process:
+    if (config.eval_dataset_name or config.dataset_test_split) and PartialState().is_main_process:
         compare(result, reward=reward, trust_remote_code=config.trust_remote_code)
     _tell_diagnosis("ppo", result)
 

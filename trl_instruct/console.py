@@ -133,3 +133,12 @@ def progress_bar(name: str, total: int, **options: Any) -> tqdm:
     """A progress bar over `total` steps; `options` are tqdm's."""
     interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
     return tqdm(desc=name, total=total, mininterval=interval, dynamic_ncols=True, **options)
+
+
+def plural(count: int, noun: str) -> str:
+    """A count with its noun.
+
+    >>> plural(1, "tie"), plural(1200, "tie")
+    ('1 tie', '1,200 ties')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -1003,6 +1003,9 @@ def test_our_own_fields_are_read_as_they_are():
     assert recognise(Dataset.from_list([shown]), "train", "demonstration")[1] is None
     asked = {"prompt": "2?", "instruction": "x", "output": "y"}
     assert recognise(Dataset.from_list([asked]), "train", "prompt")[1] is None
+    labelled = {"instruction": "x", "output": "y", "label": 1}
+    for kind, row in (("ranking", ranking), ("prompt", {"prompt": "2?"})):
+        assert recognise(Dataset.from_list([row | labelled]), "train", kind)[1] is None
     pair = {"prompt": "2?", "chosen": "4", "rejected": "5", "input": "x"}
     assert recognise(Dataset.from_list([pair]), "train", "ranking")[1] is None
 

@@ -49,6 +49,18 @@ def test_the_same_again(run):
     assert compare(aligned) == summary
 
 
+def test_a_split_of_the_prompts_themselves(run, tmp_path):
+    """`dataset_test_split` alone: the held-out prompts lie in the same dataset."""
+    aligned, _ = run
+    prompts = str(aligned.path.parent / "prompts.jsonl")
+    options = {**QUICK_PPO, "dataset_test_split": "train[:3]"}
+    folders = aligned.path.parent / "sft", aligned.path.parent / "rm"
+    again = ppo(*folders, prompts, tmp_path / "ppo", **options)
+    assert compare(again)["prompts"] == 3
+    with pytest.raises(InputError, match="a split of what\\? Name an eval_dataset_name"):
+        ppo(*folders, Dataset.from_list(PROMPTS), tmp_path / "other", **options)
+
+
 def test_the_table(run):
     _, summary = run
     text = render(summary)

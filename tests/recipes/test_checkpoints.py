@@ -107,6 +107,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_stays(saved_policy, tmp_p
 
 
 def test_a_reward_models_checkpoint_is_known(saved_reward_model, tmp_path):
+    """Sharded weights stand without a config: nothing tells them apart."""
+    check_resumable(tmp_path, "rm", adapter=True)
     check_resumable(Path(saved_reward_model), "rm", adapter=False)
     with pytest.raises(InputError, match="was written by rm, not by sft"):
         check_resumable(Path(saved_reward_model), "sft", adapter=False)

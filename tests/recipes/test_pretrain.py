@@ -6,11 +6,11 @@ from test_recipes import QUICK
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_instruct.configs import PretrainConfig
+from trl_instruct.data.sources import name_of
 from trl_instruct.errors import InputError
 from trl_instruct.recipes import pretrain as recipe
 from trl_instruct.recipes.pretrain import (
     EOS,
-    name_of,
     pretrain,
     tiny_base,
     tokenize_texts,

@@ -15,6 +15,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from trl_instruct.console import plural
+from trl_instruct.data.orders import dense_ranks
 from trl_instruct.data.reading import AS_PUBLISHED, Reading, rename
 from trl_instruct.data.recognition import Shape, shape_of
 from trl_instruct.data.sources import (
@@ -91,9 +93,13 @@ def _typical_record(dataset: AnyDataset, source: Source) -> dict[str, Any]:
     found = first_record(dataset, source)
     for record in islice(iterate(dataset, source=source), 100):
         for name, value in record.items():
-            if found.get(name) in (None, [], {}, "") and value is not None:
+            if _is_blank(found.get(name)) and not _is_blank(value):
                 found[name] = value
     return found
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str | list | Mapping) and not value)
 
 
 def _with_prompt(record: Record, row: int, *, reading: Reading, where: Source) -> dict[str, Any]:
@@ -186,9 +192,9 @@ def _given(shape: Shape, members: list[Record], kind: str, reading: Reading) -> 
 
 def _replaces(name: str, value: Any) -> bool:
     """Whether a column that the user names is the field itself: PKU's `ranks` is an index."""
-    return (
-        isinstance(value, list) if name in ("responses", "ranks", "scores") else value is not None
-    )
+    if name in ("responses", "ranks", "scores"):
+        return isinstance(value, list)
+    return value is not None
 
 
 def _held_prompt(row: Record) -> Any:
@@ -282,14 +288,13 @@ class _Counts:
         self.dropped += len(given) - len(kept)
         record["responses"] = [response for response, _ in kept]
         numbers = [float(number) for _, number in kept]
-        places = {value: place for place, value in enumerate(sorted(set(numbers)), start=1)}
-        record[order] = numbers if order == "scores" else [places[number] for number in numbers]
+        record[order] = numbers if order == "scores" else dense_ranks(numbers)
         return ""
 
     def told(self, where: Source, shape: Shape, rows: int, found: int) -> str:
         """The line that says how a file was read."""
-        what = self.kind + "s" * (found != 1)
-        text = f"{where.name}: read as {shape.told}: {rows:,} rows give {found:,} {what}"
+        what = plural(found, self.kind)
+        text = f"{where.name}: read as {shape.told}: {rows:,} rows give {what}"
         reasons = [f"{count:,} {why}" for why, count in self.left_out.items()]
         text += f"; left out: {', '.join(reasons)}" if reasons else ""
         dropped = f"; also {self.dropped:,} responses without text or place"

@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
+from trl_instruct.console import plural
 from trl_instruct.data.conversion import read, recognise
 from trl_instruct.data.dialogues import extract_prompt
 from trl_instruct.data.mixture import mixed
@@ -19,7 +20,6 @@ from trl_instruct.data.rankings import (
     RankingCounts,
     canonical_ranking,
     load_rankings,
-    plural,
 )
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.data.records import (

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
+from trl_instruct.console import plural
 from trl_instruct.data.conversion import read
 from trl_instruct.data.mixture import mixed
 from trl_instruct.data.orders import ORDERS, canonical_ranks, canonical_scores, dense_ranks
@@ -215,15 +216,6 @@ def canonical_ranking(record: Record, rating_order: Sequence[Any] | None = None)
         scores=scores and [scores[index] for index in kept],
         duplicates=len(responses) - len(kept),
     )
-
-
-def plural(count: int, noun: str) -> str:
-    """A count with its noun.
-
-    >>> plural(1, "tie"), plural(1200, "tie")
-    ('1 tie', '1,200 ties')
-    """
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _reply(index: int, response: Any, form: str) -> Any:

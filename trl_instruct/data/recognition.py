@@ -100,11 +100,14 @@ def shape_of(first: Record, kind: str) -> Shape | None:
         first: the first record, or where it is null or empty, the first that is not.
         kind: what is wanted: "demonstration", "ranking" or "prompt".
     """
-    replies = {"completion", "messages", "conversations", "output"} & set(first)
-    if replies and (_is_switch(first.get("label")) or _is_switch(first.get("kto_tag"))):
+    if {"prompt", "responses"} <= set(first):
+        return None
+    replies = {"completion", "messages"}
+    replies |= set() if "prompt" in first else {"conversations", "output"}
+    judged = _is_switch(first.get("label")) or _is_switch(first.get("kto_tag"))
+    if judged and replies & set(first):
         return UNPAIRED
-    shown = kind == "demonstration" and "completion" in first
-    if "prompt" in first and (shown or "responses" in first):
+    if kind == "demonstration" and {"prompt", "completion"} <= set(first):
         return None
     if _has_answers(first):
         return ARGILLA
@@ -123,7 +126,7 @@ def shape_of(first: Record, kind: str) -> Shape | None:
 
 def _is_switch(value: Any) -> bool:
     """Whether a label says good or bad: true and false, or 1 and 0 as csv files have it."""
-    return isinstance(value, bool) or value in (0, 1)
+    return isinstance(value, bool | int | float) and value in (0, 1)
 
 
 def _has_answers(first: Record) -> bool:

@@ -109,10 +109,8 @@ def implicit_pairs(row: Record) -> Given:
 def rated_pairs(row: Record) -> Given:
     """UltraFeedback binarized (H4, Argilla) and distilabel's DPO: two ratings beside a pair."""
     better, worse = _dialogues(row)
-    shown, prompt = (
-        split_reply(messages_of("messages", row.get("messages") or [])),
-        row.get("prompt"),
-    )
+    shown = split_reply(messages_of("messages", row.get("messages") or []))
+    prompt = row.get("prompt")
     if not better or not worse:  # a split for generation or SFT
         return shown if shown["prompt"] else {"prompt": prompt, "responses": []}
     if isinstance(better, list) or prompt is None:

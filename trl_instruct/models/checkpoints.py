@@ -75,6 +75,8 @@ def check_resumable(checkpoint: Path, stage: str, *, adapter: bool) -> None:
             f"resume_from_checkpoint {str(checkpoint)!r} is the result of a stage, not a "
             "checkpoint. Give one of its folders checkpoint-<step>."
         )
+    if not config and not lora:
+        return  # sharded weights, which stand without a config
     classes = str(config.get("architectures", ""))
     scores = "SequenceClassification" in classes or lora.get("task_type") == "SEQ_CLS"
     found = "ppo" if (checkpoint / PPO_STATE).is_file() else "rm" if scores else "sft"

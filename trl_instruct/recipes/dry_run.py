@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from trl_instruct.console import one_line
+from trl_instruct.console import one_line, plural
 from trl_instruct.data.reading import Reading
 from trl_instruct.data.records import check_records
 from trl_instruct.data.rendering import Rendered
@@ -111,7 +111,7 @@ def _ppo_plan(trainer: Any) -> str:
     args, iterations = trainer.args, trainer.num_iterations
     steps = getattr(args, "num_mini_batches", 1) * args.num_ppo_epochs * iterations
     prompts, episodes = len(trainer.train_dataset), iterations * trainer.batch_size
-    rounds = f"{iterations:,} iteration{'s' * (iterations != 1)}"
+    rounds = plural(iterations, "iteration")
     return _with_advice(
         f"{prompts:,} prompts in batches of {trainer.batch_size}: {rounds}, {episodes:,} episodes "
         f"({_passes(episodes / prompts)}), {_steps(steps)}",
@@ -120,7 +120,7 @@ def _ppo_plan(trainer: Any) -> str:
 
 
 def _steps(count: int) -> str:
-    return "ONE optimizer step" if count == 1 else f"{count:,} optimizer steps"
+    return "ONE optimizer step" if count == 1 else plural(count, "optimizer step")
 
 
 def _passes(count: float) -> str:

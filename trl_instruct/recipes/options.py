@@ -20,6 +20,7 @@ from trl import ModelConfig
 from trl.scripts.utils import DatasetConfig
 
 from trl_instruct.configs import SFTConfig, StageConfig
+from trl_instruct.data.mixture import mixture_of
 from trl_instruct.data.sources import kind_of, name_of
 from trl_instruct.errors import InputError
 
@@ -205,15 +206,11 @@ def stage_options(
     if output_dir is not None:
         config.output_dir = os.fspath(output_dir)
     if isinstance(dataset, list):
-        config.datasets = dataset
+        config.datasets = [dataclasses.asdict(entry) for entry in mixture_of(dataset)]
     if dataset is None and not config.datasets:
         raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
     config.dataset_name = name_of(dataset) or config.dataset_name
-    if config.dataset_streaming and config_class is not SFTConfig:
-        raise InputError(
-            "dataset_streaming: sft alone reads while it trains; this stage counts and draws from "
-            "its records. Leave it out."
-        )
+    check_streams(config)
     if trains:
         _check_trainable(config, model_config)
     return config, model_config
@@ -234,6 +231,15 @@ def _check_trainable(config: StageConfig, model_config: ModelConfig) -> None:
     if model_config.attn_implementation == "flex_attention" and config.device.type == "cpu":
         raise InputError(
             "attn_implementation flex_attention has no backward pass on CPU: omit it or use a GPU."
+        )
+
+
+def check_streams(config: StageConfig) -> None:
+    """InputError for a stream where a stage needs all records at once."""
+    if config.dataset_streaming and not isinstance(config, SFTConfig):
+        raise InputError(
+            "dataset_streaming: sft alone reads while it trains; this stage counts and draws from "
+            "its records. Leave it out."
         )
 
 

@@ -119,7 +119,14 @@ def ppo(
 def _check_held_out(
     config: PPOConfig, tokenizer: Any, policy: Any, reading: Reading, limits: dict[str, Any]
 ) -> None:
-    """InputError for a prompt that `compare` would read after the training, and could not."""
+    """InputError for a prompt that `compare` would read after the training, and could not.
+
+    The held-out prompts may be a split of the dataset itself: then the config names it.
+    """
+    if config.dataset_test_split and config.eval_dataset_name is None:
+        if config.dataset_name is None or config.dataset_config is not None:
+            raise InputError("dataset_test_split: a split of what? Name an eval_dataset_name.")
+        config.eval_dataset_name = config.dataset_name
     if config.eval_dataset_name is None:
         return
     split = config.dataset_test_split or "train"

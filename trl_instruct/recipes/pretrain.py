@@ -23,13 +23,13 @@ from trl import ModelConfig
 
 from trl_instruct.configs import PretrainConfig
 from trl_instruct.data.reading import Reading
-from trl_instruct.data.sources import kind_of, name_of
+from trl_instruct.data.sources import kind_of
 from trl_instruct.data.texts import load_texts
 from trl_instruct.errors import InputError
 from trl_instruct.files import METRICS_FILE
 from trl_instruct.models.properties import context_length
 from trl_instruct.padding import length_batches
-from trl_instruct.recipes.options import data_of, resolve
+from trl_instruct.recipes.options import data_of, stage_options
 from trl_instruct.recipes.stage import StageResult, run_stage
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -52,16 +52,9 @@ def pretrain(
     Raises:
         InputError: bad records, an unknown architecture or option, an output_dir that is taken.
     """
-    if output_dir is not None and config is None:
-        options["output_dir"] = output_dir
-    config, _ = resolve(PretrainConfig, config, None, options)
-    if output_dir is not None:
-        config.output_dir = os.fspath(output_dir)
-    if isinstance(dataset, list):
-        config.datasets = dataset
-    if dataset is None and not config.datasets:
-        raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
-    config.dataset_name = name_of(dataset) or config.dataset_name
+    config, _ = stage_options(
+        PretrainConfig, config, None, output_dir, dataset, options, trains=False
+    )
     reading = Reading.of(config)
     texts = load_texts(data_of(dataset, config), config.dataset_train_split, reading=reading)
     with run_stage("pretrain", config, ModelConfig()) as run:
