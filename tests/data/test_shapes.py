@@ -5,6 +5,7 @@ import json
 import pytest
 from datasets import Dataset
 
+from trl_instruct.data import sources
 from trl_instruct.data.conversion import recognise
 from trl_instruct.data.pairs import load_pairs
 from trl_instruct.data.rankings import load_rankings
@@ -495,6 +496,15 @@ READINGS = [
         [{"INSTRUCTION": "Gem?", "RESPONSE": "Opal."}],
         "demonstration",
         [("Gem?", "Opal.")],
+    ),
+    (
+        "dolly",
+        [
+            {"instruction": "Who?", "context": "Ann sang.", "response": "Ann.", "category": "qa"},
+            {"instruction": "Gem?", "context": "", "response": "Opal.", "category": "open"},
+        ],
+        "demonstration",
+        [("Who?\nAnn sang.", "Ann."), ("Gem?", "Opal.")],
     ),
     (
         "alpaca with a system prompt",
@@ -992,6 +1002,20 @@ def test_streams_of_published_shapes(tmp_path, streaming):
     if streaming:
         with pytest.raises(InputError, match="lie in several rows: that cannot be streamed"):
             load_rankings(path, streaming=True)
+
+
+def test_a_stream_of_pairs_is_not_loaded_whole(tmp_path, monkeypatch):
+    path = tmp_path / "shp.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in SHP))
+    load, asked = sources.load_dataset, []
+
+    def spy(*given, streaming, **options):
+        asked.append(streaming)
+        return load(*given, streaming=streaming, **options)
+
+    monkeypatch.setattr(sources, "load_dataset", spy)
+    found = [row["chosen"] for row in load_pairs(path, streaming=True)]
+    assert (found, asked) == (["Let it rest.", "Bad luck."], [True])
 
 
 def test_our_own_fields_are_read_as_they_are():

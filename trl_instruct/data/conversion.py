@@ -44,8 +44,8 @@ REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
 
 def read(
     source: Any, split: str, streaming: bool, kind: str, reading: Reading
-) -> tuple[AnyDataset, Source]:
-    """A source's records with our fields, and where errors find them.
+) -> tuple[AnyDataset, Source, Shape | None]:
+    """A source's records with our fields, where errors find them, and the shape they had.
 
     Args:
         source, split, streaming: as `load_records`.
@@ -60,7 +60,7 @@ def read(
     first = _typical_record(dataset, where)
     shape = shape_of(first, kind)
     if shape is not None:
-        return _convert(dataset, where, shape, _Counts(kind), reading)
+        return *_convert(dataset, where, shape, _Counts(kind), reading), shape
     if reading.writes_prompts() and ("prompt" in first or reading.prompt_template):
         write = partial(_with_prompt, reading=reading, where=where)
         dataset = map_records(dataset, write, with_indices=True)
@@ -70,7 +70,7 @@ def read(
             "would join them",
             *(where.name, unread[0], unread[0]),
         )
-    return dataset, where
+    return dataset, where, None
 
 
 def recognise(

@@ -12,14 +12,14 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 from trl_instruct.console import plural
-from trl_instruct.data.conversion import read, recognise
+from trl_instruct.data.conversion import read
 from trl_instruct.data.dialogues import extract_prompt
 from trl_instruct.data.mixture import mixed
 from trl_instruct.data.rankings import (
     Ranking,
     RankingCounts,
     canonical_ranking,
-    load_rankings,
+    canonical_rankings,
 )
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.data.records import (
@@ -173,10 +173,10 @@ def load_pairs(
     """
     if isinstance(source, list):
         return mixed(partial(load_pairs, counts=counts, reading=reading), source, streaming)
-    if recognise(source, split, "ranking", reading)[1] is not None:
-        rankings = load_rankings(source, split, streaming, counts=counts, reading=reading)
+    dataset, where, shape = read(source, split, streaming, "ranking", reading)
+    if shape is not None:
+        rankings = canonical_rankings(dataset, where, counts=counts, reading=reading)
         return rankings_to_pairs(rankings)
-    dataset, where = read(source, split, streaming, "ranking", reading)
     first = first_record(dataset, where)
     columns = dataset.column_names or list(first)
     require_columns(columns, where, ("chosen", "rejected"), "A pair")
@@ -189,7 +189,7 @@ def load_pairs(
     check = partial(check_pair, form=form, implicit=implicit)
     dataset = check_records(dataset, where, check, reading)
     counts = RankingCounts() if counts is None else counts
-    differs = partial(_differs, counts=counts, where=where)
+    differs = partial(_differs, counts=counts, where=(reading.found or [where])[-1])
     if isinstance(dataset, IterableDataset):
         dataset = dataset.filter(differs, with_indices=True)
     else:

@@ -148,7 +148,20 @@ def load_rankings(
     if isinstance(source, list):
         load = partial(load_rankings, rating_order=rating_order, counts=counts, reading=reading)
         return mixed(load, source, streaming)
-    dataset, where = read(source, split, streaming, "ranking", reading)
+    dataset, where, _ = read(source, split, streaming, "ranking", reading)
+    options: Any = {"rating_order": rating_order, "counts": counts, "reading": reading}
+    return canonical_rankings(dataset, where, **options)
+
+
+def canonical_rankings(
+    dataset: AnyDataset,
+    where: Source,
+    *,
+    rating_order: Sequence[Any] | None = None,
+    counts: RankingCounts | None = None,
+    reading: Reading = AS_PUBLISHED,
+) -> AnyDataset:
+    """Rankings that were read, in one form; the rest is as in `load_rankings`."""
     first = first_record(dataset, where)
     columns = dataset.column_names or list(first)
     if "responses" not in columns and {"chosen", "rejected"} <= set(columns):

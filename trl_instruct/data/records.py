@@ -75,7 +75,7 @@ def load_demonstrations(
     """
     if isinstance(source, list):
         return mixed(partial(load_demonstrations, reading=reading), source, streaming)
-    dataset, where = read(source, split, streaming, "demonstration", reading)
+    dataset, where, _ = read(source, split, streaming, "demonstration", reading)
     first = first_record(dataset, where)
     columns = dataset.column_names or list(first)
     if "completion" not in columns and prompt_in_dialogue(first, "messages"):
@@ -137,7 +137,7 @@ def load_prompts(
     """
     if isinstance(source, list):
         return mixed(partial(load_prompts, reading=reading), source, streaming)
-    dataset, where = read(source, split, streaming, "prompt", reading)
+    dataset, where, _ = read(source, split, streaming, "prompt", reading)
     first = first_record(dataset, where)
     columns = dataset.column_names or list(first)
     require_columns(columns, where, ("prompt",), "A prompt record")

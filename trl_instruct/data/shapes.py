@@ -354,7 +354,8 @@ def ratings_of(row: Record) -> list[str]:
 
 def _asked(row: Record, system: str = "system") -> Any:
     """Instruction and input as text; as messages if the file has a system or history column."""
-    asked = [row.get(key_of(row, name) or "") for name in ("instruction", "question", "input")]
+    names = ("instruction", "question", "input", "context")  # Dolly's, besides Alpaca's
+    asked = [row.get(key_of(row, name) or "") for name in names]
     text = "\n".join(part for part in asked if part)
     if system not in row and "history" not in row:
         return text
