@@ -863,6 +863,15 @@ def test_splits_of_h4_without_pairs():
     assert len(read("ranking", rows)) == 1
 
 
+def test_rated_pairs_beside_their_prompt():
+    """The prompt may be messages of its own, which the replies repeat or not."""
+    row = {"prompt": [u("Hi")], "chosen": [a("Hello")], "rejected": [a("What")]}
+    row |= {"score_chosen": 2.0, "score_rejected": 1.0}
+    whole = {**row, "chosen": [u("Hi"), a("Hello")], "rejected": [u("Hi"), a("What")]}
+    expected = [([u("Hi")], [a("Hello")], [a("What")])]
+    assert read("pair", [row]) == read("pair", [whole]) == expected
+
+
 def test_answers_of_argilla_that_rank_nothing(caplog):
     row = {**ARGILLA1[0], "stars": [{"user_id": "u", "value": 4, "status": "submitted"}]}
     assert read("ranking", [row]) == [("Fern?", ["Fir.", "Bracken."], [2, 1])]

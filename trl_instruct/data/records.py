@@ -353,4 +353,4 @@ def _advice(found: Sequence[str], missing: Sequence[str]) -> str:
         if held:
             rename = f'.rename_column("{held[0]}", "{column}")'
             return f"Rename the field in the file, or load it and {rename}."
-    return "Add it."
+    return f"Add it. If another column holds it, say so: --columns {missing[0]}=COLUMN."

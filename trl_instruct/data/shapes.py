@@ -113,7 +113,7 @@ def rated_pairs(row: Record) -> Given:
     prompt = row.get("prompt")
     if not better or not worse:  # a split for generation or SFT
         return shown if shown["prompt"] else {"prompt": prompt, "responses": []}
-    if isinstance(better, list) or prompt is None:
+    if prompt is None or (isinstance(better, list) and isinstance(prompt, str)):
         prompt, better, worse = extract_prompt({"chosen": better, "rejected": worse}).values()
     return {**shown, **_pair(prompt, better, worse, _rated(row))}
 
