@@ -23,7 +23,6 @@ from trl_instruct.data.records import (
     check_records,
     check_reply,
     form_of,
-    keep_rows,
     require_columns,
 )
 from trl_instruct.data.repeated_prompts import take_off_prompts
@@ -33,7 +32,6 @@ from trl_instruct.data.sources import (
     Record,
     Source,
     first_record,
-    iterate,
     kind_of,
     map_records,
 )
@@ -171,12 +169,17 @@ def canonical_rankings(
     counts, before = (RankingCounts() if counts is None else counts), RankingCounts()
     form = form_of(first)
     options: dict[str, Any] = {"rating_order": rating_order, "where": where, "form": form}
-    streamed, scored = isinstance(dataset, IterableDataset), True
-    if isinstance(dataset, Dataset):
-        rows, scored = _check_all(dataset, before, reading, options)
-        dataset = keep_rows(dataset, rows, where, reading)
-    elif reading.skips:
-        check: Any = partial(canonical_ranking, rating_order=rating_order)
+    streamed = isinstance(dataset, IterableDataset)
+    scored = streamed  # in a stream, any ranking may have scores
+
+    def check(record: Record) -> None:
+        nonlocal scored
+        check_prompt(record, form=form)
+        ranking = canonical_ranking(record, rating_order)
+        before.add(ranking)
+        scored = scored or ranking.scores is not None
+
+    if reading.skips or not streamed:  # all are checked and counted before any is written
         dataset = check_records(dataset, where, check, reading)
     dataset = map_records(
         dataset,
@@ -252,25 +255,6 @@ def _canonical(record: Record, row: int, *, rating_order: Any, where: Source, fo
     with where.located(row):
         check_prompt(record, form=form)
         return canonical_ranking(record, rating_order)
-
-
-def _check_all(
-    dataset: Dataset, counts: RankingCounts, reading: Reading, options: dict[str, Any]
-) -> tuple[list[int], bool]:
-    """Check and count all records before any is written; the good rows, and if any has scores."""
-    rows, scored = [], False
-    for row, record in enumerate(iterate(dataset)):
-        try:
-            ranking = _canonical(record, row, **options)
-        except InputError as fault:
-            if not reading.skips:
-                raise
-            reading.tell(fault)
-            continue
-        rows.append(row)
-        counts.add(ranking)
-        scored = scored or ranking.scores is not None
-    return rows, scored
 
 
 def _convert(

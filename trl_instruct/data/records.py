@@ -306,10 +306,10 @@ def check_records(
         reading.place(source)
         return dataset.filter(passes, with_indices=True)
     rows = [r for r, record in enumerate(iterate(dataset, source=source)) if passes(record, r)]
-    return keep_rows(dataset, rows, source, reading)
+    return _keep_rows(dataset, rows, source, reading)
 
 
-def keep_rows(dataset: Dataset, rows: list[int], source: Source, reading: Reading) -> Dataset:
+def _keep_rows(dataset: Dataset, rows: list[int], source: Source, reading: Reading) -> Dataset:
     """The rows that are good; the others are counted in a line.
 
     Raises:
