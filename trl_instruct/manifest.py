@@ -1,0 +1,56 @@
+"""The manifest of a folder: the files that were written there, with their sizes and hashes.
+
+What is listed and unchanged is ours to remove. What is listed and differs was cut short or damaged.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from trl_instruct.files import read_json, write_json
+
+MANIFEST_FILE = "manifest.json"
+
+
+def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
+    """List files of a folder in its manifest; the last thing that is written there.
+
+    Args:
+        folder: the one that holds the files.
+        names: their paths below the folder, with "/" between; None for all that it holds.
+    """
+    if names is None:
+        names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    listed = sorted(set(names) - {MANIFEST_FILE})
+    write_json(folder / MANIFEST_FILE, {name: _mark(folder / name) for name in listed})
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, int | str]]:
+    """The files that a folder's manifest lists, by their path below it; {} without a manifest.
+
+    Raises:
+        ValueError: the manifest is not JSON.
+    """
+    return read_json(folder / MANIFEST_FILE)
+
+
+def damage(folder: Path) -> str | None:
+    """The first listed file that is missing or differs, and how; None if all are as written."""
+    for name, mark in read_manifest(folder).items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != mark["size"]:
+            return f"{name} has {path.stat().st_size:,} bytes of {mark['size']:,}"
+        if _mark(path) != mark:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def _mark(path: Path) -> dict[str, int | str]:
+    """Size in bytes and SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
