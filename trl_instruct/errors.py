@@ -1,14 +1,69 @@
-"""The one exception for mistakes that a user can fix."""
+"""The one exception for mistakes that a user can fix, and what no message or file may hold."""
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
+
+REDACTED = "***"
+
+# hub_token, api_key, X-Auth-Token, password; not eos_token, max_tokens.
+_SECRET = (
+    r"(?:[\w-]*[_-])?(?:(?<!(?:bos|eos|pad|unk|sep|cls)_)(?<!(?:mask|stop)_)token|password|passwd|"
+    r"(?:api|access|account|private|secret)[_-]?key|apikey|secret|authorization|credentials?)"
+)
+_IS_SECRET = re.compile(_SECRET, re.IGNORECASE)
+# What comes before the secret, and the secret.
+_IN_TEXT = re.compile(
+    r"(?P<before>://)[^\s/?#'\"]+(?=@)"  # http://user:password@host
+    rf"|(?P<query>[?&](?:{_SECRET}|key|auth|sig|signature)=)[^\s&#'\"]+"
+    rf"|(?P<json>(?P<q>['\"]){_SECRET}(?P=q)\s*:\s*['\"])[^'\"]+"
+    r"|(?P<header>\bBearer\s+)[\w.~+/=-]{8,}"
+    r"|\bhf_[A-Za-z0-9]{30,}",  # the Hub's tokens
+    re.IGNORECASE,
+)
+
+
+def redact(content: Any) -> Any:
+    """The content, text or nested lists and dicts, with passwords, tokens and keys as `***`.
+
+    In text: those in addresses, headers and JSON, and tokens of the Hub. In dicts: the values of
+    keys that name a secret.
+
+    >>> redact({"reward": "http://me:pw@host/score?api_key=k", "token": "t", "pad_token": "<p>"})
+    {'reward': 'http://***@host/score?api_key=***', 'token': '***', 'pad_token': '<p>'}
+    """
+    if isinstance(content, str):
+        return _IN_TEXT.sub(_hidden, content)
+    if isinstance(content, Mapping):
+        return {
+            k: REDACTED if v and isinstance(v, str) and is_secret(k) else redact(v)
+            for k, v in content.items()
+        }
+    if isinstance(content, list | tuple):
+        return [redact(value) for value in content]
+    return content
+
+
+def is_secret(name: Any) -> bool:
+    """Whether a name is one of a password, token or key."""
+    return isinstance(name, str) and _IS_SECRET.fullmatch(name) is not None
+
+
+def _hidden(found: re.Match[str]) -> str:
+    before = (found["before"], found["query"], found["json"], found["header"])
+    return next((text for text in before if text), "") + REDACTED
 
 
 class InputError(ValueError):
     """A user's mistake: data, a path, an option. Nothing has been written when it is raised.
 
-    The message says what was given (with values), what is needed, and what to do about it.
+    The message says what was given (with values), what is needed, and what to do about it. Secrets
+    in it are redacted.
     """
+
+    def __init__(self, message: str):
+        super().__init__(redact(message))
 
 
 @contextmanager

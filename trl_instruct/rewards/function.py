@@ -14,7 +14,7 @@ from functools import cache
 from threading import Thread, current_thread
 from typing import Any, NamedTuple
 
-from trl_instruct.errors import InputError
+from trl_instruct.errors import InputError, redact
 
 Scores = list[float | None]
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
@@ -314,8 +314,8 @@ def as_text(content: Any) -> str:
 
 
 def reward_name(reward: RewardFunction) -> str:
-    """The name of a reward in messages and tables."""
-    return getattr(reward, "__name__", type(reward).__name__)
+    """The name of a reward in messages and tables, without secrets."""
+    return redact(getattr(reward, "__name__", type(reward).__name__))
 
 
 def parts_of(reward: RewardFunction) -> Iterator[Any]:
