@@ -1,5 +1,7 @@
+import random
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,6 +32,22 @@ def test_length_batches_are_of_a_length_and_in_no_order():
     firsts = [batch[0] for batch in batches]
     assert firsts != sorted(firsts)
     assert length_batches(lengths, 10, seed=1) != order
+
+
+@pytest.mark.parametrize("rows", [392, 395, 801])
+def test_rows_that_do_not_fill_the_last_batch_cost_no_padding(rows):
+    rng = random.Random(0)
+    lengths = [rng.randint(10, 200) for _ in range(rows)]
+    lasts = []
+    for seed in range(10):
+        order = length_batches(lengths, 8, seed=seed)
+        assert sorted(order) == list(range(rows))
+        assert order == length_batches(lengths, 8, seed=seed)
+        batches = [[lengths[row] for row in order[i : i + 8]] for i in range(0, rows, 8)]
+        computed = sum(len(batch) * max(batch) for batch in batches)
+        assert 1 - sum(lengths) / computed < 0.03
+        lasts.append(max(batches[-1]))
+    assert min(lasts) < 80 < 130 < max(lasts)  # dropping the short batch favours no length
 
 
 def test_every_epoch_has_an_order_of_its_own_that_comes_back():

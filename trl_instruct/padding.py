@@ -130,6 +130,9 @@ def length_batches(
 ) -> list[int]:
     """An order of rows in which each batch has similar lengths and batches come at random.
 
+    If the rows do not fill the last batch, the short one comes last, so that no batch holds parts
+    of two; its lengths are drawn, so that dropping it favours none.
+
     transformers' group_by_length also sorts the batches of a pool: long and short texts then come
     in waves, and a small model learns markedly less.
 
@@ -142,9 +145,13 @@ def length_batches(
     order: list[int] = []
     for start in range(0, len(rows), batch_size * pool):
         drawn = sorted(rows[start : start + batch_size * pool], key=lambda row: lengths[row])
+        last: list[int] = []
+        if short := len(drawn) % batch_size:
+            first = rng.randrange(len(drawn) - short + 1)
+            last, drawn[first : first + short] = drawn[first : first + short], []
         cuts = list(range(0, len(drawn), batch_size))
         rng.shuffle(cuts)
-        order += [row for cut in cuts for row in drawn[cut : cut + batch_size]]
+        order += [row for cut in cuts for row in drawn[cut : cut + batch_size]] + last
     return order
 
 
