@@ -142,6 +142,10 @@ def test_bad_options_are_named(options, message):
         ({"temperature": 0.0}, "temperature is 0.0; to sample, it must be above 0"),
         ({"missing_eos_penalty": -1.0}, "give a positive number"),
         ({"kl_estimator": "k2"}, "kl_estimator is str 'k2'"),
+        (
+            {"kl_estimator": "k3"},
+            "k3'; as a reward, its gradient is that of KL.policy || ref. - KL",
+        ),
     ],
 )
 def test_bad_ppo_options(options, message):

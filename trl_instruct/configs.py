@@ -264,7 +264,7 @@ class PPOConfig(StageConfig, TrainingArguments):
     target_kl: float | None = _option(
         None, "End an iteration once policy/approxkl, nats per token, exceeds this; default: never."
     )
-    kl_estimator: Literal["k1", "k3"] = _option("k1", "Estimator of the KL per token.")
+    kl_estimator: Literal["k1", "k3"] = _option("k1", "KL per token in the reward; k3 is refused.")
     whiten_rewards: bool = _option(False, "Scale the rewards to variance 1, keeping their mean.")
     ptx_coef: float = _option(
         0.0, "gamma of PPO-ptx, the weight of the pretraining loss (C.4: 27.8); 0: plain PPO."

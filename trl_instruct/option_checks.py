@@ -47,6 +47,11 @@ def check_training(config: Any) -> None:
         raise InputError(f"learning_rate is {config.learning_rate}; it must not be negative.")
     if getattr(config, "activation_offloading", False) and not torch.accelerator.is_available():
         raise InputError("activation_offloading moves activations off a GPU; there is none.")
+    if getattr(config, "kl_estimator", None) == "k3":
+        raise InputError(
+            "kl_estimator is 'k3'; as a reward, its gradient is that of KL(policy || ref) - "
+            "KL(ref || policy). Use k1; objective/kl_k3 logs the estimate k3."
+        )
     check_stop_strings(getattr(config, "stop_strings", None))
     if config.num_train_epochs <= 0 and config.max_steps <= 0:
         epochs = config.num_train_epochs

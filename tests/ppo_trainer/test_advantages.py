@@ -1,10 +1,17 @@
 import math
+from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
+from trl_instruct.configs import PPOConfig
+from trl_instruct.errors import InputError
 from trl_instruct.padding import right_padded_mask
 from trl_instruct.ppo_trainer.advantages import adapted_kl_coef, gae, kl_per_token, token_rewards
+from trl_instruct.ppo_trainer.losses import policy_loss
+from trl_instruct.ppo_trainer.rollouts import Rollout
+from trl_instruct.ppo_trainer.trainer import PPOTrainer
 
 
 def test_kl_by_hand():
@@ -23,6 +30,64 @@ def test_both_estimators_are_the_kl_in_expectation(estimator):
     kl = kl_per_token(policy.log(), ref.log(), estimator=estimator)
     exact = 0.7 * math.log(0.7 / 0.3) + 0.2 * math.log(0.2 / 0.3) + 0.1 * math.log(0.1 / 0.4)
     torch.testing.assert_close((policy * kl).sum(), torch.tensor(exact))
+
+
+VOCABULARY, LETTERS = 64, 26
+
+
+def trained_on_a_bandit(rewards_of, *, steps):
+    """Reference and policy after training on completions of one token, and the tokens' scores.
+
+    A letter has reward 1, any other token 0. The gradient is PPO's in expectation (each token of
+    the vocabulary is a completion, weighted by its probability), the step a natural gradient's.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(VOCABULARY, generator=generator).log_softmax(0)
+    scores = (torch.arange(VOCABULARY) < LETTERS).float()
+    wrong = torch.logsumexp(start[LETTERS:], 0) - torch.logsumexp(start[:LETTERS], 0)
+    ref = (start + scores * (wrong + math.log(0.089 / 0.911))).log_softmax(0)
+    logits, one = ref.clone().requires_grad_(), torch.ones(VOCABULARY, dtype=torch.long)
+    for _ in range(steps):
+        logprobs = logits.log_softmax(0)
+        old = logprobs.detach()
+        rollout = Rollout(
+            *(one[:, None], one, torch.arange(VOCABULARY)[:, None], one, one.bool()),
+            *(old[:, None], ref[:, None], torch.zeros(VOCABULARY, 1), scores),
+        )
+        advantages, _ = gae(rewards_of(rollout), rollout.values, rollout.mask, gamma=1, lam=0.95)
+        loss = policy_loss(logprobs, old, advantages[:, 0], cliprange=0.2)
+        (gradient,) = torch.autograd.grad((old.exp() * loss).sum(), logits)
+        logits.data -= 0.1 * gradient / old.exp()
+    return ref, logits.detach().log_softmax(0), scores
+
+
+def test_every_estimator_that_is_allowed_reaches_the_known_optimum():
+    """The maximum of E[r] - beta KL(policy || ref) is ref * exp(r / beta), normalised."""
+    allowed = []
+    for estimator in get_args(get_type_hints(PPOConfig)["kl_estimator"]):
+        try:
+            args = PPOConfig(output_dir="x", use_cpu=True, kl_estimator=estimator)
+        except InputError:
+            continue
+        allowed.append(estimator)
+        trainer = SimpleNamespace(args=args, kl_coef=1.0)
+        ref, policy, scores = trained_on_a_bandit(
+            lambda rollout, trainer=trainer: PPOTrainer.rewards(trainer, rollout)[0], steps=150
+        )
+        torch.testing.assert_close(policy, (ref + scores).log_softmax(0))
+        assert policy[:LETTERS].exp().sum().item() == pytest.approx(0.2098, abs=1e-4)
+    assert allowed == ["k1"]
+
+
+def test_k3_as_a_reward_misses_it():
+    def rewards(rollout):
+        kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, estimator="k3")
+        return token_rewards(rollout.scores, kl, rollout.completion_lengths, kl_coef=1.0)
+
+    ref, policy, scores = trained_on_a_bandit(rewards, steps=30)
+    reached = (policy.exp() * (scores - (policy - ref))).sum()
+    assert policy[:LETTERS].exp().sum() > 0.4
+    assert reached < (ref.exp() * scores).sum() < 0.1  # worse than before training
 
 
 def test_an_unknown_estimator_is_an_error():

@@ -167,8 +167,6 @@ def watch_ours(monkeypatch, watch):
     def advantages(self, rollout, rewards):
         result, returns = original.advantages(self, rollout, rewards)
         kl = rollout.logprobs - rollout.ref_logprobs
-        if self.args.kl_estimator == "k3":
-            kl = torch.exp(-kl) - 1 + kl
         names = ("logprobs", "ref_logprobs", "scores", "values")
         fields = {name: getattr(rollout, name) for name in names}
         fields |= {"kl": kl, "rewards": rewards, "advantages": result, "returns": returns}
@@ -248,12 +246,7 @@ TWO_EPOCHS = {
 SETTINGS = {
     "adamw": {"learning_rate": 1e-3, "adam_epsilon": 1e-5},
     "two epochs, clipped": {**TWO_EPOCHS, "temperature": 1.25},
-    "whitened rewards, k3": {
-        **SGD,
-        "learning_rate": 0.007,
-        "whiten_rewards": True,
-        "kl_estimator": "k3",
-    },
+    "whitened rewards": {**SGD, "learning_rate": 0.007, "whiten_rewards": True},
     "function, discount": {**SGD, "gamma": 0.9, "lam": 0.8, "missing_eos_penalty": 0.5},
 }
 

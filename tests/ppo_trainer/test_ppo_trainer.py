@@ -210,6 +210,7 @@ def test_episode_metrics_by_hand_whatever_the_padding(make_trainer):
         real = rollout.logprobs[rollout.mask]
         expected = {
             "objective/kl": (1.0 + 1.5) / 2,
+            "objective/kl_k3": (math.exp(-0.5) - 1 + 0.5) * 5 / 2,
             "objective/non_score_reward": -0.125,
             "objective/scores": 1.5,
             "objective/rlhf_reward": 1.375,

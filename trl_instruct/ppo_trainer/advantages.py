@@ -70,7 +70,8 @@ def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1
     With r = ref(token) / policy(token) and tokens sampled from the policy:
     k1 = -log r (unbiased, may be negative: clamping it would bias it);
     k3 = (r - 1) - log r (unbiased, never negative, lower variance).
-    Schulman, http://joschu.net/blog/kl-approx.html.
+    Schulman, http://joschu.net/blog/kl-approx.html. As a penalty in the reward, k1 has the gradient
+    of the KL; k3 has that of KL(policy || ref) - KL(ref || policy), so it is only logged.
 
     Args:
         logprobs, ref_logprobs: `(B, C)` log-probabilities of the sampled tokens, nats.

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from trl_instruct.ppo_trainer.advantages import masked_mean, masked_moments
+from trl_instruct.ppo_trainer.advantages import kl_per_token, masked_mean, masked_moments
 from trl_instruct.ppo_trainer.losses import policy_clipped
 from trl_instruct.ppo_trainer.rollouts import Rollout
 
@@ -37,10 +37,12 @@ def episode_metrics(rollout: Rollout, kl: Tensor, *, kl_coef: float) -> dict[str
         scalars by name; `objective/rlhf_reward` is what the paper maximises.
     """
     mask = rollout.mask
+    k3 = kl_per_token(rollout.logprobs, rollout.ref_logprobs, estimator="k3")
     kl = torch.where(mask, kl, 0.0).sum(dim=1)
     penalty = -kl_coef * kl
     per_episode = {
         "objective/kl": kl,
+        "objective/kl_k3": torch.where(mask, k3, 0.0).sum(dim=1),
         "objective/entropy": -torch.where(mask, rollout.logprobs, 0.0).sum(dim=1),
         "objective/non_score_reward": penalty,
         "objective/scores": rollout.scores,

@@ -246,7 +246,7 @@ class PPOTrainer(IterationTrainer):
 
     def rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Per-token rewards including the KL penalty, and the KL itself: each `(B, C)`."""
-        kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs, estimator=self.args.kl_estimator)
+        kl = kl_per_token(rollout.logprobs, rollout.ref_logprobs)
         lengths = rollout.completion_lengths
         rewards = token_rewards(rollout.scores, kl, lengths, kl_coef=self.kl_coef)
         if self.args.whiten_rewards:
