@@ -25,7 +25,7 @@ endif
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-imdb bench-rm bench-ppo bench-ppo-tiny bench-memory report check check-data weights test test-unit clean FORCE $(STAGES)
+.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-imdb bench-rm bench-ppo bench-ppo-tiny bench-memory report check check-data weights test test-unit mutate clean FORCE $(STAGES)
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -143,6 +143,9 @@ test: install  ## all tests, on all cores
 
 test-unit: install  ## the quick tests, in less than a minute
 	python -m pytest -m "not slow"
+
+mutate: install  ## 250 mutations of the core: a test must fail for each (half an hour)
+	python benchmarks/mutations.py $(ARGS)
 
 clean:  ## remove runs of this CONFIG and caches (the environment stays)
 	rm -rf $(RUN) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

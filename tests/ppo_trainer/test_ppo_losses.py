@@ -38,6 +38,7 @@ def test_policy_loss_by_hand(ratio, advantage, loss, clipped):
         (-1.0, 0.0, -1.0, 0.32, True),  # counts as -0.2
         (1.0, 0.0, -1.0, 2.0, False),  # the wrong way: the full price
         (3.0, 3.0, 1.0, 2.0, False),
+        (1.0, 0.9, 2.0, 0.5, False),  # the clip is around the old value, not around 0
     ],
 )
 def test_value_loss_by_hand(value, old, target, loss, clipped):

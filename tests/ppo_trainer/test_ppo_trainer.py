@@ -201,6 +201,21 @@ def test_losses_and_metrics_are_sums_over_real_tokens(make_trainer):
     torch.testing.assert_close(losses(trainer, junk, advantages + behind, junk.values), sums)
 
 
+def test_both_clips_are_around_what_was_sampled(make_trainer):
+    """At a ratio of e, and with values that were 1000: whatever the models, the clips decide."""
+    trainer = make_trainer(cliprange=0.1, cliprange_value=0.5)
+    rollout = hand_made_rollout(trainer, [[20, 256, 9], [21, 22, 23]], [2, 3])
+    rollout = rollout._replace(
+        logprobs=rollout.logprobs - 1, values=torch.full_like(rollout.values, 1000.0)
+    )
+    advantages = torch.tensor([[1.0, -2.0, 0.0], [0.5, 3.0, -1.0]])
+    sums = losses(trainer, rollout, advantages, torch.zeros_like(advantages))
+    assert sums["loss/policy"].item() == pytest.approx(-1.1 * 4.5 + math.e * 3.0, rel=1e-5)
+    assert sums["loss/value"].item() == pytest.approx(5 * 0.5 * 999.5**2, rel=1e-5)
+    clipped = [sums[name].item() for name in ("policy/clipfrac", "val/clipfrac")]
+    assert clipped == [3.0, 5.0]
+
+
 def test_episode_metrics_by_hand_whatever_the_padding(make_trainer):
     trainer = make_trainer()
     for filler in (0.0, math.nan):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import letters
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from test_recipes import DEMONSTRATIONS, PROMPTS, QUICK, QUICK_PPO, RANKINGS, vowels
@@ -17,6 +18,7 @@ from transformers import (
     TrainerCallback,
     TrainerState,
 )
+from transformers.trainer_callback import ExportableState
 
 from trl_instruct.errors import InputError
 from trl_instruct.models.checkpoints import (
@@ -29,6 +31,7 @@ from trl_instruct.ppo_trainer import trainer as ppo_trainer
 from trl_instruct.recipes.ppo import ppo
 from trl_instruct.recipes.rm import rm
 from trl_instruct.recipes.sft import sft
+from trl_instruct.rewards.combined import Normalised
 
 pytestmark = pytest.mark.slow  # whole runs, cut and resumed
 
@@ -136,14 +139,31 @@ def test_a_half_written_checkpoint_is_removed_and_not_resumed_from(saved_policy,
 # ---- PPO goes on bit by bit ----------------------------------------------------------------------
 
 
+class StepCounter(TrainerCallback, ExportableState):
+    """Counts the iterations of the whole run."""
+
+    steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
+
+    def state(self):
+        return {"args": {}, "attributes": {"steps": self.steps}}
+
+
 def everything(trainer):
-    """Weights, optimizer state, learning rate and random numbers of a trainer."""
+    """What a trainer has learned and counted, and its random numbers."""
     return {
         "weights": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict()["state"],
         "schedule": trainer.lr_scheduler.state_dict(),
         "average": trainer.average.average,
         "random": torch.get_rng_state(),
+        "callback": [
+            c.state() for c in trainer.callback_handler.callbacks if type(c) is StepCounter
+        ],
+        "beta": trainer.kl_coef,
+        "reward": list(trainer.reward.shared),
     }
 
 
@@ -174,10 +194,17 @@ def test_resuming_is_bit_identical(make_trainer, make_policy, make_reward_model,
         "ptx_dataset": Dataset.from_dict({"text": [f"text {row}" for row in range(40)]}),
         "ptx_max_length": 8,
         "ptx_rows_per_episode": 1,
+        "restore_callback_states_from_checkpoint": True,
     }
-    whole = make_trainer(model=wrap(make_policy()), **options)
+
+    def trainer(**more):
+        return make_trainer(
+            model=wrap(make_policy()), callbacks=[StepCounter()], **{**options, **more}
+        )
+
+    whole = trainer(reward_model=Normalised(letters))
     output = whole.train()
-    cut = make_trainer(model=wrap(make_policy()), **options, **SAVING)
+    cut = trainer(reward_model=Normalised(letters), **SAVING)
 
     class Cut(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
@@ -187,7 +214,7 @@ def test_resuming_is_bit_identical(make_trainer, make_policy, make_reward_model,
     cut.train()
     torch.rand(3)  # other random numbers than those the run stopped with
     other = make_reward_model(seed=5)
-    resumed = make_trainer(model=wrap(make_policy()), value_model=other, **options)
+    resumed = trainer(reward_model=Normalised(letters), value_model=other)
     resumed_output = resumed.train(resume_from_checkpoint=True)
     torch.testing.assert_close(everything(resumed), everything(whole), rtol=0, atol=0)
     assert logs(resumed) == logs(whole)

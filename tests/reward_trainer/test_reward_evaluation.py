@@ -133,13 +133,15 @@ def test_nothing_to_compare(tokenizer):
 # ---- calibration ---------------------------------------------------------------------------------
 
 
-def pairs_of(margins):
+def pairs_of(margins, weights=None):
     """One ranking of K = 2 a margin, each of its own prompt."""
     scores = [score for margin in margins for score in (margin, 0.0)]
     rows = [
         {"prompt": f"p{i}", "responses": [f"a{i}", f"b{i}"], "ranks": [1, 2]}
         for i in range(len(margins))
     ]
+    for row, weight in zip(rows, weights or (), strict=bool(weights)):
+        row["weight"] = weight
     labeled = numbered(Dataset.from_list(rows)).rankings
     return comparisons(labeled, scores, [1] * len(scores))
 
@@ -161,6 +163,17 @@ def test_calibration_compares_what_is_expected_with_what_is_observed():
 def test_a_calibrated_model_has_no_error():
     margin = math.log(3)  # sigmoid 0.75
     assert calibration_error(calibration(pairs_of([margin] * 30 + [-margin] * 10))) < 1e-9
+
+
+def test_a_pair_of_weight_3_counts_as_three_in_a_bin():
+    margins = [2.0] * 27 + [-2.0] * 3 + [0.1] * 20 + [-0.1] * 8 + [0.2, -0.2]
+    near, far = calibration(pairs_of(margins, weights=[1.0] * 58 + [3.0] * 2))
+    observed = (20 + 3) / (28 + 6)
+    expected = (28 / (1 + math.exp(-0.1)) + 6 / (1 + math.exp(-0.2))) / 34
+    assert (near["observed"], near["expected"]) == pytest.approx((observed, expected))
+    assert (near["pairs"], near["weight"], far["weight"]) == (30, 34.0, 30.0)
+    off = 34 * abs(observed - expected) + 30 * abs(0.9 - far["expected"])
+    assert calibration_error([near, far]) == pytest.approx(off / 64)
 
 
 @pytest.mark.slow
