@@ -101,7 +101,7 @@ def tiny_model(kind="llama", *, classifier=False, seed=0, **options):
     config = AutoConfig.for_model(
         kind,
         **{"init_std" if kind == "opt" else "initializer_range": 0.3},
-        **{**tokens, **ARCHITECTURES[kind], **options},
+        **{**tokens, **ARCHITECTURES.get(kind, LLAMA), **options},
     )
     if not classifier:
         return AutoModelForCausalLM.from_config(config)

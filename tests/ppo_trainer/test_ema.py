@@ -24,6 +24,20 @@ def test_the_average_by_hand(tmp_path):
     assert other.average["weight"].item() == 3.75
 
 
+def test_the_average_of_bfloat16_weights_keeps_its_small_steps():
+    """0.992 keeps 0.8 % of the way to the weights: less than bfloat16 can add to 1."""
+    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    model.weight.data.fill_(1.0)
+    average = MovingAverage(model, decay=0.992)
+    model.weight.data.fill_(1.25)
+    for _ in range(100):
+        average.update()
+        with average.applied():
+            assert model.weight.dtype == torch.bfloat16
+    assert model.weight.item() == 1.25
+    assert average.average["weight"].item() == pytest.approx(1.25 - 0.25 * 0.992**100, abs=1e-5)
+
+
 def test_only_what_trains_is_averaged():
     model = torch.nn.Linear(1, 1)
     model.bias.requires_grad_(False)

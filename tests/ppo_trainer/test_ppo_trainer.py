@@ -276,19 +276,27 @@ def test_rewards_hold_the_kl_penalty_and_the_score(make_trainer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind",
+    ("kind", "rates"),
     [
-        "llama",
-        "gpt2",
-        "opt",
+        ("llama", {}),
+        ("gpt2", {}),
+        ("opt", {"layerdrop": 0.5}),
+        ("falcon", {"attention_dropout": 0.5, "hidden_dropout": 0.5}),  # layers read their config
+        ("mixtral", {"router_jitter_noise": 0.5, "num_local_experts": 2}),
     ],
 )
-def test_the_first_ratio_is_1_with_the_models_dropout_off(make_trainer, kind):
+def test_the_first_ratio_is_1_with_the_models_dropout_off(
+    make_trainer, make_policy, make_reward_model, kind, rates
+):
     """As long as no step is taken, the policy is the one that sampled, at any temperature."""
+    policy = make_policy(kind, **rates)
     trainer = make_trainer(
-        kind, learning_rate=0.0, temperature=0.7, max_steps=2, num_ppo_epochs=2, kl_coef=0.0
+        **{"model": policy, "value_model": make_reward_model(kind, seed=1, **rates)},
+        **{"learning_rate": 0.0, "temperature": 0.7, "max_steps": 2},
+        **{"num_ppo_epochs": 2, "kl_coef": 0.0},
     )
     trainer.train()
+    assert {name: getattr(policy.config, name) for name in rates} == rates
     for log in trainer.state.log_history[:2]:
         assert log["val/ratio"] == pytest.approx(1.0, abs=1e-5)
         assert log["policy/approxkl"] < 1e-9

@@ -1,6 +1,7 @@
 """Properties of a model: its name, context length, accepted arguments and mode."""
 
 import contextlib
+import copy
 import inspect
 import os
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from typing import Any, TypeAlias
 
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 ModelSource: TypeAlias = str | os.PathLike | PreTrainedModel
 
@@ -20,13 +21,28 @@ def accepted(module: nn.Module, **arguments: Any) -> dict[str, Any]:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0: in RL it would make the policy differ from the one that sampled."""
+    """Make a model in training mode the function that it is in eval mode: no dropout of values or
+    layers, no jitter. In RL these would make the policy differ from the one that sampled.
+    """
+    still: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():  # probabilities that forward hands to F.dropout
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        _set_rates_to_zero(module)
+        config = vars(module).get("config")
+        if isinstance(config, PretrainedConfig) and not isinstance(module, PreTrainedModel):
+            # Some layers read a rate there (Falcon, GPT-J). The model saves its own, unchanged.
+            if id(config) not in still:
+                still[id(config)] = copy.copy(config)
+                _set_rates_to_zero(still[id(config)])
+            module.config = still[id(config)]
+
+
+def _set_rates_to_zero(owner: Any) -> None:
+    """Set the probabilities that an object keeps as attributes (`attention_dropout`, ...) to 0."""
+    for name, value in vars(owner).items():
+        if isinstance(value, float) and ("drop" in name or "jitter" in name):
+            setattr(owner, name, 0.0)
 
 
 @contextlib.contextmanager

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 class MovingAverage:
     """average <- decay * average + (1 - decay) * weights, for the trainable weights of a model.
 
-    It starts at the model's weights. Decay 0 keeps nothing of the past; 1 never changes it.
+    It starts at the model's weights. Decay 0 keeps nothing of the past; 1 never changes it. It is
+    float32 whatever the weights are: bfloat16 would round most of its steps away.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         self.model, self.decay = model, decay
-        self.average = {name: w.detach().clone() for name, w in self._weights()}
+        self.average = {name: w.detach().float().clone() for name, w in self._weights()}
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, w) for name, w in self.model.named_parameters() if w.requires_grad)
@@ -26,23 +27,22 @@ class MovingAverage:
     def update(self) -> None:
         """Update the average after an optimizer step."""
         for name, weight in self._weights():
-            self.average[name].lerp_(weight, 1 - self.decay)
+            self.average[name].lerp_(weight.float(), 1 - self.decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the model has the averaged weights."""
-        self._swap()
+        trained = {name: weight.detach().clone() for name, weight in self._weights()}
+        self._put(self.average)
         try:
             yield
         finally:
-            self._swap()
+            self._put(trained)
 
     @torch.no_grad()
-    def _swap(self) -> None:
+    def _put(self, values: dict[str, Tensor]) -> None:
         for name, weight in self._weights():
-            kept = weight.detach().clone()
-            weight.copy_(self.average[name])
-            self.average[name] = kept
+            weight.copy_(values[name])
 
     def save(self, path: Path) -> None:
         """Save the average as a safetensors file."""
