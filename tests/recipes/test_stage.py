@@ -6,15 +6,17 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import LLAMA
 from datasets import Dataset
 from test_recipes import DEMONSTRATIONS, LORA, PAIRS, PROMPTS, QUICK, QUICK_PPO, vowels
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
 from trl_instruct.configs import SFTConfig
 from trl_instruct.errors import InputError
 from trl_instruct.files import write_json, written_at_once
 from trl_instruct.recipes.ppo import ppo
+from trl_instruct.recipes.pretrain import pretrain
 from trl_instruct.recipes.rm import rm
 from trl_instruct.recipes.sft import sft
 from trl_instruct.recipes.stage import StageResult, run_stage
@@ -37,6 +39,27 @@ def test_a_stage_begins_without_what_the_one_before_left_in_memory(tmp_path):
     del module
     with new_stage(tmp_path / "sft"):
         assert left() is None
+
+
+@pytest.mark.slow
+def test_weights_that_would_train_in_16_bits_are_refused(saved_policy, tmp_path):
+    """In bfloat16 most steps are smaller than the rounding, in every stage alike."""
+    half, full = {**QUICK, "dtype": "bfloat16"}, {**QUICK_PPO, "dtype": "float16"}
+    shape = {**LLAMA, "dtype": "bfloat16"}
+    size = {"vocab_size": 280, "max_length": 64, "architecture_kwargs": shape}
+    loaded = AutoModelForCausalLM.from_pretrained(saved_policy, dtype=torch.bfloat16)
+    own = {"processing_class": AutoTokenizer.from_pretrained(saved_policy)}
+    runs = [
+        lambda folder: pretrain(Dataset.from_dict({"text": ["a b"]}), folder, **QUICK, **size),
+        lambda folder: sft(saved_policy, DATA, folder, **half),
+        lambda folder: sft(loaded, DATA, folder, **own, **QUICK),
+        lambda folder: rm(saved_policy, Dataset.from_list(PAIRS), folder, eval_size=0, **half),
+        lambda folder: ppo(saved_policy, vowels, Dataset.from_list(PROMPTS), folder, **full),
+    ]
+    for run in runs:
+        with pytest.raises(InputError, match="weight would train in b?float16, .* 2.8 %") as caught:
+            run(tmp_path / "x")
+        assert "\n" not in str(caught.value) and not (tmp_path / "x").exists()
 
 
 def test_a_result_is_a_path(tmp_path):

@@ -82,7 +82,7 @@ def load_roles(
         tokenizer: the policy's.
         config: `share_base` None shares the base if possible, True requires it, False forbids it.
         model_config: for the policy and a shared base. A separate reward model takes precision and
-            quantisation from it, as in TRL; a value model that is loaded by name is float32.
+            quantisation from it, as in TRL; a value model without an adapter is float32.
 
     Raises:
         InputError: as `load_policy` and `load_reward`; `share_base` is true but not possible.
@@ -175,7 +175,7 @@ def _full_value_model(
     """A full-size value model: from a reward model, or from the policy with a head of zeros."""
     if isinstance(source, RewardModel):
         _check_trainable(source.model)
-        return copy.deepcopy(source.model).requires_grad_(True)
+        return copy.deepcopy(source.model).float().requires_grad_(True)
     if source != FROM_POLICY:
         value = load_reward_model(source, ModelConfig(), **trust)
         _check_trainable(value)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from accelerate.utils.memory import clear_device_cache
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import (
@@ -29,7 +29,12 @@ from trl_instruct.configs import RewardConfig, SFTConfig, StageConfig
 from trl_instruct.data.sources import AnyDataset, Source, first_record
 from trl_instruct.errors import InputError
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, write_json
-from trl_instruct.models.adapters import FINGERPRINT, Adapter, is_adapter
+from trl_instruct.models.adapters import (
+    FINGERPRINT,
+    Adapter,
+    check_trains_in_float32,
+    is_adapter,
+)
 from trl_instruct.models.checkpoints import (
     all_checkpoints,
     check_resumable,
@@ -239,6 +244,8 @@ class StageRun:
             labels: for the progress bar: label -> key in the trainer's logs.
         """
         check_saving(trainer.accelerator)
+        if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            check_trains_in_float32(trainer.model)  # DeepSpeed keeps float32 weights itself
         self._check_batches(trainer)
         if plan := plan_of(trainer):
             self.say(plan)
