@@ -243,37 +243,77 @@ def test_a_checkpoint_of_another_run_is_refused(make_trainer, change, match):
         make_trainer(max_steps=2, **change).train(resume_from_checkpoint=True)
 
 
+def scored(values):
+    """A reward that gives all completions of an iteration one score."""
+    scores = iter(values)
+    return lambda prompts, completions: [next(scores)] * len(completions)
+
+
 def test_the_best_checkpoint_is_kept(make_trainer, tmp_path):
-    scores = iter([1.0, 3.0, 2.0, 0.5])
-
-    def falling(prompts, completions):
-        return [next(scores)] * len(completions)
-
-    trainer = make_trainer(
-        reward_model=falling, max_steps=4, kl_coef=0.0, save_total_limit=2, **SAVING
-    )
+    """Iteration 3 measures what iteration 2 left; what the start scored (4) is no checkpoint's."""
+    reward = scored([4.0, 1.0, 3.0, 2.0])
+    options = {"max_steps": 4, "kl_coef": 0.0, "save_total_limit": 2, **SAVING}
+    trainer = make_trainer(reward_model=reward, **options)
     trainer.train()
     kept = all_checkpoints(tmp_path / "ppo")
     assert [path.name for path in kept] == ["checkpoint-2", "checkpoint-4"]
-    assert trainer.state.best_metric == 3.0
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (3.0, 2)
     assert trainer.state.best_model_checkpoint == str(kept[0])
 
 
+def test_weights_without_a_checkpoint_are_not_the_best(make_trainer, tmp_path):
+    """Iterations 2 and 4 measure weights that were never saved."""
+    options = {"max_steps": 5, "kl_coef": 0.0, "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(reward_model=scored([0.0, 9.0, 1.0, 8.0, 2.0]), **options)
+    trainer.train()
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (2.0, 4)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "ppo" / "checkpoint-4")
+
+
+def test_the_best_checkpoint_holds_the_weights_that_were_measured(make_trainer, tmp_path):
+    """They draw again, from the checkpoint's random numbers, what the metric was measured on."""
+    drawn, options = [], {"max_steps": 4, "kl_coef": 0.0, "save_strategy": "best"}
+
+    def reward(prompts, completions):
+        drawn.append(completions)
+        return [[5.0, 0.0, 2.0, 1.0][len(drawn) - 1]] * len(completions)
+
+    trainer = make_trainer(reward_model=reward, **options)
+    trainer.train()
+    first, metrics = drawn[2], {}
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "ppo" / "checkpoint-2")
+    drawn[2:] = []
+
+    class Once(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            metrics.setdefault(state.global_step, logs["objective/rlhf_reward"])
+
+    again = make_trainer(reward_model=reward, callbacks=[Once()], **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "ppo" / "checkpoint-2"))
+    assert drawn[2] == first and metrics[3] == trainer.state.best_metric == 2.0
+    torch.testing.assert_close(again.model.state_dict(), trainer.model.state_dict(), rtol=0, atol=0)
+
+
 def test_only_what_is_better_is_saved(make_trainer, tmp_path):
-    scores = iter([1.0, 0.0, 2.0])
-    make_trainer(
-        reward_model=lambda prompts, completions: [next(scores)] * len(completions),
-        max_steps=3,
-        kl_coef=0.0,
-        save_strategy="best",
-    ).train()
+    reward = Normalised(scored([5.0, 1.0, 0.0, 2.0]))  # its state is that of before, too
+    options = {"max_steps": 4, "kl_coef": 0.0, "save_strategy": "best"}
+    trainer = make_trainer(
+        reward_model=reward, metric_for_best_model="objective/entropy", **options
+    )
+    trainer.train()
+    entropies = [log["objective/entropy"] for log in trainer.state.log_history if "lr" in log]
+    rising = [n for n in (1, 2, 3) if entropies[n] > max([0.0, *entropies[1:n]])]
     kept = all_checkpoints(tmp_path / "ppo")
-    assert [path.name for path in kept] == ["checkpoint-1", "checkpoint-3"]
+    assert [path.name for path in kept] == [f"checkpoint-{n}" for n in rising]
+    for path, step in zip(kept, rising, strict=True):
+        state = json.loads((path / "ppo_state.json").read_text())["reward"][0]
+        assert state["shared"][0] + state["own"][0] == 8 * step
 
 
 def test_the_best_of_what(make_trainer):
-    with pytest.raises(InputError, match="'reward', which is not logged: .*objective/scores"):
-        make_trainer(metric_for_best_model="reward").train()
+    for name in ("reward", "objective/gold", "loss/policy"):
+        with pytest.raises(InputError, match=f"'{name}', which a rollout does not measure: .*obj"):
+            make_trainer(metric_for_best_model=name).train()
 
 
 # ---- SIGKILL -------------------------------------------------------------------------------------

@@ -135,13 +135,11 @@ def test_a_skipped_episode_counts_nowhere(make_trainer, fault):
         rewards, kl = trainer.rewards(episodes)
         advantages, returns = trainer.advantages(episodes, rewards)
         assert advantages.isfinite().all() and returns.isfinite().all()
-        measured[name] = [advantages, returns, trainer.measure(episodes, kl, returns, {})]
+        measured[name] = [advantages, returns, trainer.measure(episodes, kl, returns)]
     (a, r, metrics), (a_kept, r_kept, expected) = measured["all"], measured["kept"]
     torch.testing.assert_close((a[:2], r[:2]), (a_kept, r_kept))
     assert not a[2:].any() and not r[2:].any()
     assert metrics.pop("objective/skipped") == expected.pop("objective/skipped") == 6
-    for values in (metrics, expected):
-        values.pop("eps")
     assert metrics == pytest.approx(expected)
     start = final(trainer)
     stats = trainer.step(rollout, a, r)
@@ -184,6 +182,12 @@ def test_a_judge_that_is_not_trained_on_may_fail(make_trainer):
         trainer.train()
     logs = [log for log in trainer.state.log_history if "objective/kl" in log]
     assert ["objective/gold" in log for log in logs] == [True, False, True]
+    gold = {"metric_for_best_model": "objective/gold", "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(max_steps=3, save_total_limit=1, **gold)
+    trainer.gold = Failing(ValueError("asleep"), call=2)
+    with pytest.warns(UserWarning, match="Iteration 2, gold: Reward 'Failing' raised .* asleep"):
+        trainer.train()
+    assert trainer.state.best_global_step == 2  # iteration 3 measured it; nobody measured 1
     trainer = make_trainer(max_steps=1)
     trainer.gold = Failing(math.nan, call=1, text="prompt 1")
     trainer.train()

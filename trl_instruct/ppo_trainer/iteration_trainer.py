@@ -21,13 +21,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, Trai
 
 from trl_instruct.errors import InputError
 from trl_instruct.models.sharding import load_shards, mark_fsdp_root
+from trl_instruct.rewards.function import RewardFunction, load_states, states_of
 
 
 class IterationTrainer(Trainer):
     """Does what `Trainer.train` does before, between and after the iterations of a subclass.
 
     The subclass sets `num_iterations` and `iterations_per_epoch`, and calls `begin_training`,
-    `begin_iteration`, `end_iteration` and `end_training` in that order.
+    `begin_iteration`, `judge_weights`, `end_iteration` and `end_training` in that order.
     """
 
     optimizer: torch.optim.Optimizer
@@ -36,7 +37,8 @@ class IterationTrainer(Trainer):
     num_iterations: int
     iterations_per_epoch: float
     metrics: dict[str, Any]
-    random_state: tuple[Any, ...]
+    reward: RewardFunction
+    beginning: tuple[tuple[Any, ...], list[dict[str, Any]]]
     saved_step: int
 
     def begin_training(self, checkpoint: Path | None = None) -> None:
@@ -91,8 +93,8 @@ class IterationTrainer(Trainer):
         self._load_rng_state(str(checkpoint))
 
     def begin_iteration(self) -> None:
-        """Remember the random state and call the callbacks."""
-        self.random_state = random_state()
+        """Remember what sampling and scoring change, and call the callbacks."""
+        self.beginning = random_state(), states_of(self.reward)
         self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
 
     def end_iteration(self, metrics: dict[str, Any]) -> None:
@@ -107,22 +109,40 @@ class IterationTrainer(Trainer):
             self.control = handler.on_epoch_end(self.args, state, self.control)
         if self.control.should_log:
             self.log(dict(metrics))
-        if self._is_best() and self.args.save_strategy == SaveStrategy.BEST:
-            self.control.should_save = True
         if self.control.should_save:
             self._save_whole_checkpoint()
             self.control = handler.on_save(self.args, state, self.control)
 
-    def _is_best(self) -> bool:
-        """Whether `metric_for_best_model` is the best so far; that checkpoint is then kept."""
-        name = self.args.metric_for_best_model
-        if name is not None and name not in self.metrics:
+    def judge_weights(self, measured: dict[str, Any], *, may_fail: str | None = None) -> None:
+        """Credit what an iteration measures before its update to the weights that it sampled with.
+
+        The last iteration left these weights. If `metric_for_best_model` is the best so far, their
+        checkpoint is kept; with `save_strategy` best it is saved now, otherwise there may be none,
+        and the weights do not count. The metric that `may_fail` names may be missing.
+        """
+        name, state = self.args.metric_for_best_model, self.state
+        if name not in (*measured, may_fail, None):
             raise InputError(
-                f"metric_for_best_model is {name!r}, which is not logged: set it to one of "
-                f"{', '.join(sorted(self.metrics))}."
+                f"metric_for_best_model is {name!r}, which a rollout does not measure: set it to "
+                f"one of {', '.join(sorted(measured))}."
             )
-        logged = {f"eval_{name}": value for name, value in self.metrics.items()}
-        return self._determine_best_metric(logged, trial=None)
+        saves = self.args.save_strategy == SaveStrategy.BEST or state.global_step == self.saved_step
+        if name in measured and state.global_step and saves:
+            if self._determine_best_metric({f"eval_{name}": measured[name]}, trial=None):
+                self._save_beginning()
+                state.best_model_checkpoint = str(self._checkpoint)
+
+    def _save_beginning(self) -> None:
+        """Save the run as it was when this iteration began, unless that has been done."""
+        if self.state.global_step != self.saved_step:
+            now = random_state(), states_of(self.reward)
+            self._set_memory(*self.beginning)
+            self._save_whole_checkpoint()
+            self._set_memory(*now)
+
+    def _set_memory(self, random_numbers: tuple[Any, ...], rewards: list[dict[str, Any]]) -> None:
+        set_random_state(random_numbers)
+        load_states(self.reward, rewards)
 
     def save_last_state(self, fault: str) -> str:
         """Save the run as it was when this iteration began, before any weight changed.
@@ -132,20 +152,22 @@ class IterationTrainer(Trainer):
         """
         if not self.state.global_step:
             return fault
-        if self.state.global_step != self.saved_step:
-            set_random_state(self.random_state)
-            self._save_whole_checkpoint()
-        saved = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.saved_step}"
+        self._save_beginning()
         told = "holds the run as it was before that: resume it with resume_from_checkpoint."
-        return f"{fault.rstrip('.')}. {saved} {told}"
+        return f"{fault.rstrip('.')}. {self._checkpoint} {told}"
+
+    @property
+    def _checkpoint(self) -> Path:
+        """Folder of the checkpoint of the current weights."""
+        step = self.state.global_step
+        return Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
     def _save_whole_checkpoint(self) -> None:
         """Save all that a resumed run needs in `checkpoint-<step>` of output_dir."""
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             # An earlier run may have left a checkpoint of this step: a kill while it is
             # overwritten file by file would leave a mixture of the two.
-            shutil.rmtree(Path(str(self.args.output_dir)) / name, ignore_errors=True)
+            shutil.rmtree(self._checkpoint, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._save_checkpoint(self.model_wrapped, trial=None)
         self.saved_step = self.state.global_step

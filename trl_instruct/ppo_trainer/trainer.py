@@ -168,8 +168,10 @@ class PPOTrainer(IterationTrainer):
             rollout = self.score(rollout, rows)
             rewards, kl = self.rewards(rollout)
             advantages, returns = self.advantages(rollout, rewards)
+            measured = self.measure(rollout, kl, returns) | self.second_opinion(rollout, rows)
+            self.judge_weights(measured, may_fail="objective/gold" if self.gold else None)
             stats = self.update(rollout, advantages, returns)
-            metrics = self.measure(rollout, kl, returns, stats) | self.second_opinion(rollout, rows)
+            metrics = measured | stats | self.progress()
             self.adapt_kl_coef(metrics)
             self.end_iteration(metrics)
             self.show(rollout, rows)
@@ -306,14 +308,12 @@ class PPOTrainer(IterationTrainer):
                 stats[name] += value.detach()
         means = {name: self.accelerator.reduce(s, "sum") / tokens for name, s in stats.items()}
         check_finite(means, self.state.global_step + 1)
-        grad_norm = self.accelerator.clip_grad_norm_(
-            self.model.parameters(), self.args.max_grad_norm or math.inf
-        )
+        limit = self.args.max_grad_norm or math.inf
+        means["grad_norm"] = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update()
-        means["grad_norm"] = grad_norm
         return {name: float(value) for name, value in means.items()}
 
     def add_ptx(self, pretraining: PretrainingRows, episodes: int) -> Tensor:
@@ -342,15 +342,17 @@ class PPOTrainer(IterationTrainer):
             load_rest(self, checkpoint)
         self.begin_training(checkpoint)
 
-    def measure(
-        self, rollout: Rollout, kl: Tensor, returns: Tensor, stats: dict[str, float]
-    ) -> dict[str, Any]:
-        """The iteration's metrics, over the episodes and tokens of all processes."""
+    def measure(self, rollout: Rollout, kl: Tensor, returns: Tensor) -> dict[str, Any]:
+        """Metrics of the weights that sampled, over the episodes and tokens of all processes."""
         return {
             **iteration_metrics(self.accelerator, rollout, kl, returns, kl_coef=self.kl_coef),
-            **stats,
             **({"objective/skipped": self.skipped} if self.args.on_error == "skip" else {}),
             "objective/kl_coef": self.kl_coef,
+        }
+
+    def progress(self) -> dict[str, float]:
+        """Metrics of the run at the end of an iteration."""
+        return {
             "lr": self.lr_scheduler.get_last_lr()[0],
             "eps": self.batch_size / (time.perf_counter() - self.started),
             "episode": (self.state.global_step + 1) * self.batch_size,
