@@ -127,10 +127,11 @@ class IterationTrainer(Trainer):
                 f"one of {', '.join(sorted(measured))}."
             )
         saves = self.args.save_strategy == SaveStrategy.BEST or state.global_step == self.saved_step
-        if name in measured and state.global_step and saves:
-            if self._determine_best_metric({f"eval_{name}": measured[name]}, trial=None):
-                self._save_beginning()
-                state.best_model_checkpoint = str(self._checkpoint)
+        if name not in measured or not state.global_step or not saves:
+            return
+        if self._determine_best_metric({f"eval_{name}": measured[name]}, trial=None):
+            self._save_beginning()
+            state.best_model_checkpoint = str(self._checkpoint)
 
     def _save_beginning(self) -> None:
         """Save the run as it was when this iteration began, unless that has been done."""
