@@ -6,6 +6,7 @@ clone, for `accelerate launch`.
 
 import os
 import sys
+import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,12 +24,12 @@ from trl_instruct.configs import (
     RewardConfig,
     SFTConfig,
 )
-from trl_instruct.console import one_line
+from trl_instruct.console import one_line, say
 from trl_instruct.data.reading import Reading
 from trl_instruct.data.sources import kind_of
 from trl_instruct.data.texts import prompts_of
 from trl_instruct.diagnosis.page import read_evaluation, report, summary_lines
-from trl_instruct.errors import InputError
+from trl_instruct.errors import InputError, harmless
 from trl_instruct.evaluation.answers import AnswerOptions, answer_prompts, converse
 from trl_instruct.evaluation.compare import compare
 from trl_instruct.evaluation.evaluate import evaluate
@@ -63,11 +64,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         name = _named_command(arguments[:1])
         COMMANDS[name](arguments[1:])
     except InputError as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"{name}: error: {' '.join(str(error).split())}", sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
+        say(f"\n{name}: interrupted", sys.stderr)
         sys.exit(130)
+    except Exception:
+        say(harmless(traceback.format_exc()), sys.stderr)
+        sys.exit(1)
 
 
 def _named_command(arguments: list[str]) -> str:
@@ -150,7 +154,7 @@ def candidates_command(arguments: list[str]) -> None:
 def _tell(message: str) -> None:
     """Print a line for the user, from the main process."""
     if PartialState().is_main_process:
-        print(message)
+        say(message)
 
 
 def serve_reward_command(arguments: list[str]) -> None:
@@ -195,16 +199,16 @@ def report_command(arguments: list[str]) -> None:
     path = report(options.folder, evaluation=options.evaluation, output_file=options.output_file)
     evaluation = read_evaluation(options.evaluation)
     for line in summary_lines(read_chain(options.folder), evaluation):
-        print(line)
-    print(f"report: {path}")
+        say(line)
+    say(f"report: {path}")
 
 
 def _tell_diagnosis(name: str, folder: StageResult) -> None:
     """Print the stage's diagnosis, and write the report on all stages so far."""
     if PartialState().is_main_process:
         for line in summary_lines({name: read_chain(folder)[name]}):
-            print(line)
-        print(f"report: {report(folder)}")
+            say(line)
+        say(f"report: {report(folder)}")
 
 
 def generate_command(arguments: list[str]) -> None:
@@ -262,7 +266,7 @@ def _generate(options: Namespace, models: dict[str, str]) -> None:
     else:
         lines = converse(models, _typed_lines(), sampling, **typed)
     for line in lines:
-        print(line, flush=True)
+        say(line)
 
 
 def _typed_lines() -> Iterator[str]:
@@ -274,7 +278,7 @@ def _typed_lines() -> Iterator[str]:
         except EOFError:
             return
         if not keyboard:
-            print(f"> {one_line(line)}")
+            say(f"> {one_line(line)}")
         yield line
 
 

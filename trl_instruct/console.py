@@ -11,9 +11,11 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm.auto import tqdm
+
+from trl_instruct.errors import printable
 
 # Tokenizers warn when data workers fork, and fall back to one thread.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -43,6 +45,9 @@ HARMLESS_LOGS = {
     "transformers.models.rwkv.modeling_rwkv": r"`attention_mask` was passed, but it is unused",
 }
 
+# Libraries with handlers of their own.
+LOGGING = ("transformers", "datasets", "huggingface_hub")
+
 # Bars over the files of a model: for a small one they would flood the screen.
 MODEL_FILE_BARS = ("Writing model shards", "Loading weights")
 
@@ -69,10 +74,17 @@ def silence_harmless_warnings() -> None:
         logging.getLogger(name).addFilter(harmless)
 
 
-def silence_model_file_bars() -> None:
-    """Hide the progress bars of model files (those of downloads and of training stay)."""
+def quiet_libraries() -> None:
+    """Hide the progress bars of model files (those of downloads and of training stay).
+
+    What the libraries log, names of models among it, is made `printable`.
+    """
     from transformers.utils import logging as transformers_logging
 
+    handlers = [h for name in LOGGING for h in logging.getLogger(name).handlers]
+    for handler in (logging.lastResort, *handlers):
+        if handler is not None:
+            handler.addFilter(_Printable())
     if hasattr(transformers_logging, "set_tqdm_hook"):  # transformers since early 2026
         transformers_logging.set_tqdm_hook(_without_model_files)
 
@@ -97,16 +109,25 @@ def quiet_loading() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def printable(text: str) -> str:
-    """The text with all but printable characters and line breaks escaped.
+class _Printable(logging.Filter):
+    """Makes messages `printable`."""
 
-    >>> print(printable("a\\x1b[2J\\nb"))
-    a\\x1b[2J
-    b
-    """
-    return "\n".join(
-        "".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in text.splitlines()
-    )
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = printable(record.getMessage()), ()
+        return True
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The package's logger of that name, whose messages may hold any text."""
+    logger = logging.getLogger(name)
+    logger.addFilter(_Printable())
+    return logger
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print text from anywhere: all that the package prints comes through here, `printable`."""
+    tqdm.write(printable(text), file=file)  # above a progress bar
+    (file or sys.stdout).flush()
 
 
 def one_line(content: Any) -> str:
@@ -119,20 +140,42 @@ def one_line(content: Any) -> str:
     return printable(" | ".join(text.strip().splitlines()))
 
 
+def brief(text: str, most: int = 200) -> str:
+    """The beginning of a text, on one line.
+
+    >>> brief("0123456789\\n", most=4)
+    '0123...'
+    """
+    line = one_line(text[: 2 * most])
+    return line if len(line) <= most else f"{line[:most]}..."
+
+
+def in_markdown(text: str) -> str:
+    """A text as it is, on one line, in Markdown: no markup, no HTML, no end of a table's cell.
+
+    >>> in_markdown("a|<b>_c_")
+    'a&#124;&#60;b&#62;&#95;c&#95;'
+    """
+    return re.sub(r"[]&<>[|`*~#$!\\]|\b_|_\b", lambda c: f"&#{ord(c[0])};", one_line(text))
+
+
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of rows with aligned columns.
 
     >>> table([["", "mean"], ["base", "0.5"]])
     ['      mean', 'base  0.5']
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+    cells = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in cells]
 
 
 def progress_bar(name: str, total: int, **options: Any) -> tqdm:
     """A progress bar over `total` steps; `options` are tqdm's."""
     interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
-    return tqdm(desc=name, total=total, mininterval=interval, dynamic_ncols=True, **options)
+    return tqdm(
+        desc=one_line(name), total=total, mininterval=interval, dynamic_ncols=True, **options
+    )
 
 
 def plural(count: int, noun: str) -> str:

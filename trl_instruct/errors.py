@@ -55,15 +55,44 @@ def _hidden(found: re.Match[str]) -> str:
     return next((text for text in before if text), "") + REDACTED
 
 
+def printable(text: str) -> str:
+    """The text with all but printable characters and line breaks escaped: also those that turn
+    the direction of writing.
+
+    >>> print(printable("a\\x1b[2J\\nb\\u202e"))
+    a\\x1b[2J
+    b\\u202e
+    """
+    return "\n".join(
+        "".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in text.splitlines()
+    )
+
+
+def harmless(text: str, most: int = 10_000) -> str:
+    """The text for a message: secrets redacted, the rest printable, the middle of what is long
+    left out.
+
+    >>> harmless("0123456789", most=4)
+    '01 ... 89'
+    """
+    text = redact(_ends(text, 2 * most))  # so that none of a secret is left where it is cut
+    return printable(_ends(text, most))
+
+
+def _ends(text: str, most: int) -> str:
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
+
+
 class InputError(ValueError):
     """A user's mistake: data, a path, an option. Nothing has been written when it is raised.
 
-    The message says what was given (with values), what is needed, and what to do about it. Secrets
-    in it are redacted.
+    The message says what was given (with values), what is needed, and what to do about it; it is
+    made `harmless`.
     """
 
     def __init__(self, message: str):
-        super().__init__(redact(message))
+        super().__init__(harmless(message))
 
 
 @contextmanager

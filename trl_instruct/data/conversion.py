@@ -6,7 +6,6 @@ What a file does not give is counted, with the reason, in one line.
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -15,7 +14,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from trl_instruct.console import plural
+from trl_instruct.console import get_logger, plural
 from trl_instruct.data.orders import dense_ranks
 from trl_instruct.data.reading import AS_PUBLISHED, Reading, rename
 from trl_instruct.data.recognition import Shape, shape_of
@@ -30,7 +29,7 @@ from trl_instruct.data.sources import (
 )
 from trl_instruct.errors import InputError
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 NEEDS = {
     "demonstration": ("prompt", "completion", "tools"),

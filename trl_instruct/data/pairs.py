@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from functools import partial
 from itertools import combinations
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
-from trl_instruct.console import plural
+from trl_instruct.console import get_logger, plural
 from trl_instruct.data.conversion import read
 from trl_instruct.data.dialogues import extract_prompt
 from trl_instruct.data.mixture import mixed
@@ -46,7 +45,7 @@ from trl_instruct.data.sources import (
 from trl_instruct.data.ties import TIES, wins
 from trl_instruct.errors import InputError
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 WHICH = ("all", "adjacent", "best_vs_rest")
 

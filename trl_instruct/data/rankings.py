@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 
-from trl_instruct.console import plural
+from trl_instruct.console import get_logger, plural
 from trl_instruct.data.conversion import read
 from trl_instruct.data.mixture import mixed
 from trl_instruct.data.orders import ORDERS, canonical_ranks, canonical_scores, dense_ranks
@@ -37,7 +37,7 @@ from trl_instruct.data.sources import (
 )
 from trl_instruct.errors import InputError
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Ranking(NamedTuple):

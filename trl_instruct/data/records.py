@@ -5,7 +5,6 @@ An `InputError` names the source, the line (or row) and the field at fault.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List
 
+from trl_instruct.console import get_logger
 from trl_instruct.data.conversion import REWARD_ARGUMENTS, read
 from trl_instruct.data.dialogues import extract_prompt, split_dialogue, trim_dialogue
 from trl_instruct.data.mixture import mixed
@@ -35,7 +35,7 @@ from trl_instruct.data.sources import (
 )
 from trl_instruct.errors import InputError
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 ALIASES = {
     "prompt": ("instruction", "question", "input", "query", "prompts"),

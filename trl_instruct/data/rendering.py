@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -18,9 +17,10 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from trl_instruct.console import get_logger
 from trl_instruct.errors import InputError, located
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 ARGUMENTS = ("tools", "chat_template_kwargs")
 """Columns of a record that its chat template reads, as in TRL."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import islice
@@ -10,9 +9,10 @@ from typing import Any
 
 from datasets import IterableDataset
 
+from trl_instruct.console import get_logger
 from trl_instruct.data.sources import AnyDataset, Record, Source, iterate, map_records
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 STREAMED = 100  # first rows of a stream, which decide about it
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from trl_instruct.console import get_logger
 from trl_instruct.data.mixture import mixed
 from trl_instruct.data.reading import AS_PUBLISHED, Reading, rename
 from trl_instruct.data.records import check_records, load_prompts, require_columns
@@ -25,7 +25,7 @@ from trl_instruct.data.sources import (
 )
 from trl_instruct.errors import InputError
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def load_texts(

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_instruct.configs import EvaluateConfig
-from trl_instruct.console import one_line, table
+from trl_instruct.console import one_line, say, table
 from trl_instruct.data.reading import Reading
 from trl_instruct.data.texts import prompts_of
 from trl_instruct.errors import InputError
@@ -79,8 +79,8 @@ def compare(
     summary["samples"] = shown_samples(subject.prompts["prompt"][:SHOWN_SAMPLES], trained)
     path = Path(config.get("summary_file") or folder / "summary.json")
     write_json(path, summary)
-    print(render(summary))
-    print(f"\nSummary: {path}   policy: {folder}   reward model: {config['reward_model_path']}")
+    say(render(summary))
+    say(f"\nSummary: {path}   policy: {folder}   reward model: {config['reward_model_path']}")
     return summary
 
 

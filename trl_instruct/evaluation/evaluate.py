@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_instruct.configs import EvaluateConfig
-from trl_instruct.console import progress_bar
+from trl_instruct.console import progress_bar, say
 from trl_instruct.data.reading import Reading
 from trl_instruct.data.records import load_demonstrations
 from trl_instruct.data.sources import name_of
@@ -122,8 +122,8 @@ def evaluate(
         }
         write_json(run.folder / EVALUATION_FILE, evaluation)
         plot(evaluation, run.folder / FIGURE)
-        print(render(evaluation))
-        print(f"\nEvaluation: {run.folder / EVALUATION_FILE}   figure: {run.folder / FIGURE}")
+        say(render(evaluation))
+        say(f"\nEvaluation: {run.folder / EVALUATION_FILE}   figure: {run.folder / FIGURE}")
         run.write_metrics({"prompts": evaluation["prompts"], "models": len(models)})
         return StageResult(run.folder, evaluation)
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 from trl import ModelConfig, get_quantization_config
 
-from trl_instruct.console import quiet_loading, silence_model_file_bars
+from trl_instruct.console import quiet_libraries, quiet_loading
 from trl_instruct.errors import InputError
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE
 from trl_instruct.models.adapters import CLASSIFIER, POLICY, Adapter, is_adapter, is_quantized
@@ -37,7 +37,7 @@ from trl_instruct.scalar_head import (
     score_head,
 )
 
-silence_model_file_bars()
+quiet_libraries()
 
 
 def load_policy(

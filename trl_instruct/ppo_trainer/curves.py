@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pandas import DataFrame
-from tqdm.auto import tqdm
 
-from trl_instruct.console import one_line
+from trl_instruct.console import one_line, say
 from trl_instruct.rewards.function import as_text
 
 FIGURE = "ppo.png"
@@ -63,7 +61,7 @@ def show_samples(
         trackers: `report_to` of the training arguments.
     """
     prompt, completion, score = (columns[n][0] for n in ("prompt", "completion", "score"))
-    tqdm.write(sample_text(step, steps, prompt, completion, score), file=sys.stdout)
+    say(sample_text(step, steps, prompt, completion, score))
     prompts = list(map(as_text, columns["prompt"]))
     log_samples(trackers, {"step": [step] * len(prompts), **columns, "prompt": prompts})
 

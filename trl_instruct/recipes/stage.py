@@ -26,8 +26,9 @@ from transformers.trainer_utils import TrainOutput
 from trl import ModelConfig
 
 from trl_instruct.configs import RewardConfig, SFTConfig, StageConfig
+from trl_instruct.console import in_markdown, say
 from trl_instruct.data.sources import AnyDataset, Source, first_record
-from trl_instruct.errors import InputError
+from trl_instruct.errors import InputError, redact
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, write_json
 from trl_instruct.models.adapters import (
     FINGERPRINT,
@@ -234,7 +235,7 @@ class StageRun:
     def say(self, message: str) -> None:
         """Print a line for the user, from the main process."""
         if self.is_main:
-            print(f"{self.name}: {message}")
+            say(f"{self.name}: {message}")
 
     def train(self, trainer: Trainer, labels: dict[str, str]) -> TrainOutput:
         """Train from the start, or from the checkpoint; on SIGTERM, save one and exit with 143.
@@ -310,14 +311,19 @@ class StageRun:
 
     def write_model_card(self, metrics: dict[str, Any]) -> None:
         """Write the folder's README.md: what was trained, on which data, with which metrics."""
+        source = in_markdown(str(redact(self.config.dataset_name)))
         tags = ["trl-instruct", "trl", self.name]
         data = ModelCardData(library_name="transformers", tags=tags)
-        rows = [f"| {k} | {v:.6g} |" for k, v in metrics.items() if isinstance(v, (int, float))]
+        rows = [
+            f"| {in_markdown(k)} | {v:.6g} |"
+            for k, v in metrics.items()
+            if isinstance(v, (int, float))
+        ]
         text = [
             f"---\n{data.to_yaml()}\n---",
-            f"# {self.folder.name}",
-            f"Made by the `{self.name}` stage of trl-instruct, from the data "
-            f"`{self.config.dataset_name}`. All options are in `{CONFIG_FILE}`.",
+            f"# {in_markdown(self.folder.name)}",
+            f"Made by the `{self.name}` stage of trl-instruct, from the data {source}. All options "
+            f"are in `{CONFIG_FILE}`.",
             "| metric | value |\n|---|---|\n" + "\n".join(rows),
             "Method: Ouyang et al. 2022, [Training language models to follow instructions with "
             "human feedback](https://arxiv.org/abs/2203.02155).",

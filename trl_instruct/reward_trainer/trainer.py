@@ -1,6 +1,5 @@
 """TRL's RewardTrainer with the paper's batch element: all comparisons of one prompt together."""
 
-import logging
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import RewardTrainer
 
+from trl_instruct.console import get_logger
 from trl_instruct.errors import InputError
 from trl_instruct.models.properties import disable_dropout, evaluating
 from trl_instruct.models.tokenizers import check_tokenizer
@@ -28,7 +28,7 @@ from trl_instruct.rewards.score_position import (
     separate_scores,
 )
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FORWARDS = ("shared_prefix", "grouped", "pairs")
 NO_RESPONSE = -100  # in predictions, as transformers pads them

@@ -14,7 +14,7 @@ from functools import cache
 from threading import Thread, current_thread
 from typing import Any, NamedTuple
 
-from trl_instruct.errors import InputError, redact
+from trl_instruct.errors import InputError, harmless, redact
 
 Scores = list[float | None]
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
@@ -31,7 +31,7 @@ class RewardError(InputError):
 
     def __init__(self, fault: str, row: int | None = None):
         super().__init__(fault if row is None else f"{fault} (completion {row + 1})")
-        self.fault, self.row = fault, row
+        self.fault, self.row = harmless(fault), row
 
 
 class RewardUnreachableError(RewardError):

@@ -1,9 +1,11 @@
 """A reward on a server: JSON in and out, over the standard library's HTTP."""
 
 import http.client
+import io
 import ipaddress
 import json
 import os
+import socket
 import time
 import urllib.error
 import urllib.parse
@@ -11,6 +13,7 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
+from trl_instruct.console import brief
 from trl_instruct.errors import InputError
 from trl_instruct.rewards.function import RewardError, RewardUnreachableError, Scores, is_column
 
@@ -33,8 +36,11 @@ class HTTPReward:
         url: address for requests, `http://127.0.0.1:8000/score`.
         token: sent as `Authorization: Bearer`; default: the environment's REWARD_SERVER_TOKEN.
         batch_size: completions per request.
-        timeout: seconds without a byte from the server after which a try is given up.
+        timeout: seconds for the whole answer, after which a try is given up.
         retries: further tries after no answer, 408, 429 or 5xx: 1, 2, 4, ... at most 30 s apart.
+
+    Raises:
+        InputError: the address or the token cannot be used.
     """
 
     def __init__(
@@ -47,7 +53,7 @@ class HTTPReward:
         retries: int = 6,
     ):
         self.url, self.batch_size = check_url(url), batch_size
-        self.token = token or os.environ.get(TOKEN_VARIABLE)
+        self.token = check_token(token or os.environ.get(TOKEN_VARIABLE) or None)
         self.timeout, self.retries = timeout, retries
 
     @property
@@ -79,17 +85,40 @@ class HTTPReward:
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list) or len(scores) != len(batch["completions"]):
             raise RewardError(
-                f"The reward server {self.url} answered {json.dumps(answer)[:80]}; "
+                f"The reward server {self.url} answered {brief(json.dumps(answer))}; "
                 f'{{"scores": [...]}} with {len(batch["completions"])} numbers is needed.'
             )
         return scores
 
 
 def check_url(url: str) -> str:
-    """The URL; InputError if it is not an HTTP address."""
-    if not url.startswith(("http://", "https://")):
+    """The URL; InputError if it is not an HTTP address, or holds a user's name or password."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        (parts.hostname or "").encode("idna")
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        plain = url.isascii() and url.isprintable() and " " not in url
+        valid, secret = known and plain, "@" in parts.netloc
+    except ValueError:
+        valid, secret = False, "@" in url
+    if secret:
+        raise InputError(
+            "A server's address holds a user's name or password, which messages and files would "
+            "show. Leave them out of it; pass a token in the environment or as token=."
+        )
+    if not valid:
         raise InputError(f"{url!r} is not a server's address; http://host:port/... is needed.")
     return url
+
+
+def check_token(token: str | None) -> str | None:
+    """The token; InputError, which does not show it, if it is empty or no header can hold it."""
+    if token is not None and not (token.isprintable() and token.strip() and max(token) <= "\xff"):
+        raise InputError(
+            "The token for a server is empty, or has a line break or another character that an "
+            f"HTTP header cannot hold. Check {TOKEN_VARIABLE}, or what was passed as token=."
+        )
+    return token
 
 
 def post_json(url: str, content: Any, *, token: str | None, timeout: float, retries: int) -> Any:
@@ -118,11 +147,11 @@ def post_json(url: str, content: Any, *, token: str | None, timeout: float, retr
             with opener.open(request, timeout=timeout) as answer:
                 return _read_json(url, answer)
         except urllib.error.HTTPError as error:
+            last = _told(error)
             if error.code < 500 and error.code not in WORTH_ANOTHER_TRY:
-                raise _refusal(url, error) from error
-            last = f"HTTP {error.code} {error.reason}"
+                raise _refusal(url, error.code, last) from error
         except (OSError, http.client.HTTPException) as error:
-            last = str(getattr(error, "reason", "") or error) or type(error).__name__
+            last = brief(str(getattr(error, "reason", "") or error)) or type(error).__name__
         if attempt < retries:
             time.sleep(min(LONGEST_WAIT, 2.0**attempt))
     raise RewardUnreachableError(
@@ -131,8 +160,50 @@ def post_json(url: str, content: Any, *, token: str | None, timeout: float, retr
     )
 
 
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """Follows no redirects."""
+class _Reading(io.RawIOBase):
+    """What a socket reads until a deadline; its own timeout begins again with every byte."""
+
+    def __init__(self, raw: io.RawIOBase, connection: socket.socket):
+        self.raw, self.connection, self.timeout = raw, connection, connection.gettimeout()
+        self.deadline = time.monotonic() + (self.timeout or 0.0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self.connection.settimeout(left)
+        try:
+            return self.raw.readinto(buffer)
+        finally:
+            self.connection.settimeout(self.timeout)  # for what is sent
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+def until_deadline(file: Any, connection: socket.socket) -> io.BufferedReader:
+    """A socket's file, from which all must be read within the socket's timeout from now on."""
+    return io.BufferedReader(_Reading(file.detach(), connection))
+
+
+class _Answer(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any):
+        super().__init__(sock, *args, **kwargs)
+        self.fp = until_deadline(self.fp, sock)
+
+
+class _Once(
+    urllib.request.HTTPHandler, urllib.request.HTTPSHandler, urllib.request.HTTPRedirectHandler
+):
+    """One request, whose answer has a deadline; no redirects."""
+
+    def do_open(self, http_class: Any, *args: Any, **kwargs: Any) -> Any:
+        timed: Any = type("Timed", (http_class,), {"response_class": _Answer})
+        return super().do_open(timed, *args, **kwargs)
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
@@ -142,7 +213,7 @@ def _opener(url: str) -> urllib.request.OpenerDirector:
     """Uses the environment's proxies, except for this machine's own addresses: a proxy on another
     machine would look for the server there."""
     direct = (urllib.request.ProxyHandler({}),) if is_loopback(url) else ()
-    return urllib.request.build_opener(_Stay, *direct)
+    return urllib.request.build_opener(_Once, *direct)
 
 
 def is_loopback(url: str) -> bool:
@@ -158,13 +229,21 @@ def is_loopback(url: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def _refusal(url: str, error: urllib.error.HTTPError) -> RewardError:
+def _told(error: urllib.error.HTTPError) -> str:
+    """The status and the beginning of the body."""
+    try:
+        body = error.read(1000).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        body = ""
+    return brief(f"HTTP {error.code} {error.reason}: {body}".rstrip(": "), most=400)
+
+
+def _refusal(url: str, code: int, told: str) -> RewardError:
     """The error for a status of 300 to 499."""
-    told = error.read(1000).decode(errors="replace").strip()
-    message = f"The server {url} refused with HTTP {error.code} {error.reason}: {told}"
-    if error.code in (401, 403):
+    message = f"The server {url} refused with {told}"
+    if code in (401, 403):
         return RewardUnreachableError(f"{message} Set {TOKEN_VARIABLE}, or token=.")
-    if error.code in (404, 405) or error.code < 400:
+    if code in (404, 405) or code < 400:
         return RewardUnreachableError(message)
     return RewardError(message)
 
@@ -175,5 +254,5 @@ def _read_json(url: str, answer: Any) -> Any:
         raise RewardError(f"The server {url} answered with more than {MOST_BYTES} bytes.")
     try:
         return json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RewardError(f"The server {url} did not answer with JSON: {body[:80]!r}") from error

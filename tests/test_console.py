@@ -1,0 +1,136 @@
+"""What a terminal or a model card gets of texts that come from elsewhere."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from trl import ModelConfig
+
+from trl_instruct import cli
+from trl_instruct.configs import SFTConfig
+from trl_instruct.console import in_markdown, progress_bar, say, table
+from trl_instruct.data.records import load_demonstrations, load_prompts
+from trl_instruct.errors import InputError, located
+from trl_instruct.models.tokenizers import load_tokenizer
+from trl_instruct.recipes.stage import StageRun
+
+PACKAGE = Path(cli.__file__).parent
+# Clears the screen, sets its title, begins a sequence in one byte, turns the direction of writing.
+HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202egnp.\u2066\r\x00"
+
+
+SPEAKING = ("print", "tqdm.write", "sys.stdout.write", "sys.stderr.write", "logging.getLogger")
+
+
+def is_harmless(text):
+    return all(c.isprintable() or c == "\n" for c in text)
+
+
+def test_there_is_one_way_to_the_terminal():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert called not in SPEAKING or path.name == "console.py", f"{called} in {path}"
+
+
+@pytest.mark.parametrize("kind", [InputError, ValueError, OSError])
+def test_every_exception_of_a_command(kind, monkeypatch, capsys):
+    def command(arguments):
+        with located(HOSTILE):
+            raise kind(f"{HOSTILE} and http://me:pw@host/")
+
+    monkeypatch.setitem(cli.COMMANDS, "sft", command)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["sft"])
+    told = capsys.readouterr().err
+    assert stopped.value.code == (2 if kind is InputError else 1)
+    assert is_harmless(told) and "\\x1b[2J" in told and "\\u202e" in told
+    assert "http://***@host/" in told
+
+
+def test_an_unknown_command_and_a_missing_file(capsys):
+    for arguments in ([HOSTILE], ["sft", "--config", HOSTILE], ["sft", f"--{HOSTILE}=1"]):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert is_harmless(capsys.readouterr().err)
+
+
+def test_names_in_data_and_models(tmp_path, caplog, capsys):
+    """Column names, message keys, roles, file names, a model's type; what is logged of them."""
+    file = tmp_path / "\x1b[2Jrows.jsonl"
+    records = [
+        {HOSTILE: "a", "prompt": 1, "completion": "b"},
+        {HOSTILE: "a"},
+        {"messages": [{HOSTILE: "user", "content": "a"}]},
+        {"messages": [{"role": HOSTILE, "content": "a"}]},
+    ]
+    told = []
+    for record in records:
+        file.write_text(json.dumps(record))
+        for load in (load_demonstrations, load_prompts):
+            try:
+                load(file)[0]
+            except InputError as error:
+                told.append(str(error))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": HOSTILE}))
+    with pytest.raises(InputError) as fault:
+        load_tokenizer(str(tmp_path))
+    assert len(told) == 7 and all(map(is_harmless, [*told, str(fault.value)]))
+    assert len(caplog.messages) == 3 and all(map(is_harmless, caplog.messages))
+
+
+def test_what_is_said_and_drawn(capsys):
+    say(HOSTILE)
+    rows = table([["", f"a{HOSTILE}"], ["base", "1"]])
+    with progress_bar(HOSTILE, 1) as bar:
+        assert is_harmless(bar.desc)
+    assert is_harmless(capsys.readouterr().out) and all(map(is_harmless, rows))
+    assert table([["a\nb", "c"]]) == ["a b  c"]
+
+
+def test_a_message_of_megabytes_is_cut():
+    assert len(str(InputError("a" * 5_000_000))) < 11_000
+
+
+NAMES = [
+    "<script>alert(1)</script>",
+    "[text](javascript:alert(1))",
+    "![](http://x/y.png)",
+    "a|b | c",
+    "`a` **b** _c_ ~~d~~ $e$",
+    "a\n\n# b\n---\nlicense: mit",
+    "a\\|b &lt;i&gt; &#60;",
+    HOSTILE,
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_in_a_model_card_stays_a_name(tmp_path, name):
+    folder = tmp_path / name.replace("/", "").replace("\x00", "")
+    folder.mkdir()
+    config = SFTConfig(output_dir=str(folder), use_cpu=True, dataset_name=name)
+    run = StageRun("sft", config, ModelConfig())
+    run.write_model_card({f"eval_{name}": 0.5, "eval_accuracy": 1.0})
+    text = (folder / "README.md").read_text()
+    assert ModelCard.load(folder / "README.md").data.to_dict() == {
+        "library_name": "transformers",
+        "tags": ["trl-instruct", "trl", "sft"],
+    }
+    assert is_harmless(text) and "| eval_accuracy | 1 |" in text
+    body = text.split("---\n", 2)[2]
+    render = MarkdownIt("commonmark").enable("table").render
+    page = render(body)
+    tags = ["<h1>", "<code>", "<td>", "<a ", "<img", "<em>", "<strong>", "<script", "<i>", "<hr"]
+    calm = tmp_path / "calm"
+    run.folder, config.dataset_name = calm, "calm"
+    calm.mkdir()
+    run.write_model_card({"calm": 0.5, "eval_accuracy": 1.0})
+    expected = render((calm / "README.md").read_text().split("---\n", 2)[2])
+    assert [page.count(tag) for tag in tags] == [expected.count(tag) for tag in tags]
+
+
+def test_a_plain_name_is_not_changed():
+    assert in_markdown("runs/sft-1_2 (eval_accuracy: 5%)") == "runs/sft-1_2 (eval_accuracy: 5%)"
