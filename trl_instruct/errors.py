@@ -50,6 +50,16 @@ def is_secret(name: Any) -> bool:
     return isinstance(name, str) and _IS_SECRET.fullmatch(name) is not None
 
 
+def is_redacted(content: Any) -> bool:
+    """Whether a secret in the content was redacted.
+
+    >>> is_redacted(["http://host/score?api_key=***"]), is_redacted("*** {prompt} ***")
+    (True, False)
+    """
+    text = str(content)
+    return REDACTED in text and redact(text.replace(REDACTED, "x" * 8)) == text
+
+
 def _hidden(found: re.Match[str]) -> str:
     before = (found["before"], found["query"], found["json"], found["header"])
     return next((text for text in before if text), "") + REDACTED

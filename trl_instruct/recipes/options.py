@@ -7,7 +7,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from numbers import Integral, Real
 from pathlib import Path
@@ -22,7 +22,7 @@ from trl.scripts.utils import DatasetConfig
 from trl_instruct.configs import SFTConfig, StageConfig
 from trl_instruct.data.mixture import mixture_of
 from trl_instruct.data.sources import kind_of, name_of
-from trl_instruct.errors import InputError
+from trl_instruct.errors import InputError, is_redacted, redact
 
 Config = TypeVar("Config", bound=StageConfig)
 
@@ -57,8 +57,10 @@ def resolve(
     if config is not None:
         if options:
             raise InputError(f"config= and options {sorted(options)} were given; use one.")
+        _check_redacted(vars(config))
         return copy.copy(config), copy.copy(model_config) if model_config else ModelConfig()
     options = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
+    _check_redacted(options)
     check_names(options, config_class)
     check_types(options, config_class)
     stage_fields = field_types(config_class)
@@ -68,6 +70,16 @@ def resolve(
     with option_errors():
         config = config_class(**{k: v for k, v in options.items() if k in stage_fields})
         return config, copy.copy(model_config) if model_config else ModelConfig(**model_options)
+
+
+def _check_redacted(options: Mapping[str, Any]) -> None:
+    """InputError for a secret that is redacted, as saved configs have it."""
+    for name, value in options.items():
+        if is_redacted(value):
+            raise InputError(
+                f"{name} is {value!r}: no secret is saved in a config. Give {name} again with its "
+                "password, token or key."
+            )
 
 
 def field_types(config_class: type) -> dict[str, Any]:
@@ -167,9 +179,10 @@ def save_config(path: Path, config: StageConfig, model_config: ModelConfig) -> N
     """Write the resolved options as YAML that `--config` reads back to an equal config.
 
     All options of the stage are written; of the 100 and more of transformers, and of ModelConfig,
-    only those that differ from the library's default, here or in TRL's own dataclass.
+    only those that differ from the library's default, here or in TRL's own dataclass. Secrets are
+    redacted; `resolve` then asks for them.
     """
-    values = {**dataclasses.asdict(model_config), **config.to_dict()}
+    values = redact({**dataclasses.asdict(model_config), **config.to_dict()})
     # to_dict hides tokens; these two are not secrets.
     values |= {k: getattr(config, k) for k in ("eos_token", "pad_token") if hasattr(config, k)}
     library, own = (
@@ -186,7 +199,9 @@ def save_config(path: Path, config: StageConfig, model_config: ModelConfig) -> N
             or (value is not None and own[name] != library.get(name, dataclasses.MISSING))
         )
     }
-    path.write_text(yaml.safe_dump(resolved, sort_keys=True, allow_unicode=True), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump(redact(resolved), sort_keys=True, allow_unicode=True), encoding="utf-8"
+    )
 
 
 def stage_options(

@@ -26,6 +26,7 @@ from trl_instruct.recipes.chain import check_format, remember_reading
 from trl_instruct.recipes.dry_run import fitting, tell_prompts, tell_rewards
 from trl_instruct.recipes.memory import Work, memory_table
 from trl_instruct.recipes.options import data_of, option_errors, stage_options
+from trl_instruct.recipes.publishing import without_secrets
 from trl_instruct.recipes.stage import StageResult, StageRun, run_stage, starting_point
 from trl_instruct.rewards.function import RewardFunction, parts_of
 from trl_instruct.rewards.load import Reward, load_reward
@@ -93,7 +94,7 @@ def ppo(
         _check_held_out(config, tokenizer, roles.policy, reading, limits)
         with option_errors():
             trainer = trainer_class(
-                args=config,
+                args=without_secrets(config),
                 processing_class=tokenizer,
                 model=roles.policy,
                 ref_model=roles.ref_policy,

@@ -30,6 +30,7 @@ from trl_instruct.files import METRICS_FILE
 from trl_instruct.models.properties import context_length
 from trl_instruct.padding import length_batches
 from trl_instruct.recipes.options import data_of, stage_options
+from trl_instruct.recipes.publishing import without_secrets
 from trl_instruct.recipes.stage import StageResult, run_stage
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -62,7 +63,7 @@ def pretrain(
         model = model_from_scratch(config, tokenizer)
         trainer = Trainer(
             model=model,
-            args=config,
+            args=without_secrets(config),
             train_dataset=tokenize_texts(texts, tokenizer, config),
             processing_class=tokenizer,
             data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),

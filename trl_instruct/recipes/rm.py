@@ -46,6 +46,7 @@ from trl_instruct.recipes.options import (
     option_errors,
     stage_options,
 )
+from trl_instruct.recipes.publishing import without_secrets
 from trl_instruct.recipes.stage import (
     StageResult,
     StageRun,
@@ -182,7 +183,7 @@ def _trainer(
     with option_errors():
         return RankingRewardTrainer(
             model=classifier,
-            args=config,
+            args=without_secrets(config),
             train_dataset=data.train,
             eval_dataset=data.held_out if watches else None,
             processing_class=tokenizer,

@@ -31,6 +31,7 @@ from trl_instruct.recipes.dry_run import SHOWN, tell_lengths, tell_records
 from trl_instruct.recipes.memory import Work, memory_table
 from trl_instruct.recipes.options import data_of, held_out_of, option_errors, stage_options
 from trl_instruct.recipes.pretrain import tiny_base
+from trl_instruct.recipes.publishing import without_secrets
 from trl_instruct.recipes.stage import (
     StageResult,
     StageRun,
@@ -108,7 +109,7 @@ def sft(
         with option_errors():
             trainer = SFTTrainer(
                 model=policy,
-                args=config,
+                args=without_secrets(config),
                 train_dataset=demonstrations,
                 eval_dataset=held_out,
                 processing_class=tokenizer,

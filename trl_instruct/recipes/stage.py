@@ -50,6 +50,7 @@ from trl_instruct.models.tokenizers import check_tokenizer, install_chat_templat
 from trl_instruct.recipes.dry_run import DryRunEnd, plan_of
 from trl_instruct.recipes.options import save_config
 from trl_instruct.recipes.progress import Interruption, ProgressBar
+from trl_instruct.recipes.publishing import create_repository, publish
 from trl_instruct.scalar_head import SHIFT_FILE
 
 # What a stage writes and --overwrite_output_dir removes.
@@ -139,6 +140,7 @@ class StageRun:
         self.folder = Path(config.output_dir)
         self.existed = self.folder.exists()
         self.checkpoint: Path | None = None
+        self.repository: str | None = None
         self.is_main = PartialState().is_main_process
         self.started = time.perf_counter()
 
@@ -252,6 +254,7 @@ class StageRun:
             self.say(plan)
         if self.dry:
             raise DryRunEnd
+        self.repository = create_repository(self.config) if self.is_main else None
         self.begin()
         if not self.config.disable_tqdm:
             # One bar with the named metrics instead of a printed dict per log.
@@ -297,10 +300,15 @@ class StageRun:
             trainer.save_state()
             self.write_model_card(metrics)
             metrics = self.write_metrics(metrics)
-        if self.config.push_to_hub:
-            trainer.push_to_hub()
+            if self.repository is not None:
+                publish(self.folder, self._written(), self.config, self.repository)
         PartialState().wait_for_everyone()
         return StageResult(self.folder, metrics)
+
+    def _written(self) -> list[Path]:
+        """The files and folders of the result."""
+        patterns = [pattern for pattern in WRITTEN if pattern != "checkpoint-*"]
+        return [path for pattern in (*patterns, BASE) for path in self.folder.glob(pattern)]
 
     def write_metrics(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Write the stage's last file: its name, metrics and seconds."""
@@ -328,7 +336,8 @@ class StageRun:
             "Method: Ouyang et al. 2022, [Training language models to follow instructions with "
             "human feedback](https://arxiv.org/abs/2203.02155).",
         ]
-        ModelCard("\n\n".join(text), ignore_metadata_errors=True).save(self.folder / "README.md")
+        card = redact("\n\n".join(text))
+        ModelCard(card, ignore_metadata_errors=True).save(self.folder / "README.md")
 
 
 def starting_point(

@@ -1,0 +1,76 @@
+"""A stage's folder on the Hub: as it is, in one commit."""
+
+import copy
+import dataclasses
+from collections.abc import Iterable
+from glob import escape
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy
+
+from trl_instruct.configs import StageConfig
+from trl_instruct.errors import is_secret, located, redact
+from trl_instruct.models.checkpoints import PPO_STATE, all_checkpoints
+from trl_instruct.recipes.options import option_errors
+
+# What only resuming needs, or nobody: the pickled arguments, the value model, PPO's progress.
+PRIVATE = {TRAINING_ARGS_NAME, "value_model", PPO_STATE}
+# Of an earlier commit: an adapter beside merged weights would be applied to them.
+REPLACED = ["*.safetensors", "*.safetensors.index.json", "adapter_*", f"*{TRAINING_ARGS_NAME}"]
+
+
+def without_secrets(config: StageConfig) -> StageConfig:
+    """The config for a trainer, which pickles it and tells trackers: no secrets, and no pushing."""
+    public = copy.copy(config)
+    public.push_to_hub = False
+    for field in dataclasses.fields(public):
+        value = getattr(public, field.name)
+        shown = None if value and is_secret(field.name) else redact(value)
+        if shown != value:
+            setattr(public, field.name, shown)
+    return public
+
+
+def create_repository(config: StageConfig) -> str | None:
+    """The id of the repository to push to, made if it is missing; None without push_to_hub.
+
+    Raises:
+        InputError: the Hub does not answer, or does not know the user.
+    """
+    if not config.push_to_hub:
+        return None
+    api, revision = HfApi(token=config.hub_token), config.hub_revision
+    name = config.hub_model_id or Path(str(config.output_dir)).absolute().name
+    with option_errors():
+        made = api.create_repo(name, private=config.hub_private_repo, exist_ok=True)
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(made.repo_id, branch=revision, exist_ok=True)
+    return made.repo_id
+
+
+def publish(folder: Path, written: Iterable[Path], config: StageConfig, repository: str) -> None:
+    """Upload a stage's files, and the checkpoints that hub_strategy asks for, in one commit.
+
+    Args:
+        folder: the stage's.
+        written: what it wrote there, files and folders.
+        repository: as `create_repository` returned it.
+
+    Raises:
+        InputError: the Hub did not take them.
+    """
+    first = {HubStrategy.CHECKPOINT: -1, HubStrategy.ALL_CHECKPOINTS: 0}.get(config.hub_strategy)
+    checkpoints = [] if first is None else all_checkpoints(folder)[first:]
+    files = (f for path in (*written, *checkpoints) for f in (path, *path.rglob("*")))
+    names = [f.relative_to(folder) for f in files if f.is_file()]
+    with located(f"The result is in {folder}, but it is not on the Hub"), option_errors():
+        HfApi(token=config.hub_token).upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message="End of training",
+            revision=config.hub_revision,
+            allow_patterns=[escape(n.as_posix()) for n in names if not set(n.parts) & PRIVATE],
+            delete_patterns=REPLACED,
+        )
