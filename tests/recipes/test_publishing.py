@@ -52,7 +52,7 @@ def hub(monkeypatch, tmp_path):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root / name, target / name)
         calls.commits.append((repo_id, taken, options))
-        return SimpleNamespace(is_done=lambda: True)
+        return SimpleNamespace(done=lambda: True)  # a future, for whom one is made
 
     for method in (create_repo, create_branch, upload_folder):
         monkeypatch.setattr(HfApi, method.__name__, method)
