@@ -25,7 +25,7 @@ endif
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-imdb bench-rm bench-ppo bench-ppo-tiny bench-memory report check check-data weights test test-unit mutate clean FORCE $(STAGES)
+.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-imdb bench-imdb-scratch bench-rm bench-ppo bench-ppo-tiny bench-memory report check check-data weights test test-unit mutate clean FORCE $(STAGES)
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -114,8 +114,11 @@ bench-data: install  ## all stages on the real data in DATA=../shared/data, Engl
 bench-rankings: install  ## the reward model on real rankings in DATA, beside the length baseline
 	python benchmarks/real_rankings.py $(DATA)
 
-bench-imdb: install  ## movie reviews in DATA, continued positively from scratch (about seven minutes)
+bench-imdb: weights  ## movie reviews in DATA, continued positively by SmolLM2-135M (about twenty minutes)
 	python benchmarks/imdb.py $(DATA)
+
+bench-imdb-scratch: install  ## the same by a model made from scratch (about seven minutes)
+	python benchmarks/imdb_scratch.py $(DATA)
 
 bench-rm: install  ## rankings against pairs: training steps of ours and of TRL's (about seven minutes)
 	python benchmarks/rm.py

@@ -33,8 +33,10 @@ QUICK = {
 
 @pytest.fixture(scope="module")
 def benchmark():
-    """benchmarks/imdb.py as a module."""
-    spec = importlib.util.spec_from_file_location("imdb", ROOT / "benchmarks" / "imdb.py")
+    """benchmarks/imdb_scratch.py as a module."""
+    spec = importlib.util.spec_from_file_location(
+        "imdb_scratch", ROOT / "benchmarks" / "imdb_scratch.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -152,6 +152,40 @@ def test_less_is_much_without_a_penalty(kl, expected):
     assert names({"ppo": held}) == []
 
 
+def test_a_kl_that_another_judge_pays_for_is_no_fault():
+    far = {"objective__kl": lambda x: 8.0 * x}
+    rising = ppo(**far, objective__gold=lambda x: 0.1 + 0.5 * x)
+    assert [(f.name, f.level) for f in diagnose(rising)] == [("kl_paid", "fine")]
+    assert names(ppo(**far, objective__gold=0.1)) == ["kl_blow_up"]
+    noisy = ppo(**far, objective__gold=lambda x: 0.1 + 0.02 * x + 0.05 * math.sin(99 * x))
+    assert names(noisy) == ["kl_blow_up"]
+    back = ppo(**far, objective__gold=lambda x: 0.1 + 0.5 * math.sin(3 * x))
+    assert names(back) == ["kl_blow_up"]
+
+
+def test_the_continuation_of_an_opening_need_not_end():
+    cut = ppo(objective__ended=0.0)["ppo"]
+    assert names({"ppo": cut}) == ["missing_eos"]
+    assert names({"ppo": cut._replace(config={"opening_length": 8})}) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "already"),
+    [
+        ({"reward_model_path": ["runs/rm"]}, True),
+        ({"reward_model_path": "rewards.py:brevity", "value_model_path": "runs/rm"}, True),
+        ({"reward_model_path": ["runs/rm"], "value_model_path": "policy"}, False),
+        ({"reward_model_path": ["rewards.py:brevity"]}, False),
+        ({"reward_model_path": ["http://localhost:8000"]}, False),
+        ({"reward_model_path": ["runs/rm", "runs/other"]}, False),
+        ({}, False),
+    ],
+)
+def test_advice_for_the_value_function_knows_where_it_started(config, already):
+    (finding,) = diagnose({"ppo": ppo(val__explained_variance=0.0)["ppo"]._replace(config=config)})
+    assert ("already" in finding.advice) is already
+
+
 def test_few_iterations_are_too_few():
     assert names(ppo(iterations=9)) == ["too_few_episodes"]
     assert names(ppo(iterations=10)) == []

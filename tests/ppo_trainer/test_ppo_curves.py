@@ -6,6 +6,7 @@ from types import ModuleType
 import pytest
 from conftest import letters
 from datasets import Dataset
+from matplotlib.figure import Figure
 from test_recipes import PROMPTS, QUICK_PPO, vowels
 
 from trl_instruct.ppo_trainer import curves
@@ -31,6 +32,15 @@ def test_the_figure_has_every_curve(tmp_path, monkeypatch):
     assert len(lines) == len(names) == 8
     assert all(list(line.get_ydata()) == [0.5, 1.0] for line in lines)
     assert (tmp_path / "ppo.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("logs", "marker"), [(1, "o"), (2, "None")])
+def test_a_single_log_is_a_dot(logs, marker):
+    axes = Figure().subplots()
+    history = [{"step": step, "objective/kl": 0.5} for step in range(logs)]
+    curves.plot_panel(axes, history, "KL", "objective/kl", "")
+    (line, *_) = axes.lines
+    assert (line.get_marker(), len(line.get_xdata())) == (marker, logs)
 
 
 def test_what_is_shown_of_a_sample_cannot_disturb_the_screen():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-from trl_instruct.ppo_trainer.curves import FAINT, LINE, PANELS, plot_panel
+from trl_instruct.ppo_trainer.curves import FAINT, LINE, PANELS, plot_line, plot_panel
 from trl_instruct.recipes.chain import FinishedStage
 from trl_instruct.reward_trainer.tables import plot_accuracy, plot_calibration
 
@@ -156,7 +156,7 @@ def _plot_lines(axes: Any, run: FinishedStage, label: str, **colours: str) -> No
     for name, colour in colours.items():
         points = run.curve(name)
         if points:
-            axes.plot(*zip(*points, strict=True), color=colour, label=name.replace("_", " "))
+            plot_line(axes, points, color=colour, label=name.replace("_", " "))
     axes.set_xlabel(label)
     axes.legend(fontsize="small")
 

@@ -9,7 +9,9 @@ from itertools import pairwise
 from typing import Any
 
 from trl_instruct.diagnosis.stages import Finding
+from trl_instruct.ppo_trainer.roles import FROM_POLICY, VALUE_HEAD
 from trl_instruct.recipes.chain import FinishedStage
+from trl_instruct.rewards.load import is_python
 
 # PPO, comparing the first and the last tenth of the iterations.
 MOST_KL = 0.5  # nats per token
@@ -78,14 +80,25 @@ def _kl(run: FinishedStage) -> Iterator[Finding]:
     figure += f"{per_token:.2f} per token"
     free = run.config.get("kl_coef") == 0
     most = MOST_FREE_KL if free else MOST_KL
-    if per_token > most:
+    threshold = f"above {most} per token" + " if kl_coef is 0" * free
+    if per_token > most and not free and _gold_rose(run):
+        yield Finding(
+            "ppo",
+            "kl_paid",
+            "fine",
+            "The policy is far from the reference, and the judge it was not trained on likes it.",
+            figure,
+            threshold,
+            "Nothing to do as long as gold rises; read the samples.",
+        )
+    elif per_token > most:
         yield Finding(
             "ppo",
             "kl_blow_up",
             "fault",
             "The policy is far from the reference; the reward model has never seen such texts.",
             figure,
-            f"above {most} per token" + " if kl_coef is 0" * free,
+            threshold,
             "A higher kl_coef, adaptive_kl_target, or a lower learning_rate.",
         )
     elif per_token < LEAST_KL:
@@ -99,6 +112,15 @@ def _kl(run: FinishedStage) -> Iterator[Finding]:
             f"below {LEAST_KL} per token",
             "Check the generation settings and the dropout of the policy.",
         )
+
+
+def _gold_rose(run: FinishedStage) -> bool:
+    """Whether the judge that PPO is not trained on ends near its best, well above its start."""
+    values = _values(run, "objective/gold")
+    if len(values) < LEAST_ITERATIONS:
+        return False
+    gold, least = _smooth(values), STANDARD_ERRORS * _error(values) + 1e-9  # rounding
+    return gold[-1] > gold[0] + least and gold[-1] >= max(gold) - least
 
 
 def _entropy(run: FinishedStage) -> Iterator[Finding]:
@@ -133,7 +155,8 @@ def _length(run: FinishedStage) -> Iterator[Finding]:
 
 def _ended(run: FinishedStage) -> Iterator[Finding]:
     ended, was = _last(run, "objective/ended"), _first(run, "objective/ended")
-    if ended < LEAST_ENDED:
+    # The continuation of an opening is cut at a length; it has no end of its own.
+    if ended < LEAST_ENDED and not run.config.get("opening_length"):
         yield Finding(
             "ppo",
             "missing_eos",
@@ -159,9 +182,22 @@ def _value(run: FinishedStage) -> Iterator[Finding]:
             "noisy as without it.",
             f"explained variance {late:.2f} in the second half",
             f"below {LEAST_EXPLAINED}",
-            "A higher value_learning_rate or vf_coef, more num_ppo_epochs, or a value function "
-            "that starts from the reward model.",
+            "A higher value_learning_rate or vf_coef, or more num_ppo_epochs"
+            + (
+                "; the value function starts from the reward model already."
+                if _value_from_reward(run)
+                else ", or a value function that starts from a reward model (value_model_path)."
+            ),
         )
+
+
+def _value_from_reward(run: FinishedStage) -> bool:
+    """Whether the value function started from a reward model, as the config tells."""
+    named = run.config.get("value_model_path") or run.config.get("reward_model_path")
+    sole = named[0] if isinstance(named, list) and len(named) == 1 else named
+    if not isinstance(sole, str) or sole in (FROM_POLICY, VALUE_HEAD):
+        return False
+    return "://" not in sole and not is_python(sole)
 
 
 def _steps(run: FinishedStage) -> Iterator[Finding]:

@@ -92,9 +92,15 @@ def plot_panel(axes: Any, log_history: list[dict[str, Any]], title: str, *names:
     for name, color in zip(names, (LINE, FAINT), strict=False):
         points = [(log["step"], log[name]) for log in log_history if name in log]
         label = name.removeprefix("objective/")
-        axes.plot(*zip(*points, strict=True) if points else ([], []), color=color, label=label)
+        plot_line(axes, points, color=color, label=label)
     if all(names):
         axes.legend(fontsize="small")
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("iteration")
     axes.grid(alpha=0.3)
+
+
+def plot_line(axes: Any, points: list[tuple[int, float]], **look: Any) -> None:
+    """A line through points of step and value; a single one is a dot."""
+    steps, values = zip(*points, strict=True) if points else ((), ())
+    axes.plot(steps, values, marker="o" if len(points) == 1 else None, **look)
