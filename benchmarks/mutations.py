@@ -132,7 +132,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
     ),
     (
         "ppo_trainer/trainer.py",
-        f"{TRAINER} ppo_trainer/test_ptx.py ppo_trainer/test_ema.py",
+        f"{TRAINER} ppo_trainer/test_ptx.py ppo_trainer/test_ema.py -m 'not slow'",
         [
             ("+ self.args.vf_coef * sums", "+ sums"),
             ("backward(loss * weight)", "backward(loss)"),
@@ -144,14 +144,9 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
                 "gamma=self.args.lam, lam=self.args.gamma",
             ),
             ("kl_coef=self.kl_coef)\n        if", "kl_coef=self.args.kl_coef)\n        if"),
-            ("> (self.args.target_kl or math.inf)", "> math.inf"),
             ("ptx_rows_per_episode * episodes", "ptx_rows_per_episode"),
             ("            self.average.update()\n", "            pass\n"),
             ("torch.randperm(self.local_batch_size)", "torch.arange(self.local_batch_size)"),
-            (
-                '                metrics["objective/kl"],',
-                '                metrics["objective/kl_k3"],',
-            ),
             ("if p not in shared]", "if p in shared]"),
             ("scores=without_eos(scores, rollout.ended, self.args)", "scores=scores"),
             (
@@ -161,8 +156,21 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         ],
     ),
     (
+        "ppo_trainer/trainer.py",
+        f"{TRAINER} -k 'ends_early or beta_follows'",
+        [
+            ("> (self.args.target_kl or math.inf)", "> math.inf"),
+            (
+                '                metrics["objective/kl"],',
+                '                metrics["objective/kl_k3"],',
+            ),
+            ("target=self.args.adaptive_kl_target", "target=1.0"),
+        ],
+    ),
+    (
         "ppo_trainer/rollouts.py",
-        f"ppo_trainer/test_rollouts.py rewards/test_reward_faults.py {TRAINER} -m 'not slow'",
+        "ppo_trainer/test_rollouts.py test_reward_shift.py rewards/test_reward_faults.py"
+        " -k 'test_rollouts or skipped or values_predict'",
         [
             ("back = order.argsort()", "back = order"),
             ("queue[:batch_size], queue[batch_size:]", "queue[:batch_size], []"),
@@ -174,7 +182,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
     ),
     (
         "ppo_trainer/rollout_scores.py",
-        "rewards/test_reward_faults.py ppo_trainer/test_ppo_trainer.py -m 'not slow'",
+        f"rewards/test_reward_faults.py {TRAINER} -k 'skip or fixed or judge or seen or penalty'",
         [
             (
                 "scores - args.missing_eos_penalty * ~ended",
