@@ -92,7 +92,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
     ),
     (
         "ppo_trainer/metrics.py",
-        f"{TRAINER} -m 'not slow' -k 'metrics or number or sums or finite'",
+        f"{TRAINER} -m 'not slow' -k 'metrics or number or sums or moved_by'",
         [
             ("penalty = -kl_coef * kl", "penalty = kl_coef * kl"),
             ('estimator="k3"', 'estimator="k1"'),

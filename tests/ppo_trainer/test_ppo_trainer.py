@@ -15,7 +15,12 @@ from trl_instruct.generation.sampling import pad_prompts
 from trl_instruct.padding import right_padded_mask
 from trl_instruct.ppo_trainer import rollouts
 from trl_instruct.ppo_trainer.advantages import kl_per_token
-from trl_instruct.ppo_trainer.metrics import episode_metrics, value_metrics
+from trl_instruct.ppo_trainer.metrics import (
+    check_finite,
+    episode_metrics,
+    policy_metrics,
+    value_metrics,
+)
 from trl_instruct.ppo_trainer.micro_batch import ppo_sums
 from trl_instruct.ppo_trainer.rollouts import Rollout
 
@@ -198,6 +203,10 @@ def test_losses_and_metrics_are_sums_over_real_tokens(make_trainer):
     # at ratio 1 the policy loss is -A
     assert sums["loss/policy"].item() == pytest.approx(-(1.0 - 2.0 + 0.5 + 3.0 - 1.0), rel=1e-5)
     assert sums["val/ratio"].item() == pytest.approx(5.0)
+    texts = ([5, 6, 7, 20, 256], 2), ([8, 21, 22, 23], 0)  # and the state before the first token
+    states = [trainer.policy(torch.tensor([ids])).logits[0, at:-1] for ids, at in texts]
+    entropy = torch.distributions.Categorical(logits=torch.cat(states) / 0.7).entropy()
+    torch.testing.assert_close(sums["policy/entropy"], entropy.sum())
     torch.testing.assert_close(losses(trainer, junk, advantages + behind, junk.values), sums)
 
 
@@ -239,14 +248,26 @@ def test_episode_metrics_by_hand_whatever_the_padding(make_trainer):
 
 
 def test_value_metrics_by_hand():
-    """Real returns 1, 3, 5: variance 4; what the values leave unexplained, 0, 1, 2: variance 1."""
-    values = torch.tensor([[1.0, 2.0, 99.0], [3.0, 99.0, 99.0]])
+    """Real returns 1, 3, 5: variance 4; what the values do not explain, 1, 0, 1: variance 1/3."""
+    values = torch.tensor([[0.0, 3.0, 99.0], [4.0, 99.0, 99.0]])
     returns = torch.tensor([[1.0, 3.0, -99.0], [5.0, -99.0, -99.0]])
     metrics = value_metrics(values, returns, right_padded_mask(torch.tensor([2, 1]), 3))
-    assert metrics["val/mean"].item() == pytest.approx(2.0)
-    assert metrics["val/explained_variance"].item() == pytest.approx(0.75)
+    assert metrics["val/mean"].item() == pytest.approx(7 / 3)
+    assert metrics["val/explained_variance"].item() == pytest.approx(11 / 12)
     flat = value_metrics(values, torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool))
     assert flat["val/explained_variance"] == 0.0
+
+
+def test_how_far_the_policy_has_moved_by_hand():
+    """Half the squared log-ratio: 0.5 * log(2)^2 each, whichever way."""
+    moved = policy_metrics(
+        torch.tensor([2.0, 0.5]).log(), torch.zeros(2), torch.ones(2), cliprange=0.2
+    )
+    half = 0.5 * math.log(2) ** 2
+    expected = {"policy/approxkl": [half] * 2, "policy/clipfrac": [1, 0], "val/ratio": [2, 0.5]}
+    assert {name: values.tolist() for name, values in moved.items()} == {
+        name: pytest.approx(values) for name, values in expected.items()
+    }
 
 
 def test_advantages_are_whitened_over_the_batch(make_trainer):
@@ -310,6 +331,15 @@ def test_a_loss_that_is_no_number_stops_before_it_reaches_the_weights(make_train
     with pytest.raises(FloatingPointError, match=r"is nan in iteration 1\. Lower learning_rate"):
         trainer.train()
     torch.testing.assert_close(weights(trainer.policy), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["loss/policy", "loss/value"])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_either_loss_must_be_a_number(name, number):
+    losses = {"loss/policy": torch.tensor(1.0), "loss/value": torch.tensor(1.0)}
+    check_finite(losses, 3)
+    with pytest.raises(FloatingPointError, match=f"{name} is {number} in iteration 3"):
+        check_finite({**losses, name: torch.tensor(number)}, 3)
 
 
 def test_policy_and_value_learn_and_the_reference_stays(make_trainer):
