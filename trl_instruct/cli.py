@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,13 +24,13 @@ from trl_instruct.configs import (
     RewardConfig,
     SFTConfig,
 )
-from trl_instruct.console import one_line, say
+from trl_instruct.console import say
 from trl_instruct.data.reading import Reading
 from trl_instruct.data.sources import kind_of
 from trl_instruct.data.texts import prompts_of
 from trl_instruct.diagnosis.page import read_evaluation, report, summary_lines
 from trl_instruct.errors import InputError, harmless
-from trl_instruct.evaluation.answers import AnswerOptions, answer_prompts, converse
+from trl_instruct.evaluation.answers import AnswerOptions, answer_prompts
 from trl_instruct.evaluation.compare import compare
 from trl_instruct.evaluation.evaluate import evaluate
 from trl_instruct.models.merging import merge
@@ -212,11 +212,11 @@ def _tell_diagnosis(name: str, folder: StageResult) -> None:
 
 
 def generate_command(arguments: list[str]) -> None:
-    """Let checkpoints answer side by side, to given prompts or in a conversation."""
+    """Let checkpoints answer prompts side by side."""
     parser = _Parser([], prog="trl-instruct generate", allow_abbrev=False)
     name = "Checkpoints: `name=source`, or a folder or Hub id, named by its last part."
     parser.add_argument("--models", nargs="+", required=True, help=name)
-    parser.add_argument("--prompts", nargs="+", help="Texts; default: typed, one per line.")
+    parser.add_argument("--prompts", nargs="+", help="Texts.")
     parser.add_argument("--dataset_name", help="Records with prompts, instead.")
     parser.add_argument("--dataset_train_split", default="train", help="Its split (%(default)s).")
     parser.add_argument("--opening_length", type=int, help="As in `ppo`.")
@@ -242,18 +242,11 @@ def generate_command(arguments: list[str]) -> None:
 
 
 def _generate(options: Namespace, models: dict[str, str]) -> None:
-    sampling = AnswerOptions(
-        options.response_length,
-        options.temperature,
-        options.stop_strings,
-        options.num_completions,
-        options.seed,
-        options.dtype,
-    )
-    if options.prompts and options.dataset_name:
-        raise InputError("prompts and dataset_name were both given; use one of them.")
+    sampling = AnswerOptions(**{name: getattr(options, name) for name in AnswerOptions._fields})
+    if bool(options.prompts) == bool(options.dataset_name):
+        both = "were both given" if options.prompts else "are both missing"
+        raise InputError(f"prompts and dataset_name {both}; give one of them.")
     remember_reading(options, *models.values())
-    typed: Any = {"suffix": options.prompt_suffix or "", "chat": not options.text}
     if options.dataset_name:
         tokenizer = load_tokenizer(next(iter(models.values())))
         given = options.dataset_name, options.dataset_train_split, tokenizer, options.opening_length
@@ -261,25 +254,11 @@ def _generate(options: Namespace, models: dict[str, str]) -> None:
         for source in models.values():
             check_format(prompts, tokenizer, model=source)
         lines = answer_prompts(models, prompts["prompt"][:], sampling, columns=prompts[:])
-    elif options.prompts:
-        lines = answer_prompts(models, options.prompts, sampling, typed=True, **typed)
     else:
-        lines = converse(models, _typed_lines(), sampling, **typed)
+        typed: Any = {"suffix": options.prompt_suffix or "", "chat": not options.text}
+        lines = answer_prompts(models, options.prompts, sampling, typed=True, **typed)
     for line in lines:
         say(line)
-
-
-def _typed_lines() -> Iterator[str]:
-    """Lines of standard input to its end, echoed unless they come from a keyboard."""
-    keyboard = sys.stdin.isatty()
-    while True:
-        try:
-            line = input("> " if keyboard else "")
-        except EOFError:
-            return
-        if not keyboard:
-            say(f"> {one_line(line)}")
-        yield line
 
 
 def rm_command(arguments: list[str]) -> None:

@@ -1,5 +1,3 @@
-import io
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -9,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from trl_instruct import cli
 from trl_instruct.errors import InputError
 from trl_instruct.evaluation import answers
-from trl_instruct.evaluation.answers import AnswerOptions, Speaker, answer_prompts, converse
+from trl_instruct.evaluation.answers import AnswerOptions, answer_prompts
 
 QUICK = AnswerOptions(response_length=4)
 
@@ -71,26 +69,6 @@ def test_a_typed_text_is_a_message_to_a_model_with_a_template(folders, asked):
     assert asked == ["Hi\n", "u:Hi\na:", "Hi\n", "Hi\n", "Hi", "Hi"]
 
 
-def test_a_conversation_keeps_its_messages_where_there_is_a_template(folders, asked):
-    models = {"plain": folders / "plain", "chat": folders / "chat"}
-    lines = list(converse(models, iter(["Hi", "", "So?"]), QUICK, suffix="|"))
-    assert len(lines) == 4
-    speaker = Speaker(folders / "chat", QUICK)
-    assert asked[:3] == ["Hi|", "u:Hi\na:", "So?|"]
-    before, _, last = asked[3].rpartition("\nu:So?\na:")
-    assert before.startswith("u:Hi\na:") and before.endswith("<eos>") and last == ""
-    replies = speaker.reply("Hi")
-    assert speaker.messages[1] == {"role": "assistant", "content": replies[0]}
-
-
-def test_a_long_conversation_loses_its_beginning(folders, asked):
-    speaker = Speaker(folders / "chat", QUICK)
-    for _ in range(3):
-        speaker.reply("x" * 60)
-    assert len(speaker.tokenizer(asked[2])["input_ids"]) <= 128 - 4
-    assert asked[2].endswith("x" * 60 + "\na:")
-
-
 def test_a_prompt_that_is_too_long_is_a_mistake(folders):
     with pytest.raises(InputError, match="Prompt 1 is 130 tokens long"):
         list(answer_prompts({"plain": folders / "plain"}, ["x" * 130], QUICK))
@@ -130,18 +108,12 @@ def test_prompts_of_a_file(folders, tmp_path, capsys, asked):
     assert asked == ["Q0: A:\n", "Q1: A:\n"]
 
 
-def test_typed_lines(folders, monkeypatch, capsys, asked):
-    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n\nSo?\n"))
-    generate("--models", folders / "plain", "--prompt_suffix", "\\n")
-    assert asked == ["Hi\n", "So?\n"]
-    assert capsys.readouterr().out.splitlines()[0] == "> Hi"
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--prompts", "a", "--dataset_name", "b"], "were both given"),
-        (["--temperature", "0"], "temperature is 0.0; it must be above 0."),
+        ([], "prompts and dataset_name are both missing; give one of them."),
+        (["--prompts", "a", "--temperature", "0"], "temperature is 0.0; it must be above 0."),
         (["--num_completions", "0"], "num_completions is 0"),
         (["--models", "nowhere", "--prompts", "a"], "No tokenizer could be loaded"),
         (["--modls", "x"], "unrecognized arguments"),
@@ -155,7 +127,7 @@ def test_mistakes(folders, arguments, message, capsys):
 
 
 def test_what_a_model_says_cannot_disturb_the_screen(folders, monkeypatch, capsys):
-    monkeypatch.setattr(Speaker, "complete", lambda *_, **__: [["a\x1b[2J\nb"]])
+    monkeypatch.setattr(answers, "_complete", lambda *_: [["a\x1b[2J\nb"]])
     generate("--models", folders / "plain", "--prompts", "Q\x1b[2J")
     told = capsys.readouterr().out
     assert "\x1b" not in told
