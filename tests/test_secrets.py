@@ -2,7 +2,9 @@
 
 import pytest
 
+from trl_instruct.console import say
 from trl_instruct.errors import InputError, redact
+from trl_instruct.recipes.options import named_sources
 from trl_instruct.rewards.function import reward_name
 from trl_instruct.rewards.http import HTTPReward
 
@@ -43,6 +45,13 @@ def test_secrets_in_options():
     options = {"token": "t", "headers": {"X-Auth-Token": "t"}, "secret": None, "pad_token": "<p>"}
     shown = {"token": "***", "headers": {"X-Auth-Token": "***"}, "secret": None, "pad_token": "<p>"}
     assert redact([options]) == [shown]
+
+
+def test_what_is_printed_and_how_models_are_called(capsys):
+    say("served at http://me:pw@host/score")
+    assert capsys.readouterr().out == "served at http://***@host/score\n"
+    address = "http://host/score?key=k"
+    assert named_sources([address], "judges") == {"score?key=***": address}
 
 
 def test_a_reward_is_named_without_its_password():

@@ -277,7 +277,14 @@ def ppo_command(arguments: list[str]) -> None:
     result = ppo(model, reward, config.dataset_name, config=config, model_config=model_config)
     _tell(f"policy: {result}")
     if (config.eval_dataset_name or config.dataset_test_split) and PartialState().is_main_process:
-        compare(result, reward=reward, trust_remote_code=config.trust_remote_code)
+        compare(
+            result,
+            reward=reward,
+            gold=config.gold,
+            eval_dataset=config.eval_dataset_name or config.dataset_name,
+            summary_file=config.summary_file,
+            trust_remote_code=config.trust_remote_code,
+        )
     _tell_diagnosis("ppo", result)
 
 

@@ -10,6 +10,7 @@ from transformers.utils import is_liger_kernel_available
 
 from trl_instruct.errors import InputError
 from trl_instruct.option_checks import (
+    check_columns,
     check_counts,
     check_training,
     has_bf16,
@@ -88,11 +89,7 @@ class StageConfig(_Mixin):
         for name in ("prompt_template", "prompt_suffix"):
             if getattr(self, name) is not None:
                 setattr(self, name, line_breaks(getattr(self, name)))
-        for column in self.columns or ():
-            if not all(column.partition("=")):
-                raise InputError(
-                    f"columns has {column!r}; field=column is needed: prompt=question."
-                )
+        check_columns(self.columns)
         if self.datasets and (self.dataset_name or self.dataset_config):
             raise InputError("datasets and dataset_name were both given; use one of them.")
         batch = ("train_batch_size", "eval_batch_size")
@@ -216,7 +213,7 @@ class PPOConfig(StageConfig, TrainingArguments):
         "a reward model or `tiny`.",
     )
     summary_file: str | None = _option(
-        None, "Where to save the comparison on eval_dataset_name; default: in output_dir."
+        None, "Where the command saves its comparison on eval_dataset_name; default: in output_dir."
     )
     learning_rate: float = _option(3e-6, "Learning rate, constant after the warm-up (TRL: 3e-6).")
     lr_scheduler_type: str = _option("constant_with_warmup", "Constant after a warm-up (C.4).")

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
-from trl_instruct.errors import printable
+from trl_instruct.errors import printable, redact
 
 # Tokenizers warn when data workers fork, and fall back to one thread.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -125,8 +125,11 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print text from anywhere: all that the package prints comes through here, `printable`."""
-    tqdm.write(printable(text), file=file)  # above a progress bar
+    """Print text from anywhere: all that the package prints comes through here, `printable`.
+
+    Secrets are redacted.
+    """
+    tqdm.write(printable(redact(text)), file=file)  # above a progress bar
     (file or sys.stdout).flush()
 
 

@@ -22,9 +22,9 @@ def run(tmp_path_factory, saved_policy):
     policy = sft(saved_policy, Dataset.from_list(DEMONSTRATIONS), folder / "sft", **QUICK)
     rankings = Dataset.from_list(RANKINGS)
     reward = rm(policy, rankings, folder / "rm", eval_size=0.25, **QUICK)
-    options = {"eval_dataset_name": prompts, "summary_file": folder / "summary.json"}
-    aligned = ppo(policy, reward, prompts, folder / "ppo", gold=reward, **options, **QUICK_PPO)
-    return aligned, compare(aligned)
+    options = {"eval_dataset_name": prompts, "gold": reward, **QUICK_PPO}
+    aligned = ppo(policy, reward, prompts, folder / "ppo", **options)
+    return aligned, compare(aligned, eval_dataset=prompts, summary_file=folder / "summary.json")
 
 
 def test_what_is_compared(run, saved_policy):
@@ -45,8 +45,15 @@ def test_what_is_compared(run, saved_policy):
 
 
 def test_the_same_again(run):
+    """From the config alone, with prompts that lie in the folder of a stage."""
     aligned, summary = run
+    config = yaml.safe_load((aligned.path / "config.yaml").read_text())
+    config["eval_dataset_name"] = str(write(aligned.path / "prompts.jsonl", PROMPTS))
+    config["summary_file"] = str(aligned.path.parent / "theirs.json")
+    (aligned.path / "config.yaml").write_text(yaml.safe_dump(config))
     assert compare(aligned) == summary
+    assert json.loads((aligned.path / "summary.json").read_text()) == summary
+    assert not (aligned.path.parent / "theirs.json").exists()
 
 
 def test_a_split_of_the_prompts_themselves(run, tmp_path):
@@ -56,7 +63,7 @@ def test_a_split_of_the_prompts_themselves(run, tmp_path):
     options = {**QUICK_PPO, "dataset_test_split": "train[:3]"}
     folders = aligned.path.parent / "sft", aligned.path.parent / "rm"
     again = ppo(*folders, prompts, tmp_path / "ppo", **options)
-    assert compare(again)["prompts"] == 3
+    assert compare(again, eval_dataset=prompts)["prompts"] == 3
     with pytest.raises(InputError, match="a split of what\\? Name an eval_dataset_name"):
         ppo(*folders, Dataset.from_list(PROMPTS), tmp_path / "other", **options)
 
@@ -97,14 +104,43 @@ def test_what_compare_needs(tmp_path):
         compare(tmp_path)
 
 
-def test_a_folder_does_not_run_the_python_file_that_it_names(tmp_path):
-    file = tmp_path / "rules.py"
-    file.write_text("raise AssertionError('was run')\n")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"reward_model_path": ["runs/rm", "rules.py:short"]},
+            r"'rules.py:short', which is Python",
+        ),
+        (
+            {"reward_model_path": "http://host/score"},
+            r"an address.*pass it to compare\(..., reward=",
+        ),
+        (
+            {"gold": "https://me:pw@host/score"},
+            r"'https://\*\*\*@host/score', an address.* gold=\)",
+        ),
+        ({"gold": "rules.py:short"}, r"which is Python code to be run.* compare\(..., gold=\)"),
+        ({"eval_dataset_name": "../mine.jsonl"}, r"'../mine.jsonl', which lies in no .* eval_data"),
+        ({"eval_dataset_name": "link.jsonl"}, r"which lies in no .* compare\(..., eval_dataset=\)"),
+        ({"eval_dataset_name": "~/"}, r"'~/', which lies in no"),
+        ({"reward_model_path": [5]}, r"config.yaml: reward_model_path is list \[5\]; "),
+        ({"model_name_or_path": 5}, r"config.yaml: model_name_or_path is int 5; "),
+    ],
+)
+def test_a_folder_from_elsewhere_is_not_obeyed(tmp_path, monkeypatch, changes, message):
+    """It names no code to run, no address to send to, no file outside, and no place to write."""
+    folder, kept = tmp_path / "theirs", str(write(tmp_path / "mine.jsonl", PROMPTS))
+    folder.mkdir()
+    (folder / "link.jsonl").symlink_to(kept)
+    (folder / "rules.py").write_text("raise AssertionError('was run')\n")
+    monkeypatch.chdir(folder)
     config = {
-        "model_name_or_path": "x",
-        "reward_model_path": ["runs/rm", f"{file}:short"],
+        "model_name_or_path": "no/model",
+        "reward_model_path": "no/reward",
         "eval_dataset_name": "tiny:test",
+        "summary_file": kept,
     }
-    finished(tmp_path, "ppo", **config)
-    with pytest.raises(InputError, match=r"Python code to be run. If you trust it, pass it to"):
-        compare(tmp_path)
+    finished(folder, "ppo", **config | changes)
+    with pytest.raises(InputError, match=message):
+        compare(folder)
+    assert len((tmp_path / "mine.jsonl").read_text().splitlines()) == len(PROMPTS)

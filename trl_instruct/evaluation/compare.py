@@ -2,8 +2,8 @@
 
 import os
 import statistics
+from argparse import Namespace
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from trl_instruct.configs import EvaluateConfig
+from trl_instruct.configs import EvaluateConfig, PPOConfig
 from trl_instruct.console import one_line, say, table
 from trl_instruct.data.reading import Reading
 from trl_instruct.data.texts import prompts_of
@@ -21,49 +21,57 @@ from trl_instruct.files import CONFIG_FILE, write_json
 from trl_instruct.intervals import mean_interval, show_interval
 from trl_instruct.models.tokenizers import load_tokenizer
 from trl_instruct.recipes.chain import FinishedStage, read_chain
-from trl_instruct.rewards.function import RewardFunction
-from trl_instruct.rewards.load import is_python, load_reward
+from trl_instruct.recipes.options import check_types, field_types
+from trl_instruct.rewards.function import reward_name
+from trl_instruct.rewards.load import is_address, is_python, load_reward
 
 SHOWN_SAMPLES = 5
 
 
 def compare(
-    policy: str | os.PathLike, *, reward: Any = None, trust_remote_code: bool = False
+    policy: str | os.PathLike,
+    *,
+    reward: Any = None,
+    gold: Any = None,
+    eval_dataset: Any = None,
+    summary_file: str | os.PathLike | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure a PPO policy beside the models it came from; print the table and save it.
 
-    The stages' configs name the SFT policy, its base model, the reward model and the rankings.
+    The stages' configs name the SFT policy, its base model, the reward model and the rankings. The
+    folder may come from elsewhere: code, addresses, and files outside the stages' folders are used
+    only if they are passed.
 
     Args:
-        policy: output folder of `ppo`, with eval_dataset_name and a reward in its config.
-        reward: as passed to `ppo`; default: the config's. Only if it is passed may reward or gold
-            be Python code: a folder from elsewhere must not run any.
+        policy: output folder of `ppo`.
+        reward, gold: as passed to `ppo`; default: the models that its config names.
+        eval_dataset: held-out prompts, named as in `ppo`; default: those that its config names, on
+            the Hub, of the tiny world, or in the folder of a stage.
+        summary_file: where to save the summary; default: summary.json in the folder.
         trust_remote_code: whether models from the Hub may run their own code.
 
     Returns:
-        The summary saved to `summary_file` (default: summary.json in the folder): per model each
-        score's mean and 95 % interval, KL, length, share ended; accuracy and ceiling of the
-        reward model; seconds per stage; samples.
+        The summary as saved: per model each score's mean and 95 % interval, KL, length, share
+        ended; accuracy and ceiling of the reward model; seconds per stage; samples.
 
     Raises:
-        InputError: the config does not say what to compare.
+        InputError: the config does not say what to compare, or what it says must be passed.
     """
     chain = read_chain(policy)
     if "ppo" not in chain:
         raise InputError(f"{os.fspath(policy)!r} holds no policy trained by `ppo`.")
-    folder, config = chain["ppo"].folder, chain["ppo"].config
-    for name in ("model_name_or_path", "reward_model_path", "eval_dataset_name"):
-        if name not in config:
-            raise InputError(f"{folder / CONFIG_FILE} names no {name}, which compare needs.")
+    folder = chain["ppo"].folder
+    passed = {"reward_model_path": reward, "gold": gold, "eval_dataset_name": eval_dataset}
+    config = _checked(chain, passed)
     base = chain["sft"].config.get("model_name_or_path") if "sft" in chain else None
     paths = {"base": base, "sft": config["model_name_or_path"], "ppo": folder}
     models = {name: path for name, path in paths.items() if path}
-    named = config["reward_model_path"] if reward is None else reward
     trust: Any = {"trust_remote_code": trust_remote_code}
-    judge: Any = partial(_judge, allow_python=reward is not None, **trust)
-    rewards = {"rm": judge(named, config.get("reward_weights"))}
-    if "gold" in config:
-        rewards["gold"] = judge(config["gold"])
+    weights = config.get("reward_weights")
+    rewards = {"rm": load_reward(config["reward_model_path"], weights=weights, **trust)}
+    if config.get("gold") is not None:
+        rewards["gold"] = load_reward(config["gold"], **trust)
     tokenizer = load_tokenizer(folder, **trust)
     subject = Subject(
         _measurement_options(config, **trust),
@@ -77,19 +85,59 @@ def compare(
     summary = _summary(chain, measured)
     trained = {name: model for name, model in measured.items() if name != "base"}
     summary["samples"] = shown_samples(subject.prompts["prompt"][:SHOWN_SAMPLES], trained)
-    path = Path(config.get("summary_file") or folder / "summary.json")
+    path = Path(summary_file or folder / "summary.json")
     write_json(path, summary)
     say(render(summary))
-    say(f"\nSummary: {path}   policy: {folder}   reward model: {config['reward_model_path']}")
+    say(f"\nSummary: {path}   policy: {folder}   reward model: {reward_name(rewards['rm'])}")
     return summary
+
+
+def _checked(chain: Mapping[str, FinishedStage], passed: dict[str, Any]) -> dict[str, Any]:
+    """The options of `ppo`, with what was passed in the place of what its config names.
+
+    Raises:
+        InputError: an option is missing, of a wrong type, or does not go without being passed.
+    """
+    run, known = chain["ppo"], field_types(PPOConfig) | field_types(ModelConfig)
+    where = f"{run.folder / CONFIG_FILE}: "
+    config = {name: value for name, value in run.config.items() if name in known}
+    check_types(config, PPOConfig, where)
+    for earlier in chain.values():
+        base = {"model_name_or_path": earlier.config.get("model_name_or_path")}
+        check_types(base, PPOConfig, f"{earlier.folder / CONFIG_FILE}: ")
+    for name, value in passed.items():
+        named = config.get(name)
+        for source in named if isinstance(named, list) else [named]:
+            if value is None and (danger := _danger(name, source, chain)):
+                raise InputError(
+                    f"{where}{name} is {source!r}, {danger}. If you trust it, pass it to "
+                    f"compare(..., {name.removesuffix('_model_path').removesuffix('_name')}=)."
+                )
+    config |= {name: value for name, value in passed.items() if value is not None}
+    for name in ("model_name_or_path", "reward_model_path", "eval_dataset_name"):
+        if config.get(name) is None:
+            raise InputError(f"{where}it names no {name}, which compare needs.")
+    return config
+
+
+def _danger(name: str, source: str | None, chain: Mapping[str, FinishedStage]) -> str | None:
+    """Why a config from elsewhere may not name that reward or data; None if it may."""
+    if is_python(source):
+        return "which is Python code to be run"
+    if is_address(source):
+        return "an address, to which prompts and completions would be sent"
+    path = os.path.expanduser(source or "")
+    if name != "eval_dataset_name" or not os.path.exists(path):
+        return None
+    inside, folders = Path(path).resolve(), {run.folder.resolve() for run in chain.values()}
+    return None if folders & {inside, *inside.parents} else "which lies in no folder of its stages"
 
 
 def _held_out(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The prompts to compare on, read as `ppo` read its own."""
-    columns = dict(column.split("=", 1) for column in config.get("columns") or ())
-    written = config.get("prompt_template"), config.get("prompt_suffix")
-    bad = config.get("on_bad_record", "error")
-    reading = Reading(columns, *written, bad, strict=False, found=[])
+    same = ("columns", "prompt_template", "prompt_suffix")
+    told = {name: config.get(name) for name in same} | {"faults": None, "remembered": True}
+    reading = Reading.of(Namespace(on_bad_record=config.get("on_bad_record", "error"), **told))
     split = config.get("dataset_test_split") or "train"
     source, length = config["eval_dataset_name"], config.get("opening_length")
     return prompts_of(source, split, tokenizer, length, reading)
@@ -100,22 +148,10 @@ def _measurement_options(config: dict[str, Any], **trust: Any) -> EvaluateConfig
     same = ("response_length", "max_prompt_length", "stop_strings", "temperature", "seed")
     return EvaluateConfig(
         reference="sft",
-        per_device_eval_batch_size=config["local_rollout_forward_batch_size"],
+        per_device_eval_batch_size=config.get("local_rollout_forward_batch_size", 64),
         **{name: config[name] for name in same if name in config},
         **trust,
     )
-
-
-def _judge(
-    source: Any, weights: list[float] | None = None, *, allow_python: bool, **trust: bool
-) -> RewardFunction:
-    named = source if isinstance(source, list) else [source]
-    if not allow_python and any(map(is_python, named)):
-        raise InputError(
-            f"The config names the reward {source!r}, which is Python code to be run. If you trust "
-            "it, pass it to compare(..., reward=)."
-        )
-    return load_reward(source, weights=weights, **trust)
 
 
 def _summary(

@@ -18,7 +18,7 @@ from trl_instruct.data.reading import Reading
 from trl_instruct.data.records import load_demonstrations
 from trl_instruct.data.sources import name_of
 from trl_instruct.data.texts import prompts_of
-from trl_instruct.errors import InputError
+from trl_instruct.errors import InputError, redact
 from trl_instruct.evaluation.measurement import ModelMeasurement, Subject, measure, shown_samples
 from trl_instruct.evaluation.statistics import best_of_n, distinct, repetition, win_rate
 from trl_instruct.evaluation.tables import FIGURE, plot, render
@@ -219,7 +219,7 @@ def _numbers(subject: Subject, name: str, models: Mapping[str, ModelMeasurement]
     sampled, kl, scores, loss = models[name]
     spoken = subject.tokenizers[subject.baseline](sampled.texts, add_special_tokens=False)
     numbers = {
-        "path": name_of(subject.models[name]),
+        "path": redact(name_of(subject.models[name])),
         "scores": {judge: mean_interval(s)._asdict() for judge, s in scores.items()},
         "kl": None if kl is None else statistics.fmean(kl),
         "length": sampled.completion_lengths.double().mean().item(),

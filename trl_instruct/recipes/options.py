@@ -120,7 +120,9 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is Literal:
         return value in get_args(kind)
     if origin is list:
-        return isinstance(value, list | tuple | str)  # a single item is taken as a list
+        items = [value] if isinstance(value, str) else value  # a single item is taken as a list
+        of = get_args(kind) or (Any,)
+        return isinstance(items, list | tuple) and all(_fits(item, of[0]) for item in items)
     if kind in (int, float):
         number = Integral if kind is int else Real
         return isinstance(value, number) and not isinstance(value, bool)
@@ -143,7 +145,7 @@ def named_sources(sources: Iterable[str], what: str) -> dict[str, str]:
         match = re.fullmatch(r"([^/=:]+)=(.+)", text)
         source = match[2] if match else text
         last = source.rstrip("/").rpartition("/")[2]
-        name = match[1] if match else last.rpartition(".py:")[2]
+        name = redact(match[1] if match else last.rpartition(".py:")[2])
         if name in found:
             raise InputError(
                 f"Two of the {what} are called {name!r}: {found[name]} and {source}. Name one of "

@@ -69,7 +69,7 @@ def load_reward(
         )
     if callable(reward) and not isinstance(reward, nn.Module):
         return reward
-    if isinstance(reward, str) and reward.startswith(("http://", "https://")):
+    if is_address(reward):
         return HTTPReward(reward)
     if is_python(reward):
         return _from_file(reward)
@@ -119,6 +119,11 @@ def _check_labels(source: ModelSource, *, trust_remote_code: bool) -> None:
 def is_python(reward: Any) -> bool:
     """Whether a reward's name refers to code in a Python file."""
     return isinstance(reward, str) and ".py:" in reward
+
+
+def is_address(reward: Any) -> bool:
+    """Whether a reward's name is the address of a server."""
+    return isinstance(reward, str) and reward.startswith(("http://", "https://"))
 
 
 def _from_file(reward: str) -> RewardFunction:
