@@ -215,10 +215,8 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         "ppo_trainer/test_ema.py",
         [
             ("1 - self.decay", "self.decay"),
-            (
-                "        finally:\n            self._swap()\n",
-                "        finally:\n            pass\n",
-            ),
+            ("            self._put(trained)\n", "            pass\n"),
+            ("w.detach().float().clone()", "w.detach().clone()"),
         ],
     ),
     (
