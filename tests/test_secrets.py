@@ -4,7 +4,7 @@ import pytest
 
 from trl_instruct.console import say
 from trl_instruct.errors import InputError, redact
-from trl_instruct.recipes.options import named_sources
+from trl_instruct.recipes.options import check_redacted, named_sources
 from trl_instruct.rewards.function import reward_name
 from trl_instruct.rewards.http import HTTPReward
 
@@ -52,6 +52,15 @@ def test_what_is_printed_and_how_models_are_called(capsys):
     assert capsys.readouterr().out == "served at http://***@host/score\n"
     address = "http://host/score?key=k"
     assert named_sources([address], "judges") == {"score?key=***": address}
+
+
+def test_a_redacted_secret_is_asked_for():
+    for value in ("http://host/score?api_key=***", {"token": "***"}, ["ftp://***@host"]):
+        with pytest.raises(
+            InputError, match="gold is .*: no secret is saved in a config. Give gold"
+        ):
+            check_redacted({"gold": value})
+    check_redacted({"prompt_template": "*** {prompt} ***", "stop_strings": ["***"], "n": 1})
 
 
 def test_a_reward_is_named_without_its_password():

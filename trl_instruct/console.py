@@ -110,10 +110,10 @@ def quiet_loading() -> Iterator[None]:
 
 
 class _Printable(logging.Filter):
-    """Makes messages `printable`."""
+    """Makes messages `printable`, and redacts them."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = printable(record.getMessage()), ()
+        record.msg, record.args = printable(redact(record.getMessage())), ()
         return True
 
 
@@ -125,10 +125,7 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print text from anywhere: all that the package prints comes through here, `printable`.
-
-    Secrets are redacted.
-    """
+    """Print text from anywhere, redacted and `printable`, as all that the package prints."""
     tqdm.write(printable(redact(text)), file=file)  # above a progress bar
     (file or sys.stdout).flush()
 

@@ -10,15 +10,14 @@ REDACTED = "***"
 # hub_token, api_key, X-Auth-Token, password; not eos_token, max_tokens.
 _SECRET = (
     r"(?:[\w-]*[_-])?(?:(?<!(?:bos|eos|pad|unk|sep|cls)_)(?<!(?:mask|stop)_)token|password|passwd|"
-    r"(?:api|access|account|private|secret)[_-]?key|apikey|secret|authorization|credentials?)"
+    r"(?:api|access|account|private|secret)[_-]?key|secret|authorization|credentials?)"
 )
 _IS_SECRET = re.compile(_SECRET, re.IGNORECASE)
-# What comes before the secret, and the secret.
-_IN_TEXT = re.compile(
-    r"(?P<before>://)[^\s/?#'\"]+(?=@)"  # http://user:password@host
-    rf"|(?P<query>[?&](?:{_SECRET}|key|auth|sig|signature)=)[^\s&#'\"]+"
-    rf"|(?P<json>(?P<q>['\"]){_SECRET}(?P=q)\s*:\s*['\"])[^'\"]+"
-    r"|(?P<header>\bBearer\s+)[\w.~+/=-]{8,}"
+_IN_TEXT = re.compile(  # each group is what comes before a secret
+    r"(://)[^\s/?#'\"]+(?=@)"  # http://user:password@host
+    rf"|([?&](?:{_SECRET}|key|auth|sig|signature)=)[^\s&#'\"]+"
+    rf"|((?P<quote>['\"]){_SECRET}(?P=quote)\s*:\s*['\"])[^'\"]+"  # JSON
+    r"|(\bBearer\s+)[\w.~+/=-]{8,}"
     r"|\bhf_[A-Za-z0-9]{30,}",  # the Hub's tokens
     re.IGNORECASE,
 )
@@ -34,35 +33,15 @@ def redact(content: Any) -> Any:
     {'reward': 'http://***@host/score?api_key=***', 'token': '***', 'pad_token': '<p>'}
     """
     if isinstance(content, str):
-        return _IN_TEXT.sub(_hidden, content)
-    if isinstance(content, Mapping):
-        return {
-            k: REDACTED if v and isinstance(v, str) and is_secret(k) else redact(v)
-            for k, v in content.items()
-        }
+        return _IN_TEXT.sub(lambda m: (m[m.lastindex] if m.lastindex else "") + REDACTED, content)
     if isinstance(content, list | tuple):
         return [redact(value) for value in content]
-    return content
-
-
-def is_secret(name: Any) -> bool:
-    """Whether a name is one of a password, token or key."""
-    return isinstance(name, str) and _IS_SECRET.fullmatch(name) is not None
-
-
-def is_redacted(content: Any) -> bool:
-    """Whether a secret in the content was redacted.
-
-    >>> is_redacted(["http://host/score?api_key=***"]), is_redacted("*** {prompt} ***")
-    (True, False)
-    """
-    text = str(content)
-    return REDACTED in text and redact(text.replace(REDACTED, "x" * 8)) == text
-
-
-def _hidden(found: re.Match[str]) -> str:
-    before = (found["before"], found["query"], found["json"], found["header"])
-    return next((text for text in before if text), "") + REDACTED
+    if not isinstance(content, Mapping):
+        return content
+    hidden = {
+        k for k, v in content.items() if v and isinstance(v, str) and _IS_SECRET.fullmatch(str(k))
+    }
+    return {k: REDACTED if k in hidden else redact(v) for k, v in content.items()}
 
 
 def printable(text: str) -> str:

@@ -63,7 +63,7 @@ def compare(
         raise InputError(f"{os.fspath(policy)!r} holds no policy trained by `ppo`.")
     folder = chain["ppo"].folder
     passed = {"reward_model_path": reward, "gold": gold, "eval_dataset_name": eval_dataset}
-    config = _checked(chain, passed)
+    config = _options(chain, passed)
     base = chain["sft"].config.get("model_name_or_path") if "sft" in chain else None
     paths = {"base": base, "sft": config["model_name_or_path"], "ppo": folder}
     models = {name: path for name, path in paths.items() if path}
@@ -92,19 +92,13 @@ def compare(
     return summary
 
 
-def _checked(chain: Mapping[str, FinishedStage], passed: dict[str, Any]) -> dict[str, Any]:
-    """The options of `ppo`, with what was passed in the place of what its config names.
-
-    Raises:
-        InputError: an option is missing, of a wrong type, or does not go without being passed.
-    """
-    run, known = chain["ppo"], field_types(PPOConfig) | field_types(ModelConfig)
-    where = f"{run.folder / CONFIG_FILE}: "
-    config = {name: value for name, value in run.config.items() if name in known}
-    check_types(config, PPOConfig, where)
-    for earlier in chain.values():
-        base = {"model_name_or_path": earlier.config.get("model_name_or_path")}
-        check_types(base, PPOConfig, f"{earlier.folder / CONFIG_FILE}: ")
+def _options(chain: Mapping[str, FinishedStage], passed: dict[str, Any]) -> dict[str, Any]:
+    """The options of `ppo`: what was passed, else what its config names, if it may name it."""
+    for run in chain.values():
+        known = {**field_types(ModelConfig), **field_types(PPOConfig)}
+        config = {name: value for name, value in run.config.items() if name in known}
+        where = f"{run.folder / CONFIG_FILE}: "
+        check_types(config, PPOConfig, where)  # ppo is the last
     for name, value in passed.items():
         named = config.get(name)
         for source in named if isinstance(named, list) else [named]:

@@ -22,7 +22,7 @@ from trl_instruct.models.properties import ModelSource, model_name
 from trl_instruct.models.tokenizers import check_tokenizer, load_tokenizer
 from trl_instruct.recipes.chain import check_format, remember_reading
 from trl_instruct.recipes.dry_run import fitting
-from trl_instruct.recipes.options import check_streams, data_of, held_out_of
+from trl_instruct.recipes.options import check_redacted, check_streams, data_of, held_out_of
 from trl_instruct.recipes.stage import StageResult, run_stage
 from trl_instruct.rewards.function import RewardFunction, as_completions, call_reward, place_on
 from trl_instruct.rewards.load import load_reward
@@ -37,6 +37,7 @@ def candidates(config: CandidatesConfig, model_config: ModelConfig) -> StageResu
     Only the main process samples: all processes would write the same file.
     """
     check_streams(config)
+    check_redacted(vars(config))
     policy = model_config.model_name_or_path
     remember_reading(config, policy)
     sources = {"train": (data_of(config.dataset_name, config), config.dataset_train_split)}

@@ -22,7 +22,7 @@ from trl.scripts.utils import DatasetConfig
 from trl_instruct.configs import SFTConfig, StageConfig
 from trl_instruct.data.mixture import mixture_of
 from trl_instruct.data.sources import kind_of, name_of
-from trl_instruct.errors import InputError, is_redacted, redact
+from trl_instruct.errors import REDACTED, InputError, redact
 
 Config = TypeVar("Config", bound=StageConfig)
 
@@ -57,10 +57,10 @@ def resolve(
     if config is not None:
         if options:
             raise InputError(f"config= and options {sorted(options)} were given; use one.")
-        _check_redacted(vars(config))
+        check_redacted(vars(config))
         return copy.copy(config), copy.copy(model_config) if model_config else ModelConfig()
     options = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in options.items()}
-    _check_redacted(options)
+    check_redacted(options)
     check_names(options, config_class)
     check_types(options, config_class)
     stage_fields = field_types(config_class)
@@ -72,10 +72,11 @@ def resolve(
         return config, copy.copy(model_config) if model_config else ModelConfig(**model_options)
 
 
-def _check_redacted(options: Mapping[str, Any]) -> None:
+def check_redacted(options: Mapping[str, Any]) -> None:
     """InputError for a secret that is redacted, as saved configs have it."""
     for name, value in options.items():
-        if is_redacted(value):
+        text = str(value)
+        if REDACTED in text and redact(text.replace(REDACTED, "x" * 8)) == text:
             raise InputError(
                 f"{name} is {value!r}: no secret is saved in a config. Give {name} again with its "
                 "password, token or key."

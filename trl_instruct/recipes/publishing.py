@@ -1,7 +1,6 @@
 """A stage's folder on the Hub: as it is, in one commit."""
 
 import copy
-import dataclasses
 from collections.abc import Iterable
 from glob import escape
 from pathlib import Path
@@ -11,7 +10,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 
 from trl_instruct.configs import StageConfig
-from trl_instruct.errors import is_secret, located, redact
+from trl_instruct.errors import located, redact
 from trl_instruct.models.checkpoints import PPO_STATE, all_checkpoints
 from trl_instruct.recipes.options import option_errors
 
@@ -23,13 +22,9 @@ REPLACED = ["*.safetensors", "*.safetensors.index.json", "adapter_*", f"*{TRAINI
 
 def without_secrets(config: StageConfig) -> StageConfig:
     """The config for a trainer, which pickles it and tells trackers: no secrets, and no pushing."""
-    public = copy.copy(config)
+    public, known = copy.copy(config), vars(config)
+    public.__dict__.update({k: v for k, v in redact(known).items() if v != known[k]})
     public.push_to_hub = False
-    for field in dataclasses.fields(public):
-        value = getattr(public, field.name)
-        shown = None if value and is_secret(field.name) else redact(value)
-        if shown != value:
-            setattr(public, field.name, shown)
     return public
 
 
