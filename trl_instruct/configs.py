@@ -10,7 +10,6 @@ from transformers.utils import is_liger_kernel_available
 
 from trl_instruct.errors import InputError
 from trl_instruct.option_checks import (
-    check_columns,
     check_counts,
     check_training,
     has_bf16,
@@ -89,7 +88,11 @@ class StageConfig(_Mixin):
         for name in ("prompt_template", "prompt_suffix"):
             if getattr(self, name) is not None:
                 setattr(self, name, line_breaks(getattr(self, name)))
-        check_columns(self.columns)
+        for column in self.columns or ():
+            if not all(column.partition("=")):
+                raise InputError(
+                    f"columns has {column!r}; field=column is needed: prompt=question."
+                )
         if self.datasets and (self.dataset_name or self.dataset_config):
             raise InputError("datasets and dataset_name were both given; use one of them.")
         batch = ("train_batch_size", "eval_batch_size")

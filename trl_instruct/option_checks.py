@@ -21,13 +21,6 @@ def line_breaks(text: str) -> str:
     return text.replace("\\n", "\n")
 
 
-def check_columns(columns: Sequence[str] | None) -> None:
-    """InputError for a pair of columns that is none."""
-    for column in columns or ():
-        if not all(column.partition("=")):
-            raise InputError(f"columns has {column!r}; field=column is needed: prompt=question.")
-
-
 def check_stop_strings(stop_strings: Sequence[str] | None) -> None:
     """InputError for an empty stop string: every completion would end at once."""
     if stop_strings and not all(stop_strings):

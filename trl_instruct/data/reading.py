@@ -12,7 +12,6 @@ from typing import Any
 
 from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, kind_of, map_records
 from trl_instruct.errors import InputError
-from trl_instruct.option_checks import check_columns
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,8 @@ class Reading:
     @classmethod
     def of(cls, config: Any, *, strict: bool = True) -> Reading:
         """How a stage's config, or the options of `generate`, say to read files."""
-        check_columns(config.columns)  # an earlier stage's are not checked yet
         return cls(
-            dict(column.split("=", 1) for column in config.columns or ()),
+            dict(column.partition("=")[::2] for column in config.columns or ()),
             config.prompt_template,
             config.prompt_suffix,
             config.on_bad_record,

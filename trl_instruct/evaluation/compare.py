@@ -2,30 +2,34 @@
 
 import os
 import statistics
-from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_instruct.configs import EvaluateConfig, PPOConfig
 from trl_instruct.console import one_line, say, table
 from trl_instruct.data.reading import Reading
 from trl_instruct.data.texts import prompts_of
-from trl_instruct.errors import InputError
+from trl_instruct.errors import InputError, located
 from trl_instruct.evaluation.measurement import ModelMeasurement, Subject, measure, shown_samples
 from trl_instruct.files import CONFIG_FILE, write_json
 from trl_instruct.intervals import mean_interval, show_interval
 from trl_instruct.models.tokenizers import load_tokenizer
 from trl_instruct.recipes.chain import FinishedStage, read_chain
-from trl_instruct.recipes.options import check_types, field_types
+from trl_instruct.recipes.options import resolve
 from trl_instruct.rewards.function import reward_name
 from trl_instruct.rewards.load import is_address, is_python, load_reward
 
 SHOWN_SAMPLES = 5
+# Options of `ppo` that are read in a config.
+READ = (
+    *("model_name_or_path", "reward_model_path", "reward_weights", "gold", "eval_dataset_name"),
+    *("dataset_test_split", "columns", "prompt_template", "prompt_suffix", "on_bad_record"),
+    *("opening_length", "response_length", "max_prompt_length", "stop_strings", "temperature"),
+    *("seed", "local_rollout_forward_batch_size"),
+)
 
 
 def compare(
@@ -61,24 +65,30 @@ def compare(
     chain = read_chain(policy)
     if "ppo" not in chain:
         raise InputError(f"{os.fspath(policy)!r} holds no policy trained by `ppo`.")
-    folder = chain["ppo"].folder
     passed = {"reward_model_path": reward, "gold": gold, "eval_dataset_name": eval_dataset}
-    config = _options(chain, passed)
+    folder, config, sft = chain["ppo"].folder, *_options(chain, passed)
     base = chain["sft"].config.get("model_name_or_path") if "sft" in chain else None
-    paths = {"base": base, "sft": config["model_name_or_path"], "ppo": folder}
-    models = {name: path for name, path in paths.items() if path}
+    paths = {"base": base, "sft": sft, "ppo": folder}
+    models: dict[str, Any] = {n: path for n, path in paths.items() if isinstance(path, str | Path)}
     trust: Any = {"trust_remote_code": trust_remote_code}
-    weights = config.get("reward_weights")
-    rewards = {"rm": load_reward(config["reward_model_path"], weights=weights, **trust)}
-    if config.get("gold") is not None:
-        rewards["gold"] = load_reward(config["gold"], **trust)
+    weights = config.reward_weights
+    rewards = {"rm": load_reward(config.reward_model_path, weights=weights, **trust)}
+    if config.gold is not None:
+        rewards["gold"] = load_reward(config.gold, **trust)
     tokenizer = load_tokenizer(folder, **trust)
+    data = config.eval_dataset_name, config.dataset_test_split or "train", tokenizer
+    same = ("response_length", "max_prompt_length", "stop_strings", "temperature", "seed")
     subject = Subject(
-        _measurement_options(config, **trust),
+        EvaluateConfig(
+            reference="sft",
+            per_device_eval_batch_size=config.local_rollout_forward_batch_size,
+            **{name: getattr(config, name) for name in same},
+            **trust,
+        ),
         ModelConfig(),
         models,
         dict.fromkeys(models, tokenizer),
-        _held_out(config, tokenizer),
+        prompts_of(*data, config.opening_length, Reading.of(config, strict=False)),
         one_seed=True,
     )
     measured = measure(subject, rewards).models
@@ -92,26 +102,26 @@ def compare(
     return summary
 
 
-def _options(chain: Mapping[str, FinishedStage], passed: dict[str, Any]) -> dict[str, Any]:
-    """The options of `ppo`: what was passed, else what its config names, if it may name it."""
-    for run in chain.values():
-        known = {**field_types(ModelConfig), **field_types(PPOConfig)}
-        config = {name: value for name, value in run.config.items() if name in known}
-        where = f"{run.folder / CONFIG_FILE}: "
-        check_types(config, PPOConfig, where)  # ppo is the last
+def _options(chain: Mapping[str, FinishedStage], passed: dict[str, Any]) -> tuple[PPOConfig, str]:
+    """The options of `ppo`, and the SFT policy: what was passed, else what its config may name."""
+    folder, given = chain["ppo"].folder, chain["ppo"].config
+    with located(str(folder / CONFIG_FILE)):
+        for name in ("model_name_or_path", "reward_model_path", "eval_dataset_name"):
+            if given.get(name) is None and passed.get(name) is None:
+                raise InputError(f"it names no {name}, which compare needs.")
+        named = {n: given[n] for n in READ if n in given and passed.get(n) is None}
+        config, model_config = resolve(PPOConfig, None, None, named)
+        for name in passed:
+            source = named.get(name)
+            for part in source if isinstance(source, list) else [source]:
+                if danger := _danger(name, part, chain):
+                    raise InputError(
+                        f"{name} is {part!r}, {danger}. If you trust it, pass it to compare(..., "
+                        f"{name.removesuffix('_model_path').removesuffix('_name')}=)."
+                    )
     for name, value in passed.items():
-        named = config.get(name)
-        for source in named if isinstance(named, list) else [named]:
-            if value is None and (danger := _danger(name, source, chain)):
-                raise InputError(
-                    f"{where}{name} is {source!r}, {danger}. If you trust it, pass it to "
-                    f"compare(..., {name.removesuffix('_model_path').removesuffix('_name')}=)."
-                )
-    config |= {name: value for name, value in passed.items() if value is not None}
-    for name in ("model_name_or_path", "reward_model_path", "eval_dataset_name"):
-        if config.get(name) is None:
-            raise InputError(f"{where}it names no {name}, which compare needs.")
-    return config
+        setattr(config, name, getattr(config, name) if value is None else value)
+    return config, model_config.model_name_or_path
 
 
 def _danger(name: str, source: str | None, chain: Mapping[str, FinishedStage]) -> str | None:
@@ -125,27 +135,6 @@ def _danger(name: str, source: str | None, chain: Mapping[str, FinishedStage]) -
         return None
     inside, folders = Path(path).resolve(), {run.folder.resolve() for run in chain.values()}
     return None if folders & {inside, *inside.parents} else "which lies in no folder of its stages"
-
-
-def _held_out(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The prompts to compare on, read as `ppo` read its own."""
-    same = ("columns", "prompt_template", "prompt_suffix")
-    told = {name: config.get(name) for name in same} | {"faults": None, "remembered": True}
-    reading = Reading.of(Namespace(on_bad_record=config.get("on_bad_record", "error"), **told))
-    split = config.get("dataset_test_split") or "train"
-    source, length = config["eval_dataset_name"], config.get("opening_length")
-    return prompts_of(source, split, tokenizer, length, reading)
-
-
-def _measurement_options(config: dict[str, Any], **trust: Any) -> EvaluateConfig:
-    """The options of PPO's rollouts as options of `evaluate`."""
-    same = ("response_length", "max_prompt_length", "stop_strings", "temperature", "seed")
-    return EvaluateConfig(
-        reference="sft",
-        per_device_eval_batch_size=config.get("local_rollout_forward_batch_size", 64),
-        **{name: config[name] for name in same if name in config},
-        **trust,
-    )
 
 
 def _summary(

@@ -30,7 +30,6 @@ Config = TypeVar("Config", bound=StageConfig)
 # Secrets, options for one machine or call, and second names that newer transformers added.
 NOT_SAVED = {
     "hub_token",
-    "push_to_hub_token",
     "accelerator_config",
     "overwrite_output_dir",
     "resume_from_checkpoint",
@@ -202,9 +201,7 @@ def save_config(path: Path, config: StageConfig, model_config: ModelConfig) -> N
             or (value is not None and own[name] != library.get(name, dataclasses.MISSING))
         )
     }
-    path.write_text(
-        yaml.safe_dump(redact(resolved), sort_keys=True, allow_unicode=True), encoding="utf-8"
-    )
+    path.write_text(yaml.safe_dump(resolved, sort_keys=True, allow_unicode=True), encoding="utf-8")
 
 
 def stage_options(
