@@ -108,6 +108,7 @@ def test_candidates_from_the_command_line(given, tmp_path, saved_policy):
     cli.main(["candidates", *flags({**options, "output_dir": tmp_path / "c", "use_cpu": True})])
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
         "config.yaml",
+        "manifest.json",
         "metrics.json",
         "train.jsonl",
     ]

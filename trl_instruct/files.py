@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,9 +18,9 @@ METRICS_FILE = "metrics.json"
 def written_at_once(path: Path) -> Iterator[TextIO]:
     """A file to write that appears under its name when it is complete, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             yield file
         temporary.replace(path)
     finally:

@@ -11,6 +11,8 @@ from trl_instruct.files import read_json, write_json
 
 MANIFEST_FILE = "manifest.json"
 
+Mark = dict[str, int | str]  # size in bytes, SHA-256
+
 
 def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
     """List files of a folder in its manifest; the last thing that is written there.
@@ -22,16 +24,35 @@ def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
     if names is None:
         names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     listed = sorted(set(names) - {MANIFEST_FILE})
-    write_json(folder / MANIFEST_FILE, {name: _mark(folder / name) for name in listed})
+    write_json(folder / MANIFEST_FILE, {name: mark_of(folder / name) for name in listed})
 
 
-def read_manifest(folder: Path) -> dict[str, dict[str, int | str]]:
+def read_manifest(folder: Path) -> dict[str, Mark]:
     """The files that a folder's manifest lists, by their path below it; {} without a manifest.
 
     Raises:
         ValueError: the manifest is not JSON.
     """
     return read_json(folder / MANIFEST_FILE)
+
+
+def listed_files(folder: Path) -> dict[str, Mark]:
+    """As `read_manifest`; {} too for a file of another kind, or one that lists files elsewhere."""
+    try:
+        listed = read_manifest(folder)
+    except (OSError, ValueError):
+        return {}
+    ours = isinstance(listed, dict) and all(
+        isinstance(mark, dict) and mark.keys() == {"size", "sha256"} for mark in listed.values()
+    )
+    inside = ours and not any({"/", ".."} & {*Path(name).parts} for name in listed)
+    return listed if inside else {}
+
+
+def list_too(path: Path) -> None:
+    """List one more file in the manifest of its folder, if there is one."""
+    if listed := listed_files(path.parent):
+        write_json(path.with_name(MANIFEST_FILE), {**listed, path.name: mark_of(path)})
 
 
 def damage(folder: Path) -> str | None:
@@ -42,12 +63,12 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != mark["size"]:
             return f"{name} has {path.stat().st_size:,} bytes of {mark['size']:,}"
-        if _mark(path) != mark:
+        if mark_of(path) != mark:
             return f"{name} has changed since it was written"
     return None
 
 
-def _mark(path: Path) -> dict[str, int | str]:
+def mark_of(path: Path) -> Mark:
     """Size in bytes and SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:

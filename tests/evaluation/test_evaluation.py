@@ -138,6 +138,7 @@ def test_what_is_left_in_the_folder(result, folders):
         "config.yaml",
         "evaluation.json",
         "evaluation.png",
+        "manifest.json",
         "metrics.json",
     }
     config = yaml.safe_load((result.path / "config.yaml").read_text())

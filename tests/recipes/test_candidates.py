@@ -6,6 +6,7 @@ from datasets import Dataset
 from test_recipes import chat
 from trl import ModelConfig
 
+from trl_instruct.configs import CandidatesConfig
 from trl_instruct.data.rankings import load_rankings
 from trl_instruct.errors import InputError
 from trl_instruct.generation import sampling
@@ -48,6 +49,23 @@ def test_a_file_that_a_person_can_rank(policy, tokenizer, tmp_path):
     for row in rows:
         row["ranks"] = list(range(1, len(row["responses"]) + 1))
     assert len(load_rankings(Dataset.from_list(rows))) == 6
+
+
+def test_ranks_that_people_filled_in_are_never_written_over(policy, tokenizer, tmp_path):
+    path = tmp_path / "c" / "train.jsonl"
+    _, rows = sample(policy, tokenizer, path, num_candidates=3)
+    sample(policy, tokenizer, path, num_candidates=3)  # nobody has ranked them
+    rows[1]["ranks"] = [1, 2, 2]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    before = path.read_text(encoding="utf-8")
+    told = r"train.jsonl' holds 1 rankings that somebody filled in.*Move the file to another folder"
+    with pytest.raises(InputError, match=told):
+        sample(policy, tokenizer, path, num_candidates=3)
+    options = {"dataset_name": "tiny:prompts", "overwrite_output_dir": True, "use_cpu": True}
+    config = CandidatesConfig(output_dir=str(path.parent), **options)
+    with pytest.raises(InputError, match=told):
+        candidates.candidates(config, ModelConfig(model_name_or_path="nowhere"))
+    assert path.read_text(encoding="utf-8") == before
 
 
 def test_a_simulated_labeler_scores_them(policy, tokenizer, tmp_path):

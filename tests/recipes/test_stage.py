@@ -32,6 +32,10 @@ def listing(folder):
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*")}
 
 
+def visible(folder):
+    return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+
+
 def test_a_stage_begins_without_what_the_one_before_left_in_memory(tmp_path):
     module = torch.nn.Linear(2, 2)
     module.forward = partial(lambda own, x: x, module)  # a circle, as accelerate makes one
@@ -122,7 +126,10 @@ def test_a_folder_that_could_not_be_made_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_run_that_was_cut_short_is_called_so(tmp_path):
-    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(KeyboardInterrupt), new_stage(tmp_path) as run:
+        run.begin()
+        (tmp_path / "checkpoint-1").mkdir()
+        raise KeyboardInterrupt
     with pytest.raises(InputError, match="holds a run that was cut short.*--overwrite_output_dir"):
         sft("nowhere", DATA, tmp_path)
 
@@ -131,7 +138,6 @@ def test_a_run_that_was_cut_short_is_called_so(tmp_path):
 def test_another_run_is_replaced_only_on_demand(saved_policy, tmp_path):
     folder = tmp_path / "run"
     sft(saved_policy, DATA, folder, **QUICK, **LORA)
-    (folder / "chat_template.jinja").write_text("{{ stale }}")
     (folder / "notes.txt").write_text("mine")
     before = listing(folder)
     with pytest.raises(InputError, match="holds another run.*--overwrite_output_dir"):
@@ -139,7 +145,7 @@ def test_another_run_is_replaced_only_on_demand(saved_policy, tmp_path):
     assert listing(folder) == before
     sft(saved_policy, DATA, folder, overwrite_output_dir=True, **QUICK)
     left = {path.name for path in folder.iterdir()}
-    assert not left & {"adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"}
+    assert not left & {"adapter_config.json", "adapter_model.safetensors"}
     assert {"model.safetensors", "metrics.json", "notes.txt"} <= left
 
 
@@ -225,7 +231,7 @@ def test_the_folder_tells_running_from_done(tmp_path):
     with new_stage(folder) as run:
         assert not folder.exists()
         run.begin()
-        assert [p.name for p in folder.iterdir()] == ["config.yaml"]
+        assert visible(folder) == ["config.yaml", "manifest.json"]
         run.write_metrics({"x": 1.0})
     assert json.loads((folder / "metrics.json").read_text())["x"] == 1.0
 

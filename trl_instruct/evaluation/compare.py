@@ -16,6 +16,7 @@ from trl_instruct.errors import InputError, located
 from trl_instruct.evaluation.measurement import ModelMeasurement, Subject, measure, shown_samples
 from trl_instruct.files import CONFIG_FILE, write_json
 from trl_instruct.intervals import mean_interval, show_interval
+from trl_instruct.manifest import list_too
 from trl_instruct.models.tokenizers import load_tokenizer
 from trl_instruct.recipes.chain import FinishedStage, read_chain
 from trl_instruct.recipes.options import resolve
@@ -97,6 +98,7 @@ def compare(
     summary["samples"] = shown_samples(subject.prompts["prompt"][:SHOWN_SAMPLES], trained)
     path = Path(summary_file or folder / "summary.json")
     write_json(path, summary)
+    list_too(path)
     say(render(summary))
     say(f"\nSummary: {path}   policy: {folder}   reward model: {reward_name(rewards['rm'])}")
     return summary

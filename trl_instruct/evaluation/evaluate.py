@@ -120,8 +120,8 @@ def evaluate(
             for name, metrics in known.items()
             if "accuracy" in metrics
         }
-        write_json(run.folder / EVALUATION_FILE, evaluation)
-        plot(evaluation, run.folder / FIGURE)
+        write_json(run.new / EVALUATION_FILE, evaluation)
+        plot(evaluation, run.new / FIGURE)
         say(render(evaluation))
         say(f"\nEvaluation: {run.folder / EVALUATION_FILE}   figure: {run.folder / FIGURE}")
         run.write_metrics({"prompts": evaluation["prompts"], "models": len(models)})

@@ -20,13 +20,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from trl import ModelConfig, get_quantization_config
 
 from trl_instruct.console import quiet_libraries, quiet_loading
 from trl_instruct.errors import InputError
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE
+from trl_instruct.manifest import listed_files
 from trl_instruct.models.adapters import CLASSIFIER, POLICY, Adapter, is_adapter, is_quantized
 from trl_instruct.models.properties import ModelSource, is_nameless, unwrapped
 from trl_instruct.scalar_head import (
@@ -161,19 +161,12 @@ def _classifier_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
     return classifier
 
 
-def base_for_adapter(
-    source: ModelSource, folder: Path, tokenizer: PreTrainedTokenizerBase, model_config: ModelConfig
-) -> ModelSource:
-    """A base model that a new adapter, if requested, can name by its path.
+def needs_base(source: ModelSource, model_config: ModelConfig) -> bool:
+    """Whether a new adapter could not name its base model, which exists only in memory.
 
-    If the model exists only in memory it is saved in `folder`, so plain peft can load the result.
+    It is then saved, so that plain peft can load the result.
     """
-    nameless = isinstance(source, PreTrainedModel) and is_nameless(source)
-    if not model_config.use_peft or not nameless:
-        return source
-    source.save_pretrained(folder)  # type: ignore[union-attr]
-    tokenizer.save_pretrained(folder)
-    return folder
+    return model_config.use_peft and isinstance(source, PreTrainedModel) and is_nameless(source)
 
 
 def reference_of(policy: PreTrainedModel) -> PreTrainedModel | None:
@@ -273,7 +266,7 @@ def _dtype(model_config: ModelConfig) -> Any:
 
 def check_finished(folder: Path) -> None:
     """InputError if the folder's stage has not finished."""
-    if (folder / CONFIG_FILE).is_file() and not (folder / METRICS_FILE).is_file():
+    if CONFIG_FILE in listed_files(folder) and not (folder / METRICS_FILE).is_file():
         raise InputError(
             f"The stage in {str(folder)!r} has not finished: there is no {METRICS_FILE}. Finish it."
         )

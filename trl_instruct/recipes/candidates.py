@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,9 @@ def candidates(config: CandidatesConfig, model_config: ModelConfig) -> StageResu
     test = held_out_of(config.dataset_name, None, config)
     if test is not None:
         sources["test"] = test
+    if config.output_dir:
+        for written in Path(config.output_dir).glob("*.jsonl"):
+            _check_unranked(written)
     with run_stage("candidates", config, model_config) as run:
         run.begin()
         if not run.is_main:
@@ -55,7 +59,7 @@ def candidates(config: CandidatesConfig, model_config: ModelConfig) -> StageResu
             name: sample_candidates(
                 policy,
                 source,
-                run.folder / f"{name}.jsonl",
+                run.new / f"{name}.jsonl",
                 batch_size=config.per_device_eval_batch_size,
                 split=split,
                 model_config=model_config,
@@ -121,9 +125,11 @@ def sample_candidates(
         prompts_left_out (fewer than two responses: nothing to rank).
 
     Raises:
-        InputError: num_candidates below 2, bad prompts, no policy, or a tokenizer without EOS.
+        InputError: num_candidates below 2, bad prompts, no policy, a tokenizer without EOS, or an
+            output_file in which people have filled in ranks.
     """
     _check_request(policy, prompts, num_candidates, temperature)
+    _check_unranked(Path(output_file))
     trust: Any = {"trust_remote_code": trust_remote_code}
     model, tokenizer = _load(policy, processing_class, model_config or ModelConfig(), **trust)
     records = prompts_of(prompts, split, tokenizer, opening_length, reading)
@@ -187,6 +193,17 @@ def _check_request(
         raise InputError("No model was given: set model_name_or_path to a Hub id or a folder.")
     if prompts is None:
         raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
+
+
+def _check_unranked(path: Path) -> None:
+    """InputError if somebody has ranked candidates in a file: they are not written over."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if ranked := len(re.findall(r'"ranks"\s*:\s*(?!null)\S', text)):
+        raise InputError(
+            f"{str(path)!r} holds {ranked} rankings that somebody filled in; new candidates would "
+            "replace them. Move the file to another folder, and name it there as dataset_name of "
+            "rm; or choose another output_dir."
+        )
 
 
 def _ranking(

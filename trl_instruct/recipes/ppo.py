@@ -113,7 +113,7 @@ def ppo(
         output = run.train(trainer, labels)
         metrics = {**output.metrics, "cut_prompts": trainer.cut_prompts, **_counted(run, roles)}
         if run.is_main:
-            curves.plot(trainer.state.log_history, run.folder / curves.FIGURE)
+            curves.plot(trainer.state.log_history, run.new / curves.FIGURE)
         return run.finish(trainer, metrics)
 
 

@@ -125,7 +125,9 @@ def rm(
         batch = Work(rows, config.max_length or 0, predicted=0)
         run.say(memory_table({"reward model": trainer.model}, [batch], config))
         output = run.train(trainer, {"loss": "loss", "accuracy": "accuracy"})
-        trainer.save_model(str(run.folder))  # a failure to measure it does not lose it
+        run.save_model(trainer)
+        if run.is_main:
+            run.files.put_in_place()  # a failure to measure it does not lose it
         metrics = {
             "train_loss": output.training_loss,
             "pairs": count_pairs(data.train),
@@ -235,12 +237,12 @@ def _measure(run: StageRun, reward: RewardModel, data: Preferences) -> dict[str,
         shift, std = reward.measure_shift(shown.pop("prompt"), shown.pop("completion"), **shown)
         metrics |= {"shift": shift, "std": std, "demonstrations": len(data.demonstrations)}
         if isinstance(reward.model, PeftModel) and run.is_main:
-            save_beside_adapter(reward.model, run.folder)
+            save_beside_adapter(reward.model, run.new)
     if data.held_out is not None:
         evaluation = evaluate_reward(reward, data.held_out, reward.tokenizer)
         metrics |= {**evaluation.metrics, "train_accuracy": _train_accuracy(run, reward, data)}
         if run.is_main:
-            plot(evaluation, run.folder / FIGURE)
+            plot(evaluation, run.new / FIGURE)
     if reward.truncated:
         run.say(f"{reward.truncated} measured texts exceed the context; their beginning is cut")
     return metrics

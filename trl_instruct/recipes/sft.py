@@ -139,6 +139,7 @@ def _check_metric(config: SFTConfig) -> None:
 def _tiny_base(run: StageRun) -> StageResult:
     """The embedded base model, beside the stage's folder; trained if it is missing."""
     run.check_folder()
+    run.files.unlock()
     folder = run.folder.parent / "base"
     if run.dry and not (folder / METRICS_FILE).is_file():
         raise InputError(f"The tiny base model is not in {folder} yet; `make base` trains it.")

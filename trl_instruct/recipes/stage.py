@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import os
-import shutil
 import signal
 import time
 from collections.abc import Iterator, Sized
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import DistributedType, PartialState
+from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import (
@@ -22,6 +22,7 @@ from transformers import (
     Trainer,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from trl import ModelConfig
 
@@ -30,19 +31,13 @@ from trl_instruct.console import in_markdown, say
 from trl_instruct.data.sources import AnyDataset, Source, first_record
 from trl_instruct.errors import InputError, redact
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, write_json
-from trl_instruct.models.adapters import (
-    FINGERPRINT,
-    Adapter,
-    check_trains_in_float32,
-    is_adapter,
-)
+from trl_instruct.manifest import MANIFEST_FILE, listed_files
+from trl_instruct.models.adapters import Adapter, check_trains_in_float32, is_adapter
 from trl_instruct.models.checkpoints import (
-    all_checkpoints,
     check_resumable,
     find_checkpoint,
-    is_whole,
 )
-from trl_instruct.models.load import base_for_adapter, check_finished
+from trl_instruct.models.load import check_finished, needs_base
 from trl_instruct.models.merging import merge_in_place
 from trl_instruct.models.properties import ModelSource, context_length, model_name
 from trl_instruct.models.sharding import check_saving
@@ -51,40 +46,7 @@ from trl_instruct.recipes.dry_run import DryRunEnd, plan_of
 from trl_instruct.recipes.options import save_config
 from trl_instruct.recipes.progress import Interruption, ProgressBar
 from trl_instruct.recipes.publishing import create_repository, publish
-from trl_instruct.scalar_head import SHIFT_FILE
-
-# What a stage writes and --overwrite_output_dir removes.
-WRITTEN = (
-    "checkpoint-*",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "adapter_config.json",
-    FINGERPRINT,
-    SHIFT_FILE,
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template.jinja",
-    "additional_chat_templates",
-    "README.md",
-    "trainer_state.json",
-    "summary.json",
-    "report.html",
-    "rm.png",
-    "ppo.png",
-    "evaluation.json",
-    "evaluation.png",
-    CONFIG_FILE,
-    METRICS_FILE,
-)
-
-
-# Subfolder of a LoRA stage, for a base model that has no other folder.
-BASE = "base"
+from trl_instruct.recipes.run_files import BASE, RunFiles
 
 
 @dataclass(frozen=True)
@@ -107,25 +69,28 @@ def run_stage(name: str, config: StageConfig, model_config: ModelConfig) -> Iter
 
     The folder does not change before `begin`: a mistake found while data and models load costs no
     earlier run. Metrics are written last: a folder with the resolved config but no metrics is a
-    stage that was cut short. A stage that fails with nothing to resume from leaves no files.
+    stage that was cut short. A stage that fails in a new folder, with nothing to resume from,
+    leaves no files.
 
     Raises:
         InputError: no output_dir, one with another run or other files, or no checkpoint to resume.
     """
     run = StageRun(name, config, model_config)
-    run.check_folder()
-    clear_device_cache(garbage_collection=True)  # cycles in accelerate keep old models alive
-    PartialState().wait_for_everyone()
-    set_seed(config.seed)
     try:
+        run.check_folder()
+        clear_device_cache(garbage_collection=True)  # cycles in accelerate keep old models alive
+        PartialState().wait_for_everyone()
+        set_seed(config.seed)
         yield run
     except DryRunEnd:
-        if run.is_main and not run.existed and run.folder.is_dir():
-            run.folder.rmdir()  # transformers makes it
+        pass
     except BaseException:
         if run.is_main:
             run.release()
         raise
+    finally:
+        if run.is_main:
+            run.files.unlock()
 
 
 class StageRun:
@@ -138,16 +103,13 @@ class StageRun:
         self.config = config
         self.model_config = model_config
         self.folder = Path(config.output_dir)
-        self.existed = self.folder.exists()
+        self.files = RunFiles(self.folder)
+        self.new = self.files.new  # where to write what `write_metrics` puts in place
+        self.saved_base = self.begun = False
         self.checkpoint: Path | None = None
         self.repository: str | None = None
         self.is_main = PartialState().is_main_process
         self.started = time.perf_counter()
-
-    @property
-    def base_folder(self) -> Path:
-        """Folder for the base model of an adapter, if it has no other."""
-        return self.folder / BASE
 
     @property
     def dry(self) -> bool:
@@ -156,64 +118,81 @@ class StageRun:
 
     def check_folder(self) -> None:
         """InputError unless the folder is new, empty, or may be replaced or resumed."""
+        with self._listed_if_dry():
+            self.files.check_writable()
+            if self.config.resume_from_checkpoint:
+                self.checkpoint = find_checkpoint(self.folder, self.config.resume_from_checkpoint)
+                check_resumable(self.checkpoint, self.name, adapter=self.model_config.use_peft)
+            if self.is_main and not self.dry and self.files.holds_run():
+                self.files.lock()
+            self._check_content()
+            self.check_source()
+
+    @contextlib.contextmanager
+    def _listed_if_dry(self) -> Iterator[None]:
+        """A dry run lists its faults and goes on."""
         try:
-            self._check_folder()
+            yield
         except InputError as fault:
             if self.config.faults is None:
                 raise
             if str(fault) not in self.config.faults:
                 self.config.faults.append(str(fault))
 
-    def _check_folder(self) -> None:
-        config, folder = self.config, self.folder
-        if self.existed and not folder.is_dir():
-            raise InputError(f"output_dir {str(folder)!r} is a file; choose a folder.")
-        self._check_writable()
-        if config.resume_from_checkpoint:
-            self.checkpoint = find_checkpoint(folder, config.resume_from_checkpoint)
-            check_resumable(self.checkpoint, self.name, adapter=self.model_config.use_peft)
-            return
-        content = sorted(p.name for p in folder.iterdir()) if self.existed else []
-        if content and CONFIG_FILE not in content:
-            raise InputError(
-                f"output_dir {str(folder)!r} holds {content[0]!r} and no run. Choose a new or "
-                "empty folder."
-            )
-        if content and not config.overwrite_output_dir:
-            held = "another run" if METRICS_FILE in content else "a run that was cut short"
-            raise InputError(
-                f"output_dir {str(folder)!r} holds {held}. Choose a new folder, or set "
-                "--overwrite_output_dir to replace it."
-            )
-        source = self.model_config.model_name_or_path
-        if content and source and Path(source).resolve() == folder.resolve():
-            raise InputError(
-                f"output_dir {str(folder)!r} is the folder of the model to start from, which "
-                "would be lost. Choose another output_dir."
-            )
+    @property
+    def _resumes_here(self) -> bool:
+        """Whether the checkpoint to resume from is this folder's."""
+        here = self.folder.resolve()
+        return self.checkpoint is not None and self.checkpoint.absolute().parent.resolve() == here
 
-    def _check_writable(self) -> None:
-        """InputError if the folder cannot be made or written to."""
-        ancestors = [self.folder, *self.folder.absolute().parents]
-        nearest = next(path for path in ancestors if path.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            fault = "is not a folder" if not nearest.is_dir() else "is not writable"
-            raise InputError(
-                f"output_dir {str(self.folder)!r}: {str(nearest)!r} {fault}. Choose another."
-            )
+    def _check_content(self) -> None:
+        replace = bool(self.config.overwrite_output_dir)
+        self.files.check_content(replace=replace, resume=self._resumes_here)
+
+    def check_source(self) -> None:
+        """InputError for a model to start from that this run would remove when it begins."""
+        source, here = self.model_config.model_name_or_path, self.folder.resolve()
+        if not self.files.held or self._resumes_here or not source:
+            return
+        with self._listed_if_dry():
+            if here in (Path(source).resolve(), *Path(source).resolve().parents):
+                raise InputError(
+                    f"output_dir {str(self.folder)!r} is the folder of the model to start from, "
+                    f"{source!r}, which would be lost. Choose another output_dir."
+                )
 
     def begin(self) -> None:
-        """Remove an earlier run's files and write the config: from here on the stage runs."""
+        """Remove an earlier run's files and write the config: from here on the stage runs.
+
+        Raises:
+            InputError: another run is in progress in the folder, or it cannot be written.
+        """
+        fault = None
         if self.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            patterns = (METRICS_FILE,) if self.checkpoint else WRITTEN
-            cut_short = [path for path in all_checkpoints(self.folder) if not is_whole(path)]
-            for path in {*cut_short, *(p for g in patterns for p in self.folder.glob(g))}:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            if not self.model_config.use_peft:
-                shutil.rmtree(self.base_folder, ignore_errors=True)
-            save_config(self.folder / CONFIG_FILE, self.config, self.model_config)
+            try:
+                self.files.lock()
+                self._check_content()  # again: models took minutes to load
+                self.files.clear(resume=self._resumes_here, keep_base=self.saved_base)
+                save_config(self.new / CONFIG_FILE, self.config, self.model_config)
+                self.files.put_in_place()
+            except (InputError, OSError) as error:
+                told = f"output_dir {str(self.folder)!r}: {error}. Choose another."
+                fault = str(error) if isinstance(error, InputError) else told
+        [fault] = broadcast_object_list([fault])  # all processes end, or none
+        if fault:
+            raise InputError(fault)
+        self.begun = True
+
+    def save_base(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+        """Save a base model that exists only in memory; its folder, which a new adapter names."""
+        if self.is_main:
+            self.files.lock()
+            for part in (model, tokenizer):
+                part.save_pretrained(self.new / BASE)
+            self.files.put_in_place()
+        self.saved_base = True
         PartialState().wait_for_everyone()
+        return self.folder / BASE
 
     def _check_batches(self, trainer: Trainer) -> None:
         """InputError if dataloader_drop_last drops all that there is."""
@@ -226,13 +205,11 @@ class StageRun:
             )
 
     def release(self) -> None:
-        """Remove what a failed stage left, unless there is something to resume from."""
-        content = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else None
-        if content is None or not content <= {CONFIG_FILE, BASE}:
-            return
-        shutil.rmtree(self.folder)
-        if self.existed:
-            self.folder.mkdir()
+        """Remove what a failed stage left in a new folder, unless there is something to keep."""
+        kept = {*self.files.content()} - {CONFIG_FILE, BASE, MANIFEST_FILE}
+        kept |= self.files.incoming() if self.begun else set()
+        if self.files.locked and not self.files.held and not kept:
+            self.files.remove_all()
 
     def say(self, message: str) -> None:
         """Print a line for the user, from the main process."""
@@ -261,6 +238,8 @@ class StageRun:
             trainer.remove_callback(ProgressCallback)
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(ProgressBar(self.name, labels))
+        # TRL's would write a draft of one over the folder's README.md at each checkpoint.
+        vars(trainer)["create_model_card"] = lambda *_, **__: None
         interruption = Interruption()
         trainer.add_callback(interruption)
         with interruption.listening(), self._loading(interruption):
@@ -286,35 +265,38 @@ class StageRun:
                 f"model and options of the run that wrote it: {str(error).strip().splitlines()[0]}"
             ) from error
 
+    def save_model(self, trainer: Trainer) -> None:
+        """Save model and tokenizer among the new files; all processes call it."""
+        trainer.save_model(str(self.new))
+        # config.yaml holds the arguments as text; the pickled ones are of no use.
+        if self.is_main:
+            (self.new / "training_args.bin").unlink(missing_ok=True)
+
     def finish(self, trainer: Trainer, metrics: dict[str, Any]) -> StageResult:
         """Save model, tokenizer, log history, model card and, last, the metrics."""
-        trainer.save_model(str(self.folder))
+        self.save_model(trainer)
         if self.is_main:
-            if self.config.merge_adapter and is_adapter(self.folder):
-                merge_in_place(self.folder, self.model_config)
-                shutil.rmtree(self.base_folder, ignore_errors=True)
-            if is_adapter(self.folder):
-                Adapter.read(self.folder).keep_fingerprint()
-            # config.yaml holds the arguments as text; the pickled ones are of no use.
-            (self.folder / "training_args.bin").unlink(missing_ok=True)
-            trainer.save_state()
+            if self.config.merge_adapter and is_adapter(self.new):
+                merge_in_place(self.new, self.model_config)
+            if is_adapter(self.new):
+                Adapter.read(self.new).keep_fingerprint()
+            trainer.state.save_to_json(str(self.new / TRAINER_STATE_NAME))
             self.write_model_card(metrics)
+            kept = {CONFIG_FILE, *self.files.incoming()}
+            self.files.remove(unless=kept | ({BASE} if is_adapter(self.new) else set()))
             metrics = self.write_metrics(metrics)
             if self.repository is not None:
-                publish(self.folder, self._written(), self.config, self.repository)
+                written = [self.folder / name for name in listed_files(self.folder)]
+                publish(self.folder, written, self.config, self.repository)
         PartialState().wait_for_everyone()
         return StageResult(self.folder, metrics)
-
-    def _written(self) -> list[Path]:
-        """The files and folders of the result."""
-        patterns = [pattern for pattern in WRITTEN if pattern != "checkpoint-*"]
-        return [path for pattern in (*patterns, BASE) for path in self.folder.glob(pattern)]
 
     def write_metrics(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Write the stage's last file: its name, metrics and seconds."""
         seconds = round(time.perf_counter() - self.started, 1)
         metrics = {"stage": self.name, **metrics, "seconds": seconds}
-        write_json(self.folder / METRICS_FILE, metrics)
+        write_json(self.new / METRICS_FILE, metrics)
+        self.files.put_in_place()
         return metrics
 
     def write_model_card(self, metrics: dict[str, Any]) -> None:
@@ -337,7 +319,7 @@ class StageRun:
             "human feedback](https://arxiv.org/abs/2203.02155).",
         ]
         card = redact("\n\n".join(text))
-        ModelCard(card, ignore_metadata_errors=True).save(self.folder / "README.md")
+        ModelCard(card, ignore_metadata_errors=True).save(self.new / "README.md")
 
 
 def starting_point(
@@ -348,7 +330,7 @@ def starting_point(
         raise InputError("No model was given: set model_name_or_path to a Hub id or a folder.")
     model_config = run.model_config
     model_config.model_name_or_path = model_name(model)
-    run.check_folder()
+    run.check_source()
     if isinstance(model, str | os.PathLike):
         check_finished(Path(model))
     given = {role: getattr(run.config, role, None) for role in ("eos_token", "pad_token")}
@@ -366,7 +348,9 @@ def starting_point(
     template = getattr(run.config, "chat_template_path", None)
     if template is not None:
         install_chat_template(tokenizer, template)
-    return base_for_adapter(model, run.base_folder, tokenizer, model_config), tokenizer
+    if needs_base(model, model_config):
+        return run.save_base(model, tokenizer), tokenizer
+    return model, tokenizer
 
 
 def within_context(max_length: int | None, model: PreTrainedModel) -> int | None:
