@@ -72,6 +72,10 @@ def test_a_model_that_wins_by_being_longer_is_brought_to_one_half():
     won = tensor([1.0] * 810 + [0.0] * 90 + [1.0] * 10 + [0.0] * 90)
     assert won.mean() == 0.82
     assert length_controlled(won, longer) == pytest.approx(0.5, abs=0.02)
+    lengths = [6] * 900 + [1] * 100, [1] * 900 + [6] * 100
+    result = win_rate(won.tolist(), (1 - won).tolist(), *lengths)
+    assert result["mean"] == pytest.approx(0.82)
+    assert result["length_controlled"] == pytest.approx(length_controlled(won, longer))
 
 
 def test_where_length_says_nothing_the_raw_rate_is_left():

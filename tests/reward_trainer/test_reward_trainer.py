@@ -416,6 +416,25 @@ def test_evaluation_on_rankings_and_pairs(reward_model, tmp_path, train, pad):
     assert trainer.evaluate(trainer.eval_dataset["rankings"])["eval_loss"] == pytest.approx(one)
 
 
+@pytest.mark.slow
+def test_rewards_are_logged_over_responses_and_accuracy_over_pairs(make_reward_model, tmp_path):
+    """5 responses, 4 pairs; where all scores are equal, no pair is right."""
+    model, rankings = make_reward_model(), Dataset.from_list(RANKINGS[:2])
+    trainer = trainer_for(model, tmp_path, rankings)
+    scores = [
+        score_alone(model, byte_tokenizer(), record["prompt"], response)
+        for record in RANKINGS[:2]
+        for response in record["responses"]
+    ]
+    logged = trainer.evaluate(rankings)
+    names = ("eval_min_reward", "eval_mean_reward", "eval_max_reward")
+    expected = [min(scores), sum(scores) / 5, max(scores)]
+    assert [logged[name] for name in names] == pytest.approx(expected, rel=1e-5)
+    torch.nn.init.zeros_(model.score.weight)
+    equal = trainer.evaluate(rankings)
+    assert (equal["eval_accuracy"], equal["eval_margin"]) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize("forward", FORWARDS)
 def test_predictions_are_the_scores_of_the_responses(reward_model, tmp_path, forward):
     trainer = trainer_for(reward_model, tmp_path, forward=forward, per_device_eval_batch_size=2)
