@@ -2,13 +2,15 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from trl_instruct import InputError
+from trl_instruct.data.reading import Reading
 from trl_instruct.files import write_json
-from trl_instruct.recipes.chain import read_chain
+from trl_instruct.recipes.chain import read_chain, remember_reading
 
 
 def stage(folder, name, logs=(), **config):
@@ -81,3 +83,24 @@ def test_a_folder_without_a_finished_stage_is_an_error(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 0")
     with pytest.raises(InputError, match="holds no finished stage"):
         read_chain(tmp_path)
+
+
+def plain(**options):
+    names = ("columns", "prompt_template", "prompt_suffix", "faults")
+    options = {**dict.fromkeys(names), "on_bad_record": "error", "remembered": False, **options}
+    return SimpleNamespace(**options)
+
+
+def test_how_an_earlier_stage_read_is_checked(tmp_path):
+    """Its folder may come from elsewhere."""
+    given = {"prompt_template": "{q}", "columns": ["prompt=q", "odd"], "prompt_suffix": "\n"}
+    config = plain(prompt_suffix="")
+    remember_reading(config, "org/model", stage(tmp_path / "sft", "sft", **given))
+    assert (config.prompt_template, config.prompt_suffix, config.remembered) == ("{q}", "", True)
+    assert Reading.of(config).columns == {"prompt": "q", "odd": ""}  # no such column: none is taken
+    for number, wrong in enumerate(
+        [{"columns": [5]}, {"prompt_template": 5}, {"prompt_suffix": []}]
+    ):
+        folder = stage(tmp_path / str(number), "sft", **given | wrong)
+        with pytest.raises(InputError, match=rf"{number}/config.yaml: {next(iter(wrong))} is "):
+            remember_reading(plain(), folder)

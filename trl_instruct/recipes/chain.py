@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
+from trl_instruct.configs import StageConfig
 from trl_instruct.data.sources import AnyDataset, Source, first_record, name_of
 from trl_instruct.errors import InputError
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, read_json, read_metrics
+from trl_instruct.recipes.options import check_types
 
 STAGE_NAMES = ("pretrain", "sft", "candidates", "rm", "ppo")
 
@@ -64,11 +66,13 @@ def remember_reading(config: Any, *models: Any) -> None:
         folder = Path(name_of(model) or "nowhere")
         if not _is_finished(folder):
             continue
-        known = _read(folder).config
-        config.remembered = config.columns is None and "columns" in known
-        for name in ("columns", "prompt_template", "prompt_suffix"):
+        given = _read(folder).config
+        known = {n: given.get(n) for n in ("columns", "prompt_template", "prompt_suffix")}
+        check_types(known, StageConfig, f"{folder / CONFIG_FILE}: ")
+        config.remembered = config.columns is None and known["columns"] is not None
+        for name, value in known.items():
             if getattr(config, name) is None:
-                setattr(config, name, known.get(name))
+                setattr(config, name, value)
         return
 
 
