@@ -79,8 +79,8 @@ def test_every_metric_is_logged_and_the_last_is_the_result(make_trainer):
     assert [log["step"] for log in trainer.state.log_history] == [2]
     assert output.metrics["episode"] == 24
     assert set(output.metrics) == {
-        *(f"objective/{name}" for name in ("kl", "entropy", "non_score_reward", "rlhf_reward")),
-        *(f"objective/{name}" for name in ("scores", "length", "ended")),
+        *(f"objective/{name}" for name in ("kl", "kl_k3", "entropy", "rlhf_reward")),
+        *(f"objective/{name}" for name in ("non_score_reward", "scores", "length", "ended")),
         *(f"policy/{name}" for name in ("approxkl", "clipfrac", "entropy")),
         *(f"loss/{name}" for name in ("policy", "value")),
         *(f"val/{name}" for name in ("clipfrac", "mean", "explained_variance")),
