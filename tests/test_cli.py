@@ -383,4 +383,4 @@ def test_candidates_with_two_processes(tmp_path, saved_policy):
 
 def test_evaluate_takes_models_by_name(capsys):
     told = fails(capsys, "evaluate", "--model_name_or_path", "gpt2", "--output_dir", "x")
-    assert "evaluate takes --models gpt2" in told
+    assert "model_name_or_path is not an option here: list the checkpoints in models" in told

@@ -139,7 +139,7 @@ def test_bad_options_are_named(options, message):
         ({"value_learning_rate": -1.0}, "value_learning_rate is -1.0; it must not be negative"),
         ({"cliprange": -0.2}, "cliprange is -0.2; it must not be negative"),
         ({"gamma": 1.5}, "gamma is 1.5; it must be between 0 and 1"),
-        ({"temperature": 0.0}, "temperature is 0.0; to sample, it must be above 0"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
         ({"missing_eos_penalty": -1.0}, "give a positive number"),
         ({"kl_estimator": "k2"}, "kl_estimator is str 'k2'"),
         (

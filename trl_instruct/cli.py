@@ -35,7 +35,7 @@ from trl_instruct.evaluation.compare import compare
 from trl_instruct.evaluation.evaluate import evaluate
 from trl_instruct.models.merging import merge
 from trl_instruct.models.tokenizers import load_tokenizer
-from trl_instruct.option_checks import line_breaks
+from trl_instruct.option_checks import check_refused, line_breaks
 from trl_instruct.recipes.candidates import candidates
 from trl_instruct.recipes.chain import check_format, read_chain, remember_reading
 from trl_instruct.recipes.options import (
@@ -104,6 +104,7 @@ def parse(config_class: type[Config], arguments: list[str]) -> tuple[Config, Mod
         )
     names = [s.lstrip("-").split("=")[0].replace("-", "_") for s in unknown if s.startswith("--")]
     check_names(names, config_class)
+    check_refused(config_class.REFUSED, model_config)
     if unknown:
         raise InputError(f"Arguments that belong to no option: {' '.join(unknown)}.")
     return config, model_config
@@ -323,9 +324,6 @@ def _reward_of(config: PPOConfig) -> Any:
 def evaluate_command(arguments: list[str]) -> None:
     """Measure checkpoints side by side on held-out prompts."""
     config, model_config = parse(EvaluateConfig, arguments)
-    if model_config.model_name_or_path:
-        given = model_config.model_name_or_path
-        raise InputError(f"model_name_or_path is {given!r}: evaluate takes --models {given} ...")
     models = named_sources(config.models or [], "models")
     judges = named_sources(config.judges or [], "judges")
     evaluate(models, config.dataset_name, judges=judges, config=config, model_config=model_config)

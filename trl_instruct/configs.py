@@ -6,11 +6,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import trl
 from transformers import SchedulerType, TrainingArguments
-from transformers.utils import is_liger_kernel_available
 
 from trl_instruct.errors import InputError
 from trl_instruct.option_checks import (
+    NO_STAGE_HAS,
+    PPO_HAS_NOT,
+    PRETRAIN_HAS_NOT,
+    SFT_HAS_NOT,
+    check_bounds,
     check_counts,
+    check_positive,
+    check_refused,
     check_training,
     has_bf16,
     line_breaks,
@@ -29,8 +35,8 @@ _Mixin: Any = TrainingArguments if TYPE_CHECKING else object
 class StageConfig(_Mixin):
     """Options of every stage: where the data are, what may be overwritten, ..."""
 
-    # Names that a user may take for options, and why they are refused.
-    REFUSED: ClassVar[dict[str, str]] = {}
+    # Options that would be ignored, and names that a user may take for options: why not.
+    REFUSED: ClassVar[dict[str, str]] = NO_STAGE_HAS
     # With a list, a dry run: faulty records are told there, and nothing is trained.
     faults: ClassVar[list[str] | None] = None
     # Whether the columns are those of an earlier stage; some files may not have them.
@@ -75,6 +81,7 @@ class StageConfig(_Mixin):
     )
 
     def __post_init__(self) -> None:
+        check_refused(self.REFUSED, self)
         switches: dict[Any, bool] = {"true": True, "false": False}  # flags are text
         resume: str | bool | None = self.resume_from_checkpoint
         self.resume_from_checkpoint: str | bool | None = switches.get(str(resume).lower(), resume)
@@ -88,23 +95,16 @@ class StageConfig(_Mixin):
         for name in ("prompt_template", "prompt_suffix"):
             if getattr(self, name) is not None:
                 setattr(self, name, line_breaks(getattr(self, name)))
-        for column in self.columns or ():
-            if not all(column.partition("=")):
-                raise InputError(
-                    f"columns has {column!r}; field=column is needed: prompt=question."
-                )
         if self.datasets and (self.dataset_name or self.dataset_config):
             raise InputError("datasets and dataset_name were both given; use one of them.")
-        batch = ("train_batch_size", "eval_batch_size")
-        check_counts(self, *(f"per_device_{b}" for b in batch), "gradient_accumulation_steps")
-        if self.use_liger_kernel and not is_liger_kernel_available():
-            raise InputError("use_liger_kernel needs the package liger-kernel; install it.")
         check_training(self)
 
 
 @dataclass
 class PretrainConfig(StageConfig, TrainingArguments):
     """Stage 0: a small base model from scratch, on any text, with any architecture."""
+
+    REFUSED: ClassVar[dict[str, str]] = NO_STAGE_HAS | PRETRAIN_HAS_NOT
 
     architecture: str = _option("llama", "Model type of transformers: llama, gpt2, gpt_neox, ...")
     architecture_kwargs: dict[str, Any] | str | None = _option(
@@ -117,15 +117,14 @@ class PretrainConfig(StageConfig, TrainingArguments):
     lr_scheduler_type: str = _option("cosine_with_min_lr", "Cosine to a tenth of the peak.")
     num_train_epochs: float = _option(1.0, "Passes over the text.")
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *TrainingArguments._VALID_DICT_FIELDS,
-        "architecture_kwargs",
-    ]
+    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, "architecture_kwargs"]
 
 
 @dataclass
 class SFTConfig(StageConfig, trl.SFTConfig):
     """Stage 1, supervised fine-tuning (InstructGPT C.1)."""
+
+    REFUSED: ClassVar[dict[str, str]] = NO_STAGE_HAS | SFT_HAS_NOT
 
     learning_rate: float = _option(9.65e-6, "Peak learning rate (C.1: 9.65e-6 for 1.3B and 6B).")
     num_train_epochs: float = _option(16.0, "Passes over the demonstrations (C.1: 16).")
@@ -137,6 +136,11 @@ class SFTConfig(StageConfig, trl.SFTConfig):
 @dataclass
 class RewardConfig(StageConfig, trl.RewardConfig):
     """Stage 2, the reward model (InstructGPT 3.5, C.2)."""
+
+    REFUSED: ClassVar[dict[str, str]] = NO_STAGE_HAS | dict.fromkeys(
+        ("label_smoothing_factor", "average_tokens_across_devices"),
+        "the loss is the paper's, averaged as average_over says.",
+    )
 
     learning_rate: float = _option(9e-6, "Peak learning rate (C.2: 9e-6; +-50 % does not matter).")
     num_train_epochs: float = _option(1.0, "Passes over the rankings (C.2: 1; more overfits).")
@@ -183,7 +187,31 @@ class RewardConfig(StageConfig, trl.RewardConfig):
 
 
 @dataclass
-class PPOConfig(StageConfig, TrainingArguments):
+class SamplingConfig(StageConfig):
+    """Options of the stages that sample."""
+
+    response_length: int = _option(53, "Longest completion, tokens (TRL: 53).")
+    opening_length: int | None = _option(
+        None, "Use this many first tokens of each `text` as its prompt; default: use `prompt`."
+    )
+    max_prompt_length: int | None = _option(
+        None, "Longer prompts lose their beginning, and are counted; default: they are an error."
+    )
+    temperature: float = _option(
+        1.0, "Sampling temperature (C.4: 1); divides all logits, also for the KL."
+    )
+    stop_strings: list[str] | None = _option(
+        None, "Texts that end a completion, besides EOS; rewards do not see them."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "response_length", "opening_length", "max_prompt_length")
+        check_positive(self, "temperature")
+
+
+@dataclass
+class PPOConfig(SamplingConfig, TrainingArguments):
     """Stage 3, PPO (InstructGPT 3.5, C.4). Fields of TRL's PPOConfig keep their names.
 
     minibatch = one optimizer step = per_device_train_batch_size x gradient_accumulation_steps x
@@ -191,15 +219,7 @@ class PPOConfig(StageConfig, TrainingArguments):
     The defaults are the paper's 512 = 8 x 64, one epoch.
     """
 
-    REFUSED: ClassVar[dict[str, str]] = {
-        "sft_model_path": "the policy is model_name_or_path.",
-        "stop_token": "completions end at EOS, and at stop_strings.",
-        "stop_token_id": "completions end at EOS, and at stop_strings.",
-    } | dict.fromkeys(
-        ("top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"),
-        "PPO weighs each sampled token by the policy's own probability. With tokens from another "
-        "distribution, the importance ratio and KL are wrong. Leave it out; temperature is fine.",
-    )
+    REFUSED: ClassVar[dict[str, str]] = NO_STAGE_HAS | PPO_HAS_NOT
 
     engine: Literal["trl_instruct", "trl"] = _option("trl_instruct", "trl: TRL 1.12's PPOTrainer.")
     reward_model_path: list[str] | None = _option(
@@ -231,17 +251,6 @@ class PPOConfig(StageConfig, TrainingArguments):
     num_ppo_epochs: int = _option(1, "Passes over a rollout batch (C.4: 1).")
     local_rollout_forward_batch_size: int = _option(
         64, "Episodes per device in a pass without gradient."
-    )
-    response_length: int = _option(53, "Longest completion, tokens (TRL: 53).")
-    opening_length: int | None = _option(
-        None, "Use this many first tokens of each `text` as its prompt; default: use `prompt`."
-    )
-    max_prompt_length: int | None = _option(
-        None, "Longer prompts lose their beginning, and are counted; default: they are an error."
-    )
-    temperature: float = _option(1.0, "Sampling temperature (C.4: 1); divides all logits.")
-    stop_strings: list[str] | None = _option(
-        None, "Texts that end a completion, besides EOS; the reward does not see them."
     )
     missing_eos_penalty: float | None = _option(
         None, "Subtracted from the score of a completion without EOS or stop string; positive."
@@ -307,29 +316,32 @@ class PPOConfig(StageConfig, TrainingArguments):
         5, "How many times a run shows a sampled completion (TRL's name); 0: never."
     )
     metric_for_best_model: str | None = _option(
-        "objective/rlhf_reward", "Metric for save_strategy: best and save_total_limit."
+        None,
+        "Metric of the rollouts (objective/, val/) for save_strategy: best and save_total_limit; "
+        "default: objective/rlhf_reward, or objective/scores if adaptive_kl_target moves kl_coef.",
     )
 
     def __post_init__(self) -> None:
+        if self.metric_for_best_model is None and self.engine == "trl_instruct":
+            fixed = self.adaptive_kl_target is None
+            self.metric_for_best_model = f"objective/{'rlhf_reward' if fixed else 'scores'}"
         super().__post_init__()
         named: Any = self.reward_model_path
         self.reward_model_path = named[0] if isinstance(named, list) and len(named) == 1 else named
-        check_counts(self, "num_mini_batches", "num_ppo_epochs", "response_length")
-        check_counts(self, "total_episodes", "local_rollout_forward_batch_size")
-        check_counts(self, "opening_length", "max_prompt_length")
+        check_counts(self, "num_mini_batches", "num_ppo_epochs", "total_episodes")
+        check_counts(self, "local_rollout_forward_batch_size")
         check_counts(self, "ptx_max_length", "ptx_rows_per_episode")
-        positive = ("kl_coef", "cliprange", "cliprange_value", "vf_coef", "ptx_coef")
-        for name in (*positive, "value_learning_rate"):
-            if (getattr(self, name) or 0) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative.")
-        for name in ("adaptive_kl_target", "adaptive_kl_horizon", "target_kl"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be above 0.")
-        for name in ("gamma", "lam", "ema_decay"):
-            if not 0 <= (getattr(self, name) or 0) <= 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be between 0 and 1.")
-        if self.temperature <= 0:
-            raise InputError(f"temperature is {self.temperature}; to sample, it must be above 0.")
+        positive = ("cliprange", "cliprange_value", "vf_coef", "ptx_coef", "value_learning_rate")
+        check_bounds(self, ("kl_coef", *positive))
+        check_positive(self, "adaptive_kl_target", "adaptive_kl_horizon", "target_kl")
+        check_bounds(self, ("gamma", "lam", "ema_decay"), most=1)
+        episodes = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        fifth = episodes * self.num_mini_batches / 5
+        if self.adaptive_kl_target is not None and self.adaptive_kl_horizon <= fifth:
+            raise InputError(
+                f"adaptive_kl_horizon is {self.adaptive_kl_horizon}; it must be above {fifth:g}, a "
+                "fifth of the rollout batch, or one iteration could make kl_coef 0 or negative."
+            )
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise InputError("missing_eos_penalty and missing_eos_score exclude each other.")
         if self.missing_eos_penalty is not None and self.missing_eos_penalty < 0:
@@ -340,31 +352,10 @@ class PPOConfig(StageConfig, TrainingArguments):
 
 
 @dataclass
-class SamplingConfig(StageConfig):
-    """Options of the stages that sample and train nothing."""
-
-    response_length: int = _option(53, "Longest completion, tokens.")
-    opening_length: int | None = _option(
-        None, "Use this many first tokens of each `text` as its prompt; default: use `prompt`."
-    )
-    max_prompt_length: int | None = _option(
-        None, "Longer prompts lose their beginning, and are counted; default: they are an error."
-    )
-    temperature: float = _option(1.0, "Sampling temperature; of evaluate, also for the KL.")
-    stop_strings: list[str] | None = _option(None, "Texts that end a completion, besides EOS.")
-    per_device_eval_batch_size: int = _option(64, "Completions per forward pass.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_counts(self, "response_length", "opening_length", "max_prompt_length")
-        if self.temperature <= 0:
-            raise InputError(f"temperature is {self.temperature}; to sample, it must be above 0.")
-
-
-@dataclass
 class CandidatesConfig(SamplingConfig, TrainingArguments):
     """Between 1 and 2: K completions per prompt for the labeler to rank (InstructGPT 3.5)."""
 
+    per_device_eval_batch_size: int = _option(64, "Completions per forward pass.")
     num_candidates: int = _option(4, "K, completions per prompt (the paper's labelers saw 4 to 9).")
     gold: str | None = _option(
         None, "A simulated labeler ranks by this reward, with noise (`tiny`); default: a person."
@@ -375,7 +366,7 @@ class CandidatesConfig(SamplingConfig, TrainingArguments):
 class EvaluateConfig(SamplingConfig, TrainingArguments):
     """After the stages: checkpoints side by side on held-out prompts."""
 
-    REFUSED: ClassVar[dict[str, str]] = {
+    REFUSED: ClassVar[dict[str, str]] = NO_STAGE_HAS | {
         "model_name_or_path": "list the checkpoints in models.",
         "eval_dataset_name": "the held-out prompts are dataset_name.",
         "dataset_test_split": "the held-out prompts are dataset_name; dataset_train_split.",
@@ -385,6 +376,7 @@ class EvaluateConfig(SamplingConfig, TrainingArguments):
         None, "Held-out prompts: a Hub id, a local json / jsonl(.gz) / csv / parquet, tiny:<split>."
     )
     dataset_train_split: str = _option("train", "Split of the dataset.")
+    per_device_eval_batch_size: int = _option(64, "Completions per forward pass.")
     models: list[str] | None = _option(
         None, "Checkpoints: `name=source`, or a folder or Hub id, named by its last part."
     )

@@ -1,12 +1,84 @@
-"""Checks and defaults of options that several configs share."""
+"""Checks and defaults of options that several configs share, and those that have no effect."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers.utils import is_liger_kernel_available
+from trl import ModelConfig
 
 from trl_instruct.errors import InputError
+
+
+def _by_name(names: dict[str, str]) -> dict[str, str]:
+    return {name: reason for reason, listed in names.items() for name in listed.split()}
+
+
+# Options that a stage would ignore, and names that a user may take for options, by the reason why
+# they are refused. Those of transformers and TRL that are not here have their effect.
+NO_STAGE_HAS = _by_name(
+    {
+        "SIGTERM saves a checkpoint anyway.": "enable_jit_checkpoint",
+        "the weights that are saved would be rounded; use bf16.": "bf16_full_eval fp16_full_eval",
+        "it is for a compute_metrics function, which no stage has.": "batch_eval_metrics "
+        "include_for_metrics eval_do_concat_batches eval_accumulation_steps prediction_loss_only",
+        "a stage knows its columns and their lengths.": "label_names length_column_name",
+        "the folder is published once, when it is whole.": "hub_always_push",
+        "a stage trains; `evaluate` measures checkpoints.": "do_predict",
+        "the model is loaded as dtype, attn_implementation, ... say.": "model_init_kwargs",
+    }
+)
+PRETRAIN_HAS_NOT = _by_name(
+    {
+        "architecture and architecture_kwargs make the model.": " ".join(vars(ModelConfig())),
+        "stage 0 holds nothing out.": "eval_strategy eval_steps eval_delay eval_on_start "
+        "eval_use_gather_object eval_dataset_name dataset_test_split load_best_model_at_end",
+        "stage 0 trains all weights.": "merge_adapter",
+    }
+)
+SFT_HAS_NOT = _by_name(
+    {
+        "sft prepares its rows itself, as columns says.": "dataset_text_field dataset_kwargs",
+        "sft trains a CAUSAL_LM.": "lora_task_type",
+    }
+)
+PPO_HAS_NOT = _by_name(
+    {
+        "gold judges every iteration, and the result is compared on eval_dataset_name.": (
+            "eval_strategy eval_steps eval_delay eval_on_start eval_use_gather_object "
+            "per_device_eval_batch_size"
+        ),
+        "save_strategy: best keeps the best policy.": "load_best_model_at_end",
+        "PPO has a loop and losses of its own.": "label_smoothing_factor neftune_noise_alpha "
+        "average_tokens_across_devices logging_nan_inf_filter auto_find_batch_size debug "
+        "torch_empty_cache_steps skip_memory_metrics include_num_input_tokens_seen",
+        "PPO draws its prompts itself, with all columns.": "train_sampling_strategy "
+        "ignore_data_skip remove_unused_columns dataloader_drop_last dataloader_in_order "
+        "dataloader_multiprocessing_context dataloader_num_workers "
+        "dataloader_persistent_workers dataloader_prefetch_factor",
+        "PPO calls parts of its models.": "torch_compile torch_compile_backend torch_compile_mode "
+        "use_liger_kernel liger_kernel_config parallelism_config",
+        "the policy is a CAUSAL_LM, the value model a SEQ_CLS.": "lora_task_type",
+        "the policy is model_name_or_path.": "sft_model_path",
+        "completions end at EOS, and at stop_strings.": "stop_token stop_token_id",
+        "PPO weighs each sampled token by the policy's own probability. With tokens from another "
+        "distribution, the importance ratio and KL are wrong. Leave it out; temperature is fine.": (
+            "top_p top_k min_p typical_p repetition_penalty no_repeat_ngram_size"
+        ),
+    }
+)
+
+
+def check_refused(refused: Mapping[str, str], options: Any) -> None:
+    """InputError for an option of a dataclass that is refused, unless it has its default."""
+    off: Any = (None, False, "", "no", [], dataclasses.MISSING)  # parsers turn one into another
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        default = value == field.default or (value in off and field.default in off)
+        if field.name in refused and not default:
+            raise InputError(f"{field.name} is not an option here: {refused[field.name]}")
 
 
 def has_bf16() -> bool:
@@ -38,8 +110,30 @@ def check_counts(config: Any, *names: str) -> None:
             raise InputError(f"{name} is {count}; it must be at least 1.")
 
 
+def check_bounds(config: Any, names: Sequence[str], most: float = math.inf) -> None:
+    """InputError for a number below 0 or above `most`; None is allowed."""
+    for name in names:
+        if not 0 <= (getattr(config, name) or 0) <= most:
+            needed = "not be negative" if most == math.inf else f"be between 0 and {most}"
+            raise InputError(f"{name} is {getattr(config, name)}; it must {needed}.")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """InputError for a number that is not above 0; None is allowed."""
+    for name in names:
+        if getattr(config, name) is not None and not getattr(config, name) > 0:  # NaN neither
+            raise InputError(f"{name} is {getattr(config, name)}; it must be above 0.")
+
+
 def check_training(config: Any) -> None:
     """InputError for what would stop the training, or for what it needs and does not have."""
+    for column in config.columns or ():
+        if not all(column.partition("=")):
+            raise InputError(f"columns has {column!r}; field=column is needed: prompt=question.")
+    check_counts(config, "per_device_train_batch_size", "per_device_eval_batch_size")
+    check_counts(config, "gradient_accumulation_steps")
+    if config.use_liger_kernel and not is_liger_kernel_available():
+        raise InputError("use_liger_kernel needs the package liger-kernel; install it.")
     for name in ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs"):
         if isinstance(getattr(config, name), str):
             raise InputError(f"{name} is {getattr(config, name)!r}; a JSON object is needed.")

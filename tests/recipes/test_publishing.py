@@ -128,16 +128,15 @@ def test_an_adapter_with_its_checkpoints_and_no_secret(hub, saved_policy, tmp_pa
 
 
 def test_a_saved_config_asks_for_its_secrets(saved_policy, tmp_path):
-    """`model_init_kwargs` is one of TRL's options that takes a token."""
-    options = {**QUICK, "model_init_kwargs": {"token": SECRETS[0]}, "hub_token": SECRETS[1]}
+    options = {**QUICK, "run_name": f"http://me:{SECRETS[0]}@host", "hub_token": SECRETS[1]}
     demonstrations = Dataset.from_list(DEMONSTRATIONS)
     folder = sft(saved_policy, demonstrations, tmp_path / "sft", **options).path
     saved = yaml.safe_load((folder / "config.yaml").read_text())
-    assert saved["model_init_kwargs"] == {"token": "***"} and "hub_token" not in saved
+    assert saved["run_name"] == "http://***@host" and "hub_token" not in saved
     again = {**saved, "output_dir": str(tmp_path / "again")}
     ready = SFTConfig(**{k: v for k, v in again.items() if k != "model_name_or_path"})
     for given in ({"config": ready}, again):
-        with pytest.raises(InputError, match="is .*: no secret is .* Give model_init_kwargs again"):
+        with pytest.raises(InputError, match="is .*: no secret is .* Give run_name again"):
             sft(saved_policy, demonstrations, **given)
 
 

@@ -57,7 +57,7 @@ OUTSIDE = {
     "reward_weights",
 }
 # Options of TrainingArguments that TRL's PPOTrainer accepts but ignores.
-UNREAD = {"data_seed", "resume_from_checkpoint", "max_grad_norm"}
+UNREAD = {"data_seed", "resume_from_checkpoint", "max_grad_norm", "metric_for_best_model"}
 
 
 class _Prompt(NamedTuple):

@@ -23,6 +23,8 @@ from trl_instruct.configs import SFTConfig, StageConfig
 from trl_instruct.data.mixture import mixture_of
 from trl_instruct.data.sources import kind_of, name_of
 from trl_instruct.errors import REDACTED, InputError, redact
+from trl_instruct.models.adapters import DECIDED
+from trl_instruct.option_checks import check_refused
 
 Config = TypeVar("Config", bound=StageConfig)
 
@@ -35,6 +37,13 @@ NOT_SAVED = {
     "resume_from_checkpoint",
     "activation_checkpointing",
     "activation_checkpointing_kwargs",
+}
+
+
+# Options of ModelConfig that have no effect without another.
+NEEDED_FOR = {
+    "use_peft": [*DECIDED, "lora_modules_to_save"],
+    "load_in_4bit": ["bnb_4bit_quant_type", "bnb_4bit_quant_storage", "use_bnb_nested_quant"],
 }
 
 
@@ -92,9 +101,9 @@ def check_names(names: Iterable[str], config_class: type[StageConfig], where: st
     """InputError for an unknown option, with the nearest, or a refused one; `where` is the file."""
     known = {**field_types(ModelConfig), **field_types(config_class)}
     for name in names:
-        if name in config_class.REFUSED:
-            raise InputError(f"{where}{name} is not an option here: {config_class.REFUSED[name]}")
         if name not in known:
+            if reason := config_class.REFUSED.get(name):
+                raise InputError(f"{where}{name} is not an option here: {reason}")
             near = difflib.get_close_matches(name, sorted(known), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise InputError(f"{where}Unknown option {name!r} for {config_class.__name__}.{hint}")
@@ -218,6 +227,7 @@ def stage_options(
     if output_dir is not None and config is None:
         options = {**options, "output_dir": output_dir}
     config, model_config = resolve(config_class, config, model_config, options)
+    check_refused(config_class.REFUSED, model_config)
     if output_dir is not None:
         config.output_dir = os.fspath(output_dir)
     if isinstance(dataset, list):
@@ -238,6 +248,9 @@ def _check_trainable(config: StageConfig, model_config: ModelConfig) -> None:
         raise InputError(
             "load_in_8bit and load_in_4bit freeze all weights. Set use_peft as well to train LoRA."
         )
+    for switch, names in NEEDED_FOR.items():
+        if not getattr(model_config, switch):
+            check_refused(dict.fromkeys(names, f"{switch} is not set."), model_config)
     if config.n_gpu > 1:
         raise InputError(
             f"One process trains on one of {config.n_gpu} GPUs. To use all, start accelerate "

@@ -137,12 +137,12 @@ def _check_held_out(
 
 
 def _check_metric(config: PPOConfig) -> None:
-    """InputError for a metric whose name is none of PPO's."""
-    name, plain = config.metric_for_best_model, ("episode", "eps", "grad_norm", "lr", "epoch")
-    if name is not None and "/" not in name and name not in plain:
+    """InputError for a metric that is none of the rollouts'."""
+    name = config.metric_for_best_model
+    if name is not None and not name.startswith(("objective/", "val/")):
         raise InputError(
-            f"metric_for_best_model is {name!r}; PPO logs objective/scores, objective/kl, "
-            f"policy/..., val/..., loss/..., {', '.join(plain)}."
+            f"metric_for_best_model is {name!r}; PPO's rollouts measure objective/scores, "
+            "objective/rlhf_reward, objective/gold, ... and val/explained_variance."
         )
 
 
