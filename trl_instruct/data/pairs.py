@@ -214,7 +214,7 @@ def split_by_prompt(
     """Split rankings, pairs or any records into train and test with no prompt on both sides.
 
     The split depends only on the seed and the prompts' text (of messages, roles and contents), not
-    on the order of rows. White space around a text is ignored.
+    on the order of rows. White space around a text or a message's content is ignored.
 
     Args:
         dataset: rows with `prompt`, text or messages.
@@ -230,7 +230,7 @@ def split_by_prompt(
     """
     _refuse_stream(dataset, "split_by_prompt")
     require_columns(dataset.column_names, Source.of(dataset), ("prompt",), "A split by prompt")
-    keys = [_digest(seed, content_key(prompt).strip()) for prompt in iterate(dataset, "prompt")]
+    keys = [_digest(seed, prompt_key(prompt)) for prompt in iterate(dataset, "prompt")]
     prompts = sorted(set(keys))
     wanted = test_size if isinstance(test_size, int) else round(test_size * len(prompts))
     if not 0 < wanted < len(prompts):
@@ -312,6 +312,13 @@ def content_key(content: Any) -> str:
     if isinstance(content, str):
         return content
     return json.dumps([[message["role"], message["content"]] for message in content])
+
+
+def prompt_key(prompt: Any) -> str:
+    """`content_key` of a prompt without the white space around its text or each message's."""
+    if isinstance(prompt, str):
+        return prompt.strip()
+    return content_key([{**one, "content": (one["content"] or "").strip()} for one in prompt])
 
 
 def _digest(seed: int, *texts: str) -> bytes:
