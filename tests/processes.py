@@ -2,7 +2,7 @@
 
 torchrun --nproc_per_node 2 tests/processes.py FOLDER [HOW]; HOW: skip or stop (what to do if the
 reward fails on one process's prompt), one_base (the models are adapters over one base), no_average
-(of the policy's weights), or bf16 (and no average).
+(of the policy's weights), bf16 (and no average), or rm (a reward model is evaluated instead).
 """
 
 import math
@@ -15,11 +15,12 @@ from conftest import PROMPTS, byte_tokenizer, letters, tiny_model
 from datasets import Dataset
 from trl import ModelConfig
 
-from trl_instruct.configs import PPOConfig
+from trl_instruct.configs import PPOConfig, RewardConfig
 from trl_instruct.files import write_json
 from trl_instruct.models.shared_base import SharedBase, view_of
 from trl_instruct.ppo_trainer import trainer as ppo_trainer
 from trl_instruct.ppo_trainer.trainer import PPOTrainer
+from trl_instruct.reward_trainer.trainer import RankingRewardTrainer
 from trl_instruct.rewards.reward_model import RewardModel
 from trl_instruct.scalar_head import score_head
 
@@ -60,7 +61,35 @@ def one_base(folder):
     return policy, view_of(policy).requires_grad_(False), judge, value
 
 
+def evaluated(folder):
+    """Metrics of a reward model on five rankings, which two processes cannot share evenly."""
+    rankings = [
+        {
+            "prompt": prompt,
+            "responses": list("abcde")[: 2 + row % 4],
+            "ranks": [*range(1, 3 + row % 4)],
+        }
+        for row, prompt in enumerate(PROMPTS[:5])
+    ]
+    options = {"output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none"}
+    trainer = RankingRewardTrainer(
+        model=tiny_model(classifier=True),
+        args=RewardConfig(per_device_eval_batch_size=1, disable_tqdm=True, **options),
+        train_dataset=Dataset.from_list(rankings),
+        eval_dataset=Dataset.from_list(rankings),
+        processing_class=byte_tokenizer(),
+    )
+    found = trainer.evaluate()
+    names = ("accuracy", "margin", "min_reward", "mean_reward", "max_reward")
+    return trainer, {name: found[f"eval_{name}"] for name in names}
+
+
 def main(folder, how=None):
+    if how == "rm":
+        trainer, found = evaluated(folder)
+        if trainer.is_world_process_zero():
+            write_json(folder / "metrics.json", found)
+        return
     on_error = how if how in ("skip", "stop") else None
     policy, ref_policy, judge = tiny_model(), None, failing if on_error else letters
     value = tiny_model(classifier=True, seed=1)

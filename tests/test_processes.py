@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import evaluated
 from safetensors.torch import load_file
 from test_cli import ROOT, flags, write
 from test_recipes import PROMPTS, QUICK_PPO
@@ -100,6 +101,14 @@ def test_a_fault_in_one_of_two_processes_stops_both(tmp_path):
     )
     assert ran.returncode != 0
     assert ran.stderr.count("trl_instruct.rewards.function.RewardError: Iteration ") == 2
+
+
+def test_two_processes_evaluate_a_reward_model_as_one_does(tmp_path):
+    """Five rankings: the one that fills the last batch of the second process counts once."""
+    _, one = evaluated(tmp_path)
+    launch(2, SCRIPT, tmp_path, "rm")
+    two = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    assert two == pytest.approx(one, abs=1e-5)
 
 
 def test_ppo_in_two_processes_from_the_command_line(tmp_path, saved_policy, saved_reward_model):

@@ -418,7 +418,7 @@ def test_evaluation_on_rankings_and_pairs(reward_model, tmp_path, train, pad):
 
 @pytest.mark.slow
 def test_rewards_are_logged_over_responses_and_accuracy_over_pairs(make_reward_model, tmp_path):
-    """5 responses, 4 pairs; where all scores are equal, no pair is right."""
+    """5 responses, 4 pairs; equal scores count one half, as in `evaluate_reward`."""
     model, rankings = make_reward_model(), Dataset.from_list(RANKINGS[:2])
     trainer = trainer_for(model, tmp_path, rankings)
     scores = [
@@ -432,7 +432,41 @@ def test_rewards_are_logged_over_responses_and_accuracy_over_pairs(make_reward_m
     assert [logged[name] for name in names] == pytest.approx(expected, rel=1e-5)
     torch.nn.init.zeros_(model.score.weight)
     equal = trainer.evaluate(rankings)
-    assert (equal["eval_accuracy"], equal["eval_margin"]) == (0.0, 0.0)
+    assert (equal["eval_accuracy"], equal["eval_margin"]) == (0.5, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rankings", "pairs"])
+def test_evaluation_is_over_pairs_whatever_the_batch(reward_model, tmp_path, kind):
+    """Rankings have 1 to 5 comparisons each; the last batch is smaller."""
+    rows = [*RANKINGS, {"prompt": "b", "responses": ["u", "v"], "ranks": [1, 2]}]
+    if kind == "pairs":
+        rows = PAIRS
+    found = []
+    for size in (1, 3, 4):
+        trainer = trainer_for(reward_model, tmp_path, per_device_eval_batch_size=size)
+        found.append(trainer.evaluate(Dataset.from_list(rows)))
+        again = trainer.evaluate(Dataset.from_list(rows))
+        assert again["eval_accuracy"] == found[-1]["eval_accuracy"]
+    names = ("accuracy", "margin", "min_reward", "mean_reward", "max_reward", "loss")
+    measured = [[one[f"eval_{name}"] for name in names] for one in found]
+    assert measured[1] == pytest.approx(measured[0], abs=1e-5)
+    assert measured[2] == pytest.approx(measured[0], abs=1e-5)
+    reward = RewardModel(reward_model, byte_tokenizer())
+    if kind == "pairs":
+        rows = [{**r, "responses": [r["chosen"], r["rejected"]], "ranks": [1, 2]} for r in rows]
+    scores = [reward([r["prompt"]] * len(r["responses"]), r["responses"]) for r in rows]
+    margins = [
+        own[i] - own[j]
+        for own, row in zip(scores, rows, strict=True)
+        for i, rank in enumerate(row["ranks"])
+        for j, other in enumerate(row["ranks"])
+        if rank < other
+    ]
+    every = [score for own in scores for score in own]
+    expected = [sum(m > 0 for m in margins) / len(margins), sum(margins) / len(margins)]
+    expected += [min(every), sum(every) / len(every), max(every)]
+    assert measured[0][:5] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("forward", FORWARDS)

@@ -200,7 +200,12 @@ class RankingRewardTrainer(RewardTrainer):
         bare = self.accelerator.unwrap_model(model)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         with scores_at(bare, score_positions(ids, mask, pad_token_of(bare)), ids.shape[1]):
-            return super().compute_loss(model, dict(inputs), return_outputs=True)
+            loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
+        for name in ("accuracy", "margin", "min_reward", "mean_reward", "max_reward"):
+            self._metrics[self._mode][name].pop()  # TRL's, the mean of this batch
+        table = outputs["logits"].detach().squeeze(-1).float().view(2, -1).T
+        self._log_scores(table, torch.tensor([[1, 2]], device=ids.device).expand_as(table))
+        return loss, outputs
 
     def _rankings_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         ranks, ids, mask = inputs["ranks"], inputs["input_ids"], inputs["attention_mask"]
@@ -219,7 +224,10 @@ class RankingRewardTrainer(RewardTrainer):
             scores, outputs = self._response_scores(model, bare, inputs)
             table[ranks > 0] = scores.float()
             loss = pair_loss(table.unsqueeze(2), table.unsqueeze(1), weights, center=center)
-        self._log_scores(table.detach(), ranks, mask.sum())
+        self._log_scores(table.detach(), ranks)
+        if self._mode == "train":
+            self._total_train_tokens += int(self.accelerator.reduce(mask.sum()))
+        self._metrics[self._mode]["num_tokens"] = [self._total_train_tokens]
         # One row per ranking: evaluation counts the rows.
         outputs["logits"] = torch.where(ranks > 0, table, float(NO_RESPONSE))
         return loss, outputs
@@ -265,29 +273,27 @@ class RankingRewardTrainer(RewardTrainer):
             return torch.bfloat16
         return torch.float16 if self.args.fp16 else bare.dtype
 
-    def _log_scores(self, scores: Tensor, ranks: Tensor, tokens: Tensor) -> None:
-        """The metrics of TRL's RewardTrainer, over all comparisons of the batch."""
-        mode = "train" if self.model.training else "eval"
-        better = pair_weights(ranks) > 0
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _log_scores(self, scores: Tensor, ranks: Tensor) -> None:
+        """The metrics of TRL's RewardTrainer, whatever the size of the batches.
+
+        TRL logs the mean of a list: it gets a value per comparison or response, not per batch. Rows
+        that processes repeat to fill the last batch count once.
+        """
+        rows = self.accelerator.pad_across_processes(torch.stack([scores, ranks], dim=2), dim=1)
+        scores, ranks = self.accelerator.gather_for_metrics(rows).unbind(dim=2)
+        better, given = pair_weights(ranks) > 0, scores[ranks > 0]
         margins = (scores.unsqueeze(2) - scores.unsqueeze(1))[better]
-        given = scores[ranks > 0]
-        sums = [(margins > 0).sum(), margins.sum(), better.sum(), given.sum(), (ranks > 0).sum()]
-        right, margin, pairs, total, responses = self.accelerator.reduce(
-            torch.stack([number.float() for number in sums])
-        ).tolist()
-        ends = self.accelerator.gather(torch.stack([given.min(), given.max()]).unsqueeze(0))
-        measured = {
-            "min_reward": ends[:, 0].min().item(),
-            "mean_reward": total / responses,
-            "max_reward": ends[:, 1].max().item(),
-        }
-        if pairs:
-            measured |= {"accuracy": right / pairs, "margin": margin / pairs}
-        for name, value in measured.items():
-            self._metrics[mode][name].append(value)
-        if mode == "train":
-            self._total_train_tokens += int(self.accelerator.reduce(tokens))
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        metrics = self._metrics[self._mode]
+        metrics["mean_reward"] += given.tolist()
+        metrics["min_reward"] = [min(metrics["min_reward"] + [given.min().item()])]
+        metrics["max_reward"] = [max(metrics["max_reward"] + [given.max().item()])]
+        if len(margins):
+            metrics["accuracy"] += ((margins.sign() + 1) / 2).tolist()
+            metrics["margin"] += margins.tolist()
 
 
 def _pair_rows(ranks: Tensor, weights: Tensor) -> Tensor:
