@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -34,7 +35,7 @@ from trl_instruct.configs import EvaluateConfig
 from trl_instruct.data.texts import load_texts, openings
 from trl_instruct.evaluation.measurement import ModelMeasurement, Subject
 from trl_instruct.evaluation.measurement import measure as measure_models
-from trl_instruct.intervals import Interval, mean_interval
+from trl_instruct.intervals import Interval, mean_interval, share_interval
 from trl_instruct.models.tokenizers import load_tokenizer
 
 RUNS = Path(__file__).parents[1] / "runs" / "bench" / "imdb_scratch"
@@ -178,8 +179,8 @@ def accuracy(judge: ClassifierReward, reviews: Dataset, characters: int | None =
     """Fraction of the reviews (or their first characters) that the classifier labels correctly."""
     texts = [text[:characters] for text in reviews["text"]]
     scores = judge([""] * len(texts), texts)
-    labels = [label == "pos" for label in reviews["label"]]
-    return mean_interval([float((s > 0) == label) for s, label in zip(scores, labels, strict=True)])
+    labels = torch.tensor([label == "pos" for label in reviews["label"]])
+    return share_interval((torch.tensor(scores) > 0) == labels)
 
 
 def measure(policies: dict[str, str], test: Dataset, judges: dict) -> dict[str, ModelMeasurement]:
@@ -202,7 +203,7 @@ def row(name: str, model: ModelMeasurement) -> dict[str, Any]:
     cells: dict[str, Any] = {"policy": name}
     for judge, scores in model.scores.items():
         cells[f"{judge}, log-odds"] = mean_interval(scores)
-        cells[f"{judge}, positive"] = mean_interval([float(score > 0) for score in scores])
+        cells[f"{judge}, positive"] = share_interval(torch.tensor(scores) > 0)
     cells["KL, nats"] = mean_interval(model.kl)
     cells["tokens"] = mean_interval(model.sampled.completion_lengths.tolist())
     return cells

@@ -53,7 +53,8 @@ REWARD: dict[str, Any] = {
 }
 HEADER = (
     *("rankings", "held-out prompts / pairs", "accuracy (95 %)", "longer answer wins (95 %)"),
-    *("above that (95 %)", "log-loss", "calibration error", "score and length", "seconds"),
+    *("above that (95 %)", "log-loss", "calibration error (a perfect model)"),
+    *("score and length", "seconds"),
 )
 COMMON: dict[str, Any] = {
     "use_cpu": True,
@@ -99,7 +100,8 @@ def row(metrics: dict[str, Any]) -> str:
     for what in ("accuracy", "length_accuracy", "above_length"):
         mean, low, high = (metrics[f"{what}{end}"] for end in ("", "_low", "_high"))
         cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
-    cells += [f"{metrics['log_loss']:.3f}", f"{metrics['calibration_error']:.3f}"]
+    error, floor = metrics["calibration_error"], metrics["calibration_floor"]
+    cells += [f"{metrics['log_loss']:.3f}", f"{error:.3f} ({floor:.3f})"]
     cells += [f"{metrics['length_correlation']:+.2f}", f"{metrics['seconds']:.0f}"]
     return "| " + " | ".join(cells) + " |"
 

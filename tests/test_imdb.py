@@ -133,10 +133,10 @@ def test_the_tables(benchmark):
     lines = benchmark.table([benchmark.row("x", before), benchmark.row("y", after)]).splitlines()
     header = "| policy | judge, log-odds | judge, positive | KL, nats | tokens |"
     assert lines[:2] == [header, "| --- | --- | --- | --- | --- |"]
-    # 1.96 sd / sqrt(2): of (1, -1) 1.96, of (1, 0) 0.98, of (0.5, 1.5) 0.98
-    shares = "0.50 [-0.48, 1.48]"
-    kl = "1.00 [0.02, 1.98]"
-    assert lines[2] == f"| x | 0.00 [-1.96, 1.96] | {shares} | {kl} | 4.00 [4.00, 4.00] |"
+    # 12.706 sd / sqrt(2): of (1, -1) 12.71, of (0.5, 1.5) 6.35; Wilson's for one of two
+    shares = "0.50 [0.09, 0.91]"
+    kl = "1.00 [-5.35, 7.35]"
+    assert lines[2] == f"| x | 0.00 [-12.71, 12.71] | {shares} | {kl} | 4.00 [4.00, 4.00] |"
     shown = benchmark.samples_table(["p_1", "p2"], before, after).splitlines()
     assert shown[2] == r"| p\_1 | a \*b\* \| c (+1.0) | a \*b\* \| c (+2.0) |"
     assert shown[3] == r"| p2 | \<br\> d\\x1b (-1.0) | \<br\> d\\x1b (+2.0) |"

@@ -1,14 +1,16 @@
-"""Means with their 95 % intervals."""
+"""Means and shares with their 95 % intervals."""
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-Z_95 = 1.96
+Z_95 = statistics.NormalDist().inv_cdf(0.975)
 
 
 class Interval(NamedTuple):
@@ -20,39 +22,87 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Mean of independent measurements with the normal 95 % interval, mean +- 1.96 sd / sqrt(n).
+    """Mean of n independent measurements with Student's 95 % interval, mean +- t sd / sqrt(n).
 
     >>> [round(number, 2) for number in mean_interval([0.0, 1.0])]
-    [0.5, -0.48, 1.48]
+    [0.5, -5.85, 6.85]
     """
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Interval(mean, math.nan, math.nan)
-    half = Z_95 * statistics.stdev(values) / math.sqrt(len(values))
+    half = t_quantile(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
 
 
-def grouped_interval(values: Tensor, groups: Tensor, weights: Tensor | None) -> Interval:
-    """Weighted mean with its 95 % interval, of measurements that are correlated within groups.
+def share_interval(
+    values: Tensor, groups: Tensor | None = None, weights: Tensor | None = None
+) -> Interval:
+    """Weighted mean of values in [0, 1] with a 95 % interval inside [0, 1], never of zero width.
 
-    Pairs of one prompt share responses, so a prompt is one measurement, weighted by its pairs: the
-    linearised variance of a ratio estimator. With one value per group this is `mean_interval`.
+    Wilson's interval (1927) for a share p of n independent values. Pairs of one prompt (a group)
+    share responses, so n is the effective number (Korn & Graubard 1998), p (1 - p) / v, with v the
+    linearised variance of a ratio over groups. Few groups say little about v: it is multiplied by
+    c(groups) / c(values), c(k) = t^2 k / (k - 1) at k - 1 degrees of freedom. With one 0 or 1 per
+    group, n is their number. A v below that of independent 0s and 1s (ties, luck) is drawn towards
+    it, as by one more group. If all values are 0, or all are 1, a group counts as one value.
 
     Args:
         values, weights: `(N,)`; weights None: all 1.
-        groups: `(N,)` number of each value's group, from 0.
+        groups: `(N,)` number of each value's group; None: all values are independent.
+
+    Returns:
+        low and high are NaN if there are fewer than two groups.
+
+    >>> [round(number, 2) for number in share_interval(torch.ones(5))]
+    [1.0, 0.57, 1.0]
     """
     values = values.double()
     weights = torch.ones_like(values) if weights is None else weights.double()
-    total = weights.sum()
-    mean = (values * weights).sum() / total
-    there = groups.unique()
-    if len(there) < 2:
-        return Interval(mean.item(), math.nan, math.nan)
-    deviations = torch.bincount(groups, weights=weights * (values - mean))
-    sample = len(there) / (len(there) - 1)
-    half = Z_95 * (sample * deviations.square().sum()).sqrt().item() / total.item()
-    return Interval(mean.item(), mean.item() - half, mean.item() + half)
+    numbers = torch.arange(len(values)) if groups is None else groups.unique(return_inverse=True)[1]
+    sizes = torch.bincount(numbers, weights=weights)
+    total = weights.sum().item()
+    p = (values * weights).sum().item() / total
+    if len(sizes) < 2:
+        return Interval(p, math.nan, math.nan)
+    few = _correction(_effective(sizes)) / _correction(_effective(weights))
+    if p in (0, 1):
+        n = _effective(sizes) / few
+    else:
+        deviations = torch.bincount(numbers, weights=weights * (values - p)) / total
+        variance = deviations.square().sum().item()
+        independent = p * (1 - p) / _effective(weights)
+        drawn = (len(sizes) * variance + independent) / (len(sizes) + 1)
+        n = p * (1 - p) / max(variance, drawn) / few
+    z2 = Z_95**2 / n
+    half = math.sqrt(z2 * (p * (1 - p) + z2 / 4))
+    low, high = ((p + z2 / 2 + side) / (1 + z2) for side in (-half, half))
+    return Interval(p, min(max(low, 0.0), p), max(min(high, 1.0), p))
+
+
+@lru_cache(maxsize=1024)
+def t_quantile(freedom: float) -> float:
+    """The 97.5 % quantile of Student's t with at least one degree of freedom.
+
+    t = sqrt(freedom) tan(a), with the density of a proportional to cos(a)^(freedom - 1).
+
+    >>> [round(t_quantile(freedom), 3) for freedom in (1, 4, 19)]
+    [12.706, 2.776, 2.093]
+    """
+    freedom = min(freedom, 10_000)  # beyond, t is the normal's to 4 digits
+    angles = np.linspace(0, math.pi / 2, 10_001)
+    density = np.cos(angles) ** (freedom - 1)
+    below = np.append(0, np.cumsum(density[1:] + density[:-1]))
+    return math.sqrt(freedom) * math.tan(np.interp(0.95 * below[-1], below, angles))
+
+
+def _effective(weights: Tensor) -> float:
+    """Kish's effective number of values with these weights."""
+    return (weights.sum().square() / weights.square().sum()).item()
+
+
+def _correction(count: float) -> float:
+    count = max(round(count, 3), 2)
+    return t_quantile(count - 1) ** 2 * count / (count - 1)
 
 
 def show_interval(interval: Mapping[str, float]) -> str:

@@ -2,16 +2,18 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from test_intervals import wilson
 
 from trl_instruct.errors import InputError
-from trl_instruct.intervals import mean_interval
+from trl_instruct.intervals import t_quantile
 from trl_instruct.reward_trainer.evaluation import (
     agreement,
     calibration,
-    calibration_error,
+    calibration_errors,
     comparisons,
     evaluate_reward,
     numbered,
@@ -54,9 +56,17 @@ def test_accuracy_and_log_loss(measured):
 
 def test_the_interval_is_over_prompts(measured):
     """Deviations from the mean 1/3 by prompt: 1 - 1, 1 - 1/3, 0 - 2/3."""
-    half = 1.96 * math.sqrt(3 / 2 * (0 + 4 / 9 + 4 / 9)) / 6
-    assert measured["accuracy_low"] == pytest.approx(1 / 3 - half)
-    assert measured["accuracy_high"] == pytest.approx(1 / 3 + half)
+    expected = over_three_prompts((0 + 4 / 9 + 4 / 9) / 36)
+    found = [measured[f"accuracy{end}"] for end in ("", "_low", "_high")]
+    assert found == pytest.approx(expected)
+
+
+def over_three_prompts(variance):
+    """The interval of a third of the six pairs, whose variance is drawn to that of independent
+    pairs; the prompts have 3, 1 and 2 of them."""
+    variance = (3 * variance + 2 / 9 / 6) / 4
+    prompts, pairs = (t_quantile(k - 1) ** 2 * k / (k - 1) for k in (round(36 / 14, 3), 6))
+    return wilson(1 / 3, 2 / 9 / variance * pairs / prompts)
 
 
 def test_the_longer_answer_on_the_same_pairs(measured):
@@ -66,10 +76,11 @@ def test_the_longer_answer_on_the_same_pairs(measured):
 
 
 def test_what_the_scores_add_to_the_length(measured):
-    """p: 1 - 3, q: 1 - 0, r: 0 - 1 right; a mean of -2/6, so deviations -1, 4/3, -1/3 by prompt."""
-    half = 1.96 * math.sqrt(3 / 2 * (1 + 16 / 9 + 1 / 9)) / 6
+    """p: 1 - 3, q: 1 - 0, r: 0 - 1 right; a mean of -2/6, so deviations -1, 4/3, -1/3 by prompt,
+    half of that for the share (1 + difference) / 2, whose mean is 1/3."""
+    share = over_three_prompts((1 + 16 / 9 + 1 / 9) / 4 / 36)
     added = [measured[f"above_length{end}"] for end in ("", "_low", "_high")]
-    assert added == pytest.approx([-1 / 3, -1 / 3 - half, -1 / 3 + half])
+    assert added == pytest.approx([2 * end - 1 for end in share])
 
 
 def test_ties_of_score_and_length_count_one_half(tokenizer):
@@ -154,15 +165,73 @@ def test_calibration_compares_what_is_expected_with_what_is_observed():
     assert (near["expected"], far["expected"]) == pytest.approx(sure)
     assert (near["observed"], far["observed"]) == pytest.approx((20 / 30, 27 / 30))
     assert (near["pairs"], far["pairs"]) == (30, 30)
-    interval = mean_interval([1.0] * 20 + [0.0] * 10)
-    assert (near["low"], near["high"]) == pytest.approx((interval.low, interval.high))
+    assert (near["low"], near["high"]) == pytest.approx(wilson(20 / 30, 30)[1:])
     error = (abs(20 / 30 - sure[0]) + abs(27 / 30 - sure[1])) / 2
-    assert calibration_error([near, far]) == pytest.approx(error)
+    assert calibration_errors(pairs_of(margins))["calibration_error"] == pytest.approx(error)
 
 
 def test_a_calibrated_model_has_no_error():
     margin = math.log(3)  # sigmoid 0.75
-    assert calibration_error(calibration(pairs_of([margin] * 30 + [-margin] * 10))) < 1e-9
+    pairs = pairs_of([margin] * 30 + [-margin] * 10)
+    assert calibration_errors(pairs)["calibration_error"] < 1e-9
+
+
+def test_calibration_counts_the_weights():
+    """Of one bin, weights of 3 are right and of 1 are wrong, where 0.6 is expected."""
+    margin = math.log(1.5)
+    pairs = pairs_of([margin, -margin])._replace(weights=torch.tensor([3.0, 1.0]).double())
+    (one,) = calibration(pairs)
+    assert (one["expected"], one["observed"]) == pytest.approx((0.6, 0.75))
+    errors = calibration_errors(pairs)
+    assert errors["calibration_error"] == pytest.approx(0.15)
+    # Both right 0.4 off, the heavy one 0.15, the light one 0.35, none 0.6.
+    floor = 0.36 * 0.4 + 0.24 * 0.15 + 0.24 * 0.35 + 0.16 * 0.6
+    assert errors["calibration_floor"] == pytest.approx(floor, abs=0.03)
+
+
+def test_the_floor_is_what_a_perfect_model_gets_on_60_pairs():
+    """Two bins of 30: the mean of |k / 30 - p| from the binomial."""
+    margins = [0.1] * 30 + [2.0] * 30
+    floor = 0.0
+    for p in (1 / (1 + math.exp(-margin)) for margin in (0.1, 2.0)):
+        chances = [math.comb(30, k) * p**k * (1 - p) ** (30 - k) for k in range(31)]
+        floor += sum(chance * abs(k / 30 - p) for k, chance in enumerate(chances)) / 2
+    assert floor == pytest.approx(0.061, abs=1e-3)
+    errors = calibration_errors(pairs_of(margins))
+    assert errors["calibration_floor"] == pytest.approx(floor, abs=0.006)
+    assert errors["calibration_floor"] < errors["calibration_floor_high"] < 2.5 * floor
+    assert calibration_errors(pairs_of(margins)) == errors
+
+
+@pytest.mark.slow
+def test_the_floor_knows_that_pairs_of_a_ranking_depend_on_each_other():
+    """10 rankings of nine, drawn one after the other from the best (Plackett-Luce): 360 pairs."""
+    random = np.random.default_rng(0)
+    scores = random.normal(size=(10, 9)) / 10
+    rows = [
+        {"prompt": f"p{i}", "responses": [f"{i}{j}" for j in range(9)], "ranks": [*range(1, 10)]}
+        for i in range(10)
+    ]
+    found = numbered(Dataset.from_list(rows)).rankings
+    pairs = comparisons(found, scores.flatten().tolist(), [1] * 90)
+    first, second = np.triu_indices(9, 1)
+    margins = scores[:, first] - scores[:, second]
+    expected = 1 / (1 + np.exp(-np.abs(margins)))
+    order = np.argsort(expected, axis=None)
+    errors = []
+    for _ in range(800):
+        places = np.empty((10, 9))
+        for i, chances in enumerate(np.exp(scores)):
+            best_first = random.choice(9, size=9, replace=False, p=chances / chances.sum())
+            places[i, best_first] = range(9)
+        right = (places[:, first] < places[:, second]) == (margins > 0)
+        off = (expected - right).flatten()[order].reshape(10, 36).sum(axis=1)
+        errors.append(np.abs(off).sum() / 360)
+    result = calibration_errors(pairs)
+    assert result["calibration_floor"] == pytest.approx(np.mean(errors), rel=0.05)
+    assert result["calibration_floor_high"] == pytest.approx(np.quantile(errors, 0.95), rel=0.1)
+    alone = calibration_errors(pairs_of(margins.flatten().tolist()))
+    assert alone["calibration_floor"] < result["calibration_floor"]
 
 
 def test_a_pair_of_weight_3_counts_as_three_in_a_bin():
@@ -238,10 +307,10 @@ def test_agreement_of_two_labelers_by_hand():
             ("q", "bca", [1, 2, 1], "y"),
         )
     )
-    half = 1.96 * math.sqrt(2 * ((1 - 3 * 0.6) ** 2 + (2 - 2 * 0.6) ** 2)) / 5
-    assert agreed == pytest.approx(
-        {"mean": 3 / 5, "low": 0.6 - half, "high": 0.6 + half, "pairs": 5}
-    )
+    variance = ((1 - 3 * 0.6) ** 2 + (2 - 2 * 0.6) ** 2) / 25  # 0.0512, above 0.24 / 5
+    prompts, pairs = 12.706205**2 * 2, 2.776445**2 * 5 / 4
+    _, low, high = wilson(0.6, 0.24 / variance * pairs / prompts)
+    assert agreed == pytest.approx({"mean": 3 / 5, "low": low, "high": high, "pairs": 5})
 
 
 def test_three_labelers_are_three_couples_and_share_some_responses_only():

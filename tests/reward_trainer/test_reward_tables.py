@@ -39,9 +39,10 @@ def test_the_table_holds_what_was_measured(evaluation, tmp_path):
         f"accuracy (95 %)       {accuracy}",
         "longer answer wins",
         f"noise ceiling       {metrics['ceiling']:.3f}",
-        "labelers agree      1.000 [1.000, 1.000]",
+        "labelers agree      1.000 [0.",
         f"log-loss              {metrics['log_loss']:.3f}",
-        "calibration error",
+        f"calibration error     {metrics['calibration_error']:.3f}",
+        f"perfect: {metrics['calibration_floor']:.3f}, up to 0.",
         "Spearman",
         "shift                 -1.250",
     ):
@@ -74,7 +75,12 @@ def test_the_figure(evaluation, tmp_path, monkeypatch):
     assert lines["labelers agree (all pairs)"].get_ydata()[0] == 1.0
     assert {"reward model", "chance"} <= {text.get_text() for text in by_k.get_legend().get_texts()}
     assert by_distance.get_xticklabels()[0].get_text().startswith("1\n")
-    assert f"{evaluation.metrics['calibration_error']:.3f}" in calibration.get_title()
+    title = calibration.get_title()
+    for name in ("calibration_error", "calibration_floor", "calibration_floor_high"):
+        assert f"{evaluation.metrics[name]:.3f}" in title
+    (bars,) = [c for c in by_k.containers if c.get_label() == "reward model"]
+    ends = [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()]
+    assert ends == [pytest.approx([c["accuracy_low"], c["accuracy_high"]]) for c in cells]
 
 
 @pytest.mark.slow

@@ -241,6 +241,6 @@ def _win_rates(
     """By judge. Lengths are in characters, as in AlpacaEval, since tokenizers may differ."""
     letters = [[len(text) for text in m.sampled.texts] for m in (model, baseline)]
     return {
-        judge: win_rate(own, baseline.scores[judge], *letters, seed=subject.config.seed)
+        judge: win_rate(own, baseline.scores[judge], *letters)
         for judge, own in model.scores.items()
     }

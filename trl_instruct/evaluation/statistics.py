@@ -7,9 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trl_instruct.intervals import Interval
+from trl_instruct.intervals import share_interval
 
-RESAMPLES = 2000
 NEWTON_STEPS = 50
 PENALTY = 1.0
 """L2 penalty on both coefficients of the length-controlled win rate, in units of one completion."""
@@ -20,23 +19,22 @@ def win_rate(
     baseline_scores: Sequence[float],
     lengths: Sequence[int],
     baseline_lengths: Sequence[int],
-    *,
-    seed: int = 0,
 ) -> dict[str, float]:
     """How often a model beats a baseline, raw with its 95 % interval, and at equal length.
+
+    A prompt is one value: both completions of it are compared with each other.
 
     Args:
         scores, baseline_scores: of B completions by one judge; the higher wins, a tie counts half.
         lengths, baseline_lengths: of the same completions, both in the same unit.
-        seed: of the bootstrap.
 
     Returns:
-        mean, low, high (see `bootstrap`) and length_controlled (see `length_controlled`).
+        mean, low, high (see `share_interval`) and length_controlled (see `length_controlled`).
     """
     won = wins(scores, baseline_scores)
     longer = torch.tensor(lengths, dtype=torch.float64) - torch.tensor(baseline_lengths)
     return {
-        **bootstrap(won, seed=seed)._asdict(),
+        **share_interval(won)._asdict(),
         "length_controlled": length_controlled(won, longer),
     }
 
@@ -51,24 +49,6 @@ def wins(scores: Sequence[float], baseline_scores: Sequence[float]) -> Tensor:
         baseline_scores, dtype=torch.float64
     )
     return (above.sign() + 1) / 2
-
-
-def bootstrap(values: Tensor, *, seed: int = 0) -> Interval:
-    """Mean of `(B,)` values with its 95 % percentile interval over resampled prompts.
-
-    Both completions of a prompt are drawn together (paired bootstrap: Koehn 2004, Statistical
-    Significance Tests for Machine Translation Evaluation). The same seed draws the same prompts
-    whatever the values, so the interval of 1 - values is the mirror image.
-    """
-    count, generator = len(values), torch.Generator().manual_seed(seed)
-    means = torch.stack(
-        [
-            values[torch.randint(count, (count,), generator=generator)].mean()
-            for _ in range(RESAMPLES)
-        ]
-    )
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
-    return Interval(values.mean().item(), low, high)
 
 
 def length_controlled(won: Tensor, longer: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
@@ -14,16 +15,16 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from transformers import PreTrainedTokenizerBase
 
-from trl_instruct.data.orders import dense_ranks
-from trl_instruct.data.pairs import content_key, ranking_to_pairs
+from trl_instruct.data.pairs import content_key, prompt_key, ranking_to_pairs
 from trl_instruct.data.rankings import Ranking
 from trl_instruct.data.rendering import ARGUMENTS
 from trl_instruct.data.sources import iterate
 from trl_instruct.errors import InputError
-from trl_instruct.intervals import Interval, grouped_interval
+from trl_instruct.intervals import Interval, share_interval
 from trl_instruct.rewards.function import RewardFunction, as_text, call_reward
 
 MOST_BINS, LEAST_PAIRS = 10, 30
+DRAWS = 200  # of a perfect model's rankings
 
 
 class RewardEvaluation(NamedTuple):
@@ -70,7 +71,8 @@ class Comparisons(NamedTuple):
 
     margins: score of the winner minus score of the loser; longer: the same for tokens; gold: for
     the labeler's noiseless scores, NaN if unknown; weights: of the ranking (these four float64);
-    prompts: number of the prompt; k: responses in the ranking; distances: difference of the ranks.
+    prompts: number of the prompt; k: responses in the ranking; distances: difference of the ranks;
+    winners, losers: places of the two in all rankings one after the other.
     """
 
     margins: Tensor
@@ -80,15 +82,25 @@ class Comparisons(NamedTuple):
     prompts: Tensor
     k: Tensor
     distances: Tensor
+    winners: Tensor
+    losers: Tensor
 
     def accuracy(self, differences: Tensor) -> Interval:
         """How often a difference `(N,)` is positive; 0 counts one half."""
-        return grouped_interval(_positive(differences), self.prompts, self.weights)
+        return share_interval(_positive(differences), self.prompts, self.weights)
 
     def above_length(self) -> Interval:
-        """Accuracy of the scores minus that of the lengths, pair by pair."""
+        """Accuracy of the scores minus that of the lengths, pair by pair.
+
+        Its interval is that of the share (1 + difference) / 2.
+        """
         gained = _positive(self.margins) - _positive(self.longer)
-        return grouped_interval(gained, self.prompts, self.weights)
+        share = share_interval((1 + gained) / 2, self.prompts, self.weights)
+        return Interval(*(2 * end - 1 for end in share))
+
+    def expected(self) -> Tensor:
+        """`(N,)` probability that the response with the higher score wins, by the scores."""
+        return torch.sigmoid(self.margins.abs())
 
     def ceiling(self) -> float | None:
         """Accuracy of the labeler's noiseless scores on their own ranking: the noise ceiling."""
@@ -115,29 +127,29 @@ def evaluate_reward(
     Returns:
         Metrics: accuracy, accuracy_low, accuracy_high (95 %); the same for length_accuracy (the
         response with more tokens wins) and for above_length (the difference); log_loss, the mean of
-        -log sigmoid(margin), nats; calibration and calibration_error (see `calibration`);
-        length_correlation (see `within_prompt_correlation`); by_k and by_distance, accuracies by
-        size of the ranking and difference of ranks; if known, ceiling (accuracy of `gold_scores`)
-        and agreement (see `agreement`); eval_prompts, eval_rankings, eval_pairs.
+        -log sigmoid(margin), nats; calibration (see there); calibration_error, calibration_floor,
+        calibration_floor_high (see `calibration_errors`); length_correlation (see
+        `within_prompt_correlation`); by_k and by_distance, accuracies by size of the ranking and
+        difference of ranks; if known, ceiling (accuracy of `gold_scores`) and agreement (see
+        `agreement`); eval_prompts, eval_rankings, eval_pairs.
     """
     held_out = numbered(rankings)
     ids = response_ids(held_out.responses, tokenizer)
     scores, lengths = held_out.scores(reward, ids), list(map(len, ids))
     pairs = comparisons(held_out.rankings, scores, lengths)
-    bins = calibration(pairs)
     metrics: dict[str, Any] = {
         **_named("accuracy", pairs.accuracy(pairs.margins)),
         **_named("length_accuracy", pairs.accuracy(pairs.longer)),
         **_named("above_length", pairs.above_length()),
         "log_loss": _mean(softplus(-pairs.margins), pairs.weights),
-        "calibration_error": calibration_error(bins),
+        **calibration_errors(pairs),
         "length_correlation": within_prompt_correlation(scores, lengths, held_out.prompt_numbers),
         "eval_prompts": len(set(held_out.prompt_numbers)),
         "eval_rankings": len(held_out.rankings),
         "eval_pairs": len(pairs.margins),
         "by_k": _broken_down(pairs, pairs.k),
         "by_distance": _broken_down(pairs, pairs.distances),
-        "calibration": bins,
+        "calibration": calibration(pairs),
     }
     known = {"ceiling": pairs.ceiling(), "agreement": agreement(held_out.rankings)}
     metrics |= {name: value for name, value in known.items() if value is not None}
@@ -166,7 +178,7 @@ def comparisons(
     Raises:
         InputError: no ranking has one.
     """
-    rows = []
+    rows, place = [], 0
     for one in labeled:
         ranking = Ranking(None, one.responses, one.ranks, None, 0)
         for winner, loser in ranking_to_pairs(ranking):
@@ -174,7 +186,9 @@ def comparisons(
             margin, longer = scores[better] - scores[worse], lengths[better] - lengths[worse]
             distance = one.ranks[loser] - one.ranks[winner]
             gold = one.gold[winner] - one.gold[loser] if one.gold else math.nan
-            rows.append((margin, longer, gold, one.weight, one.prompt, len(one.ranks), distance))
+            known = one.prompt, len(one.ranks), distance, place + winner, place + loser
+            rows.append((margin, longer, gold, one.weight, *known))
+        place += len(one.ranks)
     if not rows:
         raise InputError("No ranking to evaluate on has a pair with a winner; give more rankings.")
     columns = torch.tensor(rows, dtype=torch.float64).T
@@ -184,42 +198,49 @@ def comparisons(
 def calibration(pairs: Comparisons) -> list[dict[str, float]]:
     """How often the response that the model prefers wins, against how often the model expects it.
 
-    With scores r it expects a win with probability sigmoid(|r_a - r_b|), between one half and 1.
+    It expects a win with probability sigmoid(|r_a - r_b|) for scores r, between one half and 1.
     Pairs are sorted by it and cut into up to 10 bins of equal size, each of at least 30 pairs.
 
     Returns:
-        Per bin: mean expected rate, observed rate (95 % interval), number of pairs, their weight.
+        Per bin: mean expected rate, observed rate (95 % interval), number of pairs.
     """
-    expected = torch.sigmoid(pairs.margins.abs())
-    size = len(expected)
-    bins = max(1, min(MOST_BINS, size // LEAST_PAIRS))
-    result = []
-    for rows in torch.argsort(expected, stable=True).tensor_split(bins):
-        part = pairs.where(rows)
-        observed = part.accuracy(part.margins)
-        result.append(
-            {
-                "expected": _mean(expected[rows], part.weights),
-                "observed": observed.mean,
-                "low": observed.low,
-                "high": observed.high,
-                "pairs": len(rows),
-                "weight": part.weights.sum().item(),
-            }
-        )
+    bins, result = _bins(pairs), []
+    for number in bins.unique():
+        part = pairs.where(bins == number)
+        rate, low, high = part.accuracy(part.margins)
+        cell = {"expected": _mean(part.expected(), part.weights), "observed": rate}
+        result.append({**cell, "low": low, "high": high, "pairs": len(part.margins)})
     return result
 
 
-def calibration_error(bins: Sequence[dict[str, float]]) -> float:
-    """Expected calibration error: |expected - observed| on average over the pairs of all bins.
+def calibration_errors(pairs: Comparisons) -> dict[str, float]:
+    """Expected calibration error, and that of a perfect model on these pairs: noise alone.
 
-    >>> calibration_error([{"expected": 0.75, "observed": 0.5, "weight": 3.0},
-    ...                    {"expected": 0.75, "observed": 1.0, "weight": 1.0}])
-    0.25
+    The error is |expected - observed| on average over the pairs of all bins; the floor is that of
+    200 sets of rankings drawn from the model's own probabilities, with a fixed seed. With Gumbel
+    noise added to all scores, a response is above another with probability sigmoid(r_a - r_b), and
+    the pairs of a ranking fit together as a labeler's do (Plackett-Luce).
+
+    Returns:
+        calibration_error; calibration_floor and calibration_floor_high: its mean, 95 % quantile.
     """
-    total = sum(one["weight"] for one in bins)
-    off = sum(one["weight"] * abs(one["expected"] - one["observed"]) for one in bins)
-    return off / total
+    expected, bins = pairs.expected(), _bins(pairs)
+
+    def error(differences: Tensor) -> float:
+        preferred_wins = _positive(differences * pairs.margins.sign())
+        off = torch.bincount(bins, weights=pairs.weights * (expected - preferred_wins))
+        return (off.abs().sum() / pairs.weights.sum()).item()
+
+    generator, count = torch.Generator().manual_seed(0), int(torch.cat(pairs[-2:]).max()) + 1
+    drawn = []
+    for _ in range(DRAWS):
+        noise = -expected.new_empty(count).exponential_(generator=generator).log()
+        drawn.append(error(pairs.margins + noise[pairs.winners] - noise[pairs.losers]))
+    return {
+        "calibration_error": error(torch.ones_like(pairs.margins)),
+        "calibration_floor": statistics.fmean(drawn),
+        "calibration_floor_high": statistics.quantiles(drawn, n=20)[-1],
+    }
 
 
 def within_prompt_correlation(
@@ -228,9 +249,8 @@ def within_prompt_correlation(
     """Spearman's correlation of score and length among the responses to the same prompt.
 
     Over all prompts it would also measure whether prompts that ask for long answers get higher
-    scores, which no comparison shows. So scores and lengths become ranks within their prompt (equal
-    values share the mean rank), the prompt's mean is subtracted, and the deviations of all prompts
-    are correlated. Ranks, because a few lengths are extreme.
+    scores, which no comparison shows. So ranks within a prompt (equal values share the mean rank),
+    less their mean, are correlated over all prompts.
 
     Args:
         scores, lengths, prompts: one value per distinct response.
@@ -244,12 +264,12 @@ def within_prompt_correlation(
     groups = defaultdict(list)
     for score, length, prompt in zip(scores, lengths, prompts, strict=True):
         groups[prompt].append((score, length))
-    deviations = [
-        pair
-        for group in groups.values()
-        for pair in zip(*map(_centred_ranks, zip(*group, strict=True)), strict=True)
-    ]
-    a, b = torch.tensor(deviations, dtype=torch.float64).T
+    deviations = []
+    for group in groups.values():
+        both = torch.tensor(group, dtype=torch.float64).T
+        above = (both.unsqueeze(2) - both.unsqueeze(1)).sign()
+        deviations.append(above.sum(dim=2) / 2)  # ranks minus their mean
+    a, b = torch.cat(deviations, dim=1)
     return ((a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt()).item()
 
 
@@ -257,9 +277,8 @@ def agreement(labeled: Sequence[Labeled]) -> dict[str, float] | None:
     """How often two labelers order a pair of responses alike, if neither calls it a tie.
 
     Only rankings of one prompt by different `labeler`s are compared: without names they may come
-    from one person. The agreement hints at a ceiling for the model but is not a bound: a model that
-    knows what most labelers think agrees with one of them more often than two of them agree
-    (InstructGPT: labelers 72.6 +- 1.5 %, model 72.4 +- 0.4 %).
+    from one person. No bound for the model: one that knows what most labelers think agrees with one
+    of them more often than two of them agree (InstructGPT: labelers 72.6 %, model 72.4 %).
 
     Returns:
         mean, low, high (95 %) and the number of comparisons; None if there are none.
@@ -276,7 +295,7 @@ def agreement(labeled: Sequence[Labeled]) -> dict[str, float] | None:
     if not alike:
         return None
     prompts, values = zip(*alike, strict=True)
-    measured = grouped_interval(torch.tensor(values), torch.tensor(prompts), None)
+    measured = share_interval(torch.tensor(values), torch.tensor(prompts))
     return {**measured._asdict(), "pairs": len(values)}
 
 
@@ -293,14 +312,14 @@ def numbered(rankings: Dataset) -> Numbered:
     responses: dict[tuple[str, ...], int] = {}
     for record in iterate(rankings):
         asked, ranked = content_key(record["prompt"]), []
+        number = prompts.setdefault(prompt_key(record["prompt"]), len(prompts))
         arguments = {name: record[name] for name in ARGUMENTS if record.get(name) is not None}
-        prompt = prompts.setdefault(asked.strip(), len(prompts))
         for response in record["responses"]:
             key = asked, content_key(response), str(arguments)
             if key not in responses:
                 responses[key] = len(responses)
                 result.prompts.append(record["prompt"])
-                result.prompt_numbers.append(prompt)
+                result.prompt_numbers.append(number)
                 result.responses.append(response)
                 result.arguments.append(arguments)
             ranked.append(responses[key])
@@ -308,7 +327,7 @@ def numbered(rankings: Dataset) -> Numbered:
         gold = record.get("gold_scores")
         if gold is not None and len(gold) != len(ranked):
             gold = None  # repeated responses were removed; which ones is unknown
-        one = Labeled(prompt, ranked, record["ranks"], weight, record.get("labeler"), gold)
+        one = Labeled(number, ranked, record["ranks"], weight, record.get("labeler"), gold)
         result.rankings.append(one)
     return result
 
@@ -323,6 +342,12 @@ def _alike(first: Labeled, second: Labeled) -> list[float]:
     ]
     both = [(a - b, x - y) for (a, x), (b, y) in combinations(shared, 2)]
     return [float(one * other > 0) for one, other in both if one and other]
+
+
+def _bins(pairs: Comparisons) -> Tensor:
+    """`(N,)` number of each pair's bin, in the order of the expected rates."""
+    order, size = pairs.expected().argsort(stable=True), len(pairs.margins)
+    return order.argsort() * max(1, min(MOST_BINS, size // LEAST_PAIRS)) // size
 
 
 def _broken_down(pairs: Comparisons, key: Tensor) -> dict[str, dict[str, float]]:
@@ -348,13 +373,3 @@ def _positive(differences: Tensor) -> Tensor:
 
 def _mean(values: Tensor, weights: Tensor) -> float:
     return ((values * weights).sum() / weights.sum()).item()
-
-
-def _centred_ranks(values: Sequence[float]) -> list[float]:
-    """Ranks minus their mean; equal values share the mean rank."""
-    dense = dense_ranks(values)
-    mean_rank = {
-        rank: sum(other < rank for other in dense) + (dense.count(rank) - 1) / 2
-        for rank in {*dense}
-    }
-    return [mean_rank[rank] - (len(dense) - 1) / 2 for rank in dense]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trl_instruct.intervals import show_metric
+from trl_instruct.intervals import show_interval, show_metric
 from trl_instruct.reward_trainer.evaluation import RewardEvaluation
 
 FIGURE = "rm.png"
@@ -32,13 +32,12 @@ def render(metrics: dict[str, Any], figure: Path) -> str:
         rows.append(("  noise ceiling", f"{metrics['ceiling']:.3f}", "of the labeler"))
     if "agreement" in metrics:
         two = metrics["agreement"]
-        agreed = f"{two['mean']:.3f} [{two['low']:.3f}, {two['high']:.3f}]"
-        rows.append(("  labelers agree", agreed, f"{two['pairs']:,} comparisons"))
+        rows.append(("  labelers agree", show_interval(two), f"{two['pairs']:,} comparisons"))
     if "accuracy" in metrics:
         correlation = f"{metrics['length_correlation']:+.3f}"
         rows += [
             ("log-loss", f"{metrics['log_loss']:.3f}", "a coin: 0.693"),
-            ("calibration error", f"{metrics['calibration_error']:.3f}", "perfect: 0"),
+            ("calibration error", f"{metrics['calibration_error']:.3f}", _floor(metrics)),
             ("score and length", correlation, "Spearman, within a prompt"),
         ]
     if "shift" in metrics:
@@ -76,9 +75,12 @@ def plot_accuracy(axes: Any, metrics: Mapping[str, Any], key: str, label: str) -
     cells = metrics[key]
     places = range(len(cells))
     means = [cell["accuracy"] for cell in cells.values()]
-    lows = [cell["accuracy"] - cell["accuracy_low"] for cell in cells.values()]
+    below = [cell["accuracy"] - cell["accuracy_low"] for cell in cells.values()]
+    above = [cell["accuracy_high"] - cell["accuracy"] for cell in cells.values()]
     lengths = [cell["length_accuracy"] for cell in cells.values()]
-    axes.errorbar(places, means, yerr=lows, fmt="o", capsize=4, color=MODEL, label="reward model")
+    axes.errorbar(
+        places, means, [below, above], fmt="o", capsize=4, color=MODEL, label="reward model"
+    )
     axes.plot(places, lengths, "x", color=LENGTH, label="longer answer wins")
     if "ceiling" in metrics:
         ceilings = [cell.get("ceiling", math.nan) for cell in cells.values()]
@@ -100,11 +102,12 @@ def plot_calibration(axes: Any, metrics: Mapping[str, Any]) -> None:
     bins = metrics["calibration"]
     expected = [one["expected"] for one in bins]
     observed = [one["observed"] for one in bins]
-    errors = [one["observed"] - one["low"] for one in bins]
+    below = [one["observed"] - one["low"] for one in bins]
+    above = [one["high"] - one["observed"] for one in bins]
     axes.plot([0.5, 1], [0.5, 1], ls=":", color=CHANCE, label="perfect")
-    axes.errorbar(expected, observed, yerr=errors, fmt="o-", capsize=4, color=MODEL)
+    axes.errorbar(expected, observed, [below, above], fmt="o-", capsize=4, color=MODEL)
     axes.set(
-        title=f"calibration, expected error {metrics['calibration_error']:.3f}",
+        title=f"calibration error {metrics['calibration_error']:.3f} ({_floor(metrics)})",
         xlabel="expected: sigmoid(difference of scores)",
         ylabel="observed: the higher score wins",
         xlim=(0.49, 1.01),
@@ -120,6 +123,11 @@ def _plot_lengths(axes: Any, evaluation: RewardEvaluation) -> None:
     correlation = evaluation.metrics["length_correlation"]
     title = f"length, correlation within a prompt {correlation:+.3f} (Spearman)"
     axes.set(title=title, xlabel="tokens of the response", ylabel="score")
+
+
+def _floor(metrics: Mapping[str, Any]) -> str:
+    floor, high = (metrics.get(f"calibration_floor{end}", math.nan) for end in ("", "_high"))
+    return f"perfect: {floor:.3f}, up to {high:.3f}"
 
 
 def _pairs(metrics: dict[str, Any]) -> str:
