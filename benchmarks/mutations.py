@@ -433,7 +433,6 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
             ("one.ranks[loser] - one.ranks[winner]", "one.ranks[winner] - one.ranks[loser]"),
             ("if first.labeler != second.labeler:", "if first is not second:"),
             ("one * other > 0", "one * other < 0"),
-            ("(dense.count(rank) - 1) / 2", "dense.count(rank) / 2"),
         ],
     ),
     (
@@ -446,7 +445,8 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
             ("seed))[:max_pairs]", "seed))[:max_pairs + 1]"),
             ("sorted(compared, key=lambda pair: _lot(ranking, pair, seed))", "sorted(compared)"),
             ("        texts.sort()\n", "        pass\n"),
-            ("_digest(seed, content_key(prompt).strip())", "_digest(seed, content_key(prompt))"),
+            ("return prompt.strip()", "return prompt"),
+            ('"content": (one["content"] or "").strip()', '"content": one["content"]'),
             ("tested = set(prompts[:wanted])", "tested = set(prompts[wanted:])"),
             (
                 "ranking.scores[chosen] - ranking.scores[rejected]",
