@@ -419,7 +419,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
             ("drawn, n=20)[-1]", "drawn, n=20)[0]"),
             ("size // LEAST_PAIRS)) // size", "size // LEAST_PAIRS + 1)) // size"),
             ("2 * end - 1 for end", "end for end"),
-            (".sum(dim=2) / 2)  # ranks", ".sum(dim=1) / 2)  # ranks"),
+            ("both.unsqueeze(1)).sign()", "both.unsqueeze(1))"),
             (
                 "self.prompts, self.weights)\n\n    def above",
                 "self.prompts, None)\n\n    def above",

@@ -268,7 +268,7 @@ def within_prompt_correlation(
     for group in groups.values():
         both = torch.tensor(group, dtype=torch.float64).T
         above = (both.unsqueeze(2) - both.unsqueeze(1)).sign()
-        deviations.append(above.sum(dim=2) / 2)  # ranks minus their mean
+        deviations.append(above.sum(dim=2))  # twice the ranks less their mean
     a, b = torch.cat(deviations, dim=1)
     return ((a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt()).item()
 
