@@ -86,9 +86,10 @@ def test_merged_weights_alone(hub, saved_policy, tmp_path):
 
 
 class Tracker(TrainerCallback):
-    """Keeps what a tracker would send on."""
+    """Keeps what a tracker would send on, and writes a file of its own."""
 
     def on_train_begin(self, args, state, control, **kwargs):
+        (Path(args.output_dir) / "notes.txt").touch()
         self.told = args.to_json_string() + str(args.to_sanitized_dict()) + str(vars(args))
 
 
@@ -108,7 +109,7 @@ def test_an_adapter_with_its_checkpoints_and_no_secret(hub, saved_policy, tmp_pa
     assert {"checkpoint-2/adapter_model.safetensors", "checkpoint-2/optimizer.pt"} <= files
     assert (folder / "checkpoint-1").is_dir() and not any("checkpoint-1" in f for f in files)
     assert not any(f.endswith(("training_args.bin", "ppo_state.json")) for f in files)
-    assert not any("value_model" in f for f in files)
+    assert not any("value_model" in f or "notes" in f for f in files)
     base = [AutoModelForCausalLM.from_pretrained(saved_policy) for _ in range(3)]
     published, start = (
         logits(PeftModel.from_pretrained(model, path))

@@ -1,7 +1,6 @@
 """A stage's folder on the Hub: as it is, in one commit."""
 
 import copy
-from collections.abc import Iterable
 from glob import escape
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from transformers.trainer_utils import HubStrategy
 
 from trl_instruct.configs import StageConfig
 from trl_instruct.errors import located, redact
+from trl_instruct.manifest import listed_files
 from trl_instruct.models.checkpoints import PPO_STATE, all_checkpoints
 from trl_instruct.recipes.options import option_errors
 
@@ -45,12 +45,11 @@ def create_repository(config: StageConfig) -> str | None:
     return made.repo_id
 
 
-def publish(folder: Path, written: Iterable[Path], config: StageConfig, repository: str) -> None:
-    """Upload a stage's files, and the checkpoints that hub_strategy asks for, in one commit.
+def publish(folder: Path, config: StageConfig, repository: str) -> None:
+    """Upload what a stage wrote, and the checkpoints that hub_strategy asks for, in one commit.
 
     Args:
-        folder: the stage's.
-        written: what it wrote there, files and folders.
+        folder: the stage's, finished.
         repository: as `create_repository` returned it.
 
     Raises:
@@ -58,14 +57,14 @@ def publish(folder: Path, written: Iterable[Path], config: StageConfig, reposito
     """
     first = {HubStrategy.CHECKPOINT: -1, HubStrategy.ALL_CHECKPOINTS: 0}.get(config.hub_strategy)
     checkpoints = [] if first is None else all_checkpoints(folder)[first:]
-    files = (f for path in (*written, *checkpoints) for f in (path, *path.rglob("*")))
-    names = [f.relative_to(folder) for f in files if f.is_file()]
+    states = (path.relative_to(folder).as_posix() for c in checkpoints for path in c.rglob("*"))
+    names = [name for name in (*listed_files(folder), *states) if not PRIVATE & {*name.split("/")}]
     with located(f"The result is in {folder}, but it is not on the Hub"), option_errors():
         HfApi(token=config.hub_token).upload_folder(
             repo_id=repository,
             folder_path=folder,
             commit_message="End of training",
             revision=config.hub_revision,
-            allow_patterns=[escape(n.as_posix()) for n in names if not set(n.parts) & PRIVATE],
+            allow_patterns=[escape(name) for name in names],
             delete_patterns=REPLACED,
         )

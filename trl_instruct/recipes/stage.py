@@ -31,7 +31,7 @@ from trl_instruct.console import in_markdown, say
 from trl_instruct.data.sources import AnyDataset, Source, first_record
 from trl_instruct.errors import InputError, redact
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, write_json
-from trl_instruct.manifest import MANIFEST_FILE, listed_files
+from trl_instruct.manifest import MANIFEST_FILE
 from trl_instruct.models.adapters import Adapter, check_trains_in_float32, is_adapter
 from trl_instruct.models.checkpoints import (
     check_resumable,
@@ -286,8 +286,7 @@ class StageRun:
             self.files.remove(unless=kept | ({BASE} if is_adapter(self.new) else set()))
             metrics = self.write_metrics(metrics)
             if self.repository is not None:
-                written = [self.folder / name for name in listed_files(self.folder)]
-                publish(self.folder, written, self.config, self.repository)
+                publish(self.folder, self.config, self.repository)
         PartialState().wait_for_everyone()
         return StageResult(self.folder, metrics)
 
