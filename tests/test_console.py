@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -109,27 +110,24 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_in_a_model_card_stays_a_name(tmp_path, name):
-    folder = tmp_path / name.replace("/", "").replace("\x00", "")
-    folder.mkdir()
-    config = SFTConfig(output_dir=str(folder), use_cpu=True, dataset_name=name)
-    run = StageRun("sft", config, ModelConfig())
-    run.write_model_card({f"eval_{name}": 0.5, "eval_accuracy": 1.0})
-    text = (folder / "README.md").read_text()
-    assert ModelCard.load(folder / "README.md").data.to_dict() == {
-        "library_name": "transformers",
-        "tags": ["trl-instruct", "trl", "sft"],
-    }
+    def card(name):
+        """Its text, and the tags of the page that it is shown as."""
+        folder = tmp_path / name.replace("/", "").replace("\x00", "")
+        config = SFTConfig(output_dir=str(folder), use_cpu=True, dataset_name=name)
+        run = StageRun("sft", config, ModelConfig())
+        run.new.mkdir(parents=True)
+        run.write_model_card({f"eval_{name}": 0.5, "eval_accuracy": 1.0})
+        assert ModelCard.load(run.new / "README.md").data.to_dict() == {
+            "library_name": "transformers",
+            "tags": ["trl-instruct", "trl", "sft"],
+        }
+        text = (run.new / "README.md").read_text()
+        body = text.split("---\n", 2)[2]
+        return text, re.findall("<[^>]*>", MarkdownIt("commonmark").enable("table").render(body))
+
+    text, tags = card(name)
     assert is_harmless(text) and "| eval_accuracy | 1 |" in text
-    body = text.split("---\n", 2)[2]
-    render = MarkdownIt("commonmark").enable("table").render
-    page = render(body)
-    tags = ["<h1>", "<code>", "<td>", "<a ", "<img", "<em>", "<strong>", "<script", "<i>", "<hr"]
-    calm = tmp_path / "calm"
-    run.folder, config.dataset_name = calm, "calm"
-    calm.mkdir()
-    run.write_model_card({"calm": 0.5, "eval_accuracy": 1.0})
-    expected = render((calm / "README.md").read_text().split("---\n", 2)[2])
-    assert [page.count(tag) for tag in tags] == [expected.count(tag) for tag in tags]
+    assert tags == card("calm")[1]
 
 
 def test_a_plain_name_is_not_changed():

@@ -37,6 +37,7 @@ _EXPORTS = {
     "Clipped": "rewards.combined",
     "Normalised": "rewards.combined",
     "LengthPenalty": "rewards.combined",
+    "TimeLimit": "rewards.combined",
     "RankingRewardTrainer": "reward_trainer.trainer",
     "PPOTrainer": "ppo_trainer.trainer",
     "RewardModule": "ppo_trainer.upstream",

@@ -150,6 +150,14 @@ def brief(text: str, most: int = 200) -> str:
     return line if len(line) <= most else f"{line[:most]}..."
 
 
+def shown(value: Any) -> str:
+    """The beginning of a value as in Python, even if it is an int of too many digits."""
+    try:
+        return brief(repr(value), most=80)
+    except Exception:
+        return f"of type {type(value).__name__}"
+
+
 def in_markdown(text: str) -> str:
     """A text as it is, on one line, in Markdown: no markup, no HTML, no end of a table's cell.
 

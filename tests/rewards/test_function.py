@@ -2,11 +2,15 @@
 
 import asyncio
 import math
+import sys
+import threading
 
+import numpy as np
 import pytest
+import torch
 
 from trl_instruct.errors import InputError
-from trl_instruct.rewards.combined import Clipped, WeightedSum
+from trl_instruct.rewards.combined import Clipped, TimeLimit, WeightedSum
 from trl_instruct.rewards.function import (
     RewardError,
     RewardUnreachableError,
@@ -211,3 +215,93 @@ def test_an_async_function_that_calls_another():
         return call_reward(slowly, prompts, completions, COLUMNS)
 
     assert call_reward(outer, PROMPTS, COMPLETIONS, {}) == [119.0, 120.0, 121.0, 122.0]
+
+
+def returning(scores):
+    def reward(prompts, completions):
+        return scores
+
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("scores", "returned"),
+    [
+        (torch.tensor(1.0), r"Tensor of shape \(\)"),
+        (np.float64(1.0), r"float64 of shape \(\)"),
+        (torch.ones(4, 2), r"Tensor of shape \(4, 2\)"),
+        (np.ones((1, 4)), r"ndarray of shape \(1, 4\)"),
+        (torch.ones(3), "3 scores"),
+        (dict.fromkeys(range(4), 0.5), "dict"),
+        ({0.5, 1, 2, 3}, "set"),
+        ("1234", "str"),
+        (b"1234", "bytes"),
+        (0.5, "float"),
+        (None, "NoneType"),
+        ((0.5 for _ in range(4)), "generator"),
+    ],
+)
+def test_what_is_no_list_of_scores(scores, returned):
+    with pytest.raises(RewardError, match=f"'reward' returned {returned} for 4 completions"):
+        call_reward(returning(scores), PROMPTS, COMPLETIONS, {})
+
+
+@pytest.mark.parametrize(
+    ("score", "shown"),
+    [
+        (10**400, "1000.*"),
+        pytest.param(10**5000, "of type int", id="too many digits"),
+        ("0.5", "'0.5'"),
+        ([0.5], r"\[0.5\]"),
+        (1j, "1j"),
+        (torch.ones(2), r"tensor\(\[1., 1.\]\)"),
+        ("\x1b[2J\u202e" * 1000, "'.*"),
+    ],
+)
+def test_what_is_no_score(score, shown):
+    with pytest.raises(RewardError, match=f"gave the score {shown}; .*completion 3") as told:
+        call_reward(returning([1, 2, score, 4]), PROMPTS, COMPLETIONS, {})
+    assert str(told.value).isprintable() and len(str(told.value)) < 200
+
+
+@pytest.mark.parametrize("scores", [torch.ones(4).bfloat16(), np.arange(4), (True, 1, 0.5, 2)])
+def test_what_is_a_list_of_scores(scores):
+    expected = [float(score) for score in scores]
+    assert call_reward(returning(scores), PROMPTS, COMPLETIONS, {}) == expected
+
+
+def leaves(prompts, completions):
+    sys.exit(0)
+
+
+async def leaves_later(prompts, completions):
+    sys.exit(0)
+
+
+@pytest.mark.parametrize("reward", [leaves, leaves_later, TimeLimit(leaves, 5)])
+def test_a_reward_that_leaves_does_not_end_the_run(reward):
+    for _ in range(2):  # the loop of async rewards goes on
+        with pytest.raises(RewardError, match="raised .*SystemExit: 0"):
+            call_reward(reward, PROMPTS, COMPLETIONS, {})
+
+
+def test_a_reward_that_never_returns():
+    calls, for_ever = [], threading.Event()
+
+    def stuck(prompts, completions):
+        calls.append(len(completions))
+        for_ever.wait()
+
+    with pytest.raises(RewardUnreachableError, match="'stuck' did not return within 0.1 seconds"):
+        call_reward(TimeLimit(stuck, 0.1), PROMPTS, COMPLETIONS, {})
+    for_ever.set()
+    assert calls == [4]  # and is not asked again for each completion
+    with pytest.raises(InputError, match="must be above 0"):
+        TimeLimit(stuck, 0)
+
+
+def test_a_time_limit_changes_nothing_else():
+    limited = TimeLimit(Lengths(math.nan), 5)
+    assert call_reward(limited, PROMPTS[:2], ["a", "bb"], {"answer": ["w", "x"]}) == [1, 2]
+    with pytest.raises(RewardError, match="'Lengths' gave the score nan.*completion 3"):
+        call_reward(limited, PROMPTS, COMPLETIONS, COLUMNS)

@@ -1,26 +1,33 @@
 """The client and the server of a reward, with each other and each alone."""
 
+import contextlib
 import http.client
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from urllib.parse import urlsplit
 
 import pytest
 
 from trl_instruct import cli
 from trl_instruct.errors import InputError
 from trl_instruct.rewards import http as http_reward
+from trl_instruct.rewards import server as reward_server
 from trl_instruct.rewards.function import RewardError, RewardUnreachableError, call_reward
 from trl_instruct.rewards.http import HTTPReward, is_loopback
+from trl_instruct.rewards.judge import LLMJudge
 from trl_instruct.rewards.server import RewardServer
 
+REAL_SLEEP = time.sleep
 MAIN = "from trl_instruct.__main__ import main; main()"
 PROMPTS = ["one ", "two ", "three "]
 COMPLETIONS = ["a", "bb", "ccc"]
@@ -172,6 +179,102 @@ def test_what_is_wrong_is_told_at_once(answer, message, waits):
     assert waits == []
 
 
+@contextmanager
+def saying(*parts, pause=0.0):
+    """The address of a server that sends these bytes with pauses, whatever it is asked."""
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.recv(65536)
+                    for part in parts:
+                        connection.sendall(part)
+                        REAL_SLEEP(pause)
+                    connection.shutdown(socket.SHUT_WR)
+                    connection.recv(65536)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}/score"
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\n\r\n", b""])
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up(head, monkeypatch):
+    """Whatever it sends slowly: the status, the headers, the body."""
+    monkeypatch.setattr(http_reward.time, "sleep", REAL_SLEEP)
+    slow = [head, *[b"x"] * 100]
+    with saying(*slow, pause=0.05) as url, pytest.raises(RewardUnreachableError, match="timed out"):
+        start = time.monotonic()
+        HTTPReward(url, timeout=0.3, retries=0)(PROMPTS, COMPLETIONS)
+    assert time.monotonic() - start < 2
+
+
+OK = b"HTTP/1.1 200 OK\r\n\r\n"
+CLEAR = "\x1b[2J\u202e".encode()
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ([OK, b'{"scores": [1, 2, 1%s]}' % (b"0" * 400)], "gave the score 1000"),
+        ([OK, b'{"scores": [1, 2, 1%s]}' % (b"0" * 5000)], "did not answer with JSON"),
+        ([OK, b"[" * 100_000], "did not answer with JSON"),
+        ([OK, b'{"scores": ["1", "2", "3"]}'], "gave the score '1'"),
+        ([OK, b'{"error": "%s"}' % (rb"\u001b[2J" * 100_000)], "answered .*with 3 numbers"),
+        ([OK, CLEAR], "did not answer with JSON"),
+        ([b"HTTP/1.1 422 \x1b[2J\x9b31m\r\n\r\n", CLEAR * 100_000], "refused with HTTP 422 "),
+        ([b"HTTP/1.1 404 %s\r\n\r\n" % (b"a" * 60_000)], "refused with HTTP 404 aaa"),
+        ([b"HTTP/1.1 404 No\r\nContent-Length: 9\r\n\r\nnot"], "refused with HTTP 404 No"),
+        ([b"HTTP/1.1 500 \x1b[2J\n\n", CLEAR], "in 1 tries of 5 seconds: HTTP 500"),
+        ([CLEAR, b"a" * 60_000, b"\n\n"], "gave no answer in 1 tries"),
+    ],
+)
+def test_a_hostile_answer_is_one_short_line(said, message):
+    with saying(*said) as url, pytest.raises(RewardError, match=message) as told:
+        call_reward(HTTPReward(url, retries=0, timeout=5), PROMPTS, COMPLETIONS, {})
+    assert str(told.value).isprintable() and len(str(told.value)) < 700
+
+
+@pytest.mark.parametrize("token", ["secret\n", "sec\r\nX-Evil: ret", "secr\u20act", "\x7f"])
+def test_a_token_that_no_header_can_hold_is_not_shown(token, monkeypatch):
+    makers = [
+        lambda: HTTPReward("http://127.0.0.1:1/", token=token),
+        lambda: LLMJudge("http://127.0.0.1:1/", "m", "{completion}", low=0, high=1, token=token),
+        lambda: RewardServer(length, token=token),
+    ]
+    for make in makers:
+        with pytest.raises(InputError, match="The token for a server is empty, or has") as told:
+            make()
+        assert "sec" not in str(told.value) and str(told.value).isprintable()
+    monkeypatch.setenv("REWARD_SERVER_TOKEN", token)
+    with pytest.raises(InputError, match="REWARD_SERVER_TOKEN"):
+        HTTPReward("http://127.0.0.1:1/")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:pass@127.0.0.1:1/", "http://pa:ss/w@host/", "http://me@h"]
+)
+def test_an_address_with_a_password_is_refused_and_not_shown(url):
+    with pytest.raises(InputError, match="holds a user's name or password") as told:
+        HTTPReward(url)
+    assert "pa" not in str(told.value).replace("pass a token", "").replace("password", "")
+
+
+@pytest.mark.parametrize(
+    "path", ["", "h:99999/", "a b/", "[::1", "h/\xe9", "h/\n", "a..b/", "h\x1b[2J/", "h:port/"]
+)
+def test_what_is_no_address(path):
+    with pytest.raises(InputError, match="is not a server's address"):
+        HTTPReward(f"http://{path}")
+
+
 @pytest.fixture
 def proxied(monkeypatch):
     """proxied(url): the environment sends everything through that proxy."""
@@ -214,7 +317,7 @@ def test_a_server_elsewhere_is_reached_through_the_proxy(proxied):
     ],
 )
 def test_which_addresses_are_the_machines_own(host, own):
-    assert is_loopback(f"http://{host}/score") == own
+    assert is_loopback(urlsplit(f"http://{host}/score").hostname) == own
 
 
 def test_an_answer_may_not_be_endless(monkeypatch):
@@ -302,6 +405,75 @@ def test_requests_are_scored_one_at_a_time():
             thread.join()
         assert HTTPReward(server.url)(PROMPTS, COMPLETIONS) == [1.0] * 3
     assert inside == []
+
+
+def test_beyond_loopback_a_token_is_needed():
+    for host in ("0.0.0.0", "", "::", "10.0.0.1", "[::1]", "example"):
+        with pytest.raises(InputError, match="for other machines without a token. Set REWARD_S"):
+            RewardServer(length, host=host)
+    RewardServer(length, host="0.0.0.0", token="secret").server_close()
+    RewardServer(length, host="127.8.9.1").server_close()
+
+
+def test_an_empty_token_variable_is_no_permission(monkeypatch):
+    monkeypatch.setattr(cli, "load_reward", lambda *_, **__: length)
+    monkeypatch.setenv("REWARD_SERVER_TOKEN", "")
+    with pytest.raises(InputError, match="is empty, .* Check REWARD_SERVER_TOKEN"):
+        cli.serve_reward_command(["--reward_model_path", "runs/rm", "--port", "0"])
+
+
+def test_a_large_request_without_the_token_is_told_so():
+    """The server reads on: closing an unread connection resets it, and the answer is lost."""
+    with running(RewardServer(length, token="secret")) as server:
+        for _ in range(5):
+            with pytest.raises(RewardUnreachableError, match="HTTP 401"):
+                HTTPReward(server.url, retries=0)(PROMPTS, ["a" * 3_000_000] * 3)
+
+
+def test_a_client_that_sends_a_byte_now_and_then_is_dropped(monkeypatch):
+    monkeypatch.setattr(http_reward.time, "sleep", REAL_SLEEP)
+    monkeypatch.setattr(reward_server._Handler, "timeout", 0.3)
+    head = b"POST /score HTTP/1.1\r\nContent-Length: 99\r\n\r\n"
+    with running(RewardServer(length)) as server:
+        for start in (b"", head):
+            with socket.create_connection(("127.0.0.1", server.server_port)) as client:
+                client.sendall(start)
+                began = time.monotonic()
+                with pytest.raises(OSError):  # the connection is closed
+                    while time.monotonic() - began < 2:
+                        client.sendall(b"x")
+                        time.sleep(0.02)
+
+
+def test_threads_are_bounded_and_connections_wait(monkeypatch):
+    monkeypatch.setattr(reward_server, "MOST_THREADS", 2)
+    monkeypatch.setattr(reward_server._Handler, "timeout", 0.2)
+    before = threading.active_count()
+    with running(RewardServer(length)) as server, contextlib.ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port)))
+        REAL_SLEEP(0.1)
+        assert threading.active_count() - before <= 3  # with the one that accepts
+        assert HTTPReward(server.url, retries=0)(PROMPTS, COMPLETIONS) == [1, 2, 3]
+
+
+def test_64_clients_that_come_at_once_all_get_a_place():
+    server = RewardServer(length)  # not yet serving: all of them wait
+    with contextlib.ExitStack() as stack:
+        for _ in range(64):
+            place = ("127.0.0.1", server.server_port)
+            stack.enter_context(socket.create_connection(place, timeout=0.5))
+    server.server_close()
+
+
+def test_a_server_whose_own_reward_is_away_is_tried_again(waits):
+    message = "HTTP 503 .*127.0.0.1:1/ gave no answer"
+    with (
+        running(RewardServer(HTTPReward("http://127.0.0.1:1/", retries=0))) as server,
+        pytest.raises(RewardUnreachableError, match=message),
+    ):
+        HTTPReward(server.url, retries=2)(PROMPTS, COMPLETIONS)
+    assert waits == [1, 2]
 
 
 @contextmanager

@@ -336,3 +336,21 @@ def test_lora_and_quantised_reward_models(reward_model, saved_reward_model, toke
     exact = RewardModel(reward_model, tokenizer)(PROMPTS, COMPLETIONS)
     assert rough != exact
     assert rough == pytest.approx(exact, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def short(:\n    pass\n", r"SyntaxError: invalid syntax .*line 1\)"),
+        ("a = 1\nimport sys\nsys.exit(0)\n", "line 3, SystemExit: 0"),
+        ("\n{}['x']\n", "line 2, KeyError: 'x'"),
+        ("raise ValueError('\\x1b[2J' * 2)", r"line 1, ValueError: \\x1b\[2J"),
+        ("\x00", "SyntaxError|ValueError"),
+    ],
+)
+def test_a_file_of_rewards_that_cannot_be_run(tmp_path, code, message):
+    file = tmp_path / "rules.py"
+    file.write_text(code)
+    with pytest.raises(InputError, match=f"rules.py cannot be run: .*(?:{message})") as told:
+        load_reward(f"{file}:short")
+    assert str(told.value).isprintable()

@@ -2,10 +2,20 @@
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from threading import Thread
 from typing import Any, NamedTuple
 
 from trl_instruct.errors import InputError
-from trl_instruct.rewards.function import RewardFunction, Scores, as_text, call_part, reward_name
+from trl_instruct.rewards.function import (
+    RewardFunction,
+    RewardUnreachableError,
+    Scores,
+    as_text,
+    call_part,
+    reward_name,
+)
 
 
 class WeightedSum:
@@ -137,6 +147,44 @@ class Normalised:
         for state in states:
             self.shared = self.shared.joined(Moments(*state["own"]))
         self.own = Moments()
+
+
+class TimeLimit:
+    """A reward whose call fails, as one that cannot be reached, after so many seconds.
+
+    A call runs in a thread of its own. Python cannot end it: one that is late goes on until the
+    process ends, and what it returns is dropped.
+    """
+
+    def __init__(self, reward: RewardFunction, seconds: float):
+        if not seconds > 0:
+            raise InputError(f"A time limit of {seconds} seconds was given; it must be above 0.")
+        self.parts, self.seconds = [reward], seconds
+
+    @property
+    def __name__(self) -> str:
+        return reward_name(self.parts[0])
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
+    ) -> Scores:
+        """Scores of the completions, None where the reward does not apply."""
+        answer: Future[Scores] = Future()
+
+        def call() -> None:
+            try:
+                answer.set_result(call_part(self.parts[0], prompts, completions, columns))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        Thread(target=call, daemon=True).start()
+        try:
+            return answer.result(self.seconds)
+        except FutureTimeout:
+            raise RewardUnreachableError(
+                f"Reward {reward_name(self)!r} did not return within {self.seconds:g} seconds for "
+                f"{len(completions)} completions. Mend it, or set another time limit."
+            ) from None
 
 
 class LengthPenalty:

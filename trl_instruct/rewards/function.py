@@ -9,11 +9,12 @@ the prompt dataset's further columns. A function gets only what it has parameter
 import asyncio
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from functools import cache
 from threading import Thread, current_thread
 from typing import Any, NamedTuple
 
+from trl_instruct.console import shown
 from trl_instruct.errors import InputError, harmless, redact
 
 Scores = list[float | None]
@@ -208,20 +209,20 @@ def _ask(
         scores: Any = reward(prompts=prompts, completions=completions, **columns)
         if inspect.isawaitable(scores):
             scores = _awaited(scores)
+        returned = _returned(scores)
     except RewardError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit(0) would end a run as if it were done
         raise RewardError(f"Reward {name!r} raised {type(error).__name__}: {error}") from error
-    returned = len(scores) if hasattr(scores, "__len__") else None
-    if returned != count:
-        given = f"{type(scores).__name__}" if returned is None else f"{returned} scores"
+    if returned != f"{count} scores":
         raise RewardError(
-            f"Reward {name!r} returned {given} for {count} completions; it must return a list "
+            f"Reward {name!r} returned {returned} for {count} completions; it must return a list "
             "with one float per completion."
         )
+    scores = list(scores)
     read = [None if score is None else _float(score) for score in scores]
     faults = {
-        row: f"Reward {name!r} gave the score {scores[row]!r}; it must be a finite number."
+        row: f"Reward {name!r} gave the score {shown(scores[row])}; it must be a finite number."
         for row, score in enumerate(read)
         if score is not None and math.isnan(score)
     }
@@ -276,7 +277,10 @@ def _awaited(answer: Awaitable[Any]) -> Any:
     """What an async function returns."""
 
     async def wait() -> Any:
-        return await answer
+        try:
+            return await answer
+        except SystemExit as error:  # it would end the loop, and leave the caller waiting
+            raise RuntimeError(f"SystemExit: {error}") from error
 
     caller = current_thread()
     loop = _event_loop(caller if caller.name == LOOP_THREAD else None)
@@ -286,10 +290,19 @@ def _awaited(answer: Awaitable[Any]) -> Any:
 def _float(score: Any) -> float:
     """The score, or NaN if it is not a finite float32, the type of the tensors of scores."""
     try:
-        value = float(score)
-    except (TypeError, ValueError, RuntimeError):
+        value = math.nan if isinstance(score, str | bytes) else float(score)
+    except Exception:
         return math.nan
     return value if abs(value) <= LARGEST else math.nan
+
+
+def _returned(scores: Any) -> str:
+    """What a reward returned: "8 scores" for a list of 8, or a tensor or array of shape (8,)."""
+    kind, shape = type(scores).__name__, getattr(scores, "shape", None)
+    if shape is not None and len(shape) != 1:
+        return f"{kind} of shape {tuple(shape)}"
+    no_list = isinstance(scores, Mapping | Set | str | bytes) or not hasattr(scores, "__len__")
+    return kind if no_list else f"{len(scores)} scores"
 
 
 def is_column(value: Any, count: int) -> bool:

@@ -1,5 +1,6 @@
 """A reward on a server: JSON in and out, over the standard library's HTTP."""
 
+import contextlib
 import http.client
 import io
 import ipaddress
@@ -212,29 +213,28 @@ class _Once(
 def _opener(url: str) -> urllib.request.OpenerDirector:
     """Uses the environment's proxies, except for this machine's own addresses: a proxy on another
     machine would look for the server there."""
-    direct = (urllib.request.ProxyHandler({}),) if is_loopback(url) else ()
+    own = is_loopback(urllib.parse.urlsplit(url).hostname or "")
+    direct = (urllib.request.ProxyHandler({}),) if own else ()
     return urllib.request.build_opener(_Once, *direct)
 
 
-def is_loopback(url: str) -> bool:
-    """Whether an address is one of this machine's own, 127.0.0.0/8, ::1 or localhost.
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine: 127.0.0.0/8, ::1 or localhost.
 
-    >>> is_loopback("http://127.0.0.1:8000/score"), is_loopback("http://localhost.example/score")
+    >>> is_loopback("127.0.0.1"), is_loopback("localhost.example")
     (True, False)
     """
-    host = urllib.parse.urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name
-        return host == "localhost" or host.endswith(".localhost")
+        return f".{host}".lower().endswith(".localhost")
 
 
 def _told(error: urllib.error.HTTPError) -> str:
-    """The status and the beginning of the body."""
-    try:
+    """The status and the beginning of the body; closes the connection."""
+    body = ""
+    with error, contextlib.suppress(OSError, http.client.HTTPException):
         body = error.read(1000).decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        body = ""
     return brief(f"HTTP {error.code} {error.reason}: {body}".rstrip(": "), most=400)
 
 

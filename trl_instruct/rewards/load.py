@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -135,7 +136,14 @@ def _from_file(reward: str) -> RewardFunction:
     assert spec is not None and spec.loader is not None  # the name ends in .py
     module: ModuleType = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses, among others, look it up there
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+        where = f"line {lines[-1]}, " if lines else ""
+        raise InputError(
+            f"Reward {reward!r}: {file} cannot be run: {where}{type(error).__name__}: {error}"
+        ) from error
     found = getattr(module, name, None)
     if not callable(found):
         raise InputError(f"Reward {reward!r}: {file} defines no function or reward {name!r}.")

@@ -4,37 +4,51 @@ import hmac
 import json
 import re
 import socket
+import sys
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from trl_instruct.errors import InputError
-from trl_instruct.rewards.function import RewardFunction, Scores, call_part, is_column, reward_name
+from trl_instruct.rewards.function import (
+    RewardFunction,
+    RewardUnreachableError,
+    Scores,
+    call_part,
+    is_column,
+    reward_name,
+)
+from trl_instruct.rewards.http import TOKEN_VARIABLE, check_token, is_loopback, until_deadline
 
 LOOPBACK = "127.0.0.1"
 MOST_BYTES = 16 * 2**20
-# Seconds after which a client that sends nothing must free its thread.
+# Seconds for a whole request, after which the client is dropped.
 PATIENCE = 30.0
+# Requests at the same time; more wait in the queue of connections.
+MOST_THREADS = 128
 
 
 class RewardServer(ThreadingHTTPServer):
     """Scores over HTTP: `POST /score` as in `HTTPReward`, `GET /health`.
 
-    One request is scored at a time. A request that is too large, malformed or without the token is
-    refused; a reward that fails gives status 422 with `{"error": ...}`.
+    One request is scored at a time, a connection carries one. A request that is too large,
+    malformed or without the token is refused; a reward that fails gives status 422 with
+    `{"error": ...}`, one that cannot be reached 503.
 
     Args:
         host: address to listen at; other machines reach the server only if it is not loopback.
         port: 0 takes a free one, which is in `url`.
-        token: what requests to /score must carry as `Authorization: Bearer`, or None.
+        token: what requests to /score must carry as `Authorization: Bearer`; None on loopback only.
         max_bytes: largest size of a request.
 
     Raises:
-        InputError: the address is in use, or is not one of this machine.
+        InputError: the address is in use, or is not one of this machine; other machines reach it,
+            and there is no token; the token cannot be used.
     """
 
     daemon_threads = True
+    request_queue_size = 1024  # of connections; the standard library's 5 overflows under 64 clients
 
     def __init__(
         self,
@@ -45,9 +59,14 @@ class RewardServer(ThreadingHTTPServer):
         token: str | None = None,
         max_bytes: int = MOST_BYTES,
     ):
-        self.reward, self.token, self.max_bytes = reward, token, max_bytes
+        self.reward, self.token, self.max_bytes = reward, check_token(token), max_bytes
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.lock = threading.Lock()
+        if token is None and not is_loopback(host):
+            raise InputError(
+                f"A server at {host!r} would score for other machines without a token. Set "
+                f"{TOKEN_VARIABLE} (or token=), or listen at {LOOPBACK}."
+            )
+        self.lock, self.threads = threading.Lock(), threading.Semaphore(MOST_THREADS)
         try:
             super().__init__((host, port), _Handler)
         except (OSError, OverflowError) as error:
@@ -56,9 +75,24 @@ class RewardServer(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """The address for requests."""
-        host, port = self.server_address[:2]
-        shown = f"[{host!s}]" if self.address_family == socket.AF_INET6 else host
-        return f"http://{shown!s}:{port}/score"
+        return f"http://{_shown(str(self.server_address[0]))}:{self.server_port}/score"
+
+    def process_request(self, *connection: Any) -> None:
+        """Handle a request in a thread, when there is one."""
+        self.threads.acquire()
+        super().process_request(*connection)
+
+    def process_request_thread(self, *connection: Any) -> None:
+        """Handle a request, in its thread."""
+        try:
+            super().process_request_thread(*connection)
+        finally:
+            self.threads.release()
+
+    def handle_error(self, *connection: Any) -> None:
+        """Tell what went wrong, unless a client has gone."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(*connection)
 
     def score(self, request: dict[str, Any]) -> Scores:
         """Scores of a request's completions; InputError if it is malformed or the reward fails."""
@@ -73,10 +107,18 @@ class RewardServer(ThreadingHTTPServer):
             return call_part(self.reward, prompts, completions, columns) if completions else []
 
 
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: RewardServer
     timeout = PATIENCE
     protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = until_deadline(self.rfile, self.connection)
 
     def do_GET(self) -> None:
         if self.path != "/health":
@@ -85,7 +127,6 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(HTTPStatus.OK, {"status": "ok", "reward": reward_name(self.server.reward)})
 
     def do_POST(self) -> None:
-        self.close_connection = True  # an unread body must not be taken for the next request
         if self.path != "/score":
             self._answer(HTTPStatus.NOT_FOUND, {"error": "Use GET /health or POST /score."})
         elif not self._authorised():
@@ -97,6 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, {"error": told})
         else:
             self._score(self.rfile.read(length))
+            return
+        while self.rfile.read1():  # what is unread when a connection closes resets it
+            pass
 
     def _length(self) -> int | None:
         """Bytes of the request; None unless the header has one to twelve digits."""
@@ -114,9 +158,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._answer(HTTPStatus.OK, {"scores": self.server.score(request)})
         except InputError as error:
-            self._answer(
-                HTTPStatus.UNPROCESSABLE_ENTITY, {"error": getattr(error, "fault", str(error))}
-            )
+            away = isinstance(error, RewardUnreachableError)
+            status = HTTPStatus.SERVICE_UNAVAILABLE if away else HTTPStatus.UNPROCESSABLE_ENTITY
+            self._answer(status, {"error": getattr(error, "fault", str(error))})
 
     def _authorised(self) -> bool:
         if self.server.token is None:
@@ -127,6 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, status: HTTPStatus, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
+        self.send_header("Connection", "close")
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
