@@ -65,7 +65,7 @@ def test_the_models_own_generation_config_is_back_afterwards(policy, lora):
 
 def test_completions_stop_at_any_eos_given_and_belong_to_their_prompts(policy):
     stops = [256, *range(64)]
-    prompts = [[5] * n for n in (7, 1, 4, 2, 6, 3, 5)]
+    prompts = [[70 + 9 * n] * n for n in (7, 1, 4, 2, 6, 3, 5)]
     tokens, lengths, ended = sample(
         policy, prompts, max_new_tokens=6, eos_token_ids=stops, batch_size=2
     )
@@ -77,6 +77,7 @@ def test_completions_stop_at_any_eos_given_and_belong_to_their_prompts(policy):
         assert lengths[row] == (at[0] + 1 if at else 6)
     # a prompt's tokens decide the distribution: the rows are not mixed up by the sorting
     sharp, _, _ = sample(policy, prompts, temperature=1e-4, batch_size=2)
+    assert len(set(sharp.flatten().tolist())) > 4
     for prompt, token in zip(prompts, sharp, strict=True):
         assert policy(torch.tensor([prompt])).logits[0, -1].argmax() == token
 
@@ -117,6 +118,15 @@ def test_texts_have_neither_the_eos_nor_what_follows_it(tokenizer):
     tokens = torch.tensor([[*hello, 256, *filler], [*hello, *hello[:3]]])
     lengths, ended = torch.tensor([6, 8]), torch.tensor([True, False])
     assert decode(tokens, lengths, ended, tokenizer) == ["hello", "hellohel"]
+    # nor an EOS that the tokenizer takes for text, as a model's own may be
+    assert decode(tokens, torch.tensor([3, 8]), ended, tokenizer) == ["he", "hellohel"]
+
+
+def test_a_text_ends_before_the_first_of_its_stop_strings(tokenizer):
+    tokens = torch.tensor(tokenizer(["so be it. end! or"])["input_ids"])
+    whole = torch.tensor([tokens.shape[1]]), torch.tensor([True])
+    assert decode(tokens, *whole, tokenizer, ["!", ". ", "o"]) == ["s"]
+    assert decode(tokens, *whole, tokenizer, ["!", ". "]) == ["so be it"]
 
 
 def test_the_eos_of_tokenizer_and_model_both_end_a_completion(policy, tokenizer):

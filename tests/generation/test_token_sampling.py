@@ -112,11 +112,19 @@ def test_a_prompt_is_read_once_for_all_its_completions(policy):
     assert shapes == [(2, 3), (8, 1)]
 
 
-def test_completions_that_have_ended_are_computed_no_further(policy):
+@pytest.mark.parametrize("by_string", [False, True], ids=["EOS", "stop string"])
+def test_completions_that_have_ended_are_computed_no_further(policy, tokenizer, by_string):
     policy.eval()
-    lengths = [len(alone(policy, prompt)) for prompt in PROMPTS]
+    stops, options = STOPS, {}
+    if by_string:
+        letters = {t: tokenizer.decode([t]) for t in range(64)}
+        stops = [256, *(t for t, letter in letters.items() if letter.isascii() and letter)]
+        strings = [letters[t] for t in stops[1:]]
+        options = {"eos_token_ids": [256], "stop_strings": strings, "tokenizer": tokenizer}
+    lengths = [len(alone(policy, prompt, stops)) for prompt in PROMPTS]
+    assert len(set(lengths)) > 1
     shapes = rows_and_tokens(policy)
-    likeliest(policy, PROMPTS)
+    likeliest(policy, PROMPTS, **options)
     for step, (rows, tokens) in enumerate(shapes[1:], start=1):
         going_on = sum(length > step for length in lengths)
         assert tokens == 1
