@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,23 @@ def test_a_checkpoint_elsewhere_replaces_a_run_only_on_demand(tmp_path):
         assert not (folder / "checkpoint-3").exists()
 
 
+def test_a_resumed_run_keeps_its_base(tmp_path, make_policy, tokenizer):
+    with new_stage(tmp_path) as run:
+        run.save_base(make_policy(), tokenizer)
+        run.begin()
+        fill(tmp_path / "checkpoint-1", ["trainer_state.json"], "{}")
+        write_manifest(tmp_path / "checkpoint-1")
+    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+    again = partial(new_stage, tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    with again() as run:
+        assert run.save_base(make_policy(), tokenizer) == tmp_path / "base"
+        run.begin()
+    with pytest.raises(InputError, match="The model is not the one in .*base'"), again() as run:
+        run.save_base(make_policy(seed=1), tokenizer)
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
+    assert not (tmp_path / ".trl-instruct").exists()
+
+
 # ---- a run that fails before it begins -----------------------------------------------------------
 
 
@@ -304,6 +322,9 @@ def test_a_folder_behind_a_link(tmp_path):
     finish(link, checkpoints=[1])
     finish(link, overwrite_output_dir=True)
     assert "metrics.json" in content(tmp_path / "disk") and link.is_symlink()
+    (tmp_path / ".trl-instruct").symlink_to(tmp_path / "disk")
+    with pytest.raises(InputError, match=".trl-instruct is a link"):
+        RunFiles(tmp_path).lock()
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     with pytest.raises(InputError, match="is a link to nothing"), new_stage(tmp_path / "broken"):
         pass

@@ -64,18 +64,20 @@ class RunFiles:
         """Keep other runs out until `unlock`, or until this process ends.
 
         Raises:
-            InputError: another run is in progress there.
+            InputError: another run is in progress there, or the folder cannot be written.
         """
         if self.locked:
             return
+        hidden = self.folder / HIDDEN
         try:
-            (self.folder / HIDDEN).mkdir(parents=True, exist_ok=True)
+            hidden.mkdir(parents=True, exist_ok=True)
+            if hidden.is_symlink():
+                raise NotADirectoryError(f"{HIDDEN} is a link")
             self._lock.acquire()
-        except Timeout:
-            raise InputError(
-                f"output_dir {str(self.folder)!r}: another run is in progress there. Wait for its "
-                "end, or choose another folder."
-            ) from None
+        except OSError as error:
+            busy = "another run is in progress there. Wait for its end, or choose another folder."
+            told = busy if isinstance(error, Timeout) else f"{error}. Choose another."
+            raise InputError(f"output_dir {str(self.folder)!r}: {told}") from None
         self.held = self.holds_run()
 
     def unlock(self) -> None:
@@ -151,11 +153,9 @@ class RunFiles:
                 (self.folder / name).unlink()
                 _remove_empty(self.folder / parent for parent in Path(name).parents[:-1])
 
-    def remove_all(self) -> None:
-        """Remove our files, the new ones and the manifest."""
-        self.remove()
-        for path in (self.new, self.folder / MANIFEST_FILE):
-            _remove(path)
+    def remove_new(self) -> None:
+        """Remove the new files."""
+        _remove(self.new)
 
     def incoming(self) -> set[str]:
         """Names of the new files, by their place in the folder."""

@@ -32,7 +32,12 @@ from trl_instruct.data.sources import AnyDataset, Source, first_record
 from trl_instruct.errors import InputError, redact
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, write_json
 from trl_instruct.manifest import MANIFEST_FILE
-from trl_instruct.models.adapters import Adapter, check_trains_in_float32, is_adapter
+from trl_instruct.models.adapters import (
+    Adapter,
+    check_trains_in_float32,
+    fingerprint,
+    is_adapter,
+)
 from trl_instruct.models.checkpoints import (
     check_resumable,
     find_checkpoint,
@@ -189,6 +194,12 @@ class StageRun:
             self.files.lock()
             for part in (model, tokenizer):
                 part.save_pretrained(self.new / BASE)
+            known = fingerprint(self.folder / BASE)
+            if self._resumes_here and known not in (None, fingerprint(self.new / BASE)):
+                raise InputError(
+                    f"The model is not the one in {str(self.folder / BASE)!r}, over which the run "
+                    "to resume trains its adapter. Give the same."
+                )
             self.files.put_in_place()
         self.saved_base = True
         PartialState().wait_for_everyone()
@@ -206,10 +217,14 @@ class StageRun:
 
     def release(self) -> None:
         """Remove what a failed stage left in a new folder, unless there is something to keep."""
+        if not self.files.locked:
+            return
+        if not self.begun:
+            self.files.remove_new()
         kept = {*self.files.content()} - {CONFIG_FILE, BASE, MANIFEST_FILE}
-        kept |= self.files.incoming() if self.begun else set()
-        if self.files.locked and not self.files.held and not kept:
-            self.files.remove_all()
+        if not (self.files.held or kept or self.files.incoming()):
+            self.files.remove()
+            (self.folder / MANIFEST_FILE).unlink(missing_ok=True)
 
     def say(self, message: str) -> None:
         """Print a line for the user, from the main process."""
