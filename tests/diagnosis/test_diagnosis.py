@@ -90,16 +90,27 @@ def test_sft(base, after, evaluations, expected):
         ({"ceiling": 0.2}, ["labels_reversed"]),
         ({"train_accuracy": 0.83}, ["rm_overfitted"]),
         ({"train_accuracy": 0.81}, []),
+        ({"train_accuracy": 0.81, "accuracy": 0.70, "accuracy_high": 0.82}, []),  # within it
         ({"train_accuracy": None}, []),  # NaN, as JSON has it
         ({"above_length": 0.01, "above_length_low": -0.01}, ["rm_is_length"]),
         # The shorter wins 71 %: 0.01 better than that, +- 0.028.
         ({"length_accuracy": 0.29, "length_accuracy_low": 0.27}, ["rm_is_length"]),
         ({"length_accuracy": 0.33, "length_accuracy_low": 0.31}, []),
-        ({"length_correlation": 0.61}, ["rm_is_length"]),
-        ({"length_correlation": -0.61}, ["rm_is_length"]),
+        ({"length_correlation": 0.61}, ["rm_follows_length"]),  # but better by at least 0.14
+        ({"length_correlation": -0.61}, ["rm_follows_length"]),
+        ({"length_correlation": 0.61, "above_length_low": -0.01}, ["rm_is_length"]),
+        ({"length_correlation": 0.71}, ["rm_is_length"]),
+        ({"length_correlation": -0.71}, ["rm_is_length"]),
         ({"length_correlation": 0.59}, []),
         ({"length_correlation": None}, []),  # NaN, as JSON has it
-        ({"accuracy_low": 0.49}, ["rm_at_chance"]),
+        ({"accuracy_low": 0.49, "accuracy_high": 0.68}, ["rm_at_chance"]),
+        # Eleven comparisons: nothing can be said, neither of chance nor of a training by heart.
+        (
+            {"accuracy": 0.36, "accuracy_low": 0.11, "accuracy_high": 0.65, "train_accuracy": 0.5},
+            ["rm_too_few"],
+        ),
+        ({"accuracy": 0.75, "accuracy_low": 0.52, "accuracy_high": 0.93}, ["rm_too_few"]),
+        ({"accuracy": 0.2, "accuracy_low": 0.05, "accuracy_high": 0.4}, ["rm_reversed"]),
         ({"accuracy": 0.4, "accuracy_low": 0.38, "accuracy_high": 0.42}, ["rm_reversed"]),
     ],
 )
@@ -240,8 +251,9 @@ def test_what_was_not_measured_is_told():
 
 
 def test_the_verdict_names_the_first_stage_at_fault():
-    chain = {"rm": run({**RM, "accuracy_low": 0.49}), **ppo(policy__clipfrac=0.5)}
-    assert verdict(diagnose(chain)).startswith("2 faults found. Begin with rm:")
+    chance = {"accuracy": 0.5, "accuracy_low": 0.46, "accuracy_high": 0.54}
+    chain = {"rm": run({**RM, **chance, "train_accuracy": 0.5}), **ppo(policy__clipfrac=0.5)}
+    assert verdict(diagnose(chain)).startswith("3 faults found. Begin with rm:")
     assert verdict(diagnose(ppo(policy__clipfrac=0.5))) == "1 fault found. Begin with ppo."
 
 

@@ -15,7 +15,8 @@ STILL_FALLING = 0.05  # relative fall of the loss at the last evaluation
 MOST_SFT_RISE = 0.10  # above its lowest loss, as a share
 
 # Reward model, on held-out pairs.
-MOST_LENGTH = 0.6  # absolute correlation of score and length within a prompt
+MUCH_LENGTH, MOST_LENGTH = 0.6, 0.7  # absolute correlation of score and length within a prompt
+WIDE = 0.20  # an interval of the accuracy that leaves the verdict open
 MOST_OVERFIT = 0.10  # accuracy on training pairs minus accuracy on held-out pairs
 AT_CEILING, BELOW_CEILING = 0.03, 0.10  # below the labelers' noise ceiling or agreement
 
@@ -107,6 +108,16 @@ def _rm_against_baselines(metrics: Mapping[str, Any]) -> Iterator[Finding]:
             "the whole interval is below 0.5",
             flipped,
         )
+    elif _is_open(metrics):
+        yield Finding(
+            "rm",
+            "rm_too_few",
+            "unknown",
+            "The held-out comparisons are too few to tell how good the reward model is.",
+            accuracy,
+            f"the interval is wider than {WIDE}",
+            "Hold out more prompts (eval_size).",
+        )
     elif metrics["accuracy_low"] <= 0.5:
         yield Finding(
             "rm",
@@ -115,11 +126,14 @@ def _rm_against_baselines(metrics: Mapping[str, Any]) -> Iterator[Finding]:
             "The reward model is no better than chance.",
             accuracy,
             "the interval contains 0.5",
-            "More rankings, a higher learning_rate, or a better model to start from; hold out more "
-            "prompts if the interval is wide.",
+            "More rankings, a higher learning_rate, or a better model to start from.",
         )
     else:
         yield from _rm_against_length(metrics)
+
+
+def _is_open(metrics: Mapping[str, Any]) -> bool:
+    return metrics["accuracy_high"] - metrics["accuracy_low"] > WIDE
 
 
 def _rm_against_length(metrics: Mapping[str, Any]) -> Iterator[Finding]:
@@ -130,16 +144,29 @@ def _rm_against_length(metrics: Mapping[str, Any]) -> Iterator[Finding]:
         halves = (metrics[n] - metrics[f"{n}_low"] for n in ("accuracy", "length_accuracy"))
         low = gain - math.hypot(*halves)
     correlation = metrics["length_correlation"] or 0.0  # null if lengths never differ
+    told = (
+        f"{gain:+.3f} more accurate than 'the {'longer' if longer else 'shorter'} answer wins' "
+        f"(at least {low:+.3f}, 95 %); correlation of score and length {correlation:+.2f}"
+    )
     if low <= 0 or abs(correlation) > MOST_LENGTH:
         yield Finding(
             "rm",
             "rm_is_length",
             "fault",
             "The reward model judges by the length of an answer: PPO would learn little else.",
-            f"{gain:+.3f} more accurate than 'the {'longer' if longer else 'shorter'} answer wins' "
-            f"(at least {low:+.3f}, 95 %); correlation of score and length {correlation:+.2f}",
+            told,
             f"the interval contains 0, or the correlation within a prompt is beyond {MOST_LENGTH}",
             "Rank more answers, or answers of similar length; see the figure of score and length.",
+        )
+    elif abs(correlation) > MUCH_LENGTH:
+        yield Finding(
+            "rm",
+            "rm_follows_length",
+            "fine",
+            "The score follows the length of an answer, but knows more than that.",
+            told,
+            f"the correlation within a prompt is beyond {MUCH_LENGTH}",
+            "Watch objective/length in PPO; a length penalty is in docs/rewards.md.",
         )
 
 
@@ -147,7 +174,7 @@ def _rm_against_training(metrics: Mapping[str, Any]) -> Iterator[Finding]:
     if metrics.get("train_accuracy") is None or metrics["accuracy_high"] < 0.5:
         return  # not measured, or reversed, where the gap says nothing
     gap = metrics["train_accuracy"] - metrics["accuracy"]
-    if gap > MOST_OVERFIT:
+    if gap > MOST_OVERFIT and metrics["train_accuracy"] > metrics["accuracy_high"]:
         yield Finding(
             "rm",
             "rm_overfitted",
@@ -155,7 +182,7 @@ def _rm_against_training(metrics: Mapping[str, Any]) -> Iterator[Finding]:
             "The reward model has memorised its training rankings, the labelers' noise included.",
             f"accuracy {metrics['train_accuracy']:.3f} in training, {metrics['accuracy']:.3f} "
             "held out",
-            f"a gap above {MOST_OVERFIT}",
+            f"a gap above {MOST_OVERFIT}, and the training's is above the interval",
             "One epoch (C.2), a lower learning_rate, or more prompts.",
         )
 
@@ -164,7 +191,7 @@ def _rm_against_ceiling(metrics: Mapping[str, Any]) -> Iterator[Finding]:
     limit, named = metrics.get("ceiling"), "noise ceiling"
     if limit is None and "agreement" in metrics:
         limit, named = metrics["agreement"]["mean"], "labeler agreement"
-    if limit is None or limit < 0.5:
+    if limit is None or limit < 0.5 or _is_open(metrics):
         return
     figure = f"held-out accuracy {show_metric(metrics, 'accuracy')}; {named}: {limit:.3f}"
     if metrics["accuracy_high"] >= limit - AT_CEILING:
