@@ -64,13 +64,8 @@ def harmless(text: str, most: int = 10_000) -> str:
     >>> harmless("0123456789", most=4)
     '01 ... 89'
     """
-    text = redact(_ends(text, 2 * most))  # so that none of a secret is left where it is cut
-    return printable(_ends(text, most))
-
-
-def _ends(text: str, most: int) -> str:
-    half = most // 2
-    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
+    text, half = redact(text), most // 2
+    return printable(text if len(text) <= most else f"{text[:half]} ... {text[-half:]}")
 
 
 class InputError(ValueError):

@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future, wait
 from threading import Thread
 from typing import Any, NamedTuple
 
@@ -150,20 +149,15 @@ class Normalised:
 
 
 class TimeLimit:
-    """A reward whose call fails, as one that cannot be reached, after so many seconds.
+    """A reward that counts as unreachable if a call takes longer than `seconds`.
 
-    A call runs in a thread of its own. Python cannot end it: one that is late goes on until the
-    process ends, and what it returns is dropped.
+    Python cannot end the call: its thread goes on until the process ends.
     """
 
     def __init__(self, reward: RewardFunction, seconds: float):
         if not seconds > 0:
             raise InputError(f"A time limit of {seconds} seconds was given; it must be above 0.")
-        self.parts, self.seconds = [reward], seconds
-
-    @property
-    def __name__(self) -> str:
-        return reward_name(self.parts[0])
+        self.parts, self.seconds, self.__name__ = [reward], seconds, reward_name(reward)
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
@@ -178,13 +172,12 @@ class TimeLimit:
                 answer.set_exception(error)
 
         Thread(target=call, daemon=True).start()
-        try:
-            return answer.result(self.seconds)
-        except FutureTimeout:
+        if not wait([answer], self.seconds).done:
             raise RewardUnreachableError(
-                f"Reward {reward_name(self)!r} did not return within {self.seconds:g} seconds for "
+                f"Reward {self.__name__!r} did not return within {self.seconds:g} seconds for "
                 f"{len(completions)} completions. Mend it, or set another time limit."
-            ) from None
+            )
+        return answer.result()
 
 
 class LengthPenalty:

@@ -96,17 +96,13 @@ def check_url(url: str) -> str:
     """The URL; InputError if it is not an HTTP address, or holds a user's name or password."""
     try:
         parts = urllib.parse.urlsplit(url)
-        (parts.hostname or "").encode("idna")
-        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        plain = url.isascii() and url.isprintable() and " " not in url
-        valid, secret = known and plain, "@" in parts.netloc
+        known = parts.scheme in ("http", "https") and (parts.hostname or "").encode("idna")
+        valid = known and parts.port != 0 and url.isascii() and url.isprintable() and " " not in url
+        secret = "@" in parts.netloc
     except ValueError:
         valid, secret = False, "@" in url
     if secret:
-        raise InputError(
-            "A server's address holds a user's name or password, which messages and files would "
-            "show. Leave them out of it; pass a token in the environment or as token=."
-        )
+        raise InputError("A server's address holds a user's name or password; use a token instead.")
     if not valid:
         raise InputError(f"{url!r} is not a server's address; http://host:port/... is needed.")
     return url
@@ -116,8 +112,8 @@ def check_token(token: str | None) -> str | None:
     """The token; InputError, which does not show it, if it is empty or no header can hold it."""
     if token is not None and not (token.isprintable() and token.strip() and max(token) <= "\xff"):
         raise InputError(
-            "The token for a server is empty, or has a line break or another character that an "
-            f"HTTP header cannot hold. Check {TOKEN_VARIABLE}, or what was passed as token=."
+            "The token for a server is empty, or has a line break or another character that no "
+            f"HTTP header can hold. Check {TOKEN_VARIABLE}, or token=."
         )
     return token
 

@@ -78,16 +78,14 @@ class RewardServer(ThreadingHTTPServer):
         return f"http://{_shown(str(self.server_address[0]))}:{self.server_port}/score"
 
     def process_request(self, *connection: Any) -> None:
-        """Handle a request in a thread, when there is one."""
+        """Handle a request in a thread, as soon as one is free."""
         self.threads.acquire()
         super().process_request(*connection)
 
-    def process_request_thread(self, *connection: Any) -> None:
-        """Handle a request, in its thread."""
-        try:
-            super().process_request_thread(*connection)
-        finally:
-            self.threads.release()
+    def shutdown_request(self, *connection: Any) -> None:
+        """End a request, whose thread is free again."""
+        super().shutdown_request(*connection)
+        self.threads.release()
 
     def handle_error(self, *connection: Any) -> None:
         """Tell what went wrong, unless a client has gone."""
