@@ -1,4 +1,6 @@
+import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from trl_instruct.configs import (
     has_bf16,
 )
 from trl_instruct.errors import InputError
-from trl_instruct.recipes.options import resolve, save_config, stage_options
+from trl_instruct.recipes.options import field_types, resolve, save_config, stage_options
 
 CONFIGS = [PretrainConfig, SFTConfig, CandidatesConfig, RewardConfig, PPOConfig]
 # What differs from the defaults of transformers, of TRL, of ours; back to another's default; null.
@@ -87,6 +89,26 @@ def test_the_papers_values_are_the_defaults():
     assert (ppo.kl_coef, ppo.cliprange, ppo.gamma, ppo.num_ppo_epochs) == (0.02, 0.2, 1.0, 1)
     minibatch = ppo.per_device_train_batch_size * ppo.gradient_accumulation_steps
     assert (minibatch, minibatch * ppo.num_mini_batches) == (64, 512)
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
+def test_no_option_may_be_nan_or_infinite(config_class):
+    """Nor may a number inside one; all options that take a float are asked."""
+    types = field_types(config_class)
+    floats = [name for name, kind in types.items() if float in (kind, *get_args(kind))]
+    assert len(floats) > 10
+    for name in floats:
+        for value in (math.nan, math.inf, -math.inf):
+            with pytest.raises(InputError, match=f"^{name} is {value}; a finite number is needed"):
+                config_class(output_dir="x", **{name: value})
+    with pytest.raises(InputError, match="lr_scheduler_kwargs is .*nan}; a finite number"):
+        config_class(output_dir="x", lr_scheduler_kwargs={"min_lr_rate": math.nan})
+
+
+def test_no_option_of_the_model_may_be_nan(tmp_path):
+    for value in (math.nan, math.inf):
+        with pytest.raises(InputError, match=f"lora_dropout is {value}; a finite number"):
+            stage_options(SFTConfig, None, None, tmp_path, "x", {"lora_dropout": value})
 
 
 @pytest.mark.parametrize("real", [True, False])

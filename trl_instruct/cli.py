@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         name = _named_command(arguments[:1])
         COMMANDS[name](arguments[1:])
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:
         say(f"{name}: error: {' '.join(str(error).split())}", sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from trl_instruct.option_checks import (
     SFT_HAS_NOT,
     check_bounds,
     check_counts,
+    check_finite,
     check_positive,
     check_refused,
     check_training,
@@ -81,6 +82,7 @@ class StageConfig(_Mixin):
     )
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check_refused(self.REFUSED, self)
         switches: dict[Any, bool] = {"true": True, "false": False}  # flags are text
         resume: str | bool | None = self.resume_from_checkpoint

@@ -1,6 +1,7 @@
 """Checks and defaults of options that several configs share, and those that have no effect."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -125,6 +126,15 @@ def check_positive(config: Any, *names: str) -> None:
             raise InputError(f"{name} is {getattr(config, name)}; it must be above 0.")
 
 
+def check_finite(config: Any) -> None:
+    """InputError for a number that is NaN or infinite, in any option or inside one."""
+    for name, value in vars(config).items():
+        try:
+            json.dumps(value, default=str, allow_nan=False)
+        except ValueError as error:
+            raise InputError(f"{name} is {value}; a finite number is needed.") from error
+
+
 def check_training(config: Any) -> None:
     """InputError for what would stop the training, or for what it needs and does not have."""
     for column in config.columns or ():
@@ -137,8 +147,7 @@ def check_training(config: Any) -> None:
     for name in ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs"):
         if isinstance(getattr(config, name), str):
             raise InputError(f"{name} is {getattr(config, name)!r}; a JSON object is needed.")
-    if not 0 <= config.learning_rate < math.inf:  # NaN neither
-        raise InputError(f"learning_rate is {config.learning_rate}; it must not be negative.")
+    check_bounds(config, ("learning_rate",))
     if getattr(config, "activation_offloading", False) and not torch.accelerator.is_available():
         raise InputError("activation_offloading moves activations off a GPU; there is none.")
     if getattr(config, "kl_estimator", None) == "k3":

@@ -212,6 +212,8 @@ def test_what_is_saved_loads_with_plain_peft(make_folders, make_trainer, tokeniz
         "tokenizer.json",
         "tokenizer_config.json",
         "trainer_state.json",
+        "run.json",
+        "manifest.json",
         "value_model",
     }
     assert {path.name for path in (folder / "value_model").iterdir()} == {

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +20,12 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from trl_instruct.errors import InputError
+from trl_instruct.manifest import write_manifest
 from trl_instruct.models.checkpoints import (
     all_checkpoints,
     check_resumable,
     find_checkpoint,
-    is_whole,
+    is_finished,
 )
 from trl_instruct.ppo_trainer import trainer as ppo_trainer
 from trl_instruct.recipes.ppo import ppo
@@ -38,36 +38,39 @@ pytestmark = pytest.mark.slow  # whole runs, cut and resumed
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
 
-def make_checkpoint(folder, step, state="{}"):
+def make_checkpoint(folder, step, whole=True):
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True)
-    if state is not None:
-        (checkpoint / "trainer_state.json").write_text(state)
+    for name in ("trainer_state.json", "rng_state.pth"):
+        (checkpoint / name).write_text("{}")
+    if whole:
+        write_manifest(checkpoint)
     return checkpoint
 
 
 # ---- which checkpoint ----------------------------------------------------------------------------
 
 
-def test_the_last_whole_checkpoint_is_found(tmp_path):
+def test_the_last_whole_checkpoint_is_found(tmp_path, caplog):
     (tmp_path / "checkpoint-old").mkdir()
-    made = [make_checkpoint(tmp_path, step) for step in (9, 10)]
-    half = [
-        make_checkpoint(tmp_path, 11, state=None),
-        make_checkpoint(tmp_path, 12, state='{"a": '),
-    ]
-    assert all_checkpoints(tmp_path) == [*made, *half]
-    assert [is_whole(path) for path in [*made, *half]] == [True, True, False, False]
-    assert find_checkpoint(tmp_path, True) == made[1]
+    made = [make_checkpoint(tmp_path, step) for step in (9, 10, 11)]
+    half = make_checkpoint(tmp_path, 12, whole=False)
+    (made[2] / "rng_state.pth").write_text("[]")
+    assert all_checkpoints(tmp_path) == [*made, half]
+    assert [is_finished(path) for path in [*made, half]] == [True, True, True, False]
+    assert find_checkpoint(tmp_path, True) == find_checkpoint(tmp_path, "auto") == made[1]
+    assert caplog.messages[0].startswith(f"{half} is passed over: it is incomplete")
+    assert caplog.messages[1].endswith("rng_state.pth has changed since it was written.")
     assert find_checkpoint(tmp_path, str(made[0])) == made[0]
-    with pytest.raises(InputError, match="checkpoint-11' is incomplete"):
-        find_checkpoint(tmp_path, str(half[0]))
+    with pytest.raises(InputError, match="checkpoint-12' cannot be resumed from: it is incomplete"):
+        find_checkpoint(tmp_path, str(half))
+    assert find_checkpoint(tmp_path / "elsewhere", "auto") is None
 
 
 @pytest.mark.parametrize("checkpoint", [True, "elsewhere/checkpoint-3"])
 def test_no_checkpoint_to_go_on_from(tmp_path, checkpoint):
-    make_checkpoint(tmp_path, 3, state=None)
-    with pytest.raises(InputError, match="there is no checkpoint at"):
+    make_checkpoint(tmp_path, 3, whole=False)
+    with pytest.raises(InputError, match="there is no whole checkpoint at"):
         find_checkpoint(tmp_path, checkpoint)
 
 
@@ -94,6 +97,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_stays(saved_policy, tmp_p
     wide = AutoModelForCausalLM.from_config(
         AutoModelForCausalLM.from_pretrained(saved_policy).config.__class__(
             vocab_size=258,
+            max_position_embeddings=128,
             hidden_size=8,
             intermediate_size=8,
             num_hidden_layers=1,
@@ -103,18 +107,23 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_stays(saved_policy, tmp_p
             pad_token_id=257,
         )
     )
+    wide.config._name_or_path = str(saved_policy)  # whatever its name
     tokenizer = AutoTokenizer.from_pretrained(saved_policy)
     given = {"processing_class": tokenizer, **STEPS, "max_steps": 4, **resume}
     with pytest.raises(InputError, match="checkpoint-2' does not fit this run"):
         sft(wide, data, folder, **given)
 
 
-def test_a_reward_models_checkpoint_is_known(saved_reward_model, tmp_path):
-    """Sharded weights stand without a config: nothing tells them apart."""
-    check_resumable(tmp_path, "rm", adapter=True)
-    check_resumable(Path(saved_reward_model), "rm", adapter=False)
+def test_a_reward_models_checkpoint_is_known(tmp_path):
+    """By what it remembers: sharded weights have no config. A trainer alone knows no stage."""
+    (tmp_path / "run.json").write_text('{"run": {}}')
+    check_resumable(tmp_path, "ppo", adapter=True)
+    (tmp_path / "run.json").write_text('{"run": {"stage": "rm", "use_peft": false}}')
+    check_resumable(tmp_path, "rm", adapter=False)
     with pytest.raises(InputError, match="was written by rm, not by sft"):
-        check_resumable(Path(saved_reward_model), "sft", adapter=False)
+        check_resumable(tmp_path, "sft", adapter=False)
+    with pytest.raises(InputError, match="holds a full model, but use_peft is set"):
+        check_resumable(tmp_path, "rm", adapter=True)
 
 
 @pytest.mark.slow
@@ -123,6 +132,7 @@ def test_a_half_written_checkpoint_is_removed_and_not_resumed_from(saved_policy,
     sft(saved_policy, data, tmp_path / "run", **{**QUICK, **SAVING})
     half = tmp_path / "run" / "checkpoint-2"
     (half / "trainer_state.json").write_text("{")
+    (half / "manifest.json").unlink()
     told = sft(
         saved_policy,
         data,
@@ -232,9 +242,9 @@ def test_resuming_a_finished_run_changes_nothing(make_trainer):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"num_mini_batches": 1}, "made with batch_size 8, this run has 4"),
-        ({"data_seed": 3}, "made with seed 42, this run has 3"),
-        ({"train_dataset": Dataset.from_dict({"prompt": ["x"]})}, "prompts 16, this run has 1"),
+        ({"num_mini_batches": 1}, "made with num_mini_batches 2, this run has 1"),
+        ({"data_seed": 3}, "made with data_seed None, this run has 3"),
+        ({"train_dataset": Dataset.from_dict({"prompt": ["x"] * 16})}, "made with training data"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(make_trainer, change, match):

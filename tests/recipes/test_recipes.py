@@ -26,6 +26,7 @@ from trl import ModelConfig
 
 from trl_instruct import cli
 from trl_instruct.errors import InputError
+from trl_instruct.models.checkpoints import all_checkpoints
 from trl_instruct.models.load import load_policy
 from trl_instruct.recipes import ppo as ppo_recipe
 from trl_instruct.recipes import rm as rm_recipe
@@ -740,16 +741,29 @@ def test_the_stages_repeat_themselves(saved_policy, saved_reward_model, tmp_path
 # ---- resuming ------------------------------------------------------------------------------------
 
 
+def history(folder):
+    """The logs of a run, without what depends on the clock."""
+    logs = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    clock = ("runtime", "second")
+    return [{k: v for k, v in log.items() if not any(c in k for c in clock)} for log in logs]
+
+
 @pytest.mark.parametrize("call, rows", [(sft, DEMONSTRATIONS), (rm, PAIRS)], ids=["sft", "rm"])
 def test_resuming_gives_what_the_whole_run_gives(saved_policy, tmp_path, call, rows):
+    """Weights, logs (the second begins before the checkpoint and ends after it) and figures.
+
+    After the last step, which is within a pass, there is no further one.
+    """
     data = Dataset.from_list(rows)
-    options = {**QUICK, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    options = {**QUICK, "per_device_train_batch_size": 1, "max_steps": 6, "logging_steps": 3}
+    options |= {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
     options |= {"eval_size": 0} if call is rm else {}
     whole = call(saved_policy, data, tmp_path / "whole", **options)
+    assert len(history(whole.path)) == 3
 
     class Interrupt(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3:
+            if state.global_step == 5:
                 raise KeyboardInterrupt
 
     cut = tmp_path / "cut"
@@ -757,9 +771,15 @@ def test_resuming_gives_what_the_whole_run_gives(saved_policy, tmp_path, call, r
         call(saved_policy, data, cut, callbacks=[Interrupt()], **options)
     assert not (cut / "metrics.json").exists()
     assert (cut / "config.yaml").is_file()
-    resumed = call(saved_policy, data, cut, resume_from_checkpoint=True, **options)
     kind = AutoModelForCausalLM if call is sft else AutoModelForSequenceClassification
-    same_outputs(kind.from_pretrained(whole), kind.from_pretrained(resumed))
+    for step in (4, 6):
+        assert [path.name for path in all_checkpoints(cut)][-1] == f"checkpoint-{step}"
+        resumed = call(saved_policy, data, cut, resume_from_checkpoint=True, **options)
+        assert history(cut)[:3] == history(whole.path)
+        assert resumed.metrics["train_loss"] == whole.metrics["train_loss"]
+        assert resumed.metrics["seconds"] > whole.metrics["seconds"] / 2
+        first, second = (kind.from_pretrained(run).state_dict() for run in (whole, resumed))
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 # ---- bad input -----------------------------------------------------------------------------------

@@ -250,7 +250,7 @@ def test_resuming_a_finished_run_makes_it_unfinished_until_it_ends(saved_policy,
 
 @pytest.mark.parametrize("checkpoint", [True, "runs/none/checkpoint-3"])
 def test_nothing_to_resume_from(saved_policy, tmp_path, checkpoint):
-    with pytest.raises(InputError, match="there is no checkpoint at"):
+    with pytest.raises(InputError, match="there is no whole checkpoint at"):
         sft(saved_policy, DATA, tmp_path / "x", resume_from_checkpoint=checkpoint, **QUICK)
     assert not (tmp_path / "x").exists()
 

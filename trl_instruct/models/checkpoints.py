@@ -1,26 +1,29 @@
 """Checkpoints of a run: which are complete, which to resume from, how to load their weights."""
 
-import json
+import logging
+from functools import lru_cache
 from pathlib import Path
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_instruct.errors import InputError
-from trl_instruct.files import METRICS_FILE
+from trl_instruct.files import METRICS_FILE, read_json
+from trl_instruct.manifest import MANIFEST_FILE, damage, read_manifest
+
+logger = logging.getLogger(__name__)
 
 PPO_STATE = "ppo_state.json"
+RUN_FILE = "run.json"  # of any checkpoint: what `models/resuming.py` remembers
+AUTO = "auto"  # resume_from_checkpoint: go on if there is a whole checkpoint, else begin
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a `checkpoint-<step>` folder is complete: Trainers write their state as JSON last."""
-    try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+def is_finished(folder: Path) -> bool:
+    """Whether a checkpoint was written to its end: its manifest comes last."""
+    return (folder / MANIFEST_FILE).is_file()
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
@@ -30,63 +33,81 @@ def all_checkpoints(folder: Path) -> list[Path]:
     return [path for step, path in sorted((int(s), p) for s, p in numbered if s.isdigit())]
 
 
-def find_checkpoint(folder: Path, checkpoint: str | bool) -> Path:
-    """The checkpoint that `resume_from_checkpoint` names.
+def find_checkpoint(folder: Path, checkpoint: str | bool) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` names; all processes call it.
 
     Args:
         folder: the stage's.
-        checkpoint: a checkpoint's folder, or True for the last complete one.
+        checkpoint: a checkpoint's folder; True for the last whole one; AUTO for that, or None if
+            there is none.
 
     Raises:
-        InputError: it is missing or incomplete.
+        InputError: it is missing or damaged.
     """
-    if isinstance(checkpoint, bool):
-        whole = [path for path in all_checkpoints(folder) if is_whole(path)]
-        if whole:
-            return whole[-1]
-    elif Path(checkpoint).is_dir():
-        if is_whole(Path(checkpoint)):
-            return Path(checkpoint)
-        raise InputError(
-            f"The checkpoint {str(checkpoint)!r} is incomplete: the run ended while writing it. "
-            "Resume from an earlier one, or set resume_from_checkpoint to true (last complete one)."
-        )
-    raise InputError(
-        f"resume_from_checkpoint is {checkpoint!r}, but there is no checkpoint at "
-        f"{str(folder if isinstance(checkpoint, bool) else checkpoint)!r}. Give the folder of one "
-        "(.../checkpoint-<step>), or leave the option out to start afresh."
+    found = [_find(folder, checkpoint) if PartialState().is_main_process else None]
+    path, fault = broadcast_object_list(found)[0]
+    if fault is not None:
+        raise InputError(fault)
+    return path
+
+
+def _find(folder: Path, checkpoint: str | bool) -> tuple[Path | None, str | None]:
+    """The checkpoint, or None and why there is none."""
+    named = None if checkpoint in (True, AUTO) else Path(str(checkpoint))
+    if named is not None and named.is_dir():
+        fault = fault_of(named)
+        advice = "Resume from an earlier one, or set resume_from_checkpoint to true: the last whole"
+        told = f"The checkpoint {str(named)!r} cannot be resumed from: {fault}. {advice} one."
+        return (named, None) if fault is None else (None, told)
+    for path in reversed(all_checkpoints(folder) if named is None else []):
+        if (fault := fault_of(path)) is None:
+            return path, None
+        logger.warning("%s is passed over: %s.", path, fault)
+    if checkpoint == AUTO:
+        return None, None
+    return None, (
+        f"resume_from_checkpoint is {checkpoint!r}, but there is no whole checkpoint at "
+        f"{str(named or folder)!r}. Give the folder of one (.../checkpoint-<step>), or leave the "
+        "option out to start afresh."
     )
+
+
+def fault_of(folder: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from; None if all its files are as they were written."""
+    if (folder / METRICS_FILE).is_file():
+        return "it is the result of a stage, not a checkpoint; those are its folders checkpoint-*"
+    if not is_finished(folder):
+        return (
+            "it is incomplete: the run ended while writing it (or an older version of "
+            f"trl-instruct wrote it, without {MANIFEST_FILE})"
+        )
+    try:
+        files = sorted(folder.rglob("*"))
+        fault = _damage(folder, tuple((path, path.stat().st_mtime_ns) for path in files))
+        names = read_manifest(folder)
+    except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
+        return f"its {MANIFEST_FILE} is damaged ({type(error).__name__})"
+    if fault is None and not any(name.startswith("rng_state") for name in names):
+        return "save_only_model left out what a resumed run needs"
+    return fault
+
+
+@lru_cache(maxsize=4)
+def _damage(folder: Path, stamps: tuple[tuple[Path, int], ...]) -> str | None:
+    """`damage` of a folder whose files have these times: gigabytes are hashed once."""
+    return damage(folder)
 
 
 def check_resumable(checkpoint: Path, stage: str, *, adapter: bool) -> None:
-    """Check that a checkpoint is one of this stage, and an adapter's if the run trains one.
-
-    Raises:
-        InputError: it is another stage's, or the folder of a stage's result.
-    """
-    config, lora = (
-        json.loads((checkpoint / name).read_text(encoding="utf-8"))
-        if (checkpoint / name).is_file()
-        else {}
-        for name in ("config.json", "adapter_config.json")
-    )
-    if (checkpoint / METRICS_FILE).is_file():
+    """InputError if a checkpoint is not of this stage, or not an adapter's as the run is."""
+    run = read_json(checkpoint / RUN_FILE)["run"]
+    if run.get("stage", stage) != stage:
         raise InputError(
-            f"resume_from_checkpoint {str(checkpoint)!r} is the result of a stage, not a "
-            "checkpoint. Give one of its folders checkpoint-<step>."
+            f"The checkpoint {str(checkpoint)!r} was written by {run['stage']}, not by {stage}. "
+            f"Resume from one of {stage}'s, or choose another output_dir."
         )
-    if not config and not lora:
-        return  # sharded weights, which stand without a config
-    classes = str(config.get("architectures", ""))
-    scores = "SequenceClassification" in classes or lora.get("task_type") == "SEQ_CLS"
-    found = "ppo" if (checkpoint / PPO_STATE).is_file() else "rm" if scores else "sft"
-    if found != {"pretrain": "sft"}.get(stage, stage):
-        raise InputError(
-            f"The checkpoint {str(checkpoint)!r} was written by {found}, not by {stage}. Resume "
-            f"from one of {stage}'s, or choose another output_dir."
-        )
-    if bool(lora) != adapter:
-        held, needed = ("an adapter", "is not") if lora else ("a full model", "is")
+    if run.get("use_peft", adapter) != adapter:
+        held, needed = ("a full model", "is") if adapter else ("an adapter", "is not")
         raise InputError(
             f"The checkpoint {str(checkpoint)!r} holds {held}, but use_peft {needed} set. Resume "
             "with the options of the run that wrote it."
@@ -98,5 +119,5 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
     if isinstance(model, PeftModel):
         set_peft_model_state_dict(model, load_peft_weights(str(folder)))
     else:
-        saved = type(model).from_pretrained(folder, dtype=model.dtype)
+        saved = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())

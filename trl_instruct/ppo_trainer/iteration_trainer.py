@@ -6,7 +6,6 @@ as in any Trainer. PPO uses private methods of the Trainer in this file only.
 
 import math
 import random
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import Trainer, TrainerControl, TrainerState, set_seed
+from transformers import TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
 from trl_instruct.errors import InputError
+from trl_instruct.models.resuming import ResumableTrainer
 from trl_instruct.models.sharding import load_shards, mark_fsdp_root
 from trl_instruct.rewards.function import RewardFunction, load_states, states_of
 
 
-class IterationTrainer(Trainer):
+class IterationTrainer(ResumableTrainer):
     """Does what `Trainer.train` does before, between and after the iterations of a subclass.
 
     The subclass sets `num_iterations` and `iterations_per_epoch`, and calls `begin_training`,
@@ -39,7 +39,6 @@ class IterationTrainer(Trainer):
     metrics: dict[str, Any]
     reward: RewardFunction
     beginning: tuple[tuple[Any, ...], list[dict[str, Any]]]
-    saved_step: int
 
     def begin_training(self, checkpoint: Path | None = None) -> None:
         """Set up optimizer, scheduler, processes and callbacks.
@@ -59,8 +58,6 @@ class IterationTrainer(Trainer):
         self.state = TrainerState(stateful_callbacks=exported)
         if checkpoint is not None:
             self._load_progress(checkpoint)
-        resumed = checkpoint is not None and checkpoint.parent == Path(str(args.output_dir))
-        self.saved_step = self.state.global_step if resumed else -1
         self.state.is_local_process_zero = self.is_local_process_zero()
         self.state.is_world_process_zero = self.is_world_process_zero()
         self.state.max_steps = self.num_iterations
@@ -110,7 +107,7 @@ class IterationTrainer(Trainer):
         if self.control.should_log:
             self.log(dict(metrics))
         if self.control.should_save:
-            self._save_whole_checkpoint()
+            self._save_checkpoint(self.model_wrapped, trial=None)
             self.control = handler.on_save(self.args, state, self.control)
 
     def judge_weights(self, measured: dict[str, Any], *, may_fail: str | None = None) -> None:
@@ -138,7 +135,7 @@ class IterationTrainer(Trainer):
         if self.state.global_step != self.saved_step:
             now = random_state(), states_of(self.reward)
             self._set_memory(*self.beginning)
-            self._save_whole_checkpoint()
+            self._save_checkpoint(self.model_wrapped, trial=None)
             self._set_memory(*now)
 
     def _set_memory(self, random_numbers: tuple[Any, ...], rewards: list[dict[str, Any]]) -> None:
@@ -162,21 +159,6 @@ class IterationTrainer(Trainer):
         """Folder of the checkpoint of the current weights."""
         step = self.state.global_step
         return Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-
-    def _save_whole_checkpoint(self) -> None:
-        """Save all that a resumed run needs in `checkpoint-<step>` of output_dir."""
-        if self.args.should_save:
-            # An earlier run may have left a checkpoint of this step: a kill while it is
-            # overwritten file by file would leave a mixture of the two.
-            shutil.rmtree(self._checkpoint, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self._save_checkpoint(self.model_wrapped, trial=None)
-        self.saved_step = self.state.global_step
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Save every process's random state before the main one marks the checkpoint complete."""
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()
 
     def end_training(self) -> TrainOutput:
         """Call the callbacks and return the last iteration's metrics."""

@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_instruct.errors import InputError
 from trl_instruct.generation.logits import (
     Sequences,
     at_states,
@@ -123,17 +121,6 @@ def prompt_batches(
             queue += torch.randperm(num_prompts, generator=generator).tolist()
         batch, queue = queue[:batch_size], queue[batch_size:]
         yield batch
-
-
-def check_same_order(before: dict[str, int], now: dict[str, int], checkpoint: Path) -> None:
-    """InputError if what decides the order of prompts differs between `before` and `now`."""
-    for name, value in now.items():
-        if before[name] != value:
-            raise InputError(
-                f"The checkpoint {str(checkpoint)!r} was made with {name} {before[name]}, this run "
-                f"has {value}: it would see other prompts than the run that it resumes. "
-                "Resume with the same data, batch sizes and seed, or start a new run."
-            )
 
 
 class PolicyAndValue(nn.Module):

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trl_instruct.configs import PPOConfig
 from trl_instruct.files import write_json
 from trl_instruct.models.checkpoints import PPO_STATE, load_weights
 from trl_instruct.ppo_trainer.ema import MovingAverage
 from trl_instruct.ppo_trainer.ptx import PretrainingRows
-from trl_instruct.ppo_trainer.rollouts import check_same_order
 from trl_instruct.rewards.function import RewardFunction, load_states, states_of
 
 VALUE, EMA, PROGRESS = "value_model", "ema.safetensors", PPO_STATE
@@ -26,9 +26,8 @@ class Resumable(Protocol):
     def policy(self) -> PreTrainedModel: ...
     @property
     def value_model(self) -> PreTrainedModel: ...
-    @property
-    def prompt_order(self) -> dict[str, int]: ...
 
+    args: PPOConfig
     average: MovingAverage | None
     pretraining: PretrainingRows | None
     reward: RewardFunction
@@ -46,8 +45,8 @@ def save_rest(trainer: Resumable, folder: Path, value_state: dict[str, Tensor] |
     if trainer.average is not None:
         trainer.average.save(folder / EMA)
     progress = {
-        "prompt_order": trainer.prompt_order,
         "kl_coef": trainer.kl_coef,
+        "kl_coef_given": trainer.args.kl_coef,
         "ptx": trainer.pretraining and trainer.pretraining.state(),
         "reward": states_of(trainer.reward),
         "metrics": trainer.metrics,
@@ -62,14 +61,11 @@ def load_models(trainer: Resumable, checkpoint: Path) -> None:
 
 
 def load_rest(trainer: Resumable, checkpoint: Path) -> None:
-    """Restore what `save_rest` wrote, except the value model's weights.
-
-    Raises:
-        InputError: this run would use other prompts than the run that it resumes.
-    """
+    """Restore what `save_rest` wrote, except the value model's weights and a changed kl_coef."""
     progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
-    check_same_order(progress["prompt_order"], trainer.prompt_order, checkpoint)
-    trainer.metrics, trainer.kl_coef = progress["metrics"], progress["kl_coef"]
+    trainer.metrics = progress["metrics"]
+    if trainer.args.kl_coef == progress["kl_coef_given"]:
+        trainer.kl_coef = progress["kl_coef"]  # where it has adapted to
     load_states(trainer.reward, progress["reward"])
     if trainer.pretraining is not None:
         trainer.pretraining.load_state(progress["ptx"])

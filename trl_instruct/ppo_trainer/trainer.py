@@ -18,7 +18,6 @@ from transformers.trainer_utils import TrainOutput
 from trl_instruct.configs import PPOConfig
 from trl_instruct.generation.sampling import eos_token_ids, generate, pad_prompts, prompt_tokens
 from trl_instruct.models import sharding
-from trl_instruct.models.checkpoints import find_checkpoint
 from trl_instruct.models.load import reference_of
 from trl_instruct.models.properties import evaluating, model_name
 from trl_instruct.models.tokenizers import check_tokenizer
@@ -148,17 +147,11 @@ class PPOTrainer(IterationTrainer):
         """The value model without the processes' wrappers."""
         return self.accelerator.unwrap_model(self.model).value.model
 
-    @property
-    def prompt_order(self) -> dict[str, int]:
-        """What decides which prompts an iteration uses: a resumed run must have the same."""
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return {"prompts": len(self.prompts), "batch_size": self.batch_size, "seed": seed}
-
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
         """Run all iterations; return their number and the last metrics.
 
-        `resume_from_checkpoint` is a checkpoint's folder, or True for the last complete one in
-        `output_dir`. A resumed run ends with the weights of an uninterrupted one.
+        `resume_from_checkpoint` is as in `find_checkpoint`. A resumed run ends with the weights of
+        an uninterrupted one.
         """
         self.begin(resume_from_checkpoint)
         for rows in islice(self.prompt_batches(), self.state.global_step, None):
@@ -183,7 +176,8 @@ class PPOTrainer(IterationTrainer):
         """Rows of the prompt dataset: this process's part of each rollout batch."""
         first, stride = self.accelerator.process_index, self.accelerator.num_processes
         sizes = (len(self.prompts), self.batch_size, self.num_iterations)
-        for batch in prompt_batches(*sizes, seed=self.prompt_order["seed"]):
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        for batch in prompt_batches(*sizes, seed=seed):
             yield batch[first::stride]
 
     @torch.no_grad()
@@ -324,17 +318,16 @@ class PPOTrainer(IterationTrainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's optimizer; the value function may have its own learning rate."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.args.value_learning_rate is not None:
-            shared = set(self.policy.parameters())  # shared if the value is a head on the policy
-            own = [p for p in self.value_model.parameters() if p not in shared]
-            set_learning_rate(optimizer, own, self.args.value_learning_rate)
+        shared = set(self.policy.parameters())  # shared if the value is a head on the policy
+        own = [p for p in self.value_model.parameters() if p not in shared]
+        rate = self.args.value_learning_rate
+        set_learning_rate(optimizer, own, self.args.learning_rate if rate is None else rate)
         return optimizer
 
     def begin(self, resume_from_checkpoint: str | bool | None) -> None:
         """Start the run, or resume it from a checkpoint."""
-        checkpoint = None
-        if resume_from_checkpoint:
-            checkpoint = find_checkpoint(Path(str(self.args.output_dir)), resume_from_checkpoint)
+        checkpoint = self.remember(resume_from_checkpoint)
+        if checkpoint is not None:
             load_models(self, checkpoint)
         if self.args.ema_decay is not None:
             self.average = MovingAverage(self.policy, self.args.ema_decay)

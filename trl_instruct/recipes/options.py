@@ -24,7 +24,7 @@ from trl_instruct.data.mixture import mixture_of
 from trl_instruct.data.sources import kind_of, name_of
 from trl_instruct.errors import REDACTED, InputError, redact
 from trl_instruct.models.adapters import DECIDED
-from trl_instruct.option_checks import check_refused
+from trl_instruct.option_checks import check_finite, check_refused
 
 Config = TypeVar("Config", bound=StageConfig)
 
@@ -227,6 +227,7 @@ def stage_options(
     if output_dir is not None and config is None:
         options = {**options, "output_dir": output_dir}
     config, model_config = resolve(config_class, config, model_config, options)
+    check_finite(model_config)
     check_refused(config_class.REFUSED, model_config)
     if output_dir is not None:
         config.output_dir = os.fspath(output_dir)

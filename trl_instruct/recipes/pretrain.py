@@ -17,7 +17,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Trainer,
 )
 from trl import ModelConfig
 
@@ -28,6 +27,7 @@ from trl_instruct.data.texts import load_texts
 from trl_instruct.errors import InputError
 from trl_instruct.files import METRICS_FILE
 from trl_instruct.models.properties import context_length
+from trl_instruct.models.resuming import ResumableTrainer
 from trl_instruct.padding import length_batches
 from trl_instruct.recipes.options import data_of, stage_options
 from trl_instruct.recipes.publishing import without_secrets
@@ -61,7 +61,7 @@ def pretrain(
     with run_stage("pretrain", config, ModelConfig()) as run:
         tokenizer = train_tokenizer(texts["text"][:], config.vocab_size, config.max_length)
         model = model_from_scratch(config, tokenizer)
-        trainer = Trainer(
+        trainer = ResumableTrainer(
             model=model,
             args=without_secrets(config),
             train_dataset=tokenize_texts(texts, tokenizer, config),

@@ -13,7 +13,7 @@ from trl_instruct.errors import InputError
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, write_json
 from trl_instruct.manifest import MANIFEST_FILE, Mark, listed_files, mark_of
 from trl_instruct.models.adapters import FINGERPRINT
-from trl_instruct.models.checkpoints import all_checkpoints, is_whole
+from trl_instruct.models.checkpoints import all_checkpoints, is_finished
 from trl_instruct.scalar_head import SHIFT_FILE
 
 BASE = "base"  # subfolder of a LoRA stage, for a base model that has no other folder
@@ -191,7 +191,7 @@ class RunFiles:
     def _replaced(self, resume: bool) -> list[Path]:
         """The checkpoints that go when a run begins: all, or those cut short if it resumes."""
         found = all_checkpoints(self.folder)
-        return [path for path in found if not is_whole(path)] if resume else found
+        return [path for path in found if not is_finished(path)] if resume else found
 
     def _mark(self, name: str) -> Mark | None:
         """The mark of a file in the folder; None for links, and what is no file."""

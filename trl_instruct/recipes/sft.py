@@ -3,9 +3,10 @@
 import os
 from typing import Any
 
+import trl
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import ModelConfig, SFTTrainer
+from trl import ModelConfig
 
 from trl_instruct.configs import SFTConfig
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
@@ -25,6 +26,7 @@ from trl_instruct.generation.sampling import eos_token_ids
 from trl_instruct.models.adapters import keep_float32, new_adapter_config, trained_weights
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource, context_length
+from trl_instruct.models.resuming import ResumableTrainer
 from trl_instruct.models.tokenizers import check_vocabulary
 from trl_instruct.recipes.chain import remember_reading
 from trl_instruct.recipes.dry_run import SHOWN, tell_lengths, tell_records
@@ -41,6 +43,10 @@ from trl_instruct.recipes.stage import (
     within_context,
 )
 from trl_instruct.rewards.load import TINY
+
+
+class SFTTrainer(ResumableTrainer, trl.SFTTrainer):
+    """TRL's, whose runs can be resumed."""
 
 
 def sft(

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sized
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,14 @@ from trl_instruct.models.adapters import (
     is_adapter,
 )
 from trl_instruct.models.checkpoints import (
+    AUTO,
     check_resumable,
     find_checkpoint,
 )
 from trl_instruct.models.load import check_finished, needs_base
 from trl_instruct.models.merging import merge_in_place
 from trl_instruct.models.properties import ModelSource, context_length, model_name
+from trl_instruct.models.resuming import check_weights
 from trl_instruct.models.sharding import check_saving
 from trl_instruct.models.tokenizers import check_tokenizer, install_chat_template, load_tokenizer
 from trl_instruct.recipes.dry_run import DryRunEnd, plan_of
@@ -125,8 +127,9 @@ class StageRun:
         """InputError unless the folder is new, empty, or may be replaced or resumed."""
         with self._listed_if_dry():
             self.files.check_writable()
-            if self.config.resume_from_checkpoint:
+            if self.config.resume_from_checkpoint and self.checkpoint is None:
                 self.checkpoint = find_checkpoint(self.folder, self.config.resume_from_checkpoint)
+            if self.checkpoint is not None:
                 check_resumable(self.checkpoint, self.name, adapter=self.model_config.use_peft)
             if self.is_main and not self.dry and self.files.holds_run():
                 self.files.lock()
@@ -151,7 +154,9 @@ class StageRun:
         return self.checkpoint is not None and self.checkpoint.absolute().parent.resolve() == here
 
     def _check_content(self) -> None:
-        replace = bool(self.config.overwrite_output_dir)
+        again = self.config.resume_from_checkpoint == AUTO
+        again = again and METRICS_FILE not in self.files.content()
+        replace = bool(self.config.overwrite_output_dir) or again
         self.files.check_content(replace=replace, resume=self._resumes_here)
 
     def check_source(self) -> None:
@@ -255,16 +260,19 @@ class StageRun:
             trainer.add_callback(ProgressBar(self.name, labels))
         # TRL's would write a draft of one over the folder's README.md at each checkpoint.
         vars(trainer)["create_model_card"] = lambda *_, **__: None
+        trainer.stage_options = {"stage": self.name, **asdict(self.model_config)}
         interruption = Interruption()
         trainer.add_callback(interruption)
         with interruption.listening(), self._loading(interruption):
             output = trainer.train(resume_from_checkpoint=self.checkpoint and str(self.checkpoint))
+        self.started -= getattr(trainer, "seconds_before", 0.0)
         if interruption.requested:
             self.say(
                 f"stopped by SIGTERM after step {output.global_step} of {trainer.state.max_steps}; "
                 "resume_from_checkpoint=True continues from there"
             )
             raise SystemExit(128 + signal.SIGTERM)
+        check_weights(trainer)
         return output
 
     @contextlib.contextmanager

@@ -15,6 +15,7 @@ from trl import RewardTrainer
 from trl_instruct.console import get_logger
 from trl_instruct.errors import InputError
 from trl_instruct.models.properties import disable_dropout, evaluating
+from trl_instruct.models.resuming import ResumableTrainer
 from trl_instruct.models.tokenizers import check_tokenizer
 from trl_instruct.padding import LengthBatchSampler, pad_rows
 from trl_instruct.reward_trainer.batches import RankingCollator, tokenize_pair, tokenize_rankings
@@ -36,7 +37,7 @@ NO_RESPONSE = -100  # in predictions, as transformers pads them
 READ_AHEAD = 64
 
 
-class RankingRewardTrainer(RewardTrainer):
+class RankingRewardTrainer(ResumableTrainer, RewardTrainer):
     """Reward model from K-way rankings (InstructGPT 3.5): K completions for C(K,2) comparisons.
 
     The batch size counts prompts. Rankings are records with `prompt`, `responses`, `ranks` and

@@ -1,0 +1,234 @@
+"""Runs that are resumed: whole checkpoints, the same options, the figures of the whole run."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from trl_instruct.errors import InputError, redact
+from trl_instruct.files import nulls_as_nan, read_json, write_json
+from trl_instruct.manifest import write_manifest
+from trl_instruct.models.checkpoints import RUN_FILE, all_checkpoints, find_checkpoint, is_finished
+
+# The options that a resumed run may change: docs/resume.md says what then happens.
+MAY_CHANGE = """
+learning_rate value_learning_rate num_train_epochs max_steps total_episodes
+kl_coef adaptive_kl_* target_kl datasets dataset_* columns
+logging_* log_* report_to run_name project trackio_* disable_tqdm skip_memory_metrics
+num_sample_generations gold summary_file
+eval_* per_device_eval_batch_size demonstrations_name early_stopping_patience
+output_dir overwrite_output_dir resume_from_checkpoint save_* merge_adapter push_to_hub hub_*
+dataloader_num_workers dataloader_p* gradient_checkpointing* activation_checkpointing*
+torch_empty_cache_steps ddp_timeout local_rank do_* trust_remote_code
+"""
+# What a Trainer, or TRL's, has counted since the run began.
+COUNTS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
+
+
+class ResumableTrainer(Trainer):
+    """What any Trainer needs for runs that can be resumed; comes before it among the bases.
+
+    - A checkpoint has a manifest, written last; an older one is removed only after that.
+    - Weights that are not finite are never saved.
+    - A resumed run has the data and options of the first, apart from `MAY_CHANGE`, which take
+      effect. Its losses, tokens and seconds are those of the whole run.
+    """
+
+    stage_options: dict[str, Any] | None = None  # that are not in args: the stage, the model
+    seconds_before = 0.0  # that the run had trained when its checkpoint was written
+    saved_step = -1
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.counts_before: dict[str, Any] = {}
+        self.add_callback(_Continuation(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any) -> Any:
+        """`Trainer.train`; `resume_from_checkpoint` is as in `find_checkpoint`."""
+        checkpoint = self.remember(resume_from_checkpoint)
+        return super().train(checkpoint and str(checkpoint), *rest)
+
+    def remember(self, resume_from_checkpoint: str | bool | None) -> Path | None:
+        """The checkpoint to resume from, if any.
+
+        Raises:
+            InputError: it is damaged; it was made with other data, options or processes.
+        """
+        self.began = time.perf_counter()
+        names = [getattr(self.args, name, None) for name in ("dataset_name", "datasets")]
+        self.data = _fingerprint(self.train_dataset) or f"the stream {names}"
+        if not resume_from_checkpoint:
+            return None
+        folder = Path(str(self.args.output_dir))
+        checkpoint = find_checkpoint(folder, resume_from_checkpoint)
+        if checkpoint is not None:
+            remembered = read_json(checkpoint / RUN_FILE)
+            check_same_run(remembered["run"], self.run(), checkpoint)
+            self.counts_before = counts = remembered["counts"]
+            self.seconds_before = counts["seconds"]
+            if checkpoint.resolve() == self._folder(counts["step"]).resolve():
+                self.saved_step = counts["step"]
+        return checkpoint
+
+    def run(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the first, as JSON."""
+        fields = {f.name for f in dataclasses.fields(self.args) if f.init}
+        options = {name: value for name, value in self.args.to_dict().items() if name in fields}
+        options = {k: v for k, v in (options | (self.stage_options or {})).items() if _shapes(k)}
+        for name, value in options.items():
+            if name.endswith("_path") and os.path.exists(str(value)):
+                options[name] = os.path.realpath(value)
+        run = {**redact(options), "processes": self.args.world_size, "training data": self.data}
+        return json.loads(json.dumps(run, default=str))
+
+    def restore(self) -> None:
+        """Restore the counts of a resumed run; set what its options changed."""
+        state, before = self.state, self.counts_before
+        if not before:
+            return
+        if state.global_step > state.max_steps:
+            raise InputError(
+                f"The checkpoint is of step {state.global_step}, but this run has "
+                f"{state.max_steps} in all. Train longer, or resume from an earlier checkpoint."
+            )
+        state.compute_steps(self.args, state.max_steps)
+        set_rates(self.lr_scheduler, self.peak_rates)
+        for name in before.keys() & set(COUNTS):
+            setattr(self, name, before[name])
+        self._initial_global_step = 0  # the mean loss is over all steps
+        if "loss" in before:  # since the last log
+            self._tr_loss: Any = self._tr_loss + before["loss"]
+        for name, values in nulls_as_nan(before.get("metrics", {})).items():
+            self._metrics["train"][name] = values
+
+    def _counts(self) -> dict[str, Any]:
+        counts = {name: getattr(self, name) for name in COUNTS if hasattr(self, name)}
+        seconds = self.seconds_before + time.perf_counter() - self.began
+        counts |= {"step": self.state.global_step, "seconds": seconds}
+        if hasattr(self, "_tr_loss"):
+            counts["loss"] = self.accelerator.gather(self._tr_loss).mean().item()
+        if hasattr(self, "_metrics"):
+            counts["metrics"] = dict(self._metrics["train"])
+        return counts
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; remembers the peak rates, which a checkpoint's state would replace."""
+        scheduler = super().create_scheduler(*args, **kwargs)
+        self.peak_rates = list(getattr(scheduler, "base_lrs", []))
+        return scheduler
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's batches of a step; none if `max_steps` have been taken."""
+        if self.state.global_step < self.state.max_steps:
+            return super().get_batch_samples(*args, **kwargs)
+        self.control.should_training_stop = True
+        return [], None
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's log; the last one times the whole run."""
+        if self.seconds_before and "train_runtime" in logs:
+            own, whole = logs["train_runtime"], logs["train_runtime"] + self.seconds_before
+            for name in ("train_samples_per_second", "train_steps_per_second"):
+                logs[name] *= own / whole
+            logs["train_runtime"] = whole
+        super().log(logs, *args, **kwargs)
+
+    def _folder(self, step: int) -> Path:
+        return Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint, and its manifest last, unless that of this step is there already."""
+        args, step = self.args, self.state.global_step
+        if step == self.saved_step:
+            return
+        check_weights(self)
+        folder, counts = self._folder(step), self._counts()
+        if args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that went another way
+        self.accelerator.wait_for_everyone()
+        limit, args.save_total_limit = args.save_total_limit, None
+        super()._save_checkpoint(model, trial)
+        args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if args.should_save:
+            write_json(folder / RUN_FILE, {"run": self.run(), "counts": counts})
+            write_manifest(folder)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder.parent), limit, best, use_mtime=True)
+        self.saved_step = step
+
+
+class _Continuation(TrainerCallback):
+    """Restores a trainer's counts once a checkpoint has been loaded."""
+
+    def __init__(self, trainer: ResumableTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.restore()
+
+
+def check_same_run(before: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
+    """InputError if a run differs from the one that wrote the checkpoint (`ResumableTrainer.run`).
+
+    Options that only one of two versions of a library has are not compared.
+    """
+    for name in sorted(before.keys() & now.keys()):
+        if before[name] != now[name] and _shapes(name):
+            raise InputError(
+                f"The checkpoint {str(checkpoint)!r} was made with {name} {before[name]}, this run "
+                f"has {now[name]}. Resume with what it was made with, or start a new run: a "
+                "resumed run may change rates, lengths, logging and saving only (docs/resume.md)."
+            )
+
+
+def _shapes(option: str) -> bool:
+    """Whether a resumed run must have the same value of an option."""
+    return not any(fnmatchcase(option, pattern) for pattern in MAY_CHANGE.split())
+
+
+def set_rates(scheduler: Any, peaks: list[float]) -> None:
+    """Give an optimizer's groups these peak rates, at the place that the schedule has reached."""
+    if hasattr(scheduler, "lr_lambdas"):
+        scheduler.base_lrs = peaks
+        groups = scheduler.optimizer.param_groups
+        for group, peak, schedule in zip(groups, peaks, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = peak, peak * schedule(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in groups]  # for the log
+
+
+def check_weights(trainer: Trainer) -> None:
+    """FloatingPointError if a weight that a trainer would save is not a finite number."""
+    weights = (getattr(w, "ds_tensor", w).detach() for w in trainer.model.parameters())
+    held = (w.to_local() if hasattr(w, "to_local") else w for w in weights)  # by this process
+    if all(gather_object([all(bool(w.isfinite().all()) for w in held)])):
+        return
+    folder = Path(str(trainer.args.output_dir))
+    kept = [str(path) for path in all_checkpoints(folder) if is_finished(path)]
+    told = f"{kept[-1]} has the run as it was before" if kept else "there is no checkpoint"
+    raise FloatingPointError(
+        f"Weights are not finite after step {trainer.state.global_step}, and are not saved; "
+        f"{told}. Lower learning_rate, set max_grad_norm, or use bf16 instead of fp16."
+    )
+
+
+def _fingerprint(dataset: Any) -> str | None:
+    """SHA-256 of all rows, in their order; None for a stream."""
+    if not isinstance(dataset, Dataset):
+        return None
+    digest = hashlib.sha256()
+    for table in dataset.with_format("arrow").iter(batch_size=1000):
+        for batch in table.combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    return digest.hexdigest()[:16]
