@@ -14,7 +14,7 @@ from trl import ModelConfig
 from trl_instruct import cli
 from trl_instruct.errors import InputError
 from trl_instruct.manifest import write_manifest
-from trl_instruct.models.load import load_reward_model
+from trl_instruct.models.load import check_finished, load_reward_model
 from trl_instruct.models.merging import merge
 from trl_instruct.recipes.ppo import ppo
 from trl_instruct.recipes.rm import rm
@@ -79,6 +79,7 @@ def test_what_cannot_be_merged(policy_adapter, saved_policy, tmp_path, capsys):
     with pytest.raises(InputError, match="is not empty. Choose a new"):
         merge(policy_adapter, policy_adapter)
     (policy_adapter / "config.yaml").touch()
+    check_finished(policy_adapter)  # another tool's file
     write_manifest(policy_adapter, ["config.yaml"])
     with pytest.raises(InputError, match="has not finished"):
         merge(policy_adapter, tmp_path / "x")
