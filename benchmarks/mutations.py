@@ -491,7 +491,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         "evaluation/statistics.py",
         "evaluation/test_win_rate.py evaluation/test_best_of_n.py evaluation/test_fluency.py",
         [
-            ("(above.sign() + 1) / 2", "(above > 0).double()"),
+            ("((above - below).sign() + 1) / 2", "(above > below).double()"),
             ("share_interval(won)", "share_interval(1 - won)"),
             ("- torch.tensor(baseline_lengths)", "+ torch.tensor(baseline_lengths)"),
             ("torch.tanh(longer / spread)", "longer / spread"),

@@ -105,6 +105,7 @@ def test_the_fit_is_where_a_general_optimiser_finds_it(contest):
     optimizer.step(loss)
     expected = torch.sigmoid(weights[0]).item()
     assert length_controlled(won, longer) == pytest.approx(expected)
+    assert win_rate(*contest)["length_controlled"] == pytest.approx(expected)
     assert abs(expected - won.mean().item()) > 0.005  # length has a say here
 
 

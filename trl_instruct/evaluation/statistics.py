@@ -33,10 +33,8 @@ def win_rate(
     """
     won = wins(scores, baseline_scores)
     longer = torch.tensor(lengths, dtype=torch.float64) - torch.tensor(baseline_lengths)
-    return {
-        **share_interval(won)._asdict(),
-        "length_controlled": length_controlled(won, longer),
-    }
+    rate = share_interval(won)._asdict()
+    return {**rate, "length_controlled": length_controlled(won, longer)}
 
 
 def wins(scores: Sequence[float], baseline_scores: Sequence[float]) -> Tensor:
@@ -45,10 +43,8 @@ def wins(scores: Sequence[float], baseline_scores: Sequence[float]) -> Tensor:
     >>> wins([1.0, 0.0, 2.0], [0.0, 1.0, 2.0]).tolist()
     [1.0, 0.0, 0.5]
     """
-    above = torch.tensor(scores, dtype=torch.float64) - torch.tensor(
-        baseline_scores, dtype=torch.float64
-    )
-    return (above.sign() + 1) / 2
+    above, below = torch.tensor([scores, baseline_scores], dtype=torch.float64)
+    return ((above - below).sign() + 1) / 2
 
 
 def length_controlled(won: Tensor, longer: Tensor) -> float:
