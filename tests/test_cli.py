@@ -1,3 +1,4 @@
+import errno
 import importlib.util
 import json
 import os
@@ -296,6 +297,7 @@ def test_bad_yaml(given, tmp_path, capsys, changes, message):
         ("a: b: c", "is not a YAML file"),
         ("- one\n- two", "holds list ['one', 'two']; lines of `option: value` are needed"),
         ("", "holds null"),
+        ("3: 4", "Unknown option 3"),
     ],
 )
 def test_files_that_are_no_config(tmp_path, capsys, text, message):
@@ -323,6 +325,17 @@ def test_an_error_of_many_lines_takes_one(monkeypatch, capsys):
 
     monkeypatch.setitem(cli.COMMANDS, "sft", raises)
     assert fails(capsys, "sft") == "sft: error: one two"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.ENAMETOOLONG])
+def test_what_the_machine_refuses_is_one_line(monkeypatch, capsys, number):
+    def raises(arguments):
+        raise OSError(number, os.strerror(number), "\x1b[2J" + "x" * 5000)
+
+    monkeypatch.setitem(cli.COMMANDS, "sft", raises)
+    told = fails(capsys, "sft")
+    assert told.startswith(f"sft: error: {os.strerror(number)}: \\x1b[2Jxxx")
+    assert len(told) < 400 and "\n" not in told
 
 
 @pytest.mark.parametrize("script", sorted({*cli.COMMANDS} - {"merge", "serve-reward"}))

@@ -4,6 +4,7 @@
 clone, for `accelerate launch`.
 """
 
+import errno
 import os
 import sys
 import traceback
@@ -55,6 +56,12 @@ from trl_instruct.rewards.http import TOKEN_VARIABLE
 from trl_instruct.rewards.load import load_reward
 from trl_instruct.rewards.server import LOOPBACK, MOST_BYTES, RewardServer
 
+# Of the machine: disk full, quota, file or name too long, read-only, no permission.
+REFUSALS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG),
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command named first; a mistake ends in one line and exit 2, Ctrl-C in exit 130."""
@@ -69,7 +76,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         say(f"\n{name}: interrupted", sys.stderr)
         sys.exit(130)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in REFUSALS:
+            place = harmless(str(error.filename or ""), 300)
+            say(f"{name}: error: {error.strerror}: {place or 'writing a file'}", sys.stderr)
+            sys.exit(2)
         say(harmless(traceback.format_exc()), sys.stderr)
         sys.exit(1)
 

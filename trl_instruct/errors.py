@@ -6,6 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 REDACTED = "***"
+# What Python raises where content has another type or form than the code expects.
+NOT_AS_EXPECTED = (
+    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError),
+)
 
 # hub_token, api_key, X-Auth-Token, password; not eos_token, max_tokens.
 _SECRET = (
@@ -96,3 +100,31 @@ def located(place: str | Callable[[], str]) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{place if isinstance(place, str) else place()}: {error}") from None
+
+
+@contextmanager
+def explained(fault: str) -> Iterator[None]:
+    """Turn an error about content that is not as expected into an `InputError`.
+
+    >>> with explained("The row is not as Nectar is published"):
+    ...     {}["answers"]
+    Traceback (most recent call last):
+    ...
+    trl_instruct.errors.InputError: The row is not as Nectar is published (KeyError: 'answers').
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except NOT_AS_EXPECTED as error:
+        raise InputError(f"{fault} ({type(error).__name__}: {summary(error)}).") from error
+
+
+def summary(error: Exception, most: int = 300) -> str:
+    """A library's error in one line: its first, or all of them if the first announces the others.
+
+    >>> summary(ValueError("None could be loaded from one of: \\n(1) a file\\n(2) the Hub"))
+    'None could be loaded from one of: (1) a file (2) the Hub'
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return harmless(" ".join(lines) if lines[0].endswith(":") else lines[0], most)

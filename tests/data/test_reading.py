@@ -194,7 +194,10 @@ def test_faulty_mixtures(files):
     alpaca, ours = files
     for mixture, message in (
         ([], "datasets is an empty list"),
-        ([{"file": alpaca}], "entry {'file': .*unexpected keyword"),
+        ([{"file": alpaca}], "entry dict {'file': .*unexpected keyword"),
+        (["text"], "entry str 'text'; a path and options are needed"),
+        ([3], "entry int 3; a path"),
+        ([{"path": 3}], "path and split are text"),
         ([{"path": alpaca, "fraction": 0.5}, {"path": ours}], "fraction: give it for each"),
         ([{"path": ours, "columns": ["prompt", "reply"]}], "no column 'reply'; there are prompt"),
     ):

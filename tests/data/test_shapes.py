@@ -839,6 +839,12 @@ def test_a_row_that_is_not_as_published_is_named():
     with pytest.raises(InputError, match="row 1: the row is not as Alpaca pairs is published"):
         read("pair", short)
     assert len(read("pair", short, on_bad_record="skip")) == 1
+    answers = [{"answer": "a", "rank": "good"}, {"answer": "b", "rank": "bad"}]
+    with pytest.raises(InputError, match="row 1: the row is not as Nectar is published"):
+        read("ranking", [{"prompt": "Ice?", "answers": answers}])
+    talk = [{"role": role, "content": [None]} for role in ("user", "assistant")]
+    with pytest.raises(InputError, match="row 1: `messages.0.` has a part that is no text"):
+        load_demonstrations(Dataset.from_list([{"messages": talk}]))
 
 
 def test_dialogues_that_lose_turns_are_counted(caplog):

@@ -1,5 +1,6 @@
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,8 @@ def test_where_counts_lines_with_blank_ones(tmp_path):
         ("a.jsonl", "", r"a.jsonl holds no records"),
         ("a.json", "[]", r"a.json holds no records"),
         ("a.csv", "prompt,n\n", r"a.csv holds no records"),
+        ("a.jsonl", '\nnull\n{"a": 1}\n', r"a.jsonl begins with null"),  # ends pyarrow's process
+        ("a.json", "null", r"a.json begins with null"),
     ],
 )
 def test_unreadable_files(tmp_path, name, text, message, streaming):
@@ -154,6 +157,23 @@ def test_the_reader_of_datasets_says_nothing_beside_our_error(tmp_path, caplog):
 def test_a_missing_file(name):
     with pytest.raises(InputError, match=r"no such file or folder \(looked in "):
         load_records(name)
+
+
+@pytest.mark.parametrize("split", ["train[:200%]", "train[a:b]", "train["])
+def test_a_slice_that_cannot_be_is_no_malformed_json(tmp_path, split):
+    path = write(tmp_path / "a.jsonl", '{"prompt": "a"}\n{"prompt": "b"}\n')
+    with pytest.raises(InputError, match=re.escape(f"a.jsonl ({split})")) as told:
+        load_records(path, split)
+    assert "malformed" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+@pytest.mark.parametrize("content", ["{", "{}", "[1]"])
+def test_a_saved_dataset_that_is_cut(tmp_path, name, content):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / name, content)
+    with pytest.raises(InputError, match="data: (the folder holds no whole saved|split 'train')"):
+        load_records(tmp_path / "data")
 
 
 def test_faults_of_place_and_type(tmp_path):

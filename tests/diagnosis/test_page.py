@@ -126,6 +126,45 @@ def test_the_same_run_gives_the_same_page(ppo_folder, tmp_path):
     assert report(ppo_folder, output_file=tmp_path / "again.html").read_bytes() == first
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("../sft/metrics.json", {"stage": "sft", "base_loss": "low", "eval_loss": 1.5}),
+        ("trainer_state.json", {"log_history": [{"step": 1, **dict.fromkeys(PPO, "high")}]}),
+        ("trainer_state.json", {"log_history": [{"step": [1], **PPO}]}),
+        ("trainer_state.json", {"log_history": 3}),
+        ("trainer_state.json", {"log_history": [PPO]}),
+    ],
+)
+def test_values_of_wrong_types_are_one_line(ppo_folder, name, content):
+    (ppo_folder / name).write_text(json.dumps(content))
+    with pytest.raises(InputError, match="a stage before it or the evaluation is damaged"):
+        report(ppo_folder)
+    assert not (ppo_folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"[1", b"\xff\xfe", b"[]", b'{"models": {}}'])
+def test_an_evaluation_that_is_none(ppo_folder, evaluation, content):
+    evaluation.write_bytes(content)
+    with pytest.raises(InputError, match="evaluation '.*evaluation.json' is not"):
+        report(ppo_folder, evaluation=evaluation)
+    evaluation.write_bytes(b'{"models": {"a": 3}, "judges": ["b"], "points": {}}')
+    with pytest.raises(InputError, match="a stage before it or the evaluation is damaged"):
+        report(ppo_folder, evaluation=evaluation)
+
+
+def test_a_stage_that_is_gone_is_on_the_page(ppo_folder, tmp_path):
+    (tmp_path / "sft").rename(tmp_path / "moved")
+    page = Page(report(ppo_folder).read_text(encoding="utf-8"))
+    assert "A stage before it is not on this page. " in page.text.replace("\n", " ")
+    assert f"model_name_or_path is '{tmp_path / 'sft'}', which is gone" in page.text
+
+
+def test_a_place_that_cannot_be_written_to(ppo_folder, tmp_path):
+    with pytest.raises(InputError, match="report cannot be written to '.*metrics.json/page.html'"):
+        report(ppo_folder, output_file=ppo_folder / "metrics.json" / "page.html")
+
+
 def test_a_few_lines_for_the_screen(ppo_folder, evaluation):
     models = list(summary_lines({}, read_evaluation(evaluation)))[1:]
     assert models[0].split() == ["sft", "held", "out:", "rm", "0.300,", "gold", "0.300"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,6 +193,7 @@ def test_the_users_modules_to_save_stay():
         ("[1]", "is not an adapter's config"),
         ('{"peft_type": "NOTHING"}', "is not an adapter's config .*NOTHING"),
         ('{"peft_type": "LORA"}', "names no base model"),
+        ('{"peft_type": "LORA", "base_model_name_or_path": "x"}', "has no weights: there is no"),
     ],
 )
 def test_a_broken_config(tmp_path, content, told):
@@ -199,6 +201,14 @@ def test_a_broken_config(tmp_path, content, told):
     for config in (ModelConfig(), LORA):
         with pytest.raises(InputError, match=told):
             load_policy(tmp_path, config)
+
+
+@pytest.mark.parametrize("weights", [b"", b"cut"])
+def test_broken_weights(folders, weights):
+    (Path(folders["sft"]) / "adapter_model.safetensors").write_bytes(weights)
+    for config in (ModelConfig(), LORA):
+        with pytest.raises(InputError, match="adapter in '.*sft' does not fit"):
+            load_policy(folders["sft"], config)
 
 
 @pytest.mark.slow

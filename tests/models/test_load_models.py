@@ -1,4 +1,7 @@
+import json
 import math
+import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -195,6 +198,43 @@ def test_corrupt_weights(saved_policy, tmp_path, tokenizer):
     (folder / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(InputError, match="No model could be loaded"):
         load_policy(folder, PLAIN)
+
+
+@pytest.mark.parametrize(
+    "config, told",
+    [
+        ("[1, 2]", ""),
+        ({"hidden_size": "wide"}, "expected int, got str"),
+        ({"num_attention_heads": 0}, ""),
+        ({"vocab_size": 100}, ""),
+        ({"hidden_size": 24}, "weights have other shapes than its config.json says"),
+    ],
+)
+def test_a_broken_config(saved_policy, tmp_path, config, told):
+    shutil.copytree(saved_policy, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    held = json.loads(path.read_text())
+    path.write_text(config if isinstance(config, str) else json.dumps({**held, **config}))
+    with pytest.raises(InputError, match=f"No model could be loaded from .*model'.*{told}"):
+        load_policy(tmp_path / "model", PLAIN)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"eos_token": 3}', None])
+def test_a_broken_tokenizer(saved_policy, tmp_path, content):
+    shutil.copytree(saved_policy, tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).unlink()
+        if content is not None:
+            (tmp_path / "model" / name).write_text(content)
+    told = ".*" if content else ".*backend tokenizer from one of: .*Give a Hub id"
+    with pytest.raises(InputError, match=f"No tokenizer could be loaded from .*model'{told}"):
+        load_tokenizer(tmp_path / "model")
+
+
+def test_a_file_is_no_model(saved_policy):
+    for load in (load_tokenizer, partial(load_policy, model_config=PLAIN)):
+        with pytest.raises(InputError, match=r"config.json': it is a file, not a folder\. Give"):
+            load(saved_policy / "config.json")
 
 
 # ---- adapters ------------------------------------------------------------------------------------

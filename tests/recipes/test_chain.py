@@ -78,8 +78,52 @@ def test_metrics_of_something_else_beside_the_data_are_passed_over(tmp_path):
 
 
 def test_a_folder_without_a_finished_stage_is_an_error(tmp_path):
-    with pytest.raises(InputError, match="holds no finished stage"):
-        read_chain(tmp_path)
+    for folder in (tmp_path, tmp_path / "gone", "a\0b", "x" * 5000):
+        with pytest.raises(InputError, match="holds no finished stage"):
+            read_chain(folder)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        *(("config.yaml", text) for text in (b"", b"- a\n- b\n", b"a: [", bytes(9), b"\xff\xfe")),
+        *(("metrics.json", text) for text in (b"", b"[1]", b'{"stage": ', b"null", b"\xff\xfe")),
+        *(("trainer_state.json", text) for text in (b"", b"[1]", b"\xff\xfe")),
+    ],
+)
+def test_damaged_files_of_a_stage_are_named(tmp_path, name, content):
+    """Of the stage itself in one line, of an earlier one as a gap."""
+    sft = stage(tmp_path / "sft", "sft", output_dir="sft", dataset_name="d.jsonl")
+    stage(tmp_path / "ppo", "ppo", model_name_or_path=sft)
+    (tmp_path / "sft" / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"sft' is damaged: .*{name}") as caught:
+        read_chain(sft)
+    assert "\n" not in str(caught.value)
+    chain = read_chain(tmp_path / "ppo")
+    assert list(chain) == ["ppo"] and chain["ppo"].gaps == (str(caught.value),)
+
+
+def test_a_stage_that_is_gone_is_a_gap_and_a_hub_id_is_none(tmp_path):
+    gone = str(tmp_path / "gone")
+    named = {
+        "model_name_or_path": gone,
+        "reward_model_path": "org/model",
+        "dataset_name": "org/set",
+    }
+    stage(tmp_path / "ppo", "ppo", **named)
+    assert read_chain(tmp_path / "ppo")["ppo"].gaps == (
+        f"model_name_or_path is {gone!r}, which is gone",
+    )
+
+
+@pytest.mark.parametrize("config", ["defaults:\n- base\n", "[1]", "a: ["])
+def test_files_of_another_tool_are_no_stage(tmp_path, config):
+    (tmp_path / "config.yaml").write_text(config)
+    for metrics in ('{"step": 1}\n{"step": 2}\n', "[1]", '{"loss": 1.0}'):
+        (tmp_path / "metrics.json").write_text(metrics)
+        with pytest.raises(InputError, match="holds no finished stage"):
+            read_chain(tmp_path)
+        remember_reading(SimpleNamespace(columns=None), tmp_path)
     (tmp_path / "config.yaml").write_text("seed: 0")
     with pytest.raises(InputError, match="holds no finished stage"):
         read_chain(tmp_path)

@@ -222,6 +222,8 @@ def test_a_name_in_a_python_file(tmp_path):
     assert load_reward(f"{file}:always_two")(PROMPTS, COMPLETIONS) == [2.0, 2.0, 2.0]
     with pytest.raises(InputError, match="defines no function or reward 'long'"):
         load_reward(f"{file}:long")
+    with pytest.raises(InputError, match=r"rules.py' is a file; name what is in it: .*py:FUNC"):
+        load_reward(str(file))
     with pytest.raises(InputError, match=r"there is no file missing\.py \(looked in"):
         load_reward("missing.py:short")
 

@@ -27,7 +27,7 @@ from trl_instruct.data.sources import (
     load_records,
     map_records,
 )
-from trl_instruct.errors import InputError
+from trl_instruct.errors import InputError, explained
 
 logger = get_logger(__name__)
 
@@ -126,10 +126,8 @@ def _convert(
     if not found:
         raise InputError(f"{told}. Give a file that holds {counts.kind}s.")
     logger.warning("%s", told)
-    try:
+    with explained(f"{told}, but they are not of one form"):
         converted = Dataset.from_list([record for _, record in found])
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{told}, but they are not of one form: {error}") from error
     return converted, where.narrowed([row for row, _ in found])
 
 
@@ -143,15 +141,17 @@ def _records(
     """What the rows give, each record with the number of its (first) row."""
     for number, members in _grouped(rows, shape.group):
         try:
-            with where.located(number):
+            published = f"the row is not as {shape.name} is published"
+            with where.located(number), explained(published):
                 given = _given(shape, members, counts.kind, reading)
+                fitting = [record for one in given if (record := counts.fit(one, number))]
         except InputError as fault:
             if not reading.skips:
                 raise
             reading.tell(fault)
             counts.left_out["a faulty row"] += 1
             continue
-        for record in filter(None, (counts.fit(record, number) for record in given)):
+        for record in fitting:
             kept = {}
             if counts.kind == "prompt" and not shape.group:  # other columns go to the reward
                 kept = {k: v for k, v in members[0].items() if k not in REWARD_ARGUMENTS}
@@ -171,10 +171,6 @@ def _given(shape: Shape, members: list[Record], kind: str, reading: Reading) -> 
         if prompt is None:  # a prompt needs no choice between responses
             raise
         given = {"prompt": prompt}
-    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"the row is not as {shape.name} is published ({type(error).__name__}: {error})."
-        ) from error
     row = members[0]
     named = {n: row[n] for n in NEEDS[kind] if n in reading.columns and _replaces(n, row.get(n))}
     order, found = {"ranks", "scores"}, []

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import concatenate_datasets
 from trl.scripts.utils import DatasetConfig
 
-from trl_instruct.data.sources import AnyDataset
-from trl_instruct.errors import InputError
+from trl_instruct.data.sources import AnyDataset, kind_of
+from trl_instruct.errors import InputError, explained
 
 
 def mixture_of(entries: Sequence[Any]) -> list[DatasetConfig]:
@@ -20,10 +20,10 @@ def mixture_of(entries: Sequence[Any]) -> list[DatasetConfig]:
     """  # noqa: E501
     mixture = []
     for entry in entries:
-        try:
-            given = DatasetConfig(**entry) if isinstance(entry, Mapping) else entry
-        except TypeError as error:
-            raise InputError(f"datasets has the entry {dict(entry)}: {error}.") from None
+        with explained(f"datasets has the entry {kind_of(entry)}; a path and options are needed"):
+            given = DatasetConfig(**entry) if not isinstance(entry, DatasetConfig) else entry
+            if not (given.path and isinstance(given.path, str) and isinstance(given.split, str)):
+                raise TypeError("path and split are text")
         mixture.append(given)
     if not mixture:
         raise InputError("datasets is an empty list; give at least one dataset.")
@@ -53,8 +53,6 @@ def mixed(load: Callable[..., AnyDataset], entries: Sequence[Any], streaming: bo
         total = min(len(part) * whole / share for part, share in sizes if share > 0)
         counts = [round(share / whole * total) for share in shares]
         parts = [part.select(range(n)) for part, n in zip(parts, counts, strict=True)]
-    try:
+    names = ", ".join(entry.path for entry in mixture)
+    with explained(f"The datasets {names} do not go together"):
         return concatenate_datasets(parts)
-    except ValueError as error:
-        names = ", ".join(entry.path for entry in mixture)
-        raise InputError(f"The datasets {names} do not go together: {error}") from error

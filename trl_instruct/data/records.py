@@ -98,7 +98,9 @@ def load_demonstrations(
 
 def _trimmed(dataset: AnyDataset, where: Source, first: Record) -> AnyDataset:
     """Dialogues that end with a reply and begin with a question, contents in one part."""
-    in_parts = trim_dialogue(first)["messages"] and any(
+    with where.located(0):
+        trimmed = trim_dialogue(first)["messages"]
+    in_parts = trimmed and any(
         isinstance(message, Mapping) and isinstance(message.get("content"), list)
         for message in first["messages"]
     )
@@ -106,7 +108,10 @@ def _trimmed(dataset: AnyDataset, where: Source, first: Record) -> AnyDataset:
     if isinstance(dataset, IterableDataset):
         return dataset.map(trim_dialogue, features=None if in_parts else features)
     dialogues = iterate(dataset, "messages")
-    changed = sum(trim_dialogue({"messages": talk})["messages"] != talk for talk in dialogues)
+    changed = 0
+    for row, talk in enumerate(dialogues):
+        with where.located(row):
+            changed += trim_dialogue({"messages": talk})["messages"] != talk
     if not changed:
         return dataset
     if not in_parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -28,7 +29,6 @@ from trl.scripts.utils import DatasetConfig
 from trl_instruct.errors import InputError, located
 
 MESSAGE = {"role": Value("string"), "content": Value("string")}
-
 AnyDataset: TypeAlias = Dataset | IterableDataset
 Record: TypeAlias = Mapping[str, Any]
 
@@ -51,9 +51,6 @@ CSV_OPTIONS: dict[str, Any] = {
     "na_values": [""],
     "converters": dict.fromkeys(TEXT_CELLS + LIST_CELLS, str),
 }
-
-
-WHOLE_FILE = 1 << 31  # bytes that the json reader takes at once; by default 10 MB
 
 
 @dataclass(frozen=True)
@@ -233,16 +230,17 @@ def _load_named(config: DatasetConfig, split: str, streaming: bool, where: Sourc
 
 
 def _load_folder(path: Path, split: str, streaming: bool, where: Source) -> AnyDataset:
+    was_saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
-        if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
+        if not was_saved:
             return load_dataset(str(path), split=split, streaming=streaming)
+        saved = load_from_disk(str(path))
     except FileNotFoundError as error:
-        known = ", ".join(BUILDERS)
-        raise InputError(f"{where.name}: the folder holds no data file ({known}).") from error
-    except (ValueError, DatasetGenerationError) as error:
+        known = "whole saved dataset" if was_saved else f"data file ({', '.join(BUILDERS)})"
+        raise InputError(f"{where.name}: the folder holds no {known}.") from error
+    except (ValueError, LookupError, TypeError, DatasetGenerationError) as error:
         cause = error.__cause__ or error
         raise InputError(f"{where.name}: split {split!r} could not be loaded: {cause}") from error
-    saved = load_from_disk(str(path))
     dataset = _take_split(saved, split, where) if isinstance(saved, DatasetDict) else saved
     return dataset.to_iterable_dataset() if streaming else dataset
 
@@ -256,8 +254,7 @@ def _take_split(splits: Mapping[str, AnyDataset], split: str, where: Source) -> 
 def _load_file(path: Path, builder: str, split: str, streaming: bool, where: Source) -> AnyDataset:
     if split.partition("[")[0] != "train":
         raise InputError(f"{where.name}: no split {split!r}; a single file has only 'train'.")
-    if builder == "csv":
-        _check_separator(path, where)
+    _check_start(path, builder, where)
     options = CSV_OPTIONS if builder == "csv" else {}
     load = partial(
         load_dataset, builder, data_files={"train": str(path)}, split=split, streaming=streaming
@@ -269,7 +266,7 @@ def _load_file(path: Path, builder: str, split: str, streaming: bool, where: Sou
             if builder != "json":
                 raise
             # A block of 10 MB has another column, or a first value where others have null.
-            dataset = load(chunksize=WHOLE_FILE)
+            dataset = load(chunksize=1 << 31)
     except (StopIteration, ValueError, OSError, EOFError, DatasetGenerationError) as error:
         raise _file_fault(error, path, builder, where) from error
     if builder == "csv":
@@ -280,12 +277,13 @@ def _load_file(path: Path, builder: str, split: str, streaming: bool, where: Sou
     return IterableDataset.from_generator(_guarded, gen_kwargs=inputs, features=dataset.features)
 
 
-def _check_separator(path: Path, where: Source) -> None:
-    """InputError if a csv file's columns are not separated by commas."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        header = file.readline()
-    other = next((mark for mark in ";\t|" if mark in header), None)
-    if other and "," not in header:
+def _check_start(path: Path, builder: str, where: Source) -> None:
+    """InputError for csv columns that no comma separates, and for what ends pyarrow's reader."""
+    start = _first_line(path)
+    if builder == "json" and start.startswith("null"):
+        raise InputError(f"{where.name} begins with null; a JSON object is needed.")
+    other = next((mark for mark in ";\t|" if mark in start), None)
+    if builder == "csv" and other and "," not in start:
         raise InputError(
             f"{where.name}: the columns are separated by {other!r}; commas are needed. Save it as "
             "comma-separated csv, or as jsonl."
@@ -313,9 +311,7 @@ def _file_fault(error: Exception, path: Path, builder: str, where: Source) -> In
             _parse_json(where, path)
     except InputError as fault:
         return fault
-    except UnicodeDecodeError as fault:
-        return InputError(f"{where.name} cannot be read ({fault}); UTF-8 text is needed.")
-    except (OSError, EOFError) as fault:
+    except (OSError, EOFError, UnicodeDecodeError) as fault:
         return InputError(f"{where.name} cannot be read: {fault}.")
     cause = error.__cause__ or error
     return InputError(f"{where.name} cannot be read as a table of {builder} records: {cause}")
@@ -324,7 +320,8 @@ def _file_fault(error: Exception, path: Path, builder: str, where: Source) -> In
 def _parse_json(where: Source, path: Path) -> None:
     """Parse a JSON or JSON Lines file; raise an `InputError` for the first bad line."""
     with _open_text(path) as file:
-        parts = enumerate(file, start=1) if where.lines else [(0, file.read())]
+        in_lines = _holds_json_lines(path)
+        parts = enumerate(file, start=1) if in_lines else [(0, file.read())]
         for number, text in parts:
             if not text.strip():
                 continue
@@ -337,11 +334,10 @@ def _parse_json(where: Source, path: Path) -> None:
                     f"{where.name}, line {line}: malformed JSON ({error.msg}, column "
                     f"{error.colno}): {text.splitlines()[error.lineno - 1].strip()[:60]!r}"
                 ) from None
-            _check_surrogates(value, f"{where.name}, line {number}" if number else where.name)
-            if where.lines and not isinstance(value, dict):
-                raise InputError(
-                    f"{where.name}, line {number}: {kind_of(value)}; each line needs a JSON object."
-                )
+            place = f"{where.name}, line {number}" if number else where.name
+            _check_surrogates(value, place)
+            if in_lines and not isinstance(value, dict):
+                raise InputError(f"{place}: {kind_of(value)}; each line needs a JSON object.")
 
 
 def _check_surrogates(value: Any, place: str) -> None:
@@ -360,12 +356,17 @@ def _holds_json_lines(path: Path) -> bool:
     name = path.name.lower().removesuffix(".gz")
     if not name.endswith(".json"):
         return name.endswith(".jsonl")
+    first = _first_line(path)
+    return first.startswith("{") and first.endswith("}")
+
+
+def _first_line(path: Path) -> str:
+    """The first line that is not blank; empty if there is none, or none that can be read."""
     try:
         with _open_text(path) as file:
-            first = next((line.strip() for line in file if line.strip()), "")
-    except (OSError, EOFError, UnicodeDecodeError):
-        return False
-    return first.startswith("{") and first.endswith("}")
+            return next((line.strip() for line in file if line.strip()), "")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error):
+        return ""
 
 
 def _open_text(path: Path) -> Any:

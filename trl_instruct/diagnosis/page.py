@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from trl_instruct.console import one_line
 from trl_instruct.diagnosis.figures import figures
 from trl_instruct.diagnosis.ppo import diagnose_ppo
 from trl_instruct.diagnosis.stages import Finding, diagnose_rm, diagnose_sft
-from trl_instruct.errors import InputError
+from trl_instruct.errors import InputError, explained
 from trl_instruct.evaluation.tables import tables
 from trl_instruct.files import nulls_as_nan, read_json, written_at_once
 from trl_instruct.manifest import list_too
@@ -45,14 +44,27 @@ def report(
         Path of the page.
 
     Raises:
-        InputError: no finished stage in the folder; a file that is not an evaluation.
+        InputError: no finished stage in the folder, or a damaged one; a file that is not an
+            evaluation; a place that cannot be written to.
     """
     chain, compared = read_chain(folder), read_evaluation(evaluation)
     path = Path(output_file or Path(folder) / REPORT)
+    with explained(f"{os.fspath(folder)!r}, a stage before it or the evaluation is damaged"):
+        text = _page(f"How {Path(folder)} was made", chain, compared)
+    try:
+        with written_at_once(path) as file:
+            file.write(text)
+        list_too(path)
+    except OSError as error:
+        raise InputError(f"The report cannot be written to {str(path)!r}: {error}.") from error
+    return path
+
+
+def _page(title: str, chain: Mapping[str, FinishedStage], evaluation: dict[str, Any]) -> str:
     findings = diagnose(chain)
     page = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    text = page.render(
-        title=f"How {Path(folder)} was made",
+    return page.render(
+        title=title,
         verdict=verdict(findings),
         faulty=any(finding.level == "fault" for finding in findings),
         findings=findings,
@@ -65,15 +77,11 @@ def report(
             }
             for name, run in chain.items()
         ],
-        tables=tables(compared) if compared else [],
-        prompts=compared.get("prompts"),
-        figures=figures(chain, compared),
-        samples=_samples(compared),
+        tables=tables(evaluation) if evaluation else [],
+        prompts=evaluation.get("prompts"),
+        figures=figures(chain, evaluation),
+        samples=_samples(evaluation),
     )
-    with written_at_once(path) as file:
-        file.write(text)
-    list_too(path)
-    return path
 
 
 def summary_lines(
@@ -128,10 +136,8 @@ def read_evaluation(path: str | os.PathLike | None) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise InputError(f"evaluation {str(file)!r}: no such file. Run evaluate first.")
-    try:
+    with explained(f"evaluation {str(file)!r} is not JSON"):
         content = read_json(file)
-    except json.JSONDecodeError as error:
-        raise InputError(f"evaluation {str(file)!r} is not JSON: {error}") from error
     if not isinstance(content, dict) or not {"models", "judges", "points"} <= set(content):
         raise InputError(f"evaluation {str(file)!r} is not what `evaluate` saves.")
     return {**content, "models": nulls_as_nan(content["models"])}
@@ -163,7 +169,13 @@ def _transcript(prompt: Any) -> str:
 def diagnose(chain: Mapping[str, FinishedStage]) -> list[Finding]:
     """The findings for each stage in a chain, from its own measurements, in the order they ran."""
     checks = {"sft": diagnose_sft, "rm": diagnose_rm, "ppo": diagnose_ppo}
-    return [f for name, check in checks.items() if name in chain for f in check(chain[name])]
+    told, advice = "A stage before it is not on this page.", "Restore its folder."
+    found = [
+        Finding(name, "stage_missing", "unknown", told, gap, "", advice)
+        for name, run in chain.items()
+        for gap in run.gaps
+    ]
+    return found + [f for name in checks if name in chain for f in checks[name](chain[name])]
 
 
 def verdict(findings: Sequence[Finding]) -> str:

@@ -22,12 +22,13 @@ from peft import (
 )
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, get_peft_config
 
-from trl_instruct.errors import InputError
+from trl_instruct.errors import NOT_AS_EXPECTED, InputError, explained, summary
 from trl_instruct.models.properties import model_name
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -65,21 +66,18 @@ class Adapter:
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Adapter:
-        """The adapter in a folder; InputError if its config is broken or names no base."""
+        """The adapter in a folder; InputError if its config is broken, or base or weights lack."""
         path = os.fspath(folder)
-        try:
+        broken = f"{os.path.join(path, CONFIG)!r} is not an adapter's config as peft writes it"
+        with explained(broken):
             config = PeftConfig.from_pretrained(path)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(
-                f"{os.path.join(path, CONFIG)!r} is not an adapter's config "
-                f"({type(error).__name__}: {' '.join(str(error).split())}). Give a folder that "
-                "peft's save_pretrained or a stage wrote."
-            ) from error
         if not config.base_model_name_or_path:
             raise InputError(
                 f"The adapter in {path!r} names no base model: base_model_name_or_path is missing "
                 f"in {CONFIG}. Name the base there."
             )
+        if not any(Path(path).glob("adapter_model.*")):
+            raise InputError(f"The adapter in {path!r} has no weights: there is no {WEIGHTS}.")
         return cls(path, config, config.base_model_name_or_path)
 
     def check_task(self, needed: str) -> None:
@@ -161,9 +159,8 @@ class Adapter:
         """Turn peft's errors about an adapter that does not fit into an InputError."""
         try:
             yield
-        except (RuntimeError, ValueError, LookupError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            told = " ".join(line.strip() for line in lines[:2])
+        except (RuntimeError, OSError, SafetensorError, *NOT_AS_EXPECTED) as error:
+            told = summary(error)
             advice = "Was it trained on another model, or has the model in that folder changed?"
             if "embed" in told or isinstance(error, IndexError):
                 advice = (

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,7 +23,7 @@ from transformers import (
 from trl import ModelConfig, get_quantization_config
 
 from trl_instruct.console import quiet_libraries, quiet_loading
-from trl_instruct.errors import InputError
+from trl_instruct.errors import InputError, summary
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE
 from trl_instruct.manifest import listed_files
 from trl_instruct.models.adapters import CLASSIFIER, POLICY, Adapter, is_adapter, is_quantized
@@ -189,6 +188,7 @@ def _load(
     if (quantization := get_quantization_config(model_config)) is not None:
         # Set only if requested: None would mean "not quantised" and override the folder's own.
         kwargs["quantization_config"] = quantization
+    dtype = _dtype(model_config)
     hub = {"revision": model_config.model_revision, "trust_remote_code": trust_remote_code}
     with quiet_loading():
         try:
@@ -196,13 +196,13 @@ def _load(
                 register_scalar_head(type(AutoConfig.from_pretrained(path, **hub)))
             model, info = kind.from_pretrained(
                 path,
-                dtype=_dtype(model_config),
+                dtype=dtype,
                 attn_implementation=model_config.attn_implementation,
                 output_loading_info=True,
                 **hub,
                 **kwargs,
             )
-        except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
+        except Exception as error:  # whatever a config.json or weights make the libraries raise
             raise InputError(
                 f"No model could be loaded from {path!r}: {load_fault(path, error)} Give a Hub id, "
                 "a folder saved with save_pretrained, or the result of an earlier stage."
@@ -273,11 +273,14 @@ def check_finished(folder: Path) -> None:
 
 
 def load_fault(path: str, error: Exception) -> str:
-    """The libraries' error in one line; if the path does not exist, it begins with that."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    told = " ".join(line.strip() for line in lines) if lines[0].endswith(":") else lines[0]
+    """The libraries' error in one line; if the path is not a folder, it begins with that."""
+    told = summary(error).rstrip(". ") + "."
+    if "above report" in told:  # which is a log that names each weight
+        told = "its weights have other shapes than its config.json says."
     if "trust_remote_code" in str(error):
         told += " Set trust_remote_code if you trust that code."
-    if Path(path).exists():
+    if os.path.isfile(path):
+        return "it is a file, not a folder."
+    if os.path.isdir(path):
         return told
     return f"there is no such folder (looked in {Path.cwd()}), and as a Hub id: {told}"

@@ -34,7 +34,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             path, padding_side="left", revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # whatever its files make the libraries raise
         raise InputError(
             f"No tokenizer could be loaded from {path!r}: {load_fault(path, error)} Give a Hub "
             "id or a folder that holds one, or pass processing_class=."

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,21 +11,22 @@ import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
 from trl_instruct.configs import StageConfig
-from trl_instruct.data.sources import AnyDataset, Source, first_record, name_of
+from trl_instruct.data.sources import AnyDataset, Source, first_record, kind_of, name_of
 from trl_instruct.errors import InputError
-from trl_instruct.files import CONFIG_FILE, METRICS_FILE, read_json, read_metrics
+from trl_instruct.files import CONFIG_FILE, METRICS_FILE, nulls_as_nan
 from trl_instruct.recipes.options import check_types
 
 STAGE_NAMES = ("pretrain", "sft", "candidates", "rm", "ppo")
 
 
 class FinishedStage(NamedTuple):
-    """A finished stage: folder, resolved options, metrics, and logs, oldest first."""
+    """A finished stage: folder, resolved options, metrics, logs (oldest first), missing parts."""
 
     folder: Path
     config: dict[str, Any]
     metrics: dict[str, Any]
     logs: list[dict[str, Any]]
+    gaps: tuple[str, ...] = ()
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """Step and value of each log that has the metric."""
@@ -36,39 +37,38 @@ def read_chain(folder: str | os.PathLike) -> dict[str, FinishedStage]:
     """The finished stage in a folder and those it came from, by name, in the order they ran.
 
     Their configs name the folders: model, reward model, data. Of several stages with one name,
-    the nearest counts; folders that have moved are left out.
+    the nearest counts. A folder that is gone or damaged is a gap of the stage that names it.
 
     Raises:
-        InputError: the folder holds no finished stage.
+        InputError: the folder holds no finished stage, or a damaged one.
     """
-    path = Path(folder)
-    if not _is_finished(path):
+    run = _read(Path(folder))
+    if run is None:
         raise InputError(
-            f"{str(path)!r} holds no finished stage: {CONFIG_FILE} and {METRICS_FILE} are needed. "
-            "Give the output_dir of sft, rm or ppo."
+            f"{os.fspath(folder)!r} holds no finished stage: {CONFIG_FILE} and {METRICS_FILE}, as "
+            "sft, rm and ppo write them, are needed. Give the output_dir of one of these."
         )
     found: dict[str, FinishedStage] = {}
-    waiting, seen = [path], set()
+    waiting, seen = [run], set()
     while waiting:
-        path = waiting.pop(0)
-        if path.resolve() in seen or not _is_finished(path):
+        run = waiting.pop(0)
+        if run.folder.resolve() in seen:
             continue
-        seen.add(path.resolve())
-        run = _read(path)
-        found.setdefault(run.metrics.get("stage", ""), run)
-        waiting += _came_from(run.config)
+        seen.add(run.folder.resolve())
+        earlier, gaps = _came_from(run)
+        found.setdefault(run.metrics["stage"], run._replace(gaps=gaps))
+        waiting += earlier
     return {name: found[name] for name in STAGE_NAMES if name in found}
 
 
 def remember_reading(config: Any, *models: Any) -> None:
     """Read files as the first of the models read its own, unless the config says otherwise."""
     for model in models:
-        folder = Path(name_of(model) or "nowhere")
-        if not _is_finished(folder):
+        run = _read(Path(name_of(model) or "nowhere"))
+        if run is None:
             continue
-        given = _read(folder).config
-        known = {n: given.get(n) for n in ("columns", "prompt_template", "prompt_suffix")}
-        check_types(known, StageConfig, f"{folder / CONFIG_FILE}: ")
+        known = {n: run.config.get(n) for n in ("columns", "prompt_template", "prompt_suffix")}
+        check_types(known, StageConfig, f"{run.folder / CONFIG_FILE}: ")
         config.remembered = config.columns is None and known["columns"] is not None
         for name, value in known.items():
             if getattr(config, name) is None:
@@ -87,7 +87,8 @@ def check_format(prompts: AnyDataset, tokenizer: Any, **models: Any) -> None:
         return
     for role, model in models.items():
         name = name_of(model)
-        known = read_metrics(name).get("format", given) if name else given
+        run = _read(Path(name)) if name else None
+        known = run.metrics.get("format", given) if run else given
         if known != given:
             raise InputError(
                 f"`prompt` is {given}, but the {role.replace('_', ' ')} {name} was trained on "
@@ -95,20 +96,48 @@ def check_format(prompts: AnyDataset, tokenizer: Any, **models: Any) -> None:
             )
 
 
-def _is_finished(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in (CONFIG_FILE, METRICS_FILE))
+def _read(folder: Path) -> FinishedStage | None:
+    """The finished stage in a folder; None if it holds none, or another tool's files.
+
+    Raises:
+        InputError: the files of a stage are damaged.
+    """
+    files = (folder / name for name in (CONFIG_FILE, METRICS_FILE, TRAINER_STATE_NAME))
+    (config, metrics, state), faults = zip(*map(_parsed, files), strict=True)
+    finished = metrics.get("stage") in STAGE_NAMES
+    fault = next(filter(None, faults), None)
+    if fault and (finished or {"output_dir", "dataset_name"} <= set(config)):
+        raise InputError(f"The stage in {str(folder)!r} is damaged: {fault}. Run it again.")
+    if not finished or not os.path.isfile(folder / CONFIG_FILE):
+        return None
+    return FinishedStage(folder, config, nulls_as_nan(metrics), state.get("log_history", []))
 
 
-def _read(folder: Path) -> FinishedStage:
-    config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    logs = read_json(folder / TRAINER_STATE_NAME).get("log_history", [])
-    return FinishedStage(folder, config, read_metrics(folder), logs)
+def _parsed(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The mapping in a JSON or YAML file, {} if there is none, and what is wrong with the file."""
+    try:
+        text = path.read_text(encoding="utf-8") if os.path.isfile(path) else "{}"
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        return {}, f"{path.name}: {' '.join(str(error).split())}"
+    fault = None if isinstance(content, dict) else f"{path.name} holds {kind_of(content)}"
+    return {} if fault else content, fault
 
 
-def _came_from(config: dict[str, Any]) -> Iterator[Path]:
-    """Folders that a config names."""
-    for name in ("model_name_or_path", "reward_model_path"):
-        if isinstance(config.get(name), str):
-            yield Path(config[name])
-    if isinstance(config.get("dataset_name"), str):
-        yield Path(config["dataset_name"]).parent
+def _came_from(run: FinishedStage) -> tuple[list[FinishedStage], tuple[str, ...]]:
+    """The finished stages that a config names, and what is wrong with those that are not there."""
+    earlier, gaps = [], []
+    for name in ("model_name_or_path", "reward_model_path", "dataset_name"):
+        given = run.config.get(name)
+        if not isinstance(given, str):
+            continue
+        try:
+            if found := _read(Path(given).parent if name == "dataset_name" else Path(given)):
+                earlier.append(found)
+            elif not os.path.exists(given) and (
+                os.path.isabs(given) or os.path.isdir(os.path.dirname(given))  # no Hub id
+            ):
+                gaps.append(f"{name} is {given!r}, which is gone")
+        except InputError as error:
+            gaps.append(str(error))
+    return earlier, tuple(gaps)

@@ -104,7 +104,7 @@ def check_names(names: Iterable[str], config_class: type[StageConfig], where: st
         if name not in known:
             if reason := config_class.REFUSED.get(name):
                 raise InputError(f"{where}{name} is not an option here: {reason}")
-            near = difflib.get_close_matches(name, sorted(known), n=1)
+            near = difflib.get_close_matches(str(name), sorted(known), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise InputError(f"{where}Unknown option {name!r} for {config_class.__name__}.{hint}")
 
@@ -233,7 +233,7 @@ def stage_options(
         config.output_dir = os.fspath(output_dir)
     if isinstance(dataset, list):
         config.datasets = [dataclasses.asdict(entry) for entry in mixture_of(dataset)]
-    if dataset is None and not config.datasets:
+    if (dataset is None or dataset == "") and not config.datasets:
         raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
     config.dataset_name = name_of(dataset) or config.dataset_name
     check_streams(config)

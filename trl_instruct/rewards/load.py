@@ -107,7 +107,7 @@ def _check_labels(source: ModelSource, *, trust_remote_code: bool) -> None:
     else:
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, ImportError):
+        except Exception:
             return  # a LoRA adapter's folder, or a missing one: loading it will tell
     kind, labels = (config.architectures or [type(source).__name__])[0], config.id2label
     if kind.endswith("ForSequenceClassification") and len(labels) > 1:
@@ -119,7 +119,7 @@ def _check_labels(source: ModelSource, *, trust_remote_code: bool) -> None:
 
 def is_python(reward: Any) -> bool:
     """Whether a reward's name refers to code in a Python file."""
-    return isinstance(reward, str) and ".py:" in reward
+    return isinstance(reward, str) and (".py:" in reward or reward.endswith(".py"))
 
 
 def is_address(reward: Any) -> bool:
@@ -130,6 +130,8 @@ def is_address(reward: Any) -> bool:
 def _from_file(reward: str) -> RewardFunction:
     """What a name like `rewards.py:brevity` refers to; the file is run."""
     file, _, name = reward.rpartition(":")
+    if name.endswith(".py"):
+        raise InputError(f"Reward {reward!r} is a file; name what is in it: {reward}:FUNCTION.")
     if not Path(file).is_file():
         raise InputError(f"Reward {reward!r}: there is no file {file} (looked in {Path.cwd()}).")
     spec = importlib.util.spec_from_file_location(f"trl_instruct_reward_{Path(file).stem}", file)
