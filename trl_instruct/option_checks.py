@@ -31,12 +31,12 @@ NO_STAGE_HAS = _by_name(
         "the model is loaded as dtype, attn_implementation, ... say.": "model_init_kwargs",
     }
 )
+_EVALUATION = "eval_strategy eval_steps eval_delay eval_on_start eval_use_gather_object "
 PRETRAIN_HAS_NOT = _by_name(
     {
         "architecture and architecture_kwargs make the model.": " ".join(vars(ModelConfig())),
-        "stage 0 holds nothing out.": "eval_strategy eval_steps eval_delay eval_on_start "
-        "eval_use_gather_object eval_dataset_name dataset_test_split load_best_model_at_end",
-        "stage 0 trains all weights.": "merge_adapter",
+        "stage 0 trains all weights and holds nothing out.": _EVALUATION
+        + "eval_dataset_name dataset_test_split load_best_model_at_end merge_adapter",
     }
 )
 SFT_HAS_NOT = _by_name(
@@ -47,25 +47,21 @@ SFT_HAS_NOT = _by_name(
 )
 PPO_HAS_NOT = _by_name(
     {
-        "gold judges every iteration, and the result is compared on eval_dataset_name.": (
-            "eval_strategy eval_steps eval_delay eval_on_start eval_use_gather_object "
-            "per_device_eval_batch_size"
-        ),
+        "gold judges each iteration; the result is compared on eval_dataset_name.": _EVALUATION
+        + "per_device_eval_batch_size",
         "save_strategy: best keeps the best policy.": "load_best_model_at_end",
-        "PPO has a loop and losses of its own.": "label_smoothing_factor neftune_noise_alpha "
-        "average_tokens_across_devices logging_nan_inf_filter auto_find_batch_size debug "
-        "torch_empty_cache_steps skip_memory_metrics include_num_input_tokens_seen",
-        "PPO draws its prompts itself, with all columns.": "train_sampling_strategy "
-        "ignore_data_skip remove_unused_columns dataloader_drop_last dataloader_in_order "
-        "dataloader_multiprocessing_context dataloader_num_workers "
-        "dataloader_persistent_workers dataloader_prefetch_factor",
+        "PPO has a loop, losses and batches of its own.": "label_smoothing_factor debug "
+        "neftune_noise_alpha average_tokens_across_devices logging_nan_inf_filter "
+        "auto_find_batch_size torch_empty_cache_steps skip_memory_metrics ignore_data_skip "
+        "include_num_input_tokens_seen train_sampling_strategy remove_unused_columns "
+        "dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context "
+        "dataloader_num_workers dataloader_persistent_workers dataloader_prefetch_factor",
         "PPO calls parts of its models.": "torch_compile torch_compile_backend torch_compile_mode "
         "use_liger_kernel liger_kernel_config parallelism_config",
         "the policy is a CAUSAL_LM, the value model a SEQ_CLS.": "lora_task_type",
         "the policy is model_name_or_path.": "sft_model_path",
         "completions end at EOS, and at stop_strings.": "stop_token stop_token_id",
-        "PPO weighs each sampled token by the policy's own probability. With tokens from another "
-        "distribution, the importance ratio and KL are wrong. Leave it out; temperature is fine.": (
+        "PPO weighs each sampled token by the policy's own probability; use temperature.": (
             "top_p top_k min_p typical_p repetition_penalty no_repeat_ngram_size"
         ),
     }

@@ -133,14 +133,12 @@ class IterationTrainer(ResumableTrainer):
     def _save_beginning(self) -> None:
         """Save the run as it was when this iteration began, unless that has been done."""
         if self.state.global_step != self.saved_step:
-            now = random_state(), states_of(self.reward)
-            self._set_memory(*self.beginning)
+            numbers, rewards = random_state(), states_of(self.reward)
+            set_random_state(self.beginning[0])
+            load_states(self.reward, self.beginning[1])
             self._save_checkpoint(self.model_wrapped, trial=None)
-            self._set_memory(*now)
-
-    def _set_memory(self, random_numbers: tuple[Any, ...], rewards: list[dict[str, Any]]) -> None:
-        set_random_state(random_numbers)
-        load_states(self.reward, rewards)
+            set_random_state(numbers)
+            load_states(self.reward, rewards)
 
     def save_last_state(self, fault: str) -> str:
         """Save the run as it was when this iteration began, before any weight changed.

@@ -72,7 +72,6 @@ def ppo(
     config, model_config = stage_options(
         PPOConfig, config, model_config, output_dir, dataset, options
     )
-    _check_metric(config)
     trainer_class = upstream_trainer(config) if config.engine == "trl" else PPOTrainer
     config.reward_model_path = _reward_names(reward) or config.reward_model_path
     remember_reading(config, model)
@@ -134,16 +133,6 @@ def _check_held_out(
     given = tokenizer, config.opening_length, reading.of_another()
     prompts = prompts_of(config.eval_dataset_name, split, *given)
     prompt_tokens(prompts["prompt"][:], tokenizer, policy, columns=prompts[:], **limits)
-
-
-def _check_metric(config: PPOConfig) -> None:
-    """InputError for a metric that is none of the rollouts'."""
-    name = config.metric_for_best_model
-    if name is not None and not name.startswith(("objective/", "val/")):
-        raise InputError(
-            f"metric_for_best_model is {name!r}; PPO's rollouts measure objective/scores, "
-            "objective/rlhf_reward, objective/gold, ... and val/explained_variance."
-        )
 
 
 def _tell_before(run: StageRun, roles: Roles, trainer: Any) -> None:
