@@ -117,6 +117,7 @@ def test_an_adapter_with_its_checkpoints_and_no_secret(hub, saved_policy, tmp_pa
     )
     assert not torch.equal(published, start) and not torch.equal(start, logits(base[2]))
 
+    assert not [*folder.rglob("training_args.bin")]
     written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
     assert len(written) > 20
     said = capsys.readouterr()

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from trl_instruct.errors import InputError, redact
@@ -162,6 +163,7 @@ class ResumableTrainer(Trainer):
         args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if args.should_save:
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # pickled; resuming reads none
             write_json(folder / RUN_FILE, {"run": self.run(), "counts": counts})
             write_manifest(folder)
             best = self.state.best_model_checkpoint
