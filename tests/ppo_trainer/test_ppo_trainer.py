@@ -14,7 +14,7 @@ from trl_instruct.generation.logits import completion_logprobs
 from trl_instruct.generation.sampling import pad_prompts
 from trl_instruct.padding import right_padded_mask
 from trl_instruct.ppo_trainer import rollouts
-from trl_instruct.ppo_trainer.advantages import kl_per_token
+from trl_instruct.ppo_trainer.advantages import gae, kl_per_token, masked_whiten
 from trl_instruct.ppo_trainer.metrics import (
     check_finite,
     episode_metrics,
@@ -271,7 +271,7 @@ def test_how_far_the_policy_has_moved_by_hand():
 
 
 def test_advantages_are_whitened_over_the_batch(make_trainer):
-    trainer = make_trainer()
+    trainer = make_trainer(gamma=0.9, lam=0.5)
     rollout = hand_made_rollout(trainer, [[20, 256, 9], [21, 22, 23]], [2, 3])
     rewards = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, -3.0]])
     advantages, returns = trainer.advantages(rollout, rewards)
@@ -281,6 +281,9 @@ def test_advantages_are_whitened_over_the_batch(make_trainer):
     assert not advantages[~rollout.mask].any()
     # the last return of an episode is its last reward, unwhitened
     torch.testing.assert_close(returns[[0, 1], [1, 2]], torch.tensor([1.0, -3.0]))
+    plain, expected = gae(rewards, rollout.values, rollout.mask, gamma=0.9, lam=0.5)
+    torch.testing.assert_close(returns, expected)
+    torch.testing.assert_close(advantages, masked_whiten(plain, rollout.mask))
 
 
 def test_rewards_hold_the_kl_penalty_and_the_score(make_trainer):
@@ -517,6 +520,12 @@ def test_beta_follows_the_kl_to_its_target(make_trainer):
     fixed = make_trainer(**options)
     fixed.train()
     assert {log["objective/kl_coef"] for log in fixed.state.log_history} == {0.1}
+
+
+def test_beta_adapts_to_the_target_and_horizon_given(make_trainer):
+    trainer = make_trainer(kl_coef=0.1, adaptive_kl_target=6.0, adaptive_kl_horizon=40)
+    trainer.adapt_kl_coef({"objective/kl": 5.7})  # 5 % below, 8 of 40 episodes
+    assert trainer.kl_coef == pytest.approx(0.1 * (1 - 0.05 * 8 / 40))
 
 
 def test_beta_is_what_the_rewards_are_made_with(make_trainer):
