@@ -169,8 +169,8 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
     ),
     (
         "ppo_trainer/rollouts.py",
-        "ppo_trainer/test_rollouts.py test_reward_shift.py rewards/test_reward_faults.py"
-        " -k 'test_rollouts or skipped or values_predict'",
+        f"ppo_trainer/test_rollouts.py test_reward_shift.py rewards/test_reward_faults.py {TRAINER}"
+        " -k 'test_rollouts or skipped or values_predict or given_reference'",
         [
             ("back = order.argsort()", "back = order"),
             ("queue[:batch_size], queue[batch_size:]", "queue[:batch_size], []"),
@@ -192,7 +192,6 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
             ("ended | scores.isnan()", "ended"),
             ("ended | scores.isnan(), scores, args", "~ended, scores, args"),
             ("everywhere.nanmean()", "everywhere.mean()"),
-            ("        load_states(reward, before)\n", ""),
             ("            part.merge(", "            (lambda states: None)("),
         ],
     ),
@@ -245,7 +244,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
             ("    load_weights(trainer.value_model, checkpoint / VALUE)\n", ""),
             ('        trainer.pretraining.load_state(progress["ptx"])\n', "        pass\n"),
             ("        trainer.average.load(checkpoint / EMA)\n", "        pass\n"),
-            ('progress["metrics"], progress["kl_coef"]', 'progress["metrics"], trainer.kl_coef'),
+            ('        trainer.kl_coef = progress["kl_coef"]', "        pass"),
             ('    load_states(trainer.reward, progress["reward"])\n', ""),
         ],
     ),

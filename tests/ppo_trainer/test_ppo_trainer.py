@@ -359,7 +359,7 @@ def test_policy_and_value_learn_and_the_reference_stays(make_trainer):
 def test_a_given_reference_is_used_and_frozen(make_trainer, make_policy):
     ref = make_policy(seed=5).train()
     trainer = make_trainer(ref_model=ref)
-    rollout = trainer.sample([0, 1, 2])
+    rollout = trainer.sample(list(range(8)))
     expected = completion_logprobs(ref, *rollout[:4], temperature=1.0)
     torch.testing.assert_close(rollout.ref_logprobs, expected)
     assert not ref.training

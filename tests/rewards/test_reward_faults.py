@@ -10,7 +10,9 @@ import torch
 from test_http import serve_reward
 
 from trl_instruct.errors import InputError
+from trl_instruct.ppo_trainer.rollout_scores import rollout_scores
 from trl_instruct.rewards.combined import Normalised, WeightedSum
+from trl_instruct.rewards.function import RewardError, states_of
 from trl_instruct.rewards.http import HTTPReward
 
 pytestmark = pytest.mark.slow  # whole runs
@@ -79,6 +81,17 @@ def test_the_third_iteration_fails(make_trainer, tmp_path, fault, message):
     resumed = trainer(letters, output_dir=str(tmp_path / "run"))
     resumed.train(resume_from_checkpoint=True)
     torch.testing.assert_close(final(resumed), final(whole), rtol=0, atol=0)
+
+
+def test_a_reward_that_fails_has_seen_nothing():
+    reward = WeightedSum([Normalised(letters), Failing(ValueError("x"), call=2)])
+    given = (reward, ["p"] * 2, ["see", "me too"], {})
+    rollout_scores(*given, rows=[0, 1], skip=False)
+    before = states_of(reward)
+    assert before
+    with pytest.raises(RewardError, match="ValueError: x"):
+        rollout_scores(*given, rows=[0, 1], skip=False)
+    assert states_of(reward) == before
 
 
 def test_none_is_left_out_of_a_sum_and_is_a_fault_where_nothing_is_left(make_trainer):
