@@ -1,7 +1,7 @@
 """A text classifier as a reward: how sure it is of a label (sentiment, toxicity, ...)."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from transformers import (
 
 from trl_instruct.errors import InputError
 from trl_instruct.models.properties import context_length, model_name
-from trl_instruct.rewards.function import as_text
+from trl_instruct.rewards.function import Texts, as_text
 from trl_instruct.rewards.score_position import batched_logits
 
 
@@ -73,9 +73,7 @@ class ClassifierReward:
         self.model.to(device)
 
     @torch.no_grad()
-    def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
-    ) -> list[float]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> list[float]:
         """Scores of the completions, one float each."""
         pairs = zip(prompts, completions, strict=True)
         rows = [self._ids(prompt, completion) for prompt, completion in pairs]

@@ -11,6 +11,7 @@ from trl_instruct.rewards.function import (
     RewardFunction,
     RewardUnreachableError,
     Scores,
+    Texts,
     as_text,
     call_part,
     reward_name,
@@ -40,9 +41,7 @@ class WeightedSum:
     def __name__(self) -> str:
         return " + ".join(map(reward_name, self.parts))
 
-    def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
-    ) -> Scores:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> Scores:
         """Scores of the completions, None where no reward applies."""
         scores = [call_part(part, prompts, completions, columns) for part in self.parts]
         return [self._sum(row) for row in zip(*scores, strict=True)]
@@ -68,9 +67,7 @@ class Clipped:
     def __name__(self) -> str:
         return f"clipped {reward_name(self.parts[0])}"
 
-    def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
-    ) -> Scores:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> Scores:
         """Scores of the completions, None where the reward does not apply."""
         scores = call_part(self.parts[0], prompts, completions, columns)
         return [s if s is None else min(self.high, max(self.low, s)) for s in scores]
@@ -123,9 +120,7 @@ class Normalised:
     def __name__(self) -> str:
         return f"normalised {reward_name(self.parts[0])}"
 
-    def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
-    ) -> Scores:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> Scores:
         """Scores of the completions, None where the reward does not apply."""
         scores = call_part(self.parts[0], prompts, completions, columns)
         self.own = self.own.joined(Moments.of([score for score in scores if score is not None]))
@@ -159,9 +154,7 @@ class TimeLimit:
             raise InputError(f"A time limit of {seconds} seconds was given; it must be above 0.")
         self.parts, self.seconds, self.__name__ = [reward], seconds, reward_name(reward)
 
-    def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
-    ) -> Scores:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> Scores:
         """Scores of the completions, None where the reward does not apply."""
         answer: Future[Scores] = Future()
 
@@ -186,9 +179,7 @@ class LengthPenalty:
     def __init__(self, per_character: float, *, free: int = 0):
         self.per_character, self.free = per_character, free
 
-    def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
-    ) -> list[float]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> list[float]:
         """Scores of the completions, one float each."""
         excess = [max(0, len(as_text(completion)) - self.free) for completion in completions]
         return [-self.per_character * characters for characters in excess]

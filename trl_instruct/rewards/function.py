@@ -19,6 +19,7 @@ from trl_instruct.errors import InputError, harmless, redact
 
 Scores = list[float | None]
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
+Texts = Sequence[Any]  # texts, or lists of messages
 Columns = Mapping[str, Sequence[Any]]
 
 LOOP_THREAD = "async rewards"
@@ -40,7 +41,7 @@ class RewardUnreachableError(RewardError):
 
 
 def call_reward(
-    reward: RewardFunction, prompts: Sequence[Any], completions: Sequence[Any], columns: Columns
+    reward: RewardFunction, prompts: Texts, completions: Texts, columns: Columns
 ) -> list[float]:
     """Scores of a reward function, checked: B finite floats.
 
@@ -56,43 +57,20 @@ def call_reward(
         RewardError: it raised, or returned a wrong number of scores, None, or a score that is not
             a finite number. Its state (`state_dict`) is then as before the call.
     """
-    scores = _call(reward, prompts, completions, columns)
+    scores = _checked(_Call(reward, prompts, completions, _wanted(reward, columns)))
     return [score for score in scores if score is not None]  # None was a fault
 
 
 def call_part(
-    reward: RewardFunction, prompts: Sequence[Any], completions: Sequence[Any], columns: Columns
+    reward: RewardFunction, prompts: Texts, completions: Texts, columns: Columns
 ) -> Scores:
     """Like `call_reward`, for a part of a reward: None where it does not apply."""
-    return _call(reward, prompts, completions, columns, none_is_fault=False)
-
-
-def _call(
-    reward: RewardFunction,
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    columns: Columns,
-    *,
-    none_is_fault: bool = True,
-) -> Scores:
-    given = (reward, prompts, completions, _wanted(reward, columns))
-    before = _memory(reward)
-    try:
-        scores, faults = _ask(*given, none_is_fault=none_is_fault)
-        for row, fault in faults.items():
-            raise RewardError(fault, row)
-    except RewardError as error:
-        _restore(reward, before)
-        where, why = _located(error, *given)
-        _restore(reward, before)
-        if why is not None:
-            raise RewardError(why, where) from error.__cause__
-        raise
-    return scores
+    call = _Call(reward, prompts, completions, _wanted(reward, columns))
+    return _checked(call, none_is_fault=False)
 
 
 def try_reward(
-    reward: RewardFunction, prompts: Sequence[Any], completions: Sequence[Any], columns: Columns
+    reward: RewardFunction, prompts: Texts, completions: Texts, columns: Columns
 ) -> tuple[list[float], dict[int, str]]:
     """Scores of a reward function that may fail on some completions.
 
@@ -102,134 +80,141 @@ def try_reward(
     Returns:
         B floats, NaN where it failed; the faults, by the completion's index.
     """
-    given = (reward, prompts, completions, _wanted(reward, columns))
-    before = _memory(reward)
+    call = _Call(reward, prompts, completions, _wanted(reward, columns))
+    count, before = len(completions), _Memory(reward)
     try:
-        scores, faults = _ask(*given)
+        scores, faults = call.ask()
         return _as_floats(scores), faults
     except RewardUnreachableError as away:
-        _restore(reward, before)
-        rows = range(len(completions))
-        return [math.nan for _ in rows], dict.fromkeys(rows, away.fault)
+        before.restore()
+        return [math.nan] * count, dict.fromkeys(range(count), away.fault)
     except RewardError:
-        _restore(reward, before)
-        answers = list(_one_by_one(*given))
-    faults = {row: fault for row, (_, fault) in enumerate(answers) if fault is not None}
+        before.restore()
+    answers = list(call.one_by_one())
     alone = [score for score, _ in answers]
-    if before.states and len(faults) < len(alone):
-        alone = _without(faults, alone, before, *given)
+    faults = {row: fault for row, (_, fault) in enumerate(answers) if fault is not None}
+    if before.states and len(faults) < count:
+        alone = _together(call, alone, faults, before)
     return alone, faults
 
 
-def _without(
-    faults: Mapping[int, str],
-    scores: list[float],
-    before: "_Memory",
-    reward: RewardFunction,
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    columns: dict[str, Any],
+class _Call(NamedTuple):
+    """A reward and its arguments: only the columns that it has parameters for."""
+
+    reward: RewardFunction
+    prompts: Texts
+    completions: Texts
+    columns: dict[str, Any]
+
+    def of(self, rows: Sequence[int]) -> "_Call":
+        """The same for some of the completions."""
+
+        def those(values: Sequence[Any]) -> list[Any]:
+            return [values[row] for row in rows]
+
+        count = len(self.completions)
+        picked = {k: those(v) if is_column(v, count) else v for k, v in self.columns.items()}
+        return _Call(self.reward, those(self.prompts), those(self.completions), picked)
+
+    def ask(self, *, none_is_fault: bool = True) -> tuple[Scores, dict[int, str]]:
+        """Scores, and faults by index; RewardError if it raises or returns a wrong count."""
+        name, count = reward_name(self.reward), len(self.completions)
+        try:
+            scores: Any = self.reward(
+                prompts=self.prompts, completions=self.completions, **self.columns
+            )
+            if inspect.isawaitable(scores):
+                scores = _awaited(scores)
+            returned = _returned(scores)
+        except RewardError:
+            raise
+        except (Exception, SystemExit) as error:  # sys.exit(0) would end a run as if it were done
+            raise RewardError(f"Reward {name!r} raised {type(error).__name__}: {error}") from error
+        if returned != f"{count} scores":
+            raise RewardError(
+                f"Reward {name!r} returned {returned} for {count} completions; it must return a "
+                "list with one float per completion."
+            )
+        scores, faults = list(scores), {}
+        read = [None if score is None else _float(score) for score in scores]
+        for row, value in enumerate(read):
+            if value is None and none_is_fault:
+                needed = "at least one reward must apply"
+            elif value is not None and math.isnan(value):
+                needed = "it must be a finite number"
+            else:
+                continue
+            faults[row] = f"Reward {name!r} gave the score {shown(scores[row])}; {needed}."
+        return read, faults
+
+    def one_by_one(self) -> Iterator[tuple[float, str | None]]:
+        """Score and fault of each completion alone; an unreachable reward is not called again."""
+        unreachable = None
+        for row in range(len(self.completions)):
+            score, fault = math.nan, unreachable
+            try:
+                if unreachable is None:
+                    scores, faults = self.of([row]).ask()
+                    (score,), fault = _as_floats(scores), faults.get(0)
+            except RewardUnreachableError as error:
+                fault = unreachable = error.fault
+            except RewardError as error:
+                fault = error.fault
+            yield score, fault
+
+
+class _Memory:
+    """What a call changes in a reward, to undo a call that failed."""
+
+    def __init__(self, reward: RewardFunction):
+        self.reward, self.states, self.counts = reward, states_of(reward), counts_of(reward)
+
+    def restore(self) -> None:
+        load_states(self.reward, self.states)
+        for part, counts in zip(_different_parts(self.reward), self.counts, strict=True):
+            for name, count in counts.items():
+                if getattr(part, name) != count:  # a user's counter may be read-only
+                    setattr(part, name, count)
+
+
+def _checked(call: _Call, *, none_is_fault: bool = True) -> Scores:
+    before = _Memory(call.reward)
+    try:
+        scores, faults = call.ask(none_is_fault=none_is_fault)
+        for row, fault in faults.items():
+            raise RewardError(fault, row)
+    except RewardError as error:
+        before.restore()
+        raised = error.row is None and error.__cause__ is not None
+        raised = raised and not isinstance(error, RewardUnreachableError)
+        for row, (_, why) in enumerate(call.one_by_one() if raised else ()):
+            if why is not None:
+                before.restore()
+                raise RewardError(why, row) from error.__cause__
+        before.restore()
+        raise
+    return scores
+
+
+def _together(
+    call: _Call, scores: list[float], faults: Mapping[int, str], before: _Memory
 ) -> list[float]:
     """The scores, those without a fault computed again in one call.
 
     One at a time, a reward with state has scored each with the state of those before it only.
     """
-    count, alone = len(scores), _memory(reward)
+    count, alone = len(scores), _Memory(call.reward)
     kept = [row for row in range(count) if row not in faults]
-    _restore(reward, before)
+    before.restore()
     try:
-        together, more = _ask(reward, *_rows(kept, prompts, completions, columns))
+        together, more = call.of(kept).ask()
     except RewardError:
         together, more = [], dict(faults)
     if more:
-        _restore(reward, alone)
+        alone.restore()
         return scores
     given = dict(zip(kept, _as_floats(together), strict=True))
     return [given.get(row, math.nan) for row in range(count)]
-
-
-def _located(error: RewardError, *given: Any) -> tuple[int, str | None]:
-    """The first completion that a reward raises for alone, and why; (0, None) if there is none."""
-    raised = error.row is None and error.__cause__ is not None
-    if raised and not isinstance(error, RewardUnreachableError):
-        for row, (_, fault) in enumerate(_one_by_one(*given)):
-            if fault is not None:
-                return row, fault
-    return 0, None
-
-
-def _one_by_one(
-    reward: RewardFunction,
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    columns: dict[str, Any],
-) -> Iterator[tuple[float, str | None]]:
-    """Score and fault of each completion alone; an unreachable reward is not called again."""
-    count, unreachable = len(completions), None
-    for row in range(count):
-        score, fault = math.nan, unreachable
-        try:
-            if unreachable is None:
-                scores, faults = _ask(reward, *_rows([row], prompts, completions, columns))
-                (score,), fault = _as_floats(scores), faults.get(0)
-        except RewardUnreachableError as error:
-            fault = unreachable = error.fault
-        except RewardError as error:
-            fault = error.fault
-        yield score, fault
-
-
-def _rows(
-    rows: Sequence[int],
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    columns: dict[str, Any],
-) -> tuple[list[Any], list[Any], dict[str, Any]]:
-    """The arguments of a reward for some of the completions."""
-
-    def those(values: Sequence[Any]) -> list[Any]:
-        return [values[row] for row in rows]
-
-    count = len(completions)
-    picked = {k: those(v) if is_column(v, count) else v for k, v in columns.items()}
-    return those(prompts), those(completions), picked
-
-
-def _ask(
-    reward: RewardFunction,
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    columns: dict[str, Any],
-    *,
-    none_is_fault: bool = True,
-) -> tuple[Scores, dict[int, str]]:
-    """Like `try_reward`, in one call; RewardError if it raises or returns a wrong count."""
-    name, count = reward_name(reward), len(completions)
-    try:
-        scores: Any = reward(prompts=prompts, completions=completions, **columns)
-        if inspect.isawaitable(scores):
-            scores = _awaited(scores)
-        returned = _returned(scores)
-    except RewardError:
-        raise
-    except (Exception, SystemExit) as error:  # sys.exit(0) would end a run as if it were done
-        raise RewardError(f"Reward {name!r} raised {type(error).__name__}: {error}") from error
-    if returned != f"{count} scores":
-        raise RewardError(
-            f"Reward {name!r} returned {returned} for {count} completions; it must return a list "
-            "with one float per completion."
-        )
-    scores = list(scores)
-    read = [None if score is None else _float(score) for score in scores]
-    faults = {
-        row: f"Reward {name!r} gave the score {shown(scores[row])}; it must be a finite number."
-        for row, score in enumerate(read)
-        if score is not None and math.isnan(score)
-    }
-    if none_is_fault:
-        told = f"Reward {name!r} gave the score None; at least one reward must apply."
-        faults |= {row: told for row, score in enumerate(read) if score is None}
-    return read, dict(sorted(faults.items()))
 
 
 def _as_floats(scores: Scores) -> list[float]:
@@ -248,18 +233,15 @@ def _wanted(reward: RewardFunction, columns: Columns) -> dict[str, Any]:
             "columns."
         )
     given = {"prompts", "completions", *columns}
-    lacking = [p.name for p in parameters.values() if _is_needed(p) and p.name not in given]
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [p.name for p in parameters.values() if p.kind in named and p.default is p.empty]
+    lacking = [name for name in needed if name not in given]
     if lacking:
         raise InputError(
             f"Reward {reward_name(reward)!r} needs the column `{lacking[0]}`, which is missing. "
             f"It gets {', '.join(sorted(given))}."
         )
     return {k: v for k, v in columns.items() if takes_all or k in parameters}
-
-
-def _is_needed(parameter: inspect.Parameter) -> bool:
-    named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    return named and parameter.default is parameter.empty
 
 
 @cache
@@ -379,22 +361,3 @@ def counts_of(reward: RewardFunction) -> list[dict[str, int]]:
 
 def _different_parts(reward: RewardFunction) -> list[Any]:
     return list({id(part): part for part in parts_of(reward)}.values())
-
-
-class _Memory(NamedTuple):
-    """What a call changes in a reward, to undo a call that failed."""
-
-    states: list[dict[str, Any]]
-    counts: list[dict[str, int]]
-
-
-def _memory(reward: RewardFunction) -> _Memory:
-    return _Memory(states_of(reward), counts_of(reward))
-
-
-def _restore(reward: RewardFunction, memory: _Memory) -> None:
-    load_states(reward, memory.states)
-    for part, counts in zip(_different_parts(reward), memory.counts, strict=True):
-        for name, count in counts.items():
-            if getattr(part, name) != count:  # a user's counter may be read-only
-                setattr(part, name, count)

@@ -2,7 +2,6 @@
 
 import contextlib
 import http.client
-import io
 import ipaddress
 import json
 import os
@@ -11,12 +10,17 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
 from typing import Any
 
 from trl_instruct.console import brief
 from trl_instruct.errors import InputError
-from trl_instruct.rewards.function import RewardError, RewardUnreachableError, Scores, is_column
+from trl_instruct.rewards.function import (
+    RewardError,
+    RewardUnreachableError,
+    Scores,
+    Texts,
+    is_column,
+)
 
 # Holds the token of a reward server: all users of a machine can see a command line.
 TOKEN_VARIABLE = "REWARD_SERVER_TOKEN"
@@ -61,9 +65,7 @@ class HTTPReward:
     def __name__(self) -> str:
         return self.url
 
-    def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
-    ) -> Scores:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> Scores:
         """Scores of the completions, None where the server's reward does not apply.
 
         Raises:
@@ -157,40 +159,31 @@ def post_json(url: str, content: Any, *, token: str | None, timeout: float, retr
     )
 
 
-class _Reading(io.RawIOBase):
-    """What a socket reads until a deadline; its own timeout begins again with every byte."""
+def until_deadline(file: Any, connection: socket.socket) -> None:
+    """Make a socket's file readable only within the socket's timeout from now on.
 
-    def __init__(self, raw: io.RawIOBase, connection: socket.socket):
-        self.raw, self.connection, self.timeout = raw, connection, connection.gettimeout()
-        self.deadline = time.monotonic() + (self.timeout or 0.0)
+    The socket's own timeout begins again with every byte.
+    """
+    read, timeout = file.raw.readinto, connection.gettimeout()
+    deadline = time.monotonic() + (timeout or 0.0)
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        left = self.deadline - time.monotonic()
+    def readinto(buffer: Any) -> int | None:
+        left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("timed out")
-        self.connection.settimeout(left)
+        connection.settimeout(left)
         try:
-            return self.raw.readinto(buffer)
+            return read(buffer)
         finally:
-            self.connection.settimeout(self.timeout)  # for what is sent
+            connection.settimeout(timeout)  # for what is sent
 
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
-
-
-def until_deadline(file: Any, connection: socket.socket) -> io.BufferedReader:
-    """A socket's file, from which all must be read within the socket's timeout from now on."""
-    return io.BufferedReader(_Reading(file.detach(), connection))
+    file.raw.readinto = readinto
 
 
 class _Answer(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any):
         super().__init__(sock, *args, **kwargs)
-        self.fp = until_deadline(self.fp, sock)
+        until_deadline(self.fp, sock)
 
 
 class _Once(

@@ -4,12 +4,11 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from trl_instruct.errors import InputError
-from trl_instruct.rewards.function import RewardError, as_text
+from trl_instruct.rewards.function import RewardError, Texts, as_text
 from trl_instruct.rewards.http import check_token, check_url, post_json
 
 INTRODUCTION = """\
@@ -77,9 +76,7 @@ class LLMJudge:
     def __name__(self) -> str:
         return f"judge {self.model}"
 
-    def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any
-    ) -> list[float]:
+    def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> list[float]:
         """Scores of the completions, one float each.
 
         Raises:

@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.rfile = until_deadline(self.rfile, self.connection)
+        until_deadline(self.rfile, self.connection)
 
     def do_GET(self) -> None:
         if self.path != "/health":
