@@ -29,17 +29,13 @@ class WeightedSum:
     """
 
     def __init__(self, rewards: Sequence[RewardFunction], weights: Sequence[float] | None = None):
-        self.parts = list(rewards)
+        self.parts, self.__name__ = list(rewards), " + ".join(map(reward_name, rewards))
         self.weights = [1.0] * len(self.parts) if weights is None else list(weights)
         if not self.parts or len(self.weights) != len(self.parts):
             raise InputError(
                 f"{len(self.weights)} reward weights were given for {len(self.parts)} rewards; "
                 "one weight per reward is needed."
             )
-
-    @property
-    def __name__(self) -> str:
-        return " + ".join(map(reward_name, self.parts))
 
     def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> Scores:
         """Scores of the completions, None where no reward applies."""
@@ -57,15 +53,11 @@ class Clipped:
     def __init__(
         self, reward: RewardFunction, *, low: float | None = None, high: float | None = None
     ):
-        self.parts = [reward]
+        self.parts, self.__name__ = [reward], f"clipped {reward_name(reward)}"
         self.low = -math.inf if low is None else low
         self.high = math.inf if high is None else high
         if self.low > self.high:
             raise InputError(f"Scores cannot be clipped to [{low}, {high}]: low is above high.")
-
-    @property
-    def __name__(self) -> str:
-        return f"clipped {reward_name(self.parts[0])}"
 
     def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> Scores:
         """Scores of the completions, None where the reward does not apply."""
@@ -113,12 +105,8 @@ class Normalised:
     """
 
     def __init__(self, reward: RewardFunction):
-        self.parts = [reward]
+        self.parts, self.__name__ = [reward], f"normalised {reward_name(reward)}"
         self.shared, self.own = Moments(), Moments()
-
-    @property
-    def __name__(self) -> str:
-        return f"normalised {reward_name(self.parts[0])}"
 
     def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> Scores:
         """Scores of the completions, None where the reward does not apply."""

@@ -57,13 +57,9 @@ class HTTPReward:
         timeout: float = 60.0,
         retries: int = 6,
     ):
-        self.url, self.batch_size = check_url(url), batch_size
+        self.url = self.__name__ = check_url(url)
         self.token = check_token(token or os.environ.get(TOKEN_VARIABLE) or None)
-        self.timeout, self.retries = timeout, retries
-
-    @property
-    def __name__(self) -> str:
-        return self.url
+        self.batch_size, self.timeout, self.retries = batch_size, timeout, retries
 
     def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> Scores:
         """Scores of the completions, None where the server's reward does not apply.
@@ -82,9 +78,7 @@ class HTTPReward:
         return scores
 
     def _ask(self, batch: dict[str, list[Any]]) -> Scores:
-        answer = post_json(
-            self.url, batch, token=self.token, timeout=self.timeout, retries=self.retries
-        )
+        answer = post_json(self.url, batch, self.token, self.timeout, self.retries)
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list) or len(scores) != len(batch["completions"]):
             raise RewardError(
@@ -120,17 +114,15 @@ def check_token(token: str | None) -> str | None:
     return token
 
 
-def post_json(url: str, content: Any, *, token: str | None, timeout: float, retries: int) -> Any:
-    """Send JSON, return the JSON that comes back.
+def post_json(url: str, content: Any, token: str | None, timeout: float, retries: int) -> Any:
+    """Send JSON, return the JSON that comes back; the arguments are those of `HTTPReward`.
 
-    Args:
-        url: a redirect from it, which would carry the token along, is an error.
-        token, timeout, retries: as in `HTTPReward`.
+    A redirect, which would carry the token along, is an error.
 
     Raises:
         RewardUnreachableError: no answer after all tries, or a refused token.
-        RewardError: refused content, or content that JSON cannot hold; an answer that is not JSON
-            or is larger than 64 MiB.
+        RewardError: refused content, or content that JSON cannot hold; an answer that is not
+            JSON or is larger than 64 MiB.
     """
     try:
         body = json.dumps(content, allow_nan=False).encode()
@@ -139,8 +131,7 @@ def post_json(url: str, content: Any, *, token: str | None, timeout: float, retr
     headers = {"Content-Type": "application/json"}
     if token:
         headers["Authorization"] = f"Bearer {token}"
-    request = urllib.request.Request(url, body, headers, method="POST")
-    opener = _opener(url)
+    request, opener = urllib.request.Request(url, body, headers, method="POST"), _opener(url)
     for attempt in range(retries + 1):
         try:
             with opener.open(request, timeout=timeout) as answer:
@@ -154,8 +145,8 @@ def post_json(url: str, content: Any, *, token: str | None, timeout: float, retr
         if attempt < retries:
             time.sleep(min(LONGEST_WAIT, 2.0**attempt))
     raise RewardUnreachableError(
-        f"The server {url} gave no answer in {retries + 1} tries of {timeout:g} seconds: {last}. "
-        "Start it again, or correct the address."
+        f"The server {url} gave no answer in {retries + 1} tries of {timeout:g} "
+        f"seconds: {last}. Start it again, or correct the address."
     )
 
 
@@ -229,12 +220,10 @@ def _told(error: urllib.error.HTTPError) -> str:
 
 def _refusal(url: str, code: int, told: str) -> RewardError:
     """The error for a status of 300 to 499."""
-    message = f"The server {url} refused with {told}"
-    if code in (401, 403):
-        return RewardUnreachableError(f"{message} Set {TOKEN_VARIABLE}, or token=.")
-    if code in (404, 405) or code < 400:
-        return RewardUnreachableError(message)
-    return RewardError(message)
+    advice = f" Set {TOKEN_VARIABLE}, or token=." if code in (401, 403) else ""
+    away = code < 400 or code in (401, 403, 404, 405)
+    kind = RewardUnreachableError if away else RewardError
+    return kind(f"The server {url} refused with {told}{advice}")
 
 
 def _read_json(url: str, answer: Any) -> Any:

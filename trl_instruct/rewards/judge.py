@@ -66,15 +66,11 @@ class LLMJudge:
         if not low < high:
             raise InputError(f"The judge's scores go from {low} to {high}; low must be below high.")
         self.url, self.model = f"{check_url(url).rstrip('/')}/chat/completions", model
-        self.rubric, self.low, self.high, self.default = rubric, low, high, default
         self.token = check_token(token or os.environ.get(KEY_VARIABLE) or None)
-        self.max_tokens, self.workers = max_tokens, workers
         self.timeout, self.retries = timeout, retries
-        self.unparsable = 0
-
-    @property
-    def __name__(self) -> str:
-        return f"judge {self.model}"
+        self.rubric, self.low, self.high, self.default = rubric, low, high, default
+        self.max_tokens, self.workers, self.unparsable = max_tokens, workers, 0
+        self.__name__ = f"judge {model}"
 
     def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> list[float]:
         """Scores of the completions, one float each.
@@ -102,18 +98,13 @@ class LLMJudge:
     def _ask(self, prompt: Any, completion: Any) -> str:
         """The judge's answer."""
         question = asked(self.rubric, prompt=as_text(prompt), completion=as_text(completion))
-        answer = post_json(
-            self.url,
-            {
-                "model": self.model,
-                "messages": [{"role": "user", "content": question}],
-                "temperature": 0,
-                "max_tokens": self.max_tokens,
-            },
-            token=self.token,
-            timeout=self.timeout,
-            retries=self.retries,
-        )
+        content = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0,
+            "max_tokens": self.max_tokens,
+        }
+        answer = post_json(self.url, content, self.token, self.timeout, self.retries)
         try:
             return str(answer["choices"][0]["message"]["content"] or "")
         except (KeyError, IndexError, TypeError) as error:

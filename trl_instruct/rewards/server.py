@@ -27,6 +27,7 @@ MOST_BYTES = 16 * 2**20
 PATIENCE = 30.0
 # Requests at the same time; more wait in the queue of connections.
 MOST_THREADS = 128
+PATHS = "Use GET /health or POST /score."
 
 
 class RewardServer(ThreadingHTTPServer):
@@ -75,7 +76,8 @@ class RewardServer(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """The address for requests."""
-        return f"http://{_shown(str(self.server_address[0]))}:{self.server_port}/score"
+        host = str(self.server_address[0])
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}/score"
 
     def process_request(self, *connection: Any) -> None:
         """Handle a request in a thread, as soon as one is free."""
@@ -105,10 +107,6 @@ class RewardServer(ThreadingHTTPServer):
             return call_part(self.reward, prompts, completions, columns) if completions else []
 
 
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
 class _Handler(BaseHTTPRequestHandler):
     server: RewardServer
     timeout = PATIENCE
@@ -119,31 +117,27 @@ class _Handler(BaseHTTPRequestHandler):
         until_deadline(self.rfile, self.connection)
 
     def do_GET(self) -> None:
-        if self.path != "/health":
-            self._answer(HTTPStatus.NOT_FOUND, {"error": "Use GET /health or POST /score."})
-            return
-        self._answer(HTTPStatus.OK, {"status": "ok", "reward": reward_name(self.server.reward)})
+        if self.path == "/health":
+            self._answer(HTTPStatus.OK, {"status": "ok", "reward": reward_name(self.server.reward)})
+        else:
+            self._refuse(HTTPStatus.NOT_FOUND, PATHS)
 
     def do_POST(self) -> None:
+        size, most = self.headers.get("Content-Length", ""), self.server.max_bytes
         if self.path != "/score":
-            self._answer(HTTPStatus.NOT_FOUND, {"error": "Use GET /health or POST /score."})
+            self._refuse(HTTPStatus.NOT_FOUND, PATHS)
         elif not self._authorised():
-            self._answer(HTTPStatus.UNAUTHORIZED, {"error": "The token is missing or wrong."})
-        elif (length := self._length()) is None:
-            self._answer(HTTPStatus.LENGTH_REQUIRED, {"error": "Content-Length is needed."})
-        elif length > self.server.max_bytes:
-            told = f"The request has {length} bytes; {self.server.max_bytes} are allowed."
-            self._answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, {"error": told})
+            self._refuse(HTTPStatus.UNAUTHORIZED, "The token is missing or wrong.")
+        elif not re.fullmatch("[0-9]{1,12}", size):
+            self._refuse(HTTPStatus.LENGTH_REQUIRED, "Content-Length is needed.")
+        elif int(size) > most:
+            told = f"The request has {int(size)} bytes; {most} are allowed."
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, told)
         else:
-            self._score(self.rfile.read(length))
+            self._score(self.rfile.read(int(size)))
             return
         while self.rfile.read1():  # what is unread when a connection closes resets it
             pass
-
-    def _length(self) -> int | None:
-        """Bytes of the request; None unless the header has one to twelve digits."""
-        given = self.headers.get("Content-Length", "")
-        return int(given) if re.fullmatch("[0-9]{1,12}", given) else None
 
     def _score(self, body: bytes) -> None:
         try:
@@ -151,20 +145,22 @@ class _Handler(BaseHTTPRequestHandler):
             if not isinstance(request, dict):
                 raise ValueError("an object is needed")
         except (ValueError, RecursionError) as error:
-            self._answer(HTTPStatus.BAD_REQUEST, {"error": f"Not a JSON object: {error}"})
+            self._refuse(HTTPStatus.BAD_REQUEST, f"Not a JSON object: {error}")
             return
         try:
             self._answer(HTTPStatus.OK, {"scores": self.server.score(request)})
         except InputError as error:
             away = isinstance(error, RewardUnreachableError)
             status = HTTPStatus.SERVICE_UNAVAILABLE if away else HTTPStatus.UNPROCESSABLE_ENTITY
-            self._answer(status, {"error": getattr(error, "fault", str(error))})
+            self._refuse(status, getattr(error, "fault", str(error)))
 
     def _authorised(self) -> bool:
-        if self.server.token is None:
-            return True
+        token = self.server.token
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        return hmac.compare_digest(given.encode(), self.server.token.encode())
+        return token is None or hmac.compare_digest(given.encode(), token.encode())
+
+    def _refuse(self, status: HTTPStatus, fault: str) -> None:
+        self._answer(status, {"error": fault})
 
     def _answer(self, status: HTTPStatus, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()

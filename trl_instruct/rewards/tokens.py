@@ -89,13 +89,12 @@ def _shown(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
 
 
 def _rules(tokenizer: Any) -> str:
-    """Vocabulary, merges and the rest, as a digest."""
     return _digest(tokenizer.backend_tokenizer, len(tokenizer))
 
 
 @lru_cache(maxsize=8)
 def _digest(core: Tokenizer, size: int) -> str:
-    """Digest of megabytes of JSON, so cached until tokens are added (`size`).
+    """Digest of vocabulary, merges and the rest, megabytes: cached until tokens are added (`size`).
 
     Padding and truncation are left out: they are those of the last call.
     """
