@@ -52,26 +52,21 @@ LOGGING = ("transformers", "datasets", "huggingface_hub")
 MODEL_FILE_BARS = ("Writing model shards", "Loading weights")
 
 
-class _Without(logging.Filter):
-    """Drops messages that begin with the pattern."""
-
-    def __init__(self, pattern: str):
-        super().__init__()
-        self.pattern = re.compile(pattern, re.DOTALL)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not self.pattern.match(record.getMessage())
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    return not re.match(HARMLESS_LOGS[record.name], record.getMessage(), re.DOTALL)
 
 
-_FILTERS = {name: _Without(pattern) for name, pattern in HARMLESS_LOGS.items()}
+def _make_printable(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(redact(record.getMessage())), ()
+    return True
 
 
 def silence_harmless_warnings() -> None:
     """Hide the known ones, from the warnings module and the libraries' loggers."""
     for text in HARMLESS_WARNINGS:
         warnings.filterwarnings("ignore", message=text)
-    for name, harmless in _FILTERS.items():
-        logging.getLogger(name).addFilter(harmless)
+    for name in HARMLESS_LOGS:
+        logging.getLogger(name).addFilter(_is_worth_reading)
 
 
 def quiet_libraries() -> None:
@@ -84,7 +79,7 @@ def quiet_libraries() -> None:
     handlers = [h for name in LOGGING for h in logging.getLogger(name).handlers]
     for handler in (logging.lastResort, *handlers):
         if handler is not None:
-            handler.addFilter(_Printable())
+            handler.addFilter(_make_printable)
     if hasattr(transformers_logging, "set_tqdm_hook"):  # transformers since early 2026
         transformers_logging.set_tqdm_hook(_without_model_files)
 
@@ -109,18 +104,10 @@ def quiet_loading() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-class _Printable(logging.Filter):
-    """Makes messages `printable`, and redacts them."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = printable(redact(record.getMessage())), ()
-        return True
-
-
 def get_logger(name: str) -> logging.Logger:
     """The package's logger of that name, whose messages may hold any text."""
     logger = logging.getLogger(name)
-    logger.addFilter(_Printable())
+    logger.addFilter(_make_printable)
     return logger
 
 

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,7 +30,7 @@ def written_at_once(path: Path) -> Iterator[TextIO]:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file completely or not at all; NaN becomes null."""
     with written_at_once(path) as file:
-        json.dump(_finite(content), file, indent=2, ensure_ascii=False, allow_nan=False)
+        json.dump(_each(content, _finite), file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
 
 
@@ -47,18 +47,17 @@ def read_metrics(folder: Any) -> dict[str, Any]:
 
 def nulls_as_nan(content: Any) -> Any:
     """Turn null back into NaN after `write_json`: the interval of a single measurement."""
-    if isinstance(content, dict):
-        return {key: nulls_as_nan(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [nulls_as_nan(value) for value in content]
-    return math.nan if content is None else content
+    return _each(content, lambda value: math.nan if value is None else value)
 
 
-def _finite(content: Any) -> Any:
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _each(content: Any, change: Callable[[Any], Any]) -> Any:
+    """Nested lists and dicts with each value changed."""
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: _each(value, change) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    if isinstance(content, float) and not math.isfinite(content):
-        return None
-    return content
+        return [_each(value, change) for value in content]
+    return change(content)

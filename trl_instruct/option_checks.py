@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,25 +101,25 @@ def check_stop_strings(stop_strings: Sequence[str] | None) -> None:
 
 def check_counts(config: Any, *names: str) -> None:
     """InputError for a count below 1; None is allowed."""
-    for name in names:
-        count = getattr(config, name)
-        if count is not None and count < 1:
-            raise InputError(f"{name} is {count}; it must be at least 1.")
+    _check(config, names, lambda count: count >= 1, "be at least 1")
 
 
 def check_bounds(config: Any, names: Sequence[str], most: float = math.inf) -> None:
     """InputError for a number below 0 or above `most`; None is allowed."""
-    for name in names:
-        if not 0 <= (getattr(config, name) or 0) <= most:
-            needed = "not be negative" if most == math.inf else f"be between 0 and {most}"
-            raise InputError(f"{name} is {getattr(config, name)}; it must {needed}.")
+    needed = "not be negative" if most == math.inf else f"be between 0 and {most}"
+    _check(config, names, lambda number: 0 <= number <= most, needed)
 
 
 def check_positive(config: Any, *names: str) -> None:
     """InputError for a number that is not above 0; None is allowed."""
+    _check(config, names, lambda number: number > 0, "be above 0")
+
+
+def _check(config: Any, names: Sequence[str], fits: Callable[[Any], bool], needed: str) -> None:
     for name in names:
-        if getattr(config, name) is not None and not getattr(config, name) > 0:  # NaN neither
-            raise InputError(f"{name} is {getattr(config, name)}; it must be above 0.")
+        value = getattr(config, name)
+        if value is not None and not fits(value):  # NaN fits nowhere
+            raise InputError(f"{name} is {value}; it must {needed}.")
 
 
 def check_finite(config: Any) -> None:
