@@ -25,7 +25,7 @@ endif
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-imdb bench-imdb-scratch bench-rm bench-ppo bench-ppo-tiny bench-memory report check check-data weights test test-unit mutate clean FORCE $(STAGES)
+.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-imdb bench-imdb-scratch bench-rm bench-ppo bench-ppo-tiny bench-memory report break check check-data weights test test-unit mutate clean FORCE $(STAGES)
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -131,6 +131,10 @@ bench-ppo-tiny: install-trl112  ## PPO of ours and of TRL 1.12's on the tiny wor
 
 bench-memory: install  ## PPO's memory: four models, and one base in four roles (about five minutes)
 	python benchmarks/memory.py
+
+PARTS ?=
+break: install  ## kills, malformed inputs, hostile servers, full disks ... in PARTS (half an hour)
+	python benchmarks/breaking $(PARTS) $(ARGS)
 
 check: install  ## format, lint, types, import contracts
 	ruff format --check .

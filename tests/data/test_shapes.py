@@ -845,6 +845,9 @@ def test_a_row_that_is_not_as_published_is_named():
     talk = [{"role": role, "content": [None]} for role in ("user", "assistant")]
     with pytest.raises(InputError, match="row 1: `messages.0.` has a part that is no text"):
         load_demonstrations(Dataset.from_list([{"messages": talk}]))
+    talk = [{"role": [role], "content": "a"} for role in ("user", "assistant")]
+    with pytest.raises(InputError, match="row 1: `messages.0.` has no text `role`"):
+        load_demonstrations(Dataset.from_list([{"messages": talk}]))
 
 
 def test_dialogues_that_lose_turns_are_counted(caplog):

@@ -57,7 +57,8 @@ def trim_dialogue(record: Record) -> dict[str, Any]:
         return {"messages": messages}
     if any(isinstance(message.get("content"), list) for message in messages):
         messages = messages_of("messages", messages)
-    if not {"user", "assistant"} <= {message.get("role") for message in messages}:
+    roles = [message.get("role") for message in messages]
+    if "user" not in roles or "assistant" not in roles:
         return {"messages": messages}
     parts = split_reply(messages)
     return {"messages": [*parts["prompt"], *parts.get("completion", ())]}

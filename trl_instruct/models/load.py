@@ -113,7 +113,7 @@ def load_reward_model(
         InputError: no model there, no scalar head (without `fresh_head`), or an unfinished stage.
     """
     if isinstance(source, PeftModel):
-        source = copy.deepcopy(source).merge_and_unload()
+        source = copy.deepcopy(source).merge_and_unload().requires_grad_(True)
     if isinstance(source, PreTrainedModel):
         bare = fresh_head and not hasattr(source, "score")
         model = _classifier_from_policy(source) if bare else source
@@ -252,6 +252,7 @@ def merged(
     config = dataclasses.replace(model_config, **plain)
     base = base_of(adapter, config, kind, trust_remote_code=trust_remote_code)
     model = adapter.on(base, trainable=False).merge_and_unload()
+    model.requires_grad_(True)  # peft froze the base
     read_beside_adapter(model, Path(adapter.folder))
     return model
 
