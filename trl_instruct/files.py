@@ -12,6 +12,7 @@ from typing import Any, TextIO
 # Written when a stage starts and when it ends: a folder with only the first holds a run cut short.
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"
+PARTIAL = ".*.????????.tmp"  # what is being written; a kill leaves it
 
 
 @contextlib.contextmanager

@@ -76,6 +76,19 @@ def elsewhere(tmp_path):
 # ---- files of others -----------------------------------------------------------------------------
 
 
+def test_what_a_killed_run_was_writing_is_in_nobodys_way(tmp_path):
+    partial = ".manifest.json.0a1b2c3d.tmp"
+    killed(tmp_path / "run", checkpoint=["model.safetensors", partial])
+    fill(tmp_path / "run", [partial])
+    assert RunFiles(tmp_path / "run").in_the_way(resume=True) is None
+    fill(tmp_path / "new", [partial])  # killed before its first file was there
+    for name, options in (("run", {"overwrite_output_dir": True}), ("new", {})):
+        with new_stage(tmp_path / name, **options) as run:
+            run.begin()
+            left = {"config.yaml", MANIFEST_FILE, ".trl-instruct/lock"}
+            assert content(tmp_path / name).keys() == left
+
+
 @pytest.mark.parametrize("manifest", [None, "{", "[]", '{"manifest_version": 3}', "{}"])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_project_with_a_config_of_its_own_is_no_run(tmp_path, resumed, manifest):

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from trl_instruct.errors import InputError
-from trl_instruct.files import CONFIG_FILE, METRICS_FILE, write_json
+from trl_instruct.files import CONFIG_FILE, METRICS_FILE, PARTIAL, write_json
 from trl_instruct.manifest import MANIFEST_FILE, Mark, listed_files, mark_of
 from trl_instruct.models.adapters import FINGERPRINT
 from trl_instruct.models.checkpoints import all_checkpoints, is_finished
@@ -47,9 +47,9 @@ class RunFiles:
         self._lock = FileLock(folder / HIDDEN / "lock", timeout=0)
 
     def content(self) -> list[str]:
-        """Names in the folder; a lock that a killed run left does not count."""
+        """Names in the folder; what a killed run was writing, and its lock, do not count."""
         there = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted(path.name for path in there if path.name != HIDDEN)
+        return sorted(path.name for path in there if not _fits(path.name, (HIDDEN, PARTIAL)))
 
     def holds_run(self) -> bool:
         """Whether the folder has a run's manifest."""
@@ -131,6 +131,7 @@ class RunFiles:
         for folder in self._replaced(resume):
             listed = {name.partition("/")[0] for name in listed_files(folder)}
             known = [*listed, MANIFEST_FILE] if listed else [*TAKEN, *IN_CHECKPOINTS]
+            known.append(PARTIAL)
             for path in () if folder.is_symlink() else sorted(folder.iterdir()):
                 if not _fits(path.name, known):
                     return f"'{folder.name}/{path.name}', which no run wrote"
@@ -140,7 +141,7 @@ class RunFiles:
         """Make room for a run: what an earlier one left goes, but for its config."""
         kept = {CONFIG_FILE, BASE} if keep_base else {CONFIG_FILE}
         self.remove(listed_files(self.folder).keys() - {METRICS_FILE} if resume else kept)
-        for path in [*self._replaced(resume), self.new]:
+        for path in [*self._replaced(resume), *self.folder.glob(PARTIAL), self.new]:
             _remove(path)
         self.new.mkdir(parents=True)
 
