@@ -84,15 +84,6 @@ def split_reply(messages: list[Any]) -> dict[str, Any]:
     return {"prompt": kept[:last], "completion": kept[last : last + 1], **ends, **cut}
 
 
-def split_dialogue(record: Record) -> dict[str, Any]:
-    """`messages` -> `prompt` (all but the last) and `completion` (the last).
-
-    >>> split_dialogue({"messages": ["question", "answer"]})
-    {'prompt': ['question'], 'completion': ['answer']}
-    """
-    return {"prompt": record["messages"][:-1], "completion": record["messages"][-1:]}
-
-
 def extract_prompt(record: Record) -> dict[str, Any]:
     """Move what `chosen` and `rejected` both begin with into `prompt`.
 

@@ -84,11 +84,16 @@ def dense_ranks(values: Sequence[float]) -> list[int]:
 
 def _order(record: Record, field: str, rating_order: Sequence[Any] | None) -> list[int]:
     """Dense ranks from the field `ranks`, `scores` or `ratings`."""
-    if field == "ranks":
-        return dense_ranks(
-            [_rank(index, rank) for index, rank in enumerate(_values(record, field))]
-        )
-    return dense_ranks([-score for score in _numbers(record, field, rating_order)])
+    if field != "ranks":
+        return dense_ranks([-score for score in _numbers(record, field, rating_order)])
+    ranks = _values(record, field)
+    for index, rank in enumerate(ranks):
+        if not is_number(rank) or not float(rank).is_integer() or rank < 1:
+            raise InputError(
+                f"`ranks[{index}]` is {kind_of(rank)}; a whole number >= 1 is needed (1 = best, "
+                "equal ranks are a tie)."
+            )
+    return dense_ranks(ranks)
 
 
 def _values(record: Record, field: str) -> list[Any]:
@@ -102,24 +107,13 @@ def _values(record: Record, field: str) -> list[Any]:
     return values
 
 
-def _rank(index: int, rank: Any) -> int:
-    whole = isinstance(rank, Real) and not isinstance(rank, bool) and float(rank).is_integer()
-    if not whole or rank < 1:
-        raise InputError(
-            f"`ranks[{index}]` is {kind_of(rank)}; a whole number >= 1 is needed (1 = best, equal "
-            "ranks are a tie)."
-        )
-    return int(rank)
-
-
 def _numbers(record: Record, field: str, rating_order: Sequence[Any] | None) -> list[float]:
     """`scores` or `ratings` as numbers; labels count from 0 = worst in `rating_order`."""
     values = _values(record, field)
     if any(isinstance(v, str) for v in values) or (field == "ratings" and rating_order is not None):
         return [_level(f"{field}[{index}]", v, rating_order) for index, v in enumerate(values)]
     for index, value in enumerate(values):
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
+        if not is_number(value):
             raise InputError(f"`{field}[{index}]` is {kind_of(value)}; a finite number is needed.")
     return [float(value) for value in values]
 
@@ -141,6 +135,11 @@ def canonical_scores(record: Record, rating_order: Sequence[Any] | None) -> list
         if record.get(field) is not None:
             return _numbers(record, field, rating_order)
     return None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def number_of(value: Any) -> float | None:

@@ -14,25 +14,15 @@ from trl_instruct.console import get_logger, plural
 from trl_instruct.data.conversion import read
 from trl_instruct.data.dialogues import extract_prompt
 from trl_instruct.data.mixture import mixed
-from trl_instruct.data.rankings import (
-    Ranking,
-    RankingCounts,
-    canonical_ranking,
-    canonical_rankings,
-)
+from trl_instruct.data.rankings import Ranking, RankingCounts, canonical_ranking, canonical_rankings
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.data.records import (
     check_pair,
-    check_prompt,
     check_records,
     form_of,
     require_columns,
 )
-from trl_instruct.data.repeated_prompts import (
-    keep_dialogue,
-    prompt_in_dialogue,
-    take_off_prompts,
-)
+from trl_instruct.data.repeated_prompts import keep_dialogue, take_off_prompts
 from trl_instruct.data.sources import (
     MESSAGE,
     AnyDataset,
@@ -88,8 +78,7 @@ def rankings_to_pairs(
     _check_options(which, ties, max_pairs)
     where = Source.of(dataset)
     first = first_record(dataset, where)
-    columns = dataset.column_names or list(first)
-    require_columns(columns, where, ("prompt", "responses"), "A ranking")
+    require_columns(first, where, ("prompt", "responses"), "A ranking")
     counts = RankingCounts() if counts is None else counts
     form, start = form_of(first), (counts.records, counts.ties)
     options: dict[str, Any] = {"which": which, "ties": ties, "max_pairs": max_pairs, "seed": seed}
@@ -99,7 +88,7 @@ def rankings_to_pairs(
         with_indices=True,
         batched=True,
         batch_size=250,
-        remove_columns=columns,
+        remove_columns=list(first),
         features=dataset.features and _pair_features(dataset.features, form, margin),
     )
     if isinstance(pairs, Dataset):
@@ -177,35 +166,26 @@ def load_pairs(
         rankings = canonical_rankings(dataset, where, counts=counts, reading=reading)
         return rankings_to_pairs(rankings)
     first = first_record(dataset, where)
-    columns = dataset.column_names or list(first)
-    require_columns(columns, where, ("chosen", "rejected"), "A pair")
-    if prompt_in_dialogue(first, "chosen"):
-        dataset, columns = keep_dialogue(dataset, where, "chosen"), set(columns) - {"prompt"}
-    implicit = "prompt" not in columns
+    require_columns(first, where, ("chosen", "rejected"), "A pair")
+    dataset, first = keep_dialogue(dataset, where, first, "chosen")
+    implicit = "prompt" not in first
     if not implicit:
         dataset = take_off_prompts(dataset, where, ("chosen", "rejected"))
     form = form_of({"prompt": first["chosen"]} if implicit else first)
     check = partial(check_pair, form=form, implicit=implicit)
     dataset = check_records(dataset, where, check, reading)
     counts = RankingCounts() if counts is None else counts
-    differs = partial(_differs, counts=counts, where=(reading.found or [where])[-1])
-    if isinstance(dataset, IterableDataset):
-        dataset = dataset.filter(differs, with_indices=True)
-    else:
-        rows, records = len(dataset), enumerate(iterate(dataset))
-        kept = [row for row, record in records if differs(record, row)]
-        if not kept:
-            raise InputError(f"{where.name}: chosen is the same as rejected in all {rows} pairs.")
-        if len(kept) < rows:
-            dataset = dataset.select(kept)
-            reading.place((reading.found or [where])[-1].narrowed(kept))
+    where = (reading.found or [where])[-1]
+    differs = partial(_differs, counts=counts, where=where)
+    none = "chosen is the same as rejected in all {} pairs."
+    kept = reading.keep(dataset, differs, where, none)
+    if isinstance(dataset, Dataset):
+        rows = len(dataset)
         logger.info("%s: %s, %d left out", where.name, plural(rows, "pair"), rows - len(kept))
     if not implicit:
-        return dataset
-    features = dataset.features
-    if features is not None:
-        features = Features({**features, "prompt": features["chosen"]})
-    return map_records(dataset, extract_prompt, features=features)
+        return kept
+    features = kept.features and Features({**kept.features, "prompt": kept.features["chosen"]})
+    return map_records(kept, extract_prompt, features=features)
 
 
 def split_by_prompt(
@@ -228,7 +208,10 @@ def split_by_prompt(
     >>> len(train), len(test), set(train["prompt"]) & set(test["prompt"])
     (4, 2, set())
     """
-    _refuse_stream(dataset, "split_by_prompt")
+    if isinstance(dataset, IterableDataset):
+        raise InputError(
+            "split_by_prompt needs all rows at once: load the data with streaming=False."
+        )
     require_columns(dataset.column_names, Source.of(dataset), ("prompt",), "A split by prompt")
     keys = [_digest(seed, prompt_key(prompt)) for prompt in iterate(dataset, "prompt")]
     prompts = sorted(set(keys))
@@ -262,8 +245,7 @@ def _expand(
     for row, values in zip(rows, zip(*batch.values(), strict=True), strict=True):
         record = dict(zip(batch, values, strict=True))
         with where.located(row):
-            check_prompt(record, form=form)
-            ranking = canonical_ranking(record)
+            ranking = canonical_ranking(record, form=form)
             if margin and ranking.scores is None:
                 raise InputError("margin=True needs `scores`; this ranking has only an order.")
         counts.add(ranking)
@@ -300,11 +282,6 @@ def _differs(record: Record, row: int, *, counts: RankingCounts, where: Source) 
         logger.warning("%s: chosen equals rejected; such pairs are left out", where.where(row))
     counts.update(RankingCounts(1, 2 - same, 1 - same, 0, int(same), int(same)))
     return not same
-
-
-def _refuse_stream(dataset: AnyDataset, name: str) -> None:
-    if isinstance(dataset, IterableDataset):
-        raise InputError(f"{name} needs all rows at once: load the data with streaming=False.")
 
 
 def content_key(content: Any) -> str:

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from numbers import Real
 from typing import Any, NamedTuple
 
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -16,7 +15,13 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from trl_instruct.console import get_logger, plural
 from trl_instruct.data.conversion import read
 from trl_instruct.data.mixture import mixed
-from trl_instruct.data.orders import ORDERS, canonical_ranks, canonical_scores, dense_ranks
+from trl_instruct.data.orders import (
+    ORDERS,
+    canonical_ranks,
+    canonical_scores,
+    dense_ranks,
+    is_number,
+)
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.data.records import (
     check_prompt,
@@ -161,46 +166,53 @@ def canonical_rankings(
 ) -> AnyDataset:
     """Rankings that were read, in one form; the rest is as in `load_rankings`."""
     first = first_record(dataset, where)
-    columns = dataset.column_names or list(first)
-    if "responses" not in columns and {"chosen", "rejected"} <= set(columns):
+    if "responses" not in first and {"chosen", "rejected"} <= set(first):
         raise InputError(f"{where.name}: these are pairs; load_pairs reads them, and rm does.")
-    require_columns(columns, where, ("prompt", "responses"), "A ranking")
+    require_columns(first, where, ("prompt", "responses"), "A ranking")
     dataset = take_off_prompts(dataset, where, ("responses",))
     counts, before = (RankingCounts() if counts is None else counts), RankingCounts()
     form = form_of(first)
-    options: dict[str, Any] = {"rating_order": rating_order, "where": where, "form": form}
     streamed = isinstance(dataset, IterableDataset)
     scored = streamed  # in a stream, any ranking may have scores
 
     def check(record: Record) -> None:
         nonlocal scored
-        check_prompt(record, form=form)
-        ranking = canonical_ranking(record, rating_order)
+        ranking = canonical_ranking(record, rating_order, form)
         before.add(ranking)
         scored = scored or ranking.scores is not None
+
+    def convert(record: Record, row: int) -> dict[str, Any]:
+        with where.located(row):
+            ranking = canonical_ranking(record, rating_order, form)
+        if streamed:
+            _warn_first(counts, ranking, where, row)
+            counts.add(ranking)
+        scores = {"scores": ranking.scores} if scored else {}
+        return {"responses": ranking.responses, "ranks": ranking.ranks, **scores}
 
     if reading.skips or not streamed:  # all are checked and counted before any is written
         dataset = check_records(dataset, where, check, reading)
     dataset = map_records(
         dataset,
-        partial(_convert, **options, scored=scored, counts=counts if streamed else None),
+        convert,
         with_indices=True,
-        batched=True,
-        batch_size=250,
-        remove_columns=columns,
+        remove_columns=[name for name in ORDERS if name in first],
         features=dataset.features and _canonical_features(dataset.features, form, scored),
     )
     if isinstance(dataset, Dataset):
-        _log(before, where)
+        noteworthy = before.duplicates or before.records_without_pair
+        logger.log(logging.WARNING if noteworthy else logging.INFO, "%s: %s", where.name, before)
         counts.update(before)
     return dataset
 
 
-def canonical_ranking(record: Record, rating_order: Sequence[Any] | None = None) -> Ranking:
+def canonical_ranking(
+    record: Record, rating_order: Sequence[Any] | None = None, form: str | None = None
+) -> Ranking:
     """Validate a record and bring it to distinct responses with dense ranks.
 
     Of identical responses the best-ranked one stays; `duplicates` counts the others. Text responses
-    to a messages prompt become assistant messages.
+    to a messages prompt become assistant messages. `form`: what the prompt must be; None: either.
 
     Raises:
         InputError: a faulty field, which is named; all responses are identical.
@@ -208,11 +220,13 @@ def canonical_ranking(record: Record, rating_order: Sequence[Any] | None = None)
     >>> canonical_ranking({"prompt": "2+2=", "responses": ["4", "5", "4"], "ranks": [3, 2, 1]})
     Ranking(prompt='2+2=', responses=['5', '4'], ranks=[2, 1], scores=None, duplicates=1)
     """
-    form = form_of(record)
+    form = form or form_of(record)
     check_prompt(record, form=form)
     ranks = canonical_ranks(record, rating_order)
     responses = [_reply(index, r, form) for index, r in enumerate(record["responses"])]
-    _check_weight(record.get("weight"))
+    weight = record.get("weight")
+    if weight is not None and not (is_number(weight) and weight > 0):
+        raise InputError(f"`weight` is {kind_of(weight)}; a finite number > 0 is needed.")
     best: dict[str, int] = {}
     keys = [r if isinstance(r, str) else repr(r) for r in responses]
     for index, key in enumerate(keys):
@@ -243,53 +257,12 @@ def _reply(index: int, response: Any, form: str) -> Any:
     return response
 
 
-def _check_weight(weight: Any) -> None:
-    if weight is None:
-        return
-    number = isinstance(weight, Real) and not isinstance(weight, bool)
-    if not number or not 0 < weight < math.inf:
-        raise InputError(f"`weight` is {kind_of(weight)}; a finite number > 0 is needed.")
-
-
-def _canonical(record: Record, row: int, *, rating_order: Any, where: Source, form: str) -> Ranking:
-    with where.located(row):
-        check_prompt(record, form=form)
-        return canonical_ranking(record, rating_order)
-
-
-def _convert(
-    batch: dict[str, list[Any]],
-    rows: list[int],
-    *,
-    scored: bool,
-    counts: RankingCounts | None,
-    **options: Any,
-) -> dict[str, list[Any]]:
-    """A batch of records in canonical form."""
-    kept = [name for name in batch if name not in ORDERS]
-    table: dict[str, list[Any]] = {name: [] for name in (*kept, "ranks", *["scores"] * scored)}
-    for row, values in zip(rows, zip(*batch.values(), strict=True), strict=True):
-        record = dict(zip(batch, values, strict=True))
-        ranking = _canonical(record, row, **options)
-        if counts is not None:
-            _warn_first(counts, ranking, options["where"], row)
-            counts.add(ranking)
-        for name in table:
-            table[name].append(getattr(ranking, name) if name in ranking._fields else record[name])
-    return table
-
-
 def _warn_first(counts: RankingCounts, ranking: Ranking, where: Source, row: int) -> None:
     """Warn at a stream's first repeated response and first all-tie ranking: it has no final log."""
     if ranking.duplicates and not counts.duplicates:
         logger.warning("%s: repeated responses are left out and counted", where.where(row))
     if not ranking.strict_pairs and not counts.records_without_pair:
         logger.warning("%s: no strict pair; such rankings are counted", where.where(row))
-
-
-def _log(counts: RankingCounts, where: Source) -> None:
-    noteworthy = counts.duplicates or counts.records_without_pair
-    logger.log(logging.WARNING if noteworthy else logging.INFO, "%s: %s", where.name, counts)
 
 
 def _canonical_features(features: Features, form: str, scored: bool) -> Features:

@@ -6,11 +6,21 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, kind_of, map_records
+from datasets import IterableDataset
+
+from trl_instruct.data.sources import (
+    AnyDataset,
+    Record,
+    Source,
+    first_record,
+    iterate,
+    kind_of,
+    map_records,
+)
 from trl_instruct.errors import InputError
 
 
@@ -65,6 +75,25 @@ class Reading:
         """Tell where the records of a source lie."""
         if self.found is not None:
             self.found.append(source)
+
+    def keep(
+        self, dataset: AnyDataset, passes: Callable[[Any, int], bool], source: Source, none: str
+    ) -> AnyDataset:
+        """The records for which `passes(record, row)`, of a stream as they come; they are placed.
+
+        Raises:
+            InputError: there are none; `none` says so, with their number in braces.
+        """
+        if isinstance(dataset, IterableDataset):
+            self.place(source)
+            return dataset.filter(passes, with_indices=True)
+        records = enumerate(iterate(dataset, source=source))
+        rows = [row for row, record in records if passes(record, row)]
+        if not rows:
+            raise InputError(f"{source.name}: {none.format(len(dataset))}")
+        whole = len(rows) == len(dataset)
+        self.place(source if whole else source.narrowed(rows))
+        return dataset if whole else dataset.select(rows)
 
     @property
     def source(self) -> Source:

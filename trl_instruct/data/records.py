@@ -5,24 +5,19 @@ An `InputError` names the source, the line (or row) and the field at fault.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from numbers import Real
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List
 
-from trl_instruct.console import get_logger
+from trl_instruct.console import get_logger, plural
 from trl_instruct.data.conversion import REWARD_ARGUMENTS, read
-from trl_instruct.data.dialogues import extract_prompt, split_dialogue, trim_dialogue
+from trl_instruct.data.dialogues import extract_prompt, trim_dialogue
 from trl_instruct.data.mixture import mixed
+from trl_instruct.data.orders import is_number
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
-from trl_instruct.data.repeated_prompts import (
-    keep_dialogue,
-    prompt_in_dialogue,
-    take_off_prompts,
-)
+from trl_instruct.data.repeated_prompts import keep_dialogue, take_off_prompts
 from trl_instruct.data.sources import (
     MESSAGE,
     AnyDataset,
@@ -48,11 +43,7 @@ ALIASES = {
 
 
 def load_demonstrations(
-    source: Any,
-    split: str = "train",
-    streaming: bool = False,
-    *,
-    reading: Reading = AS_PUBLISHED,
+    source: Any, split: str = "train", streaming: bool = False, *, reading: Reading = AS_PUBLISHED
 ) -> AnyDataset:
     """Demonstrations for SFT: `prompt` and `completion`, both text or both messages.
 
@@ -77,20 +68,22 @@ def load_demonstrations(
         return mixed(partial(load_demonstrations, reading=reading), source, streaming)
     dataset, where, _ = read(source, split, streaming, "demonstration", reading)
     first = first_record(dataset, where)
-    columns = dataset.column_names or list(first)
-    if "completion" not in columns and prompt_in_dialogue(first, "messages"):
-        dataset = keep_dialogue(dataset, where, "messages")
-        columns = [name for name in columns if name != "prompt"]
-    if "messages" in columns and "prompt" not in columns:
+    if "completion" not in first:
+        dataset, first = keep_dialogue(dataset, where, first, "messages")
+    if "messages" in first and "prompt" not in first:
         dataset = _trimmed(dataset, where, first)
         dataset = check_records(dataset, where, check_dialogue, reading)
         types = dataset.features
         if types is not None:
-            kept = {name: kind for name, kind in types.items() if name != "messages"}
             dialogue = types["messages"]
-            types = type(types)({**kept, "prompt": dialogue, "completion": dialogue})
-        return map_records(dataset, split_dialogue, remove_columns=["messages"], features=types)
-    require_columns(columns, where, ("prompt", "completion"), "A demonstration", "or `messages`")
+            types = Features({**types, "prompt": dialogue, "completion": dialogue})
+            del types["messages"]
+
+        def in_two(record: Record) -> dict[str, Any]:
+            return {"prompt": record["messages"][:-1], "completion": record["messages"][-1:]}
+
+        return map_records(dataset, in_two, remove_columns=["messages"], features=types)
+    require_columns(first, where, ("prompt", "completion"), "A demonstration", "or `messages`")
     dataset = take_off_prompts(dataset, where, ("completion",))
     check = partial(check_demonstration, form=form_of(first))
     return check_records(dataset, where, check, reading)
@@ -126,11 +119,7 @@ def _trimmed(dataset: AnyDataset, where: Source, first: Record) -> AnyDataset:
 
 
 def load_prompts(
-    source: Any,
-    split: str = "train",
-    streaming: bool = False,
-    *,
-    reading: Reading = AS_PUBLISHED,
+    source: Any, split: str = "train", streaming: bool = False, *, reading: Reading = AS_PUBLISHED
 ) -> AnyDataset:
     """Prompts for PPO: `prompt`, text or messages. Other columns reach the reward functions.
 
@@ -144,9 +133,8 @@ def load_prompts(
         return mixed(partial(load_prompts, reading=reading), source, streaming)
     dataset, where, _ = read(source, split, streaming, "prompt", reading)
     first = first_record(dataset, where)
-    columns = dataset.column_names or list(first)
-    require_columns(columns, where, ("prompt",), "A prompt record")
-    if taken := [name for name in REWARD_ARGUMENTS if name in columns]:
+    require_columns(first, where, ("prompt",), "A prompt record")
+    if taken := [name for name in REWARD_ARGUMENTS if name in first]:
         raise InputError(
             f"{where.name}: a column is called `{taken[0]}`, the name of an argument that every "
             "reward is given. Rename it, or remove it."
@@ -199,7 +187,7 @@ def check_dialogue(record: Record) -> None:
     if not isinstance(messages, list):
         raise InputError(f"`messages` is {kind_of(messages)}; a list of messages is needed.")
     if len(messages) < 2:
-        count = f"{len(messages)} message{'' if len(messages) == 1 else 's'}"
+        count = plural(len(messages), "message")
         raise InputError(f"`messages` has {count}; at least a prompt and a reply are needed.")
     check_content("messages", messages[:-1])
     check_reply("messages", messages, form="messages")
@@ -241,8 +229,7 @@ def check_pair(record: Record, *, form: str, implicit: bool = False) -> None:
     if implicit and record["chosen"] != record["rejected"]:
         check_prompt(extract_prompt(record), form=form)
     margin = record.get("margin")
-    number = isinstance(margin, Real) and not isinstance(margin, bool)
-    if margin is not None and not (number and math.isfinite(margin)):
+    if margin is not None and not is_number(margin):
         raise InputError(f"`margin` is {kind_of(margin)}; a finite number is needed.")
 
 
@@ -307,26 +294,10 @@ def check_records(
             return False
         return True
 
-    if isinstance(dataset, IterableDataset):
-        reading.place(source)
-        return dataset.filter(passes, with_indices=True)
-    rows = [r for r, record in enumerate(iterate(dataset, source=source)) if passes(record, r)]
-    return _keep_rows(dataset, rows, source, reading)
-
-
-def _keep_rows(dataset: Dataset, rows: list[int], source: Source, reading: Reading) -> Dataset:
-    """The rows that are good; the others are counted in a line.
-
-    Raises:
-        InputError: none is good.
-    """
-    reading.place(source if len(rows) == len(dataset) else source.narrowed(rows))
-    if len(rows) == len(dataset):
-        return dataset
-    if not rows:
-        raise InputError(f"{source.name}: all {len(dataset)} records are faulty.")
-    logger.warning("%s: faulty records left out: %d", source.name, len(dataset) - len(rows))
-    return dataset.select(rows)
+    kept = reading.keep(dataset, passes, source, "all {} records are faulty.")
+    if isinstance(dataset, Dataset) and len(kept) < len(dataset):
+        logger.warning("%s: faulty records left out: %d", source.name, len(dataset) - len(kept))
+    return kept
 
 
 def require_columns(

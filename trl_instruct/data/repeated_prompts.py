@@ -49,10 +49,15 @@ def prompt_in_dialogue(record: Record, field: str) -> bool:
     return prompt.strip() in [text.strip() for text in contents if isinstance(text, str)]
 
 
-def keep_dialogue(dataset: AnyDataset, where: Source, field: str) -> AnyDataset:
-    """The records without the text `prompt` that the conversations in `field` hold too."""
+def keep_dialogue(
+    dataset: AnyDataset, where: Source, first: dict[str, Any], field: str
+) -> tuple[AnyDataset, dict[str, Any]]:
+    """The records, and the first, without the text `prompt` if `field` holds it too."""
+    if not prompt_in_dialogue(first, field):
+        return dataset, first
     logger.warning("%s: `prompt` repeats a message of `%s`; `%s` is read", where.name, field, field)
-    return dataset.remove_columns("prompt")
+    rest = {name: value for name, value in first.items() if name != "prompt"}
+    return dataset.remove_columns("prompt"), rest
 
 
 def _repeat(rows: Iterable[Record], fields: tuple[str, ...]) -> bool:

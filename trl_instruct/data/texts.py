@@ -18,7 +18,6 @@ from trl_instruct.data.sources import (
     Record,
     Source,
     first_record,
-    iterate,
     kind_of,
     load_records,
     map_records,
@@ -29,11 +28,7 @@ logger = get_logger(__name__)
 
 
 def load_texts(
-    source: Any,
-    split: str = "train",
-    streaming: bool = False,
-    *,
-    reading: Reading = AS_PUBLISHED,
+    source: Any, split: str = "train", streaming: bool = False, *, reading: Reading = AS_PUBLISHED
 ) -> AnyDataset:
     """Plain texts for pre-training and the ptx loss: a `text` column. Arguments as `load_records`.
 
@@ -50,20 +45,23 @@ def load_texts(
         return mixed(partial(load_texts, reading=reading), source, streaming)
     where = Source.of(source, split)
     dataset = rename(load_records(source, split, streaming), where, reading)
-    columns = dataset.column_names or list(first_record(dataset, where))
-    require_columns(columns, where, ("text",), "A text record")
-    dataset = check_records(dataset, where, _check_text_type, reading)
+    require_columns(first_record(dataset, where), where, ("text",), "A text record")
+
+    def check(record: Record) -> None:
+        if not isinstance(record.get("text"), str):
+            raise InputError(f"`text` is {kind_of(record.get('text'))}; text is needed.")
+
+    def has_text(record: Record, row: int) -> bool:
+        return bool(record["text"].strip())
+
+    dataset = check_records(dataset, where, check, reading)
+    where = (reading.found or [where])[-1]
+    kept = reading.keep(dataset, has_text, where, "all {} rows have an empty `text`.")
     if isinstance(dataset, IterableDataset):
         logger.info("%s: streaming; rows without text are left out as they come", where.name)
-        return dataset.filter(_has_text)
-    rows = [row for row, text in enumerate(iterate(dataset, "text")) if text.strip()]
-    if not rows:
-        raise InputError(f"{where.name}: all {len(dataset)} rows have an empty `text`.")
-    if len(rows) < len(dataset):
-        dropped = len(dataset) - len(rows)
+    elif dropped := len(dataset) - len(kept):
         logger.warning("%s: %d rows without text are left out", where.name, dropped)
-        dataset = dataset.select(rows)
-    return dataset
+    return kept
 
 
 def openings(texts: AnyDataset, tokenizer: Any, length: int) -> AnyDataset:
@@ -108,12 +106,3 @@ def prompts_of(
         render_prompt(record["prompt"], tokenizer, record)
 
     return check_records(prompts, reading.source, renders, reading)
-
-
-def _check_text_type(record: Record) -> None:
-    if not isinstance(record.get("text"), str):
-        raise InputError(f"`text` is {kind_of(record.get('text'))}; text is needed.")
-
-
-def _has_text(record: Record) -> bool:
-    return bool(record["text"].strip())
