@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -37,6 +36,7 @@ NEEDS = {
     "prompt": ("prompt", "tools"),
 }
 GIVES = {"demonstration": "completion", "ranking": "responses", "prompt": "prompt"}
+BLANK: tuple[Any, ...] = (None, "", [], {})
 BESIDE_PROMPT = ("instruction", "input", "system", "context")
 REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
 
@@ -60,9 +60,13 @@ def read(
     shape = shape_of(first, kind)
     if shape is not None:
         return *_convert(dataset, where, shape, _Counts(kind), reading), shape
+
+    def with_prompt(record: Record, row: int) -> dict[str, Any]:
+        with where.located(row):
+            return {"prompt": reading.prompt_of(record)}
+
     if reading.writes_prompts() and ("prompt" in first or reading.prompt_template):
-        write = partial(_with_prompt, reading=reading, where=where)
-        dataset = map_records(dataset, write, with_indices=True)
+        dataset = map_records(dataset, with_prompt, with_indices=True)
     elif "prompt" in first and (unread := [n for n in BESIDE_PROMPT if _is_unread(first, n)]):
         logger.warning(
             "%s: `%s` stands beside `prompt` and is not read; --prompt_template '{%s}\\n{prompt}' "
@@ -92,18 +96,9 @@ def _typical_record(dataset: AnyDataset, source: Source) -> dict[str, Any]:
     found = first_record(dataset, source)
     for record in islice(iterate(dataset, source=source), 100):
         for name, value in record.items():
-            if _is_blank(found.get(name)) and not _is_blank(value):
+            if found.get(name) in BLANK and value not in BLANK:
                 found[name] = value
     return found
-
-
-def _is_blank(value: Any) -> bool:
-    return value is None or (isinstance(value, str | list | Mapping) and not value)
-
-
-def _with_prompt(record: Record, row: int, *, reading: Reading, where: Source) -> dict[str, Any]:
-    with where.located(row):
-        return {"prompt": reading.prompt_of(record)}
 
 
 def _convert(
@@ -118,9 +113,8 @@ def _convert(
                 "cannot be streamed. Leave out streaming."
             )
         logger.warning("%s: read as %s", where.name, shape.told)
-        return IterableDataset.from_generator(
-            _streamed, gen_kwargs=dict(options, rows=dataset)
-        ), where
+        given = dict(options, rows=dataset)
+        return IterableDataset.from_generator(_streamed, gen_kwargs=given), where
     found = list(_records(iterate(dataset, source=where), **options))
     told = counts.told(where, shape, len(dataset), len(found))
     if not found:
@@ -171,9 +165,11 @@ def _given(shape: Shape, members: list[Record], kind: str, reading: Reading) -> 
         if prompt is None:  # a prompt needs no choice between responses
             raise
         given = {"prompt": prompt}
-    row = members[0]
-    named = {n: row[n] for n in NEEDS[kind] if n in reading.columns and _replaces(n, row.get(n))}
-    order, found = {"ranks", "scores"}, []
+    row, order, found = members[0], {"ranks", "scores"}, []
+    named = {n: row[n] for n in NEEDS[kind] if n in reading.columns and row.get(n) is not None}
+    for name in {"responses", *order} & set(named):
+        if not isinstance(named[name], list):  # PKU's `ranks` is an index
+            del named[name]
     for record in given if isinstance(given, list) else [given]:
         if isinstance(record, dict):
             if order & set(named):
@@ -183,13 +179,6 @@ def _given(shape: Shape, members: list[Record], kind: str, reading: Reading) -> 
                 record["prompt"] = reading.prompt_of({**row, "prompt": record["prompt"]})
         found.append(record)
     return found
-
-
-def _replaces(name: str, value: Any) -> bool:
-    """Whether a column that the user names is the field itself: PKU's `ranks` is an index."""
-    if name in ("responses", "ranks", "scores"):
-        return isinstance(value, list)
-    return value is not None
 
 
 def _held_prompt(row: Record) -> Any:
@@ -236,31 +225,27 @@ class _Counts:
         if isinstance(record, str):
             self.left_out[record] += 1
             return None
+        first = None  # the row that gave the prompt
         if self.kind == "prompt":
             record["prompt"] = record.get("asked", record["prompt"])
-            if self._is_own(record["prompt"], row):
-                return None
+            key = _key(record["prompt"])
+            first = self.seen.get(key)
+            self.seen.setdefault(key, row)
         other = {"completion", "responses"} & set(record)
-        if other and GIVES[self.kind] not in record:
-            return None  # of another kind: a demonstration among rankings
-        if reason := self._fault(record, row):
+        if first == row or (other and GIVES[self.kind] not in record):
+            return None  # another record of the row or kind: a demonstration among rankings
+        if reason := self._fault(record, repeated=first is not None):
             self.left_out[reason] += 1
             return None
         self.cut += self.kind == "demonstration" and "cut" in record
         return {name: record[name] for name in NEEDS[self.kind] if name in record}
 
-    def _is_own(self, prompt: Any, row: int) -> bool:
-        """Whether this row has given the prompt already, with another record; remembers it."""
-        known = self.seen.get(_key(prompt))
-        self.seen.setdefault(_key(prompt), row)
-        return known == row
-
-    def _fault(self, record: dict[str, Any], row: int) -> str:
+    def _fault(self, record: dict[str, Any], repeated: bool) -> str:
         """Why the kind cannot use the record; empty if it can."""
         if not record["prompt"]:
             return "an empty prompt"
         if self.kind == "prompt":
-            return "a repeated prompt" * (self.seen[_key(record["prompt"])] != row)
+            return "a repeated prompt" if repeated else ""
         if "why" in record or GIVES[self.kind] not in record:
             return record.get("why", "no answer")
         if self.kind == "ranking":
@@ -288,13 +273,11 @@ class _Counts:
 
     def told(self, where: Source, shape: Shape, rows: int, found: int) -> str:
         """The line that says how a file was read."""
-        what = plural(found, self.kind)
-        text = f"{where.name}: read as {shape.told}: {rows:,} rows give {what}"
+        text = f"{where.name}: read as {shape.told}: {rows:,} rows give {plural(found, self.kind)}"
         reasons = [f"{count:,} {why}" for why, count in self.left_out.items()]
         text += f"; left out: {', '.join(reasons)}" if reasons else ""
-        dropped = f"; also {self.dropped:,} responses without text or place"
-        cut = f"; {self.cut:,} dialogues cut to a question and its reply"
-        return text + (dropped if self.dropped else "") + (cut if self.cut else "")
+        text += f"; also {self.dropped:,} responses without text or place" if self.dropped else ""
+        return text + f"; {self.cut:,} dialogues cut to a question and its reply" * bool(self.cut)
 
 
 def _key(value: Any) -> str:

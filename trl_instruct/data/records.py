@@ -84,8 +84,12 @@ def load_demonstrations(
 
         return map_records(dataset, in_two, remove_columns=["messages"], features=types)
     require_columns(first, where, ("prompt", "completion"), "A demonstration", "or `messages`")
-    dataset = take_off_prompts(dataset, where, ("completion",))
-    check = partial(check_demonstration, form=form_of(first))
+    dataset, form = take_off_prompts(dataset, where, ("completion",)), form_of(first)
+
+    def check(record: Record) -> None:
+        check_prompt(record, form=form)
+        check_reply("completion", record.get("completion"), form=form)
+
     return check_records(dataset, where, check, reading)
 
 
@@ -113,7 +117,7 @@ def _trimmed(dataset: AnyDataset, where: Source, first: Record) -> AnyDataset:
             where.name,
             changed,
         )
-    elif features is not None:
+    else:
         features = Features({**features, "messages": List(MESSAGE)})
     return map_records(dataset, trim_dialogue, features=features)
 
@@ -161,18 +165,6 @@ def check_prompt(record: Record, *, form: str) -> None:
         raise InputError(
             f"`prompt` is {form_of(record)}, but {form} in the first record; both need one format."
         )
-
-
-def check_demonstration(record: Record, *, form: str) -> None:
-    """Check `prompt` and `completion`: both text, or both messages that end with the assistant's.
-
-    Raises:
-        InputError: null, empty, malformed, or of two formats.
-
-    >>> check_demonstration({"prompt": "2+2=", "completion": "4"}, form="text")
-    """
-    check_prompt(record, form=form)
-    check_reply("completion", record.get("completion"), form=form)
 
 
 def check_dialogue(record: Record) -> None:

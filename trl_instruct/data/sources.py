@@ -218,8 +218,7 @@ def _load_configured(
 
 def _load_named(config: DatasetConfig, split: str, streaming: bool, where: Source) -> AnyDataset:
     """A dataset of the Hub, or a builder with its files."""
-    given = {name: getattr(config, name) for name in ("name", "data_dir", "data_files")}
-    options: Any = {name: value for name, value in given.items() if value is not None}
+    options: Any = {n: getattr(config, n) for n in ("name", "data_dir", "data_files")}
     try:
         return load_dataset(config.path, split=split, streaming=streaming, **options)
     except (FileNotFoundError, ConnectionError) as error:
@@ -376,25 +375,20 @@ def _open_text(path: Path) -> Any:
 
 def _decode_cells(dataset: AnyDataset, where: Source) -> AnyDataset:
     """Decode a csv file's list cells, which are JSON: '["a", "b"]' -> ["a", "b"]."""
-    columns = set(dataset.column_names or first_record(dataset, where)) & set(LIST_CELLS)
-    if not columns:
-        return dataset
+    columns = set(first_record(dataset, where)) & set(LIST_CELLS)
 
     def decoded(record: Record, row: int) -> dict[str, Any]:
-        with where.located(row):
-            return {column: _decode_cell(column, record[column]) for column in columns}
+        found = {column: record[column] for column in columns}
+        for column, cell in found.items():
+            try:
+                found[column] = None if cell is None else json.loads(cell)
+            except json.JSONDecodeError as error:
+                place = where.where(row)
+                raise InputError(
+                    f"{place}: `{column}` is {kind_of(cell)}; a JSON list is needed ({error})."
+                ) from None
+            if column in ("scores", "ratings") and isinstance(found[column], list):
+                found[column] = [float(v) if type(v) is int else v for v in found[column]]
+        return found
 
-    return map_records(dataset, decoded, with_indices=True)
-
-
-def _decode_cell(column: str, cell: str | None) -> Any:
-    if cell is None:
-        return None
-    try:
-        values = json.loads(cell)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"`{column}` is {kind_of(cell)}; a JSON list is needed ({error})."
-        ) from None
-    numbers = column in ("scores", "ratings") and isinstance(values, list)
-    return [float(v) if type(v) is int else v for v in values] if numbers else values
+    return map_records(dataset, decoded, with_indices=True) if columns else dataset
