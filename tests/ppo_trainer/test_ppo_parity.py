@@ -3,8 +3,8 @@
 Where TRL's trainer is as ours: completions of one length, one minibatch, pad != eos, no clipping of
 gradients, a constant learning rate (our schedules are one step ahead: none begins at 0). Behind
 completions of different length TRL counts one token more; what that changes, and what it does not,
-stands at the end. Learning rates are such that what rounding makes of the same engine with its rows
-in another order stays far below the tolerance, too.
+stands at the end. The models are float64, so that rounding stays far below the tolerance on any
+processor.
 """
 
 import importlib
@@ -18,12 +18,13 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 import trl_instruct.ppo_trainer.trainer as ours
-from trl_instruct import ppo
+import trl_instruct.recipes.ppo as stage
 from trl_instruct.data.rendering import render_prompts
 from trl_instruct.generation.logits import spread
 from trl_instruct.padding import completion_lengths, right_padded_mask
 from trl_instruct.ppo_trainer import micro_batch
 from trl_instruct.ppo_trainer.advantages import gae, masked_whiten
+from trl_instruct.ppo_trainer.roles import load_roles
 from trl_instruct.scalar_head import keep_shift
 
 try:
@@ -101,13 +102,13 @@ class Watch(TrainerCallback):
 
     def note(self, entries, rows, **fields):
         back = torch.tensor(rows).argsort()
-        entries.append({name: field.detach()[back].clone() for name, field in fields.items()})
+        entries.append({n: field.detach()[back].float().clone() for n, field in fields.items()})
 
     def on_step_end(self, args, state, control, model, **kwargs):
         value = getattr(model, "value_model", None) or model.value.model
         parts = {"policy": model.policy, "value": value}
         names = {
-            f"{part}.{name}": weight.detach().clone()
+            f"{part}.{name}": weight.detach().float().clone()
             for part, module in parts.items()
             for name, weight in module.named_parameters()
         }
@@ -204,6 +205,16 @@ def watch_ours(monkeypatch, watch):
     monkeypatch.setattr(trainer, "advantages", advantages)
 
 
+def in_double(*arguments):
+    """The roles in float64: an optimizer's steps enlarge what float32 rounds, by processor."""
+    roles = load_roles(*arguments)
+    judge = getattr(roles.reward, "model", None)
+    for model in (roles.policy, roles.ref_policy, roles.value, judge):
+        if model is not None:
+            model.double()
+    return roles
+
+
 @pytest.fixture
 def run_both(monkeypatch, saved_policy, shifted_reward_model, tokenizer, tmp_path):
     """run_both(completions, reward, **options): what our engine and TRL's computed of them."""
@@ -213,8 +224,9 @@ def run_both(monkeypatch, saved_policy, shifted_reward_model, tokenizer, tmp_pat
         for engine, install in (("trl_instruct", watch_ours), ("trl", watch_theirs)):
             watch = Watch(completions, tokenizer)
             with monkeypatch.context() as patch:
+                patch.setattr(stage, "load_roles", in_double)
                 install(patch, watch)
-                ppo(
+                stage.ppo(
                     saved_policy,
                     reward or shifted_reward_model,
                     prompt_data(),
