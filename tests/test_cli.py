@@ -246,6 +246,7 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, message):
         (["--accelerator_config", "no.json"], "No such file or directory: 'no.json'", None),
         (["--activation_offloading", "true"], "off a GPU; there is none", None),
         (["--learning_rate", "nan"], "learning_rate is nan", None),
+        (["--adam_beta1", "1.5"], "cannot be used: Invalid beta parameter at index 0: 1.5", None),
         (["--push_to_hub", "true"], "https://huggingface.co", None),
         (["--lora_target_modules", "lm_head", "--use_peft", "true"], "`lm_head` is not sup", None),
     ],

@@ -193,6 +193,7 @@ def test_the_users_modules_to_save_stay():
         ("[1]", "is not an adapter's config"),
         ('{"peft_type": "NOTHING"}', "is not an adapter's config .*NOTHING"),
         ('{"peft_type": "LORA"}', "names no base model"),
+        ('{"peft_type": "LORA", "base_model_name_or_path": 3}', "names no base model"),
         ('{"peft_type": "LORA", "base_model_name_or_path": "x"}', "has no weights: there is no"),
     ],
 )

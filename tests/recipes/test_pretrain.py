@@ -102,6 +102,7 @@ def test_packing_loses_nothing():
         (TEXTS, {"num_train_epochs": 0, "max_steps": -1}, "num_train_epochs is 0; make it above"),
         (TEXTS, {"packing": False, "max_length": 4}, "Raise max_length, or set packing"),
         (TEXTS, {"vocab": 300}, "Unknown option 'vocab' for PretrainConfig"),
+        (TEXTS, {"architecture_kwargs": "nonsense"}, "'nonsense' is not a JSON object"),
     ],
 )
 def test_bad_input(tmp_path, rows, options, message):

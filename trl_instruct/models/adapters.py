@@ -71,14 +71,15 @@ class Adapter:
         broken = f"{os.path.join(path, CONFIG)!r} is not an adapter's config as peft writes it"
         with explained(broken):
             config = PeftConfig.from_pretrained(path)
-        if not config.base_model_name_or_path:
+        base = config.base_model_name_or_path
+        if not (isinstance(base, str) and base):
             raise InputError(
                 f"The adapter in {path!r} names no base model: base_model_name_or_path is missing "
                 f"in {CONFIG}. Name the base there."
             )
         if not any(Path(path).glob("adapter_model.*")):
             raise InputError(f"The adapter in {path!r} has no weights: there is no {WEIGHTS}.")
-        return cls(path, config, config.base_model_name_or_path)
+        return cls(path, config, base)
 
     def check_task(self, needed: str) -> None:
         """InputError if the adapter is for another kind of model."""

@@ -29,7 +29,7 @@ from trl_instruct.files import METRICS_FILE
 from trl_instruct.models.properties import context_length
 from trl_instruct.models.resuming import ResumableTrainer
 from trl_instruct.padding import length_batches
-from trl_instruct.recipes.options import data_of, stage_options
+from trl_instruct.recipes.options import data_of, option_errors, stage_options
 from trl_instruct.recipes.publishing import without_secrets
 from trl_instruct.recipes.stage import StageResult, run_stage
 
@@ -61,13 +61,15 @@ def pretrain(
     with run_stage("pretrain", config, ModelConfig()) as run:
         tokenizer = train_tokenizer(texts["text"][:], config.vocab_size, config.max_length)
         model = model_from_scratch(config, tokenizer)
-        trainer = ResumableTrainer(
-            model=model,
-            args=without_secrets(config),
-            train_dataset=tokenize_texts(texts, tokenizer, config),
-            processing_class=tokenizer,
-            data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        )
+        rows = tokenize_texts(texts, tokenizer, config)
+        with option_errors():
+            trainer = ResumableTrainer(
+                model=model,
+                args=without_secrets(config),
+                train_dataset=rows,
+                processing_class=tokenizer,
+                data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+            )
         output = run.train(trainer, {"loss": "loss"})
         parameters = sum(p.numel() for p in model.parameters())
         return run.finish(trainer, {"train_loss": output.training_loss, "parameters": parameters})
@@ -148,7 +150,8 @@ def model_from_scratch(
         InputError: an unknown architecture or field, a refused value, or a context too short.
     """
     kwargs = config.architecture_kwargs or {}
-    kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
+    with option_errors():
+        kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs
     if not isinstance(kwargs, dict):
         raise InputError(f"architecture_kwargs is {kind_of(kwargs)}; {{field: value}} is needed.")
     defaults = _architecture(config)

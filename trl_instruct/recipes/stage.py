@@ -29,7 +29,7 @@ from trl import ModelConfig
 from trl_instruct.configs import RewardConfig, SFTConfig, StageConfig
 from trl_instruct.console import in_markdown, say
 from trl_instruct.data.sources import AnyDataset, Source, first_record
-from trl_instruct.errors import InputError, redact
+from trl_instruct.errors import InputError, redact, summary
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, write_json
 from trl_instruct.manifest import MANIFEST_FILE
 from trl_instruct.models.adapters import (
@@ -277,16 +277,20 @@ class StageRun:
 
     @contextlib.contextmanager
     def _loading(self, progress: Interruption) -> Iterator[None]:
-        """Turn an error before the first step of a resumed run into an `InputError`."""
+        """Turn an error before the first step into an `InputError`: of options, or a checkpoint."""
         try:
             yield
         except (ValueError, RuntimeError, OSError, KeyError) as error:
-            if self.checkpoint is None or progress.begun or isinstance(error, InputError):
+            begun = progress.begun or isinstance(error, InputError)
+            if begun or not (self.checkpoint or isinstance(error, ValueError)):
                 raise
-            raise InputError(
-                f"The checkpoint {str(self.checkpoint)!r} does not fit this run, which needs the "
-                f"model and options of the run that wrote it: {str(error).strip().splitlines()[0]}"
-            ) from error
+            told = "These options cannot be used"
+            if self.checkpoint:
+                told = (
+                    f"The checkpoint {str(self.checkpoint)!r} does not fit this run, which needs "
+                    "the model and options of the run that wrote it"
+                )
+            raise InputError(f"{told}: {summary(error)}") from error
 
     def save_model(self, trainer: Trainer) -> None:
         """Save model and tokenizer among the new files; all processes call it."""
