@@ -8,7 +8,7 @@ from transformers import set_seed
 from trl import ModelConfig
 
 from trl_instruct.console import one_line, printable
-from trl_instruct.generation.sampling import prompt_tokens, sample_several
+from trl_instruct.generation.sampling import Sampling, prompt_tokens, sample_several
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource
 from trl_instruct.models.tokenizers import load_tokenizer
@@ -73,18 +73,14 @@ def _complete(
 ) -> list[list[str]]:
     """Completions of each prompt."""
     policy = load_policy(source, ModelConfig(dtype=sampling.dtype)).to(PartialState().device)
-    length = sampling.response_length
-    limits: Any = {"max_prompt_length": None, "response_length": length}
-    token_lists, _ = prompt_tokens(prompts, tokenizer, policy, **limits, columns=columns)
-    several = sample_several(
-        policy,
-        tokenizer,
-        token_lists,
-        sampling.num_completions,
-        max_new_tokens=length,
-        temperature=sampling.temperature,
+    options = Sampling(
+        sampling.response_length,
         stop_strings=sampling.stop_strings,
+        temperature=sampling.temperature,
     )
+    given = {**(columns or {}), "prompt": prompts}
+    token_lists, _ = prompt_tokens(given, tokenizer, policy, options)
+    several = sample_several(policy, tokenizer, token_lists, sampling.num_completions, options)
     return [[completion.text for completion in given] for given in several]
 
 

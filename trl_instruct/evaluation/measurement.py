@@ -7,23 +7,54 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig
 
 from trl_instruct.configs import EvaluateConfig
 from trl_instruct.data.rendering import render
 from trl_instruct.data.sources import iterate
 from trl_instruct.errors import InputError
-from trl_instruct.evaluation.samples import Sampled, sample, score_completions, sequence_logprobs
 from trl_instruct.generation.logits import completion_logprobs
-from trl_instruct.generation.sampling import Completion, pad_prompts, prompt_tokens, sample_several
+from trl_instruct.generation.sampling import (
+    Completion,
+    Sampling,
+    complete,
+    pad_prompts,
+    prompt_tokens,
+    sample_several,
+)
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource, context_length, evaluating
-from trl_instruct.padding import pad_rows, similar_lengths
-from trl_instruct.rewards.function import RewardFunction, place_on
+from trl_instruct.padding import pad_rows, similar_lengths, unpadded
+from trl_instruct.rewards.function import RewardFunction, as_completions, call_reward, place_on
 
 JUDGED_AT_ONCE = 512
 Progress: TypeAlias = Callable[[int], Any]
+
+
+class Sampled(NamedTuple):
+    """One completion for each of B prompts, as tokens and as text.
+
+    prompt_ids `(B, P)`, prompt_lengths `(B,)`, completion_ids `(B, C)`, completion_lengths `(B,)`,
+    ended `(B,)`: as in `Rollout`, on CPU.
+    """
+
+    prompt_ids: Tensor
+    prompt_lengths: Tensor
+    completion_ids: Tensor
+    completion_lengths: Tensor
+    ended: Tensor
+    texts: list[str]
+
+    @property
+    def ids(self) -> list[list[int]]:
+        """Tokens of each completion, including those that ended it."""
+        return unpadded(self.completion_ids, self.completion_lengths)
+
+    @property
+    def completions(self) -> list[Completion]:
+        """Text and tokens of each completion."""
+        return list(map(Completion, self.texts, self.ids))
 
 
 class Subject(NamedTuple):
@@ -57,6 +88,11 @@ class Subject(NamedTuple):
         trusted = self.config.trust_remote_code
         policy = load_policy(self.models[name], self.model_config, trust_remote_code=trusted)
         return policy.to(PartialState().device)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How every model is sampled."""
+        return Sampling.of(self.config, self.config.per_device_eval_batch_size)
 
     def seed(self, name: str) -> int:
         """Of the model's samples: with one seed, related models often sample the same tokens."""
@@ -106,12 +142,9 @@ def measure(
     for judge, reward in rewards.items():
         place_on(reward, PartialState().device)
         for model in models.values():
-            given = (model.sampled.texts, model.sampled.ids)
-            model.scores[judge] = _judge(prompts, *given, reward, progress)
+            model.scores[judge] = _judge(prompts, model.sampled.completions, reward, progress)
         if several:
-            flat = _judge(
-                repeated, [c.text for c in several], [c.ids for c in several], reward, progress
-            )
+            flat = _judge(repeated, several, reward, progress)
             table[judge] = torch.tensor(flat, dtype=torch.float64).view(-1, copies)
         place_on(reward, "cpu")
     return Measurements(models, table)
@@ -126,9 +159,18 @@ def _sample_all(
     reference = subject.load(last)
     found[last] = _measure(subject, last, reference, progress)
     for name in others:
-        kl = _kl(found[name], reference, subject) if subject.same_tokens(name) else None
+        sampled, own, _, _ = found[name]
+        kl = None
+        if subject.same_tokens(name):
+            logprobs = sequence_logprobs(reference, sampled, subject.sampling)
+            kl = (torch.tensor(own) - logprobs).tolist()
         found[name] = found[name]._replace(kl=kl)
-    several = _sample_several(subject, reference, progress) if subject.several else []
+    several: list[Completion] = []
+    if subject.several:
+        tokenizer, sampling = subject.tokenizers[subject.reference], subject.sampling
+        token_lists, _ = prompt_tokens(subject.prompts[:], tokenizer, reference, sampling)
+        given = reference, tokenizer, token_lists, subject.several, sampling
+        several = [completion for row in sample_several(*given, progress) for completion in row]
     return {name: found[name] for name in subject.models}, several
 
 
@@ -136,84 +178,77 @@ def _measure(
     subject: Subject, name: str, policy: PreTrainedModel, progress: Progress
 ) -> ModelMeasurement:
     """A model's completions and loss; `kl` still holds the model's own log-probabilities."""
-    config, tokenizer = subject.config, subject.tokenizers[name]
-    batch = {"batch_size": config.per_device_eval_batch_size}
-    sampled = sample(
-        policy,
-        tokenizer,
-        subject.prompts["prompt"][:],
-        columns=subject.prompts[:],
-        response_length=config.response_length,
-        max_prompt_length=config.max_prompt_length,
-        stop_strings=config.stop_strings,
-        temperature=config.temperature,
-        seed=subject.seed(name),
-        progress=progress,
-        **batch,
-    )
+    given = policy, subject.tokenizers[name]
+    seed = subject.seed(name)
+    sampled = sample(*given, subject.prompts, subject.sampling, seed=seed, progress=progress)
     own = [0.0] * len(sampled.texts)
     if name != subject.reference:
-        own = sequence_logprobs(policy, sampled, temperature=config.temperature, **batch).tolist()
+        own = sequence_logprobs(policy, sampled, subject.sampling).tolist()
     loss = None
     if subject.demonstrations is not None:
-        given = (policy, tokenizer, subject.demonstrations)
-        loss = completion_loss(*given, progress=progress, **batch)
+        size = subject.sampling.batch_size
+        loss = completion_loss(*given, subject.demonstrations, batch_size=size, progress=progress)
     return ModelMeasurement(sampled, own, {}, loss)
 
 
-def _kl(measured: ModelMeasurement, reference: PreTrainedModel, subject: Subject) -> list[float]:
-    """log p(completion) - log p_reference(completion) of a model's own samples."""
-    config = subject.config
-    logprobs = sequence_logprobs(
-        reference,
-        measured.sampled,
-        temperature=config.temperature,
-        batch_size=config.per_device_eval_batch_size,
-    )
-    return (torch.tensor(measured.kl) - logprobs).tolist()
+def sample(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Dataset,
+    sampling: Sampling,
+    *,
+    seed: int,
+    progress: Progress,
+) -> Sampled:
+    """One sampled completion per prompt; options as in `generate`.
+
+    Raises:
+        InputError: a prompt is empty or does not fit into the context.
+    """
+    set_seed(seed)
+    token_lists, _ = prompt_tokens(prompts[:], tokenizer, policy, sampling)
+    given = policy, tokenizer, token_lists, sampling
+    ids, lengths, ended, texts = complete(*given, progress=progress)
+    asked = pad_prompts(token_lists, torch.device("cpu"))
+    return Sampled(*asked, ids.cpu(), lengths.cpu(), ended.cpu(), texts)
 
 
-def _sample_several(
-    subject: Subject, policy: PreTrainedModel, progress: Progress
-) -> list[Completion]:
-    """N samples of the reference for each prompt, prompt by prompt."""
-    config, tokenizer = subject.config, subject.tokenizers[subject.reference]
-    token_lists, _ = prompt_tokens(
-        subject.prompts["prompt"][:],
-        tokenizer,
-        policy,
-        max_prompt_length=config.max_prompt_length,
-        response_length=config.response_length,
-        columns=subject.prompts[:],
-    )
-    rows = sample_several(
-        policy,
-        tokenizer,
-        token_lists,
-        subject.several,
-        max_new_tokens=config.response_length,
-        stop_strings=config.stop_strings,
-        temperature=config.temperature,
-        batch_size=config.per_device_eval_batch_size,
-        progress=progress,
-    )
-    return [completion for row in rows for completion in row]
+@torch.no_grad()
+def sequence_logprobs(model: PreTrainedModel, sampled: Sampled, sampling: Sampling) -> Tensor:
+    """Log-probability of each completion, `(B,)` nats, float32 on CPU.
+
+    Args:
+        model: any language model with the same vocabulary.
+        sampling: the logits are divided by its temperature.
+    """
+    fields = [field.to(model.device) for field in sampled[:4]]
+    summed = torch.zeros(len(sampled.texts))
+    lengths = sampled.prompt_lengths + sampled.completion_lengths
+    with evaluating(model):
+        for rows in similar_lengths(lengths.tolist(), sampling.batch_size):
+            part = (field[rows] for field in fields)
+            logprobs = completion_logprobs(model, *part, temperature=sampling.temperature)
+            summed[rows] = logprobs.sum(dim=1).cpu()
+    return summed
 
 
 def _judge(
-    prompts: Dataset,
-    texts: list[str],
-    ids: list[list[int]],
-    reward: RewardFunction,
-    progress: Progress,
+    prompts: Dataset, completions: list[Completion], reward: RewardFunction, progress: Progress
 ) -> list[float]:
-    """Scores of one text per prompt, JUDGED_AT_ONCE at a time."""
+    """Scores of one completion per prompt, JUDGED_AT_ONCE at a time.
+
+    Args:
+        prompts: column `prompt`; further columns reach the reward.
+    """
     scores: list[float] = []
-    for start in range(0, len(texts), JUDGED_AT_ONCE):
-        part = slice(start, start + JUDGED_AT_ONCE)
-        rows = prompts.select(range(len(texts))[part])
-        scores += score_completions(rows, texts[part], ids[part], reward)
-        progress(len(rows))
+    for start in range(0, len(completions), JUDGED_AT_ONCE):
+        part = completions[start : start + JUDGED_AT_ONCE]
+        columns = prompts[start : start + JUDGED_AT_ONCE]
+        asked = columns.pop("prompt")
+        columns["completion_ids"] = [completion.ids for completion in part]
+        texts = as_completions(asked, [completion.text for completion in part])
+        scores += call_reward(reward, asked, texts, columns)
+        progress(len(part))
     return scores
 
 

@@ -1,5 +1,7 @@
 """Prompts -> completions: tokenised, cut to fit, sampled from the policy, decoded."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ from trl_instruct.data.rendering import completion_texts, render_prompts
 from trl_instruct.errors import InputError
 from trl_instruct.generation.token_sampling import (
     NEVER,
-    SamplingOptions,
+    DrawOptions,
     draw,
     plain_sampling,
     reads_padding,
@@ -63,23 +65,38 @@ def fit_prompts(
     return [tokens[-max_prompt_length:] for tokens in token_lists], cut
 
 
+class Sampling(NamedTuple):
+    """How completions of prompts are sampled: limits as in `fit_prompts`, options of `generate`."""
+
+    response_length: int
+    max_prompt_length: int | None = None
+    stop_strings: Sequence[str] | None = None
+    temperature: float = 1.0
+    batch_size: int = 64
+
+    @classmethod
+    def of(cls, config: Any, batch_size: int = 64) -> Sampling:
+        """The options of a stage's config."""
+        lengths = config.response_length, config.max_prompt_length
+        return cls(*lengths, config.stop_strings, config.temperature, batch_size)
+
+
 def prompt_tokens(
-    prompts: Sequence[Any],
+    columns: Mapping[str, Sequence[Any]],
     tokenizer: PreTrainedTokenizerBase,
     policy: PreTrainedModel,
-    *,
-    max_prompt_length: int | None,
-    response_length: int,
-    columns: Mapping[str, Sequence[Any]] | None = None,
+    limits: Any,
 ) -> tuple[list[list[int]], int]:
-    """Prompts (texts or messages) as ids, cut to the policy's context, and how many were cut.
+    """Prompts as ids, cut to the policy's context, and how many were cut.
 
-    Lengths as in `fit_prompts`, columns as in `render_prompts`.
+    Args:
+        columns: `prompt` (texts or messages), and others as in `render_prompts`.
+        limits: a `Sampling`, or a config with its two lengths.
     """
     return fit_prompts(
-        render_prompts(prompts, tokenizer, columns),
-        max_prompt_length=max_prompt_length,
-        response_length=response_length,
+        render_prompts(columns["prompt"], tokenizer, columns),
+        max_prompt_length=limits.max_prompt_length,
+        response_length=limits.response_length,
         context=context_length(policy),
     )
 
@@ -140,7 +157,7 @@ def generate(
     blank = torch.full((len(prompts), copies, max_new_tokens), eos_token_ids[0])
     completions = blank.to(policy.device)
     stopped = torch.full_like(completions[..., 0], NEVER)
-    sampling = SamplingOptions(max_new_tokens, eos_token_ids, stop_strings, tokenizer, temperature)
+    sampling = DrawOptions(max_new_tokens, eos_token_ids, stop_strings, tokenizer, temperature)
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     at_once = batch_size // copies
     with evaluating(policy), plain_sampling(policy):
@@ -165,31 +182,42 @@ class Completion(NamedTuple):
     ids: list[int]
 
 
+def complete(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    """What `generate`, which takes the options, returns for lists of tokens; and the texts."""
+    drawn = generate(
+        policy,
+        prompts,
+        max_new_tokens=sampling.response_length,
+        eos_token_ids=eos_token_ids(policy, tokenizer),
+        stop_strings=sampling.stop_strings,
+        tokenizer=tokenizer,
+        temperature=sampling.temperature,
+        batch_size=sampling.batch_size,
+        **options,
+    )
+    return *drawn, decode(*drawn, tokenizer, sampling.stop_strings)
+
+
 def sample_several(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     count: int,
-    *,
-    stop_strings: Sequence[str] | None = None,
-    batch_size: int = 64,
-    **sampling: Any,
+    sampling: Sampling,
+    progress: Callable[[int], Any] | None = None,
 ) -> Iterator[list[Completion]]:
-    """Sample `count` completions of each prompt, a list of tokens; options as in `generate`."""
-    rows_at_once = max(1, batch_size * 4 // count)
+    """Sample `count` completions of each prompt, a list of tokens; progress as in `generate`."""
+    rows_at_once = max(1, sampling.batch_size * 4 // count)
     for start in range(0, len(prompts), rows_at_once):
         rows = prompts[start : start + rows_at_once]
-        ids, lengths, ended = generate(
-            policy,
-            rows,
-            copies=count,
-            eos_token_ids=eos_token_ids(policy, tokenizer),
-            stop_strings=stop_strings,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            **sampling,
-        )
-        texts = decode(ids, lengths, ended, tokenizer, stop_strings)
+        options = {"copies": count, "progress": progress}
+        ids, lengths, _, texts = complete(policy, tokenizer, rows, sampling, **options)
         found = list(map(Completion, texts, unpadded(ids, lengths)))
         yield from (found[first : first + count] for first in range(0, len(found), count))
 

@@ -114,8 +114,8 @@ class EnoughEnded(StoppingCriteria):
         return ended | (ended.float().mean() >= ENOUGH)
 
 
-class SamplingOptions(NamedTuple):
-    """How completions are sampled: arguments of `sampling.generate`."""
+class DrawOptions(NamedTuple):
+    """How tokens are drawn: arguments of `sampling.generate`."""
 
     max_new_tokens: int
     eos_token_ids: list[int]
@@ -126,7 +126,7 @@ class SamplingOptions(NamedTuple):
 
 @torch.no_grad()
 def draw(
-    policy: PreTrainedModel, ids: Tensor, mask: Tensor, copies: int, sampling: SamplingOptions
+    policy: PreTrainedModel, ids: Tensor, mask: Tensor, copies: int, sampling: DrawOptions
 ) -> tuple[Tensor, Tensor]:
     """Sample `copies` completions of each prompt.
 
@@ -169,7 +169,7 @@ def draw(
 
 
 def _stop_strings(
-    sampling: SamplingOptions, rows: int, width: int, device: torch.device
+    sampling: DrawOptions, rows: int, width: int, device: torch.device
 ) -> list[StopStrings]:
     if not sampling.stop_strings or sampling.tokenizer is None:
         return []
@@ -181,7 +181,7 @@ def _continue(
     ids: Tensor,
     mask: Tensor,
     cache: Cache | None,
-    sampling: SamplingOptions,
+    sampling: DrawOptions,
     width: int,
     ending: list[StoppingCriteria],
 ) -> Any:

@@ -119,12 +119,7 @@ class PPOTrainer(IterationTrainer):
         if args.ptx_coef:
             self.pretraining = pretraining_rows(ptx_dataset, processing_class, args)
         self.prompts, self.cut_prompts = prompt_tokens(
-            train_dataset["prompt"][:],
-            processing_class,
-            model,
-            max_prompt_length=args.max_prompt_length,
-            response_length=args.response_length,
-            columns=train_dataset[:],
+            train_dataset[:], processing_class, model, args
         )
         self.minibatch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
         sharding.load_unsharded()  # models loaded later (checkpoints, comparisons) are whole

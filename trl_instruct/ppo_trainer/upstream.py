@@ -182,12 +182,7 @@ class UpstreamTrainer(Trainer):
         check_roles(model, ref_model, reward_model, value_model)
         _check_architectures(model, value_model)
         self.prompts, self.cut_prompts = prompt_tokens(
-            train_dataset["prompt"][:],
-            processing_class,
-            model,
-            max_prompt_length=args.max_prompt_length,
-            response_length=args.response_length,
-            columns=train_dataset[:],
+            train_dataset[:], processing_class, model, args
         )
         if isinstance(reward_model, PreTrainedModel):
             reward_model = RewardModel(reward_model, processing_class)

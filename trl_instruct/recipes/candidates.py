@@ -17,7 +17,7 @@ from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.data.texts import prompts_of
 from trl_instruct.errors import InputError
 from trl_instruct.files import written_at_once
-from trl_instruct.generation.sampling import Completion, prompt_tokens, sample_several
+from trl_instruct.generation.sampling import Completion, Sampling, prompt_tokens, sample_several
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource, model_name
 from trl_instruct.models.tokenizers import check_tokenizer, load_tokenizer
@@ -134,11 +134,10 @@ def sample_candidates(
     model, tokenizer = _load(policy, processing_class, model_config or ModelConfig(), **trust)
     records = prompts_of(prompts, split, tokenizer, opening_length, reading)
     check_format(records, tokenizer, policy=policy)
-    limits: Any = {"max_prompt_length": max_prompt_length, "response_length": response_length}
-    records = fitting(records, tokenizer, model, reading, **limits)
-    token_lists, cut = prompt_tokens(
-        records["prompt"][:], tokenizer, model, columns=records[:], **limits
-    )
+    lengths = response_length, max_prompt_length
+    sampling = Sampling(*lengths, stop_strings, temperature, batch_size)
+    records = fitting(records, tokenizer, model, reading, sampling)
+    token_lists, cut = prompt_tokens(records[:], tokenizer, model, sampling)
     if gold is not None:
         gold = load_reward(gold, tokenizer, batch_size=batch_size, **trust)
         place_on(gold, model.device)
@@ -151,17 +150,8 @@ def sample_candidates(
         progress_bar("candidates", total, unit="text") as bar,
         written_at_once(Path(output_file)) as file,
     ):
-        several = sample_several(
-            model,
-            tokenizer,
-            token_lists,
-            num_candidates,
-            max_new_tokens=response_length,
-            stop_strings=stop_strings,
-            temperature=temperature,
-            batch_size=batch_size,
-            progress=bar.update,
-        )
+        given = model, tokenizer, token_lists, num_candidates
+        several = sample_several(*given, sampling, bar.update)
         for record, drawn in zip(records, several, strict=True):
             ranking = _ranking(record, drawn, gold, labeler, counts)
             if ranking is not None:

@@ -18,7 +18,7 @@ from trl_instruct.data.reading import Reading
 from trl_instruct.data.records import check_records
 from trl_instruct.data.rendering import Rendered
 from trl_instruct.data.sources import Record
-from trl_instruct.generation.sampling import prompt_tokens, sample_several
+from trl_instruct.generation.sampling import Sampling, prompt_tokens, sample_several
 from trl_instruct.rewards.function import as_completions, call_reward, place_on
 
 SHOWN, HEAD = 2, 50
@@ -69,7 +69,7 @@ def tell_prompts(run: Any, prompts: Sequence[list[int]], tokenizer: Any) -> None
 
 
 def fitting(
-    prompts: Dataset, tokenizer: Any, policy: Any, reading: Reading, **limits: Any
+    prompts: Dataset, tokenizer: Any, policy: Any, reading: Reading, limits: Any
 ) -> Dataset:
     """Prompts without those that the chat template refuses or that are too long, if bad ones go.
 
@@ -78,7 +78,7 @@ def fitting(
 
     def fits(record: Record) -> None:
         columns = {name: [value] for name, value in record.items()}
-        prompt_tokens(columns.pop("prompt"), tokenizer, policy, columns=columns, **limits)
+        prompt_tokens(columns, tokenizer, policy, limits)
 
     return check_records(prompts, reading.source, fits, reading) if reading.skips else prompts
 
@@ -136,10 +136,8 @@ def _with_advice(plan: str, steps: int) -> str:
 def tell_rewards(run: Any, policy: Any, reward: Any, trainer: Any, prompts: Any) -> None:
     """Call the reward on completions of the first prompts."""
     rows = min(SHOWN, len(prompts))
-    options = {name: getattr(run.config, name) for name in ("stop_strings", "temperature")}
-    length = run.config.response_length
     given = policy, trainer.processing_class, trainer.prompts[:rows], 1
-    drawn = [one for (one,) in sample_several(*given, max_new_tokens=length, **options)]
+    drawn = [one for (one,) in sample_several(*given, Sampling.of(run.config))]
     columns = prompts[:rows]
     asked = columns.pop("prompt")
     texts = as_completions(asked, [completion.text for completion in drawn])

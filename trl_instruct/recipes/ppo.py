@@ -88,9 +88,8 @@ def ppo(
         value = value_model or config.value_model_path
         roles = load_roles(base, reward, value, tokenizer, config, model_config)
         check_vocabulary(tokenizer, roles.policy)
-        limits = {name: getattr(config, name) for name in ("max_prompt_length", "response_length")}
-        prompts = fitting(prompts, tokenizer, roles.policy, reading, **limits)
-        _check_held_out(config, tokenizer, roles.policy, reading, limits)
+        prompts = fitting(prompts, tokenizer, roles.policy, reading, config)
+        _check_held_out(config, tokenizer, roles.policy, reading)
         with option_errors():
             trainer = trainer_class(
                 args=without_secrets(config),
@@ -116,9 +115,7 @@ def ppo(
         return run.finish(trainer, metrics)
 
 
-def _check_held_out(
-    config: PPOConfig, tokenizer: Any, policy: Any, reading: Reading, limits: dict[str, Any]
-) -> None:
+def _check_held_out(config: PPOConfig, tokenizer: Any, policy: Any, reading: Reading) -> None:
     """InputError for a prompt that `compare` would read after the training, and could not.
 
     The held-out prompts may be a split of the dataset itself: then the config names it.
@@ -132,7 +129,7 @@ def _check_held_out(
     split = config.dataset_test_split or "train"
     given = tokenizer, config.opening_length, reading.of_another()
     prompts = prompts_of(config.eval_dataset_name, split, *given)
-    prompt_tokens(prompts["prompt"][:], tokenizer, policy, columns=prompts[:], **limits)
+    prompt_tokens(prompts[:], tokenizer, policy, config)
 
 
 def _tell_before(run: StageRun, roles: Roles, trainer: Any) -> None:
