@@ -5,15 +5,14 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
+from trl_instruct.evaluation.tables import plot_intervals
 from trl_instruct.ppo_trainer.curves import FAINT, LINE, PANELS, plot_line, plot_panel
 from trl_instruct.recipes.chain import FinishedStage
 from trl_instruct.reward_trainer.tables import plot_accuracy, plot_calibration
 
-THIRD = "#009e73"
-COLOURS = ("#888888", LINE, FAINT, THIRD)
+COLOURS = ("#888888", LINE, FAINT, "#009e73")
 MOST_POINTS = 1000
 
 
@@ -32,12 +31,9 @@ def figures(chain: Mapping[str, FinishedStage], evaluation: Mapping[str, Any]) -
         evaluation: what `evaluate` saved; empty if it has not run.
     """
     found = [*_results(chain, evaluation)]
-    if "sft" in chain:
-        found += _sft(chain["sft"])
-    if "rm" in chain:
-        found += _rm(chain["rm"])
-    if "ppo" in chain:
-        found += _ppo(chain["ppo"])
+    for name, plotted in (("sft", _sft), ("rm", _rm), ("ppo", _ppo)):
+        if name in chain:
+            found += plotted(chain[name])
     return found
 
 
@@ -76,15 +72,14 @@ def _rm(run: FinishedStage) -> Iterator[Figure]:
         yield _figure(
             "Reward model: training",
             "Loss and accuracy on each batch before the model is trained on it.",
-            lambda axes: _plot_lines(axes, run, "step", loss=LINE, accuracy=FAINT),
+            lambda axes: _plot_lines(axes, run, loss=LINE, accuracy=FAINT),
         )
     if "accuracy" in run.metrics:
+        label = "difference of the two ranks"
         yield _figure(
             "Reward model: accuracy by difference of rank",
             "Held-out pairs. People, too, find responses of similar quality hard to tell apart.",
-            lambda axes: plot_accuracy(
-                axes, run.metrics, "by_distance", "difference of the two ranks"
-            ),
+            lambda axes: plot_accuracy(axes, run.metrics, "by_distance", label),
         )
         yield _figure(
             "Reward model: calibration",
@@ -96,23 +91,19 @@ def _rm(run: FinishedStage) -> Iterator[Figure]:
 def _ppo(run: FinishedStage) -> Iterator[Figure]:
     for panel in PANELS:
         if run.curve(panel[1]):
-            yield _figure(f"PPO: {panel[0]}", "", partial(_plot_panel, run, panel))
-
-
-def _plot_panel(run: FinishedStage, panel: tuple[str, str, str], axes: Any) -> None:
-    plot_panel(axes, run.logs, *panel)
+            yield _figure(f"PPO: {panel[0]}", "", plot_panel, run.logs, *panel)
 
 
 def _plot_frontier(axes: Any, run: FinishedStage, best_of_n: Mapping[str, Any] | None) -> None:
-    kl = [value for _, value in run.curve("objective/kl")]
+    kl = run.values("objective/kl")
     for name, colour, label in (("scores", LINE, "score"), ("gold", FAINT, "gold")):
-        values = [value for _, value in run.curve(f"objective/{name}")]
+        values = run.values(f"objective/{name}")
         if len(values) == len(kl):
             axes.plot(kl, values, "-", lw=0.6, alpha=0.5, color=colour)
             axes.scatter(kl, values, s=12, color=colour, label=f"PPO, {label}")
     if best_of_n:
-        judges = (best_of_n["judge"], *(j for j in best_of_n["points"][0]["scores"]))
-        for judge, colour in zip(dict.fromkeys(judges), (LINE, FAINT, THIRD), strict=False):
+        judges = (best_of_n["judge"], *best_of_n["points"][0]["scores"])
+        for judge, colour in zip(dict.fromkeys(judges), COLOURS[1:], strict=False):
             points = [(p["kl"], p["scores"][judge]) for p in best_of_n["points"]]
             axes.plot(*zip(*points, strict=True), "x--", color=colour, label=f"best of n, {judge}")
     axes.set(xlabel="KL to the reference, nats per completion", ylabel="mean score")
@@ -121,14 +112,10 @@ def _plot_frontier(axes: Any, run: FinishedStage, best_of_n: Mapping[str, Any] |
 
 def _plot_scores(axes: Any, evaluation: Mapping[str, Any]) -> None:
     models, judges = evaluation["models"], evaluation["judges"]
-    for offset, judge in enumerate(judges):
-        scores = [model["scores"][judge] for model in models.values()]
-        means = [score["mean"] for score in scores]
-        halves = [score["high"] - score["mean"] for score in scores]
-        places = [place + 0.12 * (offset - (len(judges) - 1) / 2) for place in range(len(models))]
-        colour = (LINE, FAINT, THIRD)[offset % 3]
-        axes.errorbar(places, means, yerr=halves, fmt="o", capsize=3, color=colour, label=judge)
-    axes.set_xticks(range(len(models)), list(models))
+    for number, judge in enumerate(judges):
+        scores = {name: model["scores"][judge] for name, model in models.items()}
+        look = {"color": COLOURS[1 + number % 3], "label": judge}
+        plot_intervals(axes, scores, 0.12 * (number - (len(judges) - 1) / 2), **look)
     axes.set_ylabel("mean score (95 %)")
     axes.legend(fontsize="small")
 
@@ -149,25 +136,24 @@ def _plot_sft(axes: Any, run: FinishedStage) -> None:
         held_out = [(0, run.metrics["base_loss"]), *held_out]
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o:", color=FAINT, label="held out")
-    _plot_lines(axes, run, "step", loss=LINE)
+    _plot_lines(axes, run, loss=LINE)
 
 
-def _plot_lines(axes: Any, run: FinishedStage, label: str, **colours: str) -> None:
+def _plot_lines(axes: Any, run: FinishedStage, **colours: str) -> None:
     for name, colour in colours.items():
-        points = run.curve(name)
-        if points:
-            plot_line(axes, points, color=colour, label=name.replace("_", " "))
-    axes.set_xlabel(label)
+        if points := run.curve(name):
+            plot_line(axes, points, color=colour, label=name)
+    axes.set_xlabel("step")
     axes.legend(fontsize="small")
 
 
-def _figure(title: str, caption: str, plot: Callable[[Any], Any]) -> Figure:
+def _figure(title: str, caption: str, plot: Callable[..., Any], *given: Any) -> Figure:
     import matplotlib
     from matplotlib.figure import Figure as Canvas  # takes a second; needs no screen
 
     canvas = Canvas(figsize=(4.6, 3.3), layout="constrained")
     axes = canvas.subplots()
-    plot(axes)
+    plot(axes, *given)
     axes.set_title("")
     axes.grid(alpha=0.3)
     file = io.BytesIO()

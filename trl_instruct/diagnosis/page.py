@@ -68,15 +68,8 @@ def _page(title: str, chain: Mapping[str, FinishedStage], evaluation: dict[str, 
         verdict=verdict(findings),
         faulty=any(finding.level == "fault" for finding in findings),
         findings=findings,
-        stages=[
-            {
-                "name": name,
-                "measured": key_figures(name, run),
-                "seconds": run.metrics.get("seconds", ""),
-                "folder": run.folder,
-            }
-            for name, run in chain.items()
-        ],
+        stages=chain,
+        key_figures=key_figures,
         tables=tables(evaluation) if evaluation else [],
         prompts=evaluation.get("prompts"),
         figures=figures(chain, evaluation),
@@ -121,12 +114,9 @@ def key_figures(name: str, run: FinishedStage) -> str:
     if name == "sft" and metrics.get("eval_loss") is not None and "base_loss" in metrics:
         return f"held-out loss {metrics['base_loss']:.3f} -> {metrics['eval_loss']:.3f}"
     if name == "candidates":
-        return ", ".join(f"{part}: {n['responses']:,} responses" for part, n in _counts(metrics))
+        counts = {part: found for part, found in metrics.items() if isinstance(found, dict)}
+        return ", ".join(f"{part}: {n['responses']:,} responses" for part, n in counts.items())
     return f"training loss {metrics['train_loss']:.3f}" if "train_loss" in metrics else ""
-
-
-def _counts(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    return ((part, counts) for part, counts in metrics.items() if isinstance(counts, dict))
 
 
 def read_evaluation(path: str | os.PathLike | None) -> dict[str, Any]:
@@ -147,23 +137,17 @@ def _samples(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Prompts with each model's completion and its scores, as text."""
     shown = []
     for sample in evaluation.get("samples", [])[:MOST_SAMPLES]:
-        said = [
-            (name, text["completion"], _scores(text, evaluation["judges"]))
-            for name, text in sample.items()
-            if name != "prompt"
-        ]
-        shown.append({"prompt": _transcript(sample["prompt"]), "said": said})
+        asked, said = sample["prompt"], []
+        if isinstance(asked, str):
+            prompt = asked.strip()
+        else:
+            prompt = "\n".join(f"{message['role']}: {message['content']}" for message in asked)
+        for name in evaluation["models"]:
+            text = sample[name]
+            scores = ", ".join(f"{judge} {text[judge]:.2f}" for judge in evaluation["judges"])
+            said.append((name, text["completion"], scores))
+        shown.append({"prompt": prompt, "said": said})
     return shown
-
-
-def _scores(sample: Mapping[str, Any], judges: Sequence[str]) -> str:
-    return ", ".join(f"{judge} {sample[judge]:.2f}" for judge in judges)
-
-
-def _transcript(prompt: Any) -> str:
-    if isinstance(prompt, str):
-        return prompt.strip()
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def diagnose(chain: Mapping[str, FinishedStage]) -> list[Finding]:
@@ -171,7 +155,7 @@ def diagnose(chain: Mapping[str, FinishedStage]) -> list[Finding]:
     checks = {"sft": diagnose_sft, "rm": diagnose_rm, "ppo": diagnose_ppo}
     told, advice = "A stage before it is not on this page.", "Restore its folder."
     found = [
-        Finding(name, "stage_missing", "unknown", told, gap, "", advice)
+        Finding(name, "stage_missing", told, gap, advice, level="unknown")
         for name, run in chain.items()
         for gap in run.gaps
     ]

@@ -39,11 +39,10 @@ def diagnose_ppo(run: FinishedStage) -> Iterator[Finding]:
         yield Finding(
             "ppo",
             "ppo_unmeasured",
-            "unknown",
             "PPO could not be checked.",
             "no logs in its folder",
-            "",
             "Leave logging_steps at 1.",
+            level="unknown",
         )
         return
     for check, *needed in CHECKS:
@@ -55,28 +54,27 @@ def _over_optimisation(run: FinishedStage) -> Iterator[Finding]:
     steps = [step for step, _ in run.curve("objective/gold")]
     if len(steps) < LEAST_ITERATIONS:
         return
-    gold, scores = (_smooth(_values(run, f"objective/{n}")) for n in ("gold", "scores"))
+    gold, scores = (_smooth(run.values(f"objective/{n}")) for n in ("gold", "scores"))
     best = max(range(len(gold)), key=gold.__getitem__)
     fall = gold[best] - gold[-1]
-    if fall > STANDARD_ERRORS * _error(_values(run, "objective/gold")) and scores[-1] > scores[0]:
+    if fall > STANDARD_ERRORS * _error(run.values("objective/gold")) and scores[-1] > scores[0]:
         turned = steps[best]
         yield Finding(
             "ppo",
             "over_optimised",
-            "fault",
             "The policy exploits the reward: its score rises while the judge it was not trained "
             f"on falls. It turned at iteration {turned}.",
             f"score {scores[0]:.2f} -> {scores[-1]:.2f}, gold {gold[best]:.3f} in iteration "
             f"{turned} -> {gold[-1]:.3f}",
-            f"a fall by more than {STANDARD_ERRORS:g} standard errors",
             f"A higher kl_coef, fewer episodes (stop near iteration {turned}), or a better reward "
             "model.",
+            f"a fall by more than {STANDARD_ERRORS:g} standard errors",
         )
 
 
 def _kl(run: FinishedStage) -> Iterator[Finding]:
     per_token = _kl_per_token(run)
-    figure = f"KL to the reference {_last(run, 'objective/kl'):.2f} nats per completion, "
+    figure = f"KL to the reference {_ends(run, 'objective/kl')[1]:.2f} nats per completion, "
     figure += f"{per_token:.2f} per token"
     free = run.config.get("kl_coef") == 0
     most = MOST_FREE_KL if free else MOST_KL
@@ -85,38 +83,36 @@ def _kl(run: FinishedStage) -> Iterator[Finding]:
         yield Finding(
             "ppo",
             "kl_paid",
-            "fine",
             "The policy is far from the reference, and the judge it was not trained on likes it.",
             figure,
-            threshold,
             "Nothing to do as long as gold rises; read the samples.",
+            threshold,
+            level="fine",
         )
     elif per_token > most:
         yield Finding(
             "ppo",
             "kl_blow_up",
-            "fault",
             "The policy is far from the reference; the reward model has never seen such texts.",
             figure,
-            threshold,
             "A higher kl_coef, adaptive_kl_target, or a lower learning_rate.",
+            threshold,
         )
     elif per_token < LEAST_KL:
         yield Finding(
             "ppo",
             "kl_negative",
-            "fault",
             "The KL is negative, which a true KL never is: the completions were not sampled from "
             "the distribution that the log-probabilities assume.",
             figure,
-            f"below {LEAST_KL} per token",
             "Check the generation settings and the dropout of the policy.",
+            f"below {LEAST_KL} per token",
         )
 
 
 def _gold_rose(run: FinishedStage) -> bool:
     """Whether the judge that PPO is not trained on ends near its best, well above its start."""
-    values = _values(run, "objective/gold")
+    values = run.values("objective/gold")
     if len(values) < LEAST_ITERATIONS:
         return False
     gold, least = _smooth(values), STANDARD_ERRORS * _error(values) + 1e-9  # rounding
@@ -124,70 +120,66 @@ def _gold_rose(run: FinishedStage) -> bool:
 
 
 def _entropy(run: FinishedStage) -> Iterator[Finding]:
-    entropy, was = _last(run, "policy/entropy"), _first(run, "policy/entropy")
+    was, entropy = _ends(run, "policy/entropy")
     if entropy < LEAST_ENTROPY * was:
         yield Finding(
             "ppo",
             "entropy_collapse",
-            "fault",
             "The policy hardly varies any more: one prompt, one completion.",
             f"entropy {was:.2f} -> {entropy:.2f} nats per token",
-            f"below {LEAST_ENTROPY:.0%} of what it was",
             "A higher kl_coef, a lower learning_rate, or fewer episodes.",
+            f"below {LEAST_ENTROPY:.0%} of what it was",
         )
 
 
 def _length(run: FinishedStage) -> Iterator[Finding]:
-    length, was = _last(run, "objective/length"), _first(run, "objective/length")
+    was, length = _ends(run, "objective/length")
     if not 1 / MOST_LENGTH <= length / was <= MOST_LENGTH:
         yield Finding(
             "ppo",
             "length_drift",
-            "fault",
             f"Completions have become much {'longer' if length > was else 'shorter'}: the reward "
             "may pay for length itself.",
             f"{was:.1f} -> {length:.1f} tokens",
-            f"{MOST_LENGTH} times as long, or as short",
             "Look at score against length in the reward model's figure; use a length penalty "
             "(docs/rewards.md) or a higher kl_coef.",
+            f"{MOST_LENGTH} times as long, or as short",
         )
 
 
 def _ended(run: FinishedStage) -> Iterator[Finding]:
-    ended, was = _last(run, "objective/ended"), _first(run, "objective/ended")
+    was, ended = _ends(run, "objective/ended")
     # The continuation of an opening is cut at a length; it has no end of its own.
     if ended < LEAST_ENDED and not run.config.get("opening_length"):
         yield Finding(
             "ppo",
             "missing_eos",
-            "fault",
             "Many completions do not end: they are cut at response_length.",
             f"ended {was:.0%} -> {ended:.0%}",
-            f"below {LEAST_ENDED:.0%}",
             "Set missing_eos_penalty, or raise response_length; if the SFT policy does not end "
             "either, its demonstrations lack the EOS token, or another token ends its turns (the "
             "option eos_token of sft).",
+            f"below {LEAST_ENDED:.0%}",
         )
 
 
 def _value(run: FinishedStage) -> Iterator[Finding]:
-    explained = [value for _, value in run.curve("val/explained_variance")]
+    explained = run.values("val/explained_variance")
     late = statistics.fmean(explained[len(explained) // 2 :])
     if late < LEAST_EXPLAINED:
         yield Finding(
             "ppo",
             "value_useless",
-            "fault",
             "The value function explains almost none of the returns, so the advantages are as "
             "noisy as without it.",
             f"explained variance {late:.2f} in the second half",
-            f"below {LEAST_EXPLAINED}",
             "A higher value_learning_rate or vf_coef, or more num_ppo_epochs"
             + (
                 "; the value function starts from the reward model already."
                 if _value_from_reward(run)
                 else ", or a value function that starts from a reward model (value_model_path)."
             ),
+            f"below {LEAST_EXPLAINED}",
         )
 
 
@@ -201,27 +193,25 @@ def _value_from_reward(run: FinishedStage) -> bool:
 
 
 def _steps(run: FinishedStage) -> Iterator[Finding]:
-    clipped = statistics.fmean(_values(run, "policy/clipfrac"))
+    clipped = statistics.fmean(run.values("policy/clipfrac"))
     moved = _kl_per_token(run)
     if clipped > MOST_CLIPPED:
         yield Finding(
             "ppo",
             "clipped_much",
-            "fault",
             "The optimizer's steps are too large: much of each batch is clipped and has no effect.",
             f"{clipped:.0%} of the tokens clipped",
-            f"above {MOST_CLIPPED:.0%}",
             "A lower learning_rate, fewer num_ppo_epochs, or target_kl.",
+            f"above {MOST_CLIPPED:.0%}",
         )
     elif clipped == 0 and abs(moved) < LEAST_MOVED:
         yield Finding(
             "ppo",
             "hardly_moved",
-            "fault",
             "The policy has hardly changed.",
             f"no token ever clipped, KL to the reference {moved:.4f} nats per token",
-            f"none clipped and below {LEAST_MOVED} per token",
             "A higher learning_rate, more episodes, or a lower kl_coef.",
+            f"none clipped and below {LEAST_MOVED} per token",
         )
 
 
@@ -243,12 +233,11 @@ def _episodes(run: FinishedStage) -> Iterator[Finding]:
     yield Finding(
         "ppo",
         "too_few_episodes",
-        "fault",
         "PPO was stopped too early: there is more to gain.",
         figure,
+        "A higher total_episodes (or num_train_epochs).",
         f"fewer than {LEAST_ITERATIONS} iterations, or more than {STILL_RISING:.0%} of the gain in "
         "the last fifth",
-        "A higher total_episodes (or num_train_epochs).",
     )
 
 
@@ -266,23 +255,14 @@ CHECKS: tuple[tuple[Any, ...], ...] = (
 
 
 def _kl_per_token(run: FinishedStage) -> float:
-    return _last(run, "objective/kl") / max(_last(run, "objective/length"), 1.0)
+    return _ends(run, "objective/kl")[1] / max(_ends(run, "objective/length")[1], 1.0)
 
 
-def _values(run: FinishedStage, name: str) -> list[float]:
-    return [value for _, value in run.curve(name)]
-
-
-def _tenth(run: FinishedStage, name: str) -> int:
-    return max(1, len(run.curve(name)) // 10)
-
-
-def _first(run: FinishedStage, name: str) -> float:
-    return statistics.fmean(_values(run, name)[: _tenth(run, name)])
-
-
-def _last(run: FinishedStage, name: str) -> float:
-    return statistics.fmean(_values(run, name)[-_tenth(run, name) :])
+def _ends(run: FinishedStage, name: str) -> tuple[float, float]:
+    """Means of the first and of the last tenth of a curve."""
+    values = run.values(name)
+    tenth = max(1, len(values) // 10)
+    return statistics.fmean(values[:tenth]), statistics.fmean(values[-tenth:])
 
 
 def _window(values: Sequence[float]) -> int:

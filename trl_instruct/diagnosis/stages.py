@@ -27,42 +27,39 @@ def diagnose_sft(run: FinishedStage) -> Iterator[Finding]:
         yield Finding(
             "sft",
             "sft_unmeasured",
-            "unknown",
             "It is not known whether SFT trained the policy too little or too much.",
             "no loss on held-out demonstrations",
-            "",
             "Give sft an eval_dataset_name.",
+            level="unknown",
         )
         return
-    lowest = min([after, *(loss for _, loss in run.curve("eval_loss"))])
+    lowest = min([after, *run.values("eval_loss")])
     told = f"held-out loss {before:.3f} -> {after:.3f} (lowest {lowest:.3f}) nats per token"
     if after > before or after > (1 + MOST_SFT_RISE) * lowest:
         yield Finding(
             "sft",
             "sft_overtrained",
-            "fault",
             "SFT trained too long or at too high a learning rate: the policy has become worse on "
             "demonstrations it has not seen.",
             told,
-            f"above the base model's, or {MOST_SFT_RISE:.0%} above its lowest",
             "Fewer num_train_epochs, a lower learning_rate, or more demonstrations. (The paper "
             "trains past the lowest loss and chooses the checkpoint by reward-model score, C.1.)",
+            f"above the base model's, or {MOST_SFT_RISE:.0%} above its lowest",
         )
     elif after > (1 - LEAST_SFT_GAIN) * before or _still_falling(run):
         yield Finding(
             "sft",
             "sft_undertrained",
-            "fault",
             "SFT trained too little: the policy has not learnt the demonstrations.",
             told,
+            "More num_train_epochs or a higher learning_rate.",
             f"less than {LEAST_SFT_GAIN:.0%} below the base model's, or still falling by more than "
             f"{STILL_FALLING:.0%} from one evaluation to the next",
-            "More num_train_epochs or a higher learning_rate.",
         )
 
 
 def _still_falling(run: FinishedStage) -> bool:
-    losses = [loss for _, loss in run.curve("eval_loss")]
+    losses = run.values("eval_loss")
     return len(losses) > 2 and losses[-1] < (1 - STILL_FALLING) * losses[-2]
 
 
@@ -72,11 +69,10 @@ def diagnose_rm(run: FinishedStage) -> Iterator[Finding]:
         yield Finding(
             "rm",
             "rm_unmeasured",
-            "unknown",
             "It is not known how well the reward model agrees with the labelers.",
             "no held-out rankings",
-            "",
             "Set eval_size, or give rm an eval_dataset_name.",
+            level="unknown",
         )
         return
     yield from _rm_against_baselines(metrics)
@@ -91,42 +87,39 @@ def _rm_against_baselines(metrics: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "rm",
             "labels_reversed",
-            "fault",
             "The rankings contradict the scores they were made from: they seem to be reversed.",
             f"the labelers' own scores agree with {metrics['ceiling']:.3f} of their comparisons",
-            "below 0.5",
             flipped,
+            "below 0.5",
         )
     if metrics["accuracy_high"] < 0.5:
         yield Finding(
             "rm",
             "rm_reversed",
-            "fault",
             "The reward model prefers what the labelers reject: the training or held-out rankings "
             "seem to be reversed.",
             accuracy,
-            "the whole interval is below 0.5",
             flipped,
+            "the whole interval is below 0.5",
         )
     elif _is_open(metrics):
         yield Finding(
             "rm",
             "rm_too_few",
-            "unknown",
             "The held-out comparisons are too few to tell how good the reward model is.",
             accuracy,
-            f"the interval is wider than {WIDE}",
             "Hold out more prompts (eval_size).",
+            f"the interval is wider than {WIDE}",
+            level="unknown",
         )
     elif metrics["accuracy_low"] <= 0.5:
         yield Finding(
             "rm",
             "rm_at_chance",
-            "fault",
             "The reward model is no better than chance.",
             accuracy,
-            "the interval contains 0.5",
             "More rankings, a higher learning_rate, or a better model to start from.",
+            "the interval contains 0.5",
         )
     else:
         yield from _rm_against_length(metrics)
@@ -152,21 +145,20 @@ def _rm_against_length(metrics: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "rm",
             "rm_is_length",
-            "fault",
             "The reward model judges by the length of an answer: PPO would learn little else.",
             told,
-            f"the interval contains 0, or the correlation within a prompt is beyond {MOST_LENGTH}",
             "Rank more answers, or answers of similar length; see the figure of score and length.",
+            f"the interval contains 0, or the correlation within a prompt is beyond {MOST_LENGTH}",
         )
     elif abs(correlation) > MUCH_LENGTH:
         yield Finding(
             "rm",
             "rm_follows_length",
-            "fine",
             "The score follows the length of an answer, but knows more than that.",
             told,
-            f"the correlation within a prompt is beyond {MUCH_LENGTH}",
             "Watch objective/length in PPO; a length penalty is in docs/rewards.md.",
+            f"the correlation within a prompt is beyond {MUCH_LENGTH}",
+            level="fine",
         )
 
 
@@ -178,12 +170,11 @@ def _rm_against_training(metrics: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "rm",
             "rm_overfitted",
-            "fault",
             "The reward model has memorised its training rankings, the labelers' noise included.",
             f"accuracy {metrics['train_accuracy']:.3f} in training, {metrics['accuracy']:.3f} "
             "held out",
-            f"a gap above {MOST_OVERFIT}, and the training's is above the interval",
             "One epoch (C.2), a lower learning_rate, or more prompts.",
+            f"a gap above {MOST_OVERFIT}, and the training's is above the interval",
         )
 
 
@@ -198,35 +189,34 @@ def _rm_against_ceiling(metrics: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding(
             "rm",
             "rm_at_ceiling",
-            "fine",
             "The reward model is about as accurate as these rankings allow.",
             figure,
-            f"the interval reaches to within {AT_CEILING} of it",
             "Nothing to do: more training would not help, only labelers who agree more.",
+            f"the interval reaches to within {AT_CEILING} of it",
+            level="fine",
         )
     elif metrics["accuracy_high"] < limit - BELOW_CEILING:
         yield Finding(
             "rm",
             "rm_undertrained",
-            "fault",
             "The reward model has not learnt all that the rankings teach.",
             figure,
-            f"the whole interval is more than {BELOW_CEILING} below it",
             "More rankings, a higher learning_rate, or a better model to start from.",
+            f"the whole interval is more than {BELOW_CEILING} below it",
         )
 
 
 class Finding(NamedTuple):
     """One finding about a stage.
 
-    level: "fault", "fine" (worth knowing), or "unknown" (it was not measured). told: the finding;
-    figure: the evidence; threshold: what it was compared with; advice: what to do.
+    told: the finding; figure: the evidence; advice: what to do; threshold: what the figure was
+    compared with. level: "fault", "fine" (worth knowing), or "unknown" (it was not measured).
     """
 
     stage: str
     name: str
-    level: Literal["fault", "fine", "unknown"]
     told: str
     figure: str
-    threshold: str
     advice: str
+    threshold: str = ""
+    level: Literal["fault", "fine", "unknown"] = "fault"

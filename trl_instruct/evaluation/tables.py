@@ -117,7 +117,7 @@ def plot(evaluation: dict[str, Any], path: Path) -> None:
 
 def _plot_scores(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
     scores = {name: model["scores"][judge] for name, model in evaluation["models"].items()}
-    _plot_intervals(axes, scores)
+    plot_intervals(axes, scores, color=MODEL)
     axes.set(title=f"score by {judge}", ylabel="mean score (95 %)")
 
 
@@ -127,7 +127,7 @@ def _plot_win_rates(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
         for name, model in evaluation["models"].items()
         if "win_rate" in model
     }
-    _plot_intervals(axes, rates)
+    plot_intervals(axes, rates, color=MODEL)
     controlled = [rate["length_controlled"] for rate in rates.values()]
     beside = [place + 0.1 for place in range(len(rates))]
     axes.plot(beside, controlled, "x", color=LENGTH, label="at equal length")
@@ -137,13 +137,16 @@ def _plot_win_rates(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
     axes.legend(fontsize="small")
 
 
-def _plot_intervals(axes: Any, intervals: dict[str, dict[str, float]]) -> None:
-    places = range(len(intervals))
+def plot_intervals(
+    axes: Any, intervals: dict[str, dict[str, float]], offset: float = 0.0, **look: Any
+) -> None:
+    """Means with their intervals above their names, or beside that place by the offset."""
+    places = [place + offset for place in range(len(intervals))]
     means = [one["mean"] for one in intervals.values()]
     below = [one["mean"] - one["low"] for one in intervals.values()]
     above = [one["high"] - one["mean"] for one in intervals.values()]
-    axes.errorbar(places, means, yerr=[below, above], fmt="o", capsize=4, color=MODEL)
-    axes.set_xticks(places, list(intervals))
+    axes.errorbar(places, means, yerr=[below, above], fmt="o", capsize=4, **look)
+    axes.set_xticks(range(len(intervals)), list(intervals))
     axes.set_xlim(-0.5, max(len(intervals), 1) - 0.5)
 
 

@@ -32,6 +32,10 @@ class FinishedStage(NamedTuple):
         """Step and value of each log that has the metric."""
         return [(log["step"], log[name]) for log in self.logs if name in log]
 
+    def values(self, name: str) -> list[float]:
+        """The metric in each log that has it."""
+        return [log[name] for log in self.logs if name in log]
+
 
 def read_chain(folder: str | os.PathLike) -> dict[str, FinishedStage]:
     """The finished stage in a folder and those it came from, by name, in the order they ran.
