@@ -36,14 +36,10 @@ def diagnose_ppo(run: FinishedStage) -> Iterator[Finding]:
             config, and length and some others with TRL's own trainer.
     """
     if not run.curve("objective/kl"):
-        yield Finding(
-            "ppo",
-            "ppo_unmeasured",
-            "PPO could not be checked.",
-            "no logs in its folder",
-            "Leave logging_steps at 1.",
-            level="unknown",
-        )
+        told = "PPO could not be checked."
+        figure = "no logs in its folder"
+        advice = "Leave logging_steps at 1."
+        yield Finding("ppo", "ppo_unmeasured", told, figure, advice, level="unknown")
         return
     for check, *needed in CHECKS:
         if all(run.curve(name) for name in needed):
@@ -80,34 +76,21 @@ def _kl(run: FinishedStage) -> Iterator[Finding]:
     most = MOST_FREE_KL if free else MOST_KL
     threshold = f"above {most} per token" + " if kl_coef is 0" * free
     if per_token > most and not free and _gold_rose(run):
-        yield Finding(
-            "ppo",
-            "kl_paid",
-            "The policy is far from the reference, and the judge it was not trained on likes it.",
-            figure,
-            "Nothing to do as long as gold rises; read the samples.",
-            threshold,
-            level="fine",
-        )
+        told = "The policy is far from the reference, and the judge it was not trained on likes it."
+        advice = "Nothing to do as long as gold rises; read the samples."
+        yield Finding("ppo", "kl_paid", told, figure, advice, threshold, level="fine")
     elif per_token > most:
-        yield Finding(
-            "ppo",
-            "kl_blow_up",
-            "The policy is far from the reference; the reward model has never seen such texts.",
-            figure,
-            "A higher kl_coef, adaptive_kl_target, or a lower learning_rate.",
-            threshold,
-        )
+        told = "The policy is far from the reference; the reward model has never seen such texts."
+        advice = "A higher kl_coef, adaptive_kl_target, or a lower learning_rate."
+        yield Finding("ppo", "kl_blow_up", told, figure, advice, threshold)
     elif per_token < LEAST_KL:
-        yield Finding(
-            "ppo",
-            "kl_negative",
+        told = (
             "The KL is negative, which a true KL never is: the completions were not sampled from "
-            "the distribution that the log-probabilities assume.",
-            figure,
-            "Check the generation settings and the dropout of the policy.",
-            f"below {LEAST_KL} per token",
+            "the distribution that the log-probabilities assume."
         )
+        advice = "Check the generation settings and the dropout of the policy."
+        threshold = f"below {LEAST_KL} per token"
+        yield Finding("ppo", "kl_negative", told, figure, advice, threshold)
 
 
 def _gold_rose(run: FinishedStage) -> bool:
@@ -122,14 +105,11 @@ def _gold_rose(run: FinishedStage) -> bool:
 def _entropy(run: FinishedStage) -> Iterator[Finding]:
     was, entropy = _ends(run, "policy/entropy")
     if entropy < LEAST_ENTROPY * was:
-        yield Finding(
-            "ppo",
-            "entropy_collapse",
-            "The policy hardly varies any more: one prompt, one completion.",
-            f"entropy {was:.2f} -> {entropy:.2f} nats per token",
-            "A higher kl_coef, a lower learning_rate, or fewer episodes.",
-            f"below {LEAST_ENTROPY:.0%} of what it was",
-        )
+        told = "The policy hardly varies any more: one prompt, one completion."
+        figure = f"entropy {was:.2f} -> {entropy:.2f} nats per token"
+        advice = "A higher kl_coef, a lower learning_rate, or fewer episodes."
+        threshold = f"below {LEAST_ENTROPY:.0%} of what it was"
+        yield Finding("ppo", "entropy_collapse", told, figure, advice, threshold)
 
 
 def _length(run: FinishedStage) -> Iterator[Finding]:
@@ -205,14 +185,11 @@ def _steps(run: FinishedStage) -> Iterator[Finding]:
             f"above {MOST_CLIPPED:.0%}",
         )
     elif clipped == 0 and abs(moved) < LEAST_MOVED:
-        yield Finding(
-            "ppo",
-            "hardly_moved",
-            "The policy has hardly changed.",
-            f"no token ever clipped, KL to the reference {moved:.4f} nats per token",
-            "A higher learning_rate, more episodes, or a lower kl_coef.",
-            f"none clipped and below {LEAST_MOVED} per token",
-        )
+        told = "The policy has hardly changed."
+        figure = f"no token ever clipped, KL to the reference {moved:.4f} nats per token"
+        advice = "A higher learning_rate, more episodes, or a lower kl_coef."
+        threshold = f"none clipped and below {LEAST_MOVED} per token"
+        yield Finding("ppo", "hardly_moved", told, figure, advice, threshold)
 
 
 def _episodes(run: FinishedStage) -> Iterator[Finding]:
@@ -230,15 +207,13 @@ def _episodes(run: FinishedStage) -> Iterator[Finding]:
         figure = f"{rise:.2f} of {gain:.2f} gained in the last fifth of the iterations"
     else:
         figure = f"{iterations} iterations"
-    yield Finding(
-        "ppo",
-        "too_few_episodes",
-        "PPO was stopped too early: there is more to gain.",
-        figure,
-        "A higher total_episodes (or num_train_epochs).",
+    told = "PPO was stopped too early: there is more to gain."
+    advice = "A higher total_episodes (or num_train_epochs)."
+    threshold = (
         f"fewer than {LEAST_ITERATIONS} iterations, or more than {STILL_RISING:.0%} of the gain in "
-        "the last fifth",
+        "the last fifth"
     )
+    yield Finding("ppo", "too_few_episodes", told, figure, advice, threshold)
 
 
 # Each check with the metrics it needs.

@@ -24,14 +24,10 @@ AT_CEILING, BELOW_CEILING = 0.03, 0.10  # below the labelers' noise ceiling or a
 def diagnose_sft(run: FinishedStage) -> Iterator[Finding]:
     before, after = run.metrics.get("base_loss"), run.metrics.get("eval_loss")
     if before is None or after is None:
-        yield Finding(
-            "sft",
-            "sft_unmeasured",
-            "It is not known whether SFT trained the policy too little or too much.",
-            "no loss on held-out demonstrations",
-            "Give sft an eval_dataset_name.",
-            level="unknown",
-        )
+        told = "It is not known whether SFT trained the policy too little or too much."
+        figure = "no loss on held-out demonstrations"
+        advice = "Give sft an eval_dataset_name."
+        yield Finding("sft", "sft_unmeasured", told, figure, advice, level="unknown")
         return
     lowest = min([after, *run.values("eval_loss")])
     told = f"held-out loss {before:.3f} -> {after:.3f} (lowest {lowest:.3f}) nats per token"
@@ -47,15 +43,13 @@ def diagnose_sft(run: FinishedStage) -> Iterator[Finding]:
             f"above the base model's, or {MOST_SFT_RISE:.0%} above its lowest",
         )
     elif after > (1 - LEAST_SFT_GAIN) * before or _still_falling(run):
-        yield Finding(
-            "sft",
-            "sft_undertrained",
-            "SFT trained too little: the policy has not learnt the demonstrations.",
-            told,
-            "More num_train_epochs or a higher learning_rate.",
+        told = "SFT trained too little: the policy has not learnt the demonstrations."
+        advice = "More num_train_epochs or a higher learning_rate."
+        threshold = (
             f"less than {LEAST_SFT_GAIN:.0%} below the base model's, or still falling by more than "
-            f"{STILL_FALLING:.0%} from one evaluation to the next",
+            f"{STILL_FALLING:.0%} from one evaluation to the next"
         )
+        yield Finding("sft", "sft_undertrained", told, told, advice, threshold)
 
 
 def _still_falling(run: FinishedStage) -> bool:
@@ -66,14 +60,10 @@ def _still_falling(run: FinishedStage) -> bool:
 def diagnose_rm(run: FinishedStage) -> Iterator[Finding]:
     metrics = run.metrics
     if "accuracy" not in metrics:
-        yield Finding(
-            "rm",
-            "rm_unmeasured",
-            "It is not known how well the reward model agrees with the labelers.",
-            "no held-out rankings",
-            "Set eval_size, or give rm an eval_dataset_name.",
-            level="unknown",
-        )
+        told = "It is not known how well the reward model agrees with the labelers."
+        figure = "no held-out rankings"
+        advice = "Set eval_size, or give rm an eval_dataset_name."
+        yield Finding("rm", "rm_unmeasured", told, figure, advice, level="unknown")
         return
     yield from _rm_against_baselines(metrics)
     yield from _rm_against_training(metrics)
@@ -84,43 +74,29 @@ def _rm_against_baselines(metrics: Mapping[str, Any]) -> Iterator[Finding]:
     accuracy = f"held-out accuracy {show_metric(metrics, 'accuracy')}"
     flipped = "Check the order: rank 1 is the best; with scores or ratings, the highest is."
     if metrics.get("ceiling", 1.0) < 0.5:
-        yield Finding(
-            "rm",
-            "labels_reversed",
-            "The rankings contradict the scores they were made from: they seem to be reversed.",
-            f"the labelers' own scores agree with {metrics['ceiling']:.3f} of their comparisons",
-            flipped,
-            "below 0.5",
+        told = "The rankings contradict the scores they were made from: they seem to be reversed."
+        figure = (
+            f"the labelers' own scores agree with {metrics['ceiling']:.3f} of their comparisons"
         )
+        threshold = "below 0.5"
+        yield Finding("rm", "labels_reversed", told, figure, flipped, threshold)
     if metrics["accuracy_high"] < 0.5:
-        yield Finding(
-            "rm",
-            "rm_reversed",
+        told = (
             "The reward model prefers what the labelers reject: the training or held-out rankings "
-            "seem to be reversed.",
-            accuracy,
-            flipped,
-            "the whole interval is below 0.5",
+            "seem to be reversed."
         )
+        threshold = "the whole interval is below 0.5"
+        yield Finding("rm", "rm_reversed", told, accuracy, flipped, threshold)
     elif _is_open(metrics):
-        yield Finding(
-            "rm",
-            "rm_too_few",
-            "The held-out comparisons are too few to tell how good the reward model is.",
-            accuracy,
-            "Hold out more prompts (eval_size).",
-            f"the interval is wider than {WIDE}",
-            level="unknown",
-        )
+        told = "The held-out comparisons are too few to tell how good the reward model is."
+        advice = "Hold out more prompts (eval_size)."
+        threshold = f"the interval is wider than {WIDE}"
+        yield Finding("rm", "rm_too_few", told, accuracy, advice, threshold, level="unknown")
     elif metrics["accuracy_low"] <= 0.5:
-        yield Finding(
-            "rm",
-            "rm_at_chance",
-            "The reward model is no better than chance.",
-            accuracy,
-            "More rankings, a higher learning_rate, or a better model to start from.",
-            "the interval contains 0.5",
-        )
+        told = "The reward model is no better than chance."
+        advice = "More rankings, a higher learning_rate, or a better model to start from."
+        threshold = "the interval contains 0.5"
+        yield Finding("rm", "rm_at_chance", told, accuracy, advice, threshold)
     else:
         yield from _rm_against_length(metrics)
 
@@ -151,15 +127,10 @@ def _rm_against_length(metrics: Mapping[str, Any]) -> Iterator[Finding]:
             f"the interval contains 0, or the correlation within a prompt is beyond {MOST_LENGTH}",
         )
     elif abs(correlation) > MUCH_LENGTH:
-        yield Finding(
-            "rm",
-            "rm_follows_length",
-            "The score follows the length of an answer, but knows more than that.",
-            told,
-            "Watch objective/length in PPO; a length penalty is in docs/rewards.md.",
-            f"the correlation within a prompt is beyond {MUCH_LENGTH}",
-            level="fine",
-        )
+        told = "The score follows the length of an answer, but knows more than that."
+        advice = "Watch objective/length in PPO; a length penalty is in docs/rewards.md."
+        threshold = f"the correlation within a prompt is beyond {MUCH_LENGTH}"
+        yield Finding("rm", "rm_follows_length", told, told, advice, threshold, level="fine")
 
 
 def _rm_against_training(metrics: Mapping[str, Any]) -> Iterator[Finding]:
@@ -186,24 +157,15 @@ def _rm_against_ceiling(metrics: Mapping[str, Any]) -> Iterator[Finding]:
         return
     figure = f"held-out accuracy {show_metric(metrics, 'accuracy')}; {named}: {limit:.3f}"
     if metrics["accuracy_high"] >= limit - AT_CEILING:
-        yield Finding(
-            "rm",
-            "rm_at_ceiling",
-            "The reward model is about as accurate as these rankings allow.",
-            figure,
-            "Nothing to do: more training would not help, only labelers who agree more.",
-            f"the interval reaches to within {AT_CEILING} of it",
-            level="fine",
-        )
+        told = "The reward model is about as accurate as these rankings allow."
+        advice = "Nothing to do: more training would not help, only labelers who agree more."
+        threshold = f"the interval reaches to within {AT_CEILING} of it"
+        yield Finding("rm", "rm_at_ceiling", told, figure, advice, threshold, level="fine")
     elif metrics["accuracy_high"] < limit - BELOW_CEILING:
-        yield Finding(
-            "rm",
-            "rm_undertrained",
-            "The reward model has not learnt all that the rankings teach.",
-            figure,
-            "More rankings, a higher learning_rate, or a better model to start from.",
-            f"the whole interval is more than {BELOW_CEILING} below it",
-        )
+        told = "The reward model has not learnt all that the rankings teach."
+        advice = "More rankings, a higher learning_rate, or a better model to start from."
+        threshold = f"the whole interval is more than {BELOW_CEILING} below it"
+        yield Finding("rm", "rm_undertrained", told, figure, advice, threshold)
 
 
 class Finding(NamedTuple):
