@@ -496,7 +496,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
             ("torch.tanh(longer / spread)", "longer / spread"),
             ("+ penalty @ weights", "- penalty @ weights"),
             ("variance.unsqueeze(1) * inputs) + penalty", "variance.unsqueeze(1) * inputs)"),
-            ("torch.sigmoid(_fitted(inputs, won)[0])", "torch.sigmoid(_fitted(inputs, won)[1])"),
+            ("torch.sigmoid(weights[0])", "torch.sigmoid(weights[1])"),
             ("range((most - 1).bit_length())", "range(most.bit_length())"),
             ("return math.log(n) - (n - 1) / n", "return math.log(n) - (n - 1)"),
             ("math.comb(count, n) / all_subsets", "math.comb(count, n)"),

@@ -156,17 +156,12 @@ def _summary(
     summary["length"] = {n: s.completion_lengths.double().mean().item() for n, s in sampled.items()}
     summary["ended"] = {n: s.ended.double().mean().item() for n, s in sampled.items()}
     summary["prompts"] = len(sampled["ppo"].texts)
-    summary["seconds"] = _seconds(chain)
-    summary["seed"] = chain["ppo"].config.get("seed", 42)
-    return summary
-
-
-def _seconds(chain: Mapping[str, FinishedStage]) -> dict[str, float]:
-    """Run time of each stage from its own metrics; `pretrain` is listed as base."""
     seconds = {name: run.metrics["seconds"] for name, run in chain.items()}
     if "pretrain" in seconds:
         seconds = {"base": seconds.pop("pretrain"), **seconds}
-    return {**seconds, "total": round(sum(seconds.values()), 1)}
+    summary["seconds"] = {**seconds, "total": round(sum(seconds.values()), 1)}
+    summary["seed"] = chain["ppo"].config.get("seed", 42)
+    return summary
 
 
 def render(summary: dict[str, Any]) -> str:

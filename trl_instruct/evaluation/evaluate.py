@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
@@ -114,11 +113,10 @@ def evaluate(
         if not run.is_main:
             return StageResult(run.folder)
         evaluation = _evaluation(subject, rewards)
-        known = {name: read_metrics(judge) for name, judge in judges.items()}
         evaluation["reward_models"] = {
             name: {what: metrics[what] for what in ("accuracy", "ceiling") if what in metrics}
-            for name, metrics in known.items()
-            if "accuracy" in metrics
+            for name, judge in judges.items()
+            if "accuracy" in (metrics := read_metrics(judge))
         }
         write_json(run.new / EVALUATION_FILE, evaluation)
         plot(evaluation, run.new / FIGURE)
@@ -147,17 +145,14 @@ def _check_names(
     for names, taken in ((models, "prompt"), (judges, "completion")):
         if taken in names:
             raise InputError(f"{taken!r} is a reserved key of the samples; choose another name.")
+    same = os.path.realpath
     for source in (*models.values(), *judges.values()):
         folder = name_of(source)
-        if folder and config.output_dir and _same_folder(folder, config.output_dir):
+        if folder and config.output_dir and same(folder) == same(config.output_dir):
             raise InputError(
                 f"output_dir {config.output_dir!r} is the folder of a model, which would be lost. "
                 "Choose another output_dir."
             )
-
-
-def _same_folder(one: str, other: str) -> bool:
-    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _tokenizers(
@@ -183,7 +178,11 @@ def _tokenizers(
 
 def _evaluation(subject: Subject, rewards: dict[str, RewardFunction]) -> dict[str, Any]:
     """The content of evaluation.json, except `reward_models`."""
-    with _progress_bar(subject, len(rewards)) as bar:
+    drawn = len(subject.prompts) * (len(subject.models) + subject.several)
+    read = len(subject.models) * len(subject.demonstrations or ())
+    off = subject.config.disable_tqdm
+    total = drawn * (1 + len(rewards)) + read
+    with progress_bar("evaluate", total, unit="text", disable=off) as bar:
         models, several = measure(subject, rewards, bar.update)
     best_of = None
     if several:
@@ -205,15 +204,6 @@ def _evaluation(subject: Subject, rewards: dict[str, RewardFunction]) -> dict[st
     }
 
 
-def _progress_bar(subject: Subject, judges: int) -> tqdm:
-    """A bar over all texts that are sampled, read or judged."""
-    models, prompts = len(subject.models), len(subject.prompts)
-    drawn = prompts * (models + subject.several)
-    total = drawn * (1 + judges) + models * len(subject.demonstrations or ())
-    off = subject.config.disable_tqdm
-    return progress_bar("evaluate", total, unit="text", disable=off)
-
-
 def _numbers(subject: Subject, name: str, models: Mapping[str, ModelMeasurement]) -> dict[str, Any]:
     """The entry of one model in evaluation.json."""
     sampled, kl, scores, loss = models[name]
@@ -231,16 +221,10 @@ def _numbers(subject: Subject, name: str, models: Mapping[str, ModelMeasurement]
         "completion_loss": loss,
     }
     if name != subject.baseline:
-        numbers["win_rate"] = _win_rates(models[name], models[subject.baseline], subject)
+        baseline = models[subject.baseline]
+        # In characters, as in AlpacaEval, since tokenizers may differ.
+        letters = [list(map(len, texts)) for texts in (sampled.texts, baseline.sampled.texts)]
+        numbers["win_rate"] = {
+            judge: win_rate(own, baseline.scores[judge], *letters) for judge, own in scores.items()
+        }
     return numbers
-
-
-def _win_rates(
-    model: ModelMeasurement, baseline: ModelMeasurement, subject: Subject
-) -> dict[str, dict[str, float]]:
-    """By judge. Lengths are in characters, as in AlpacaEval, since tokenizers may differ."""
-    letters = [[len(text) for text in m.sampled.texts] for m in (model, baseline)]
-    return {
-        judge: win_rate(own, baseline.scores[judge], *letters)
-        for judge, own in model.scores.items()
-    }

@@ -68,20 +68,14 @@ def length_controlled(won: Tensor, longer: Tensor) -> float:
     spread = longer.std(correction=0)
     slope = torch.tanh(longer / spread) if spread > 0 else torch.zeros_like(longer)
     inputs = torch.stack([torch.ones_like(slope), slope], dim=1)
-    return torch.sigmoid(_fitted(inputs, won)[0]).item()
-
-
-def _fitted(inputs: Tensor, won: Tensor) -> Tensor:
-    """Coefficients `(2,)` of the penalised logistic regression, by Newton's method."""
-    weights = torch.zeros(inputs.shape[1], dtype=inputs.dtype)
-    penalty = PENALTY * torch.eye(inputs.shape[1], dtype=inputs.dtype)
+    weights, penalty = inputs.new_zeros(2), PENALTY * torch.eye(2, dtype=inputs.dtype)
     for _ in range(NEWTON_STEPS):
         expected = torch.sigmoid(inputs @ weights)
         gradient = inputs.T @ (expected - won) + penalty @ weights
         variance = expected * (1 - expected)
         hessian = inputs.T @ (variance.unsqueeze(1) * inputs) + penalty
         weights = weights - torch.linalg.solve(hessian, gradient)
-    return weights
+    return torch.sigmoid(weights[0]).item()
 
 
 def best_of_n(picked_by: Tensor, scores: Mapping[str, Tensor]) -> list[dict[str, Any]]:

@@ -222,6 +222,7 @@ _reads_padding: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _caches_rows: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
+@torch.no_grad()
 def reads_padding(model: PreTrainedModel) -> bool:
     """Whether padding before a sequence changes the model's output for it.
 
@@ -230,22 +231,16 @@ def reads_padding(model: PreTrainedModel) -> bool:
     """
     backbone = unwrapped(model).base_model
     if backbone not in _reads_padding:
-        _reads_padding[backbone] = _try_padding(backbone)
+        ids = torch.tensor([[2, 0, 1]], device=backbone.device)
+        text = torch.ones_like(ids)
+        padded = torch.tensor([[0, 1, 1]], device=backbone.device)
+        with evaluating(backbone):
+            alone = _last_state(backbone, ids[:, 1:], text[:, 1:])
+            behind_padding = _last_state(backbone, ids, padded) - alone
+            behind_text = _last_state(backbone, ids, text) - alone
+        # Rounding changes the state too: in half precision about a hundredth as much as a token.
+        _reads_padding[backbone] = bool(behind_padding.norm() > 0.1 * behind_text.norm())
     return _reads_padding[backbone]
-
-
-@torch.no_grad()
-def _try_padding(backbone: PreTrainedModel) -> bool:
-    """Compare two tokens alone, after padding, and after a third token."""
-    ids = torch.tensor([[2, 0, 1]], device=backbone.device)
-    mask = torch.ones_like(ids)
-    padded = torch.tensor([[0, 1, 1]], device=backbone.device)
-    with evaluating(backbone):
-        alone = _last_state(backbone, ids[:, 1:], mask[:, 1:])
-        behind_padding = _last_state(backbone, ids, padded)
-        behind_text = _last_state(backbone, ids, mask)
-    # Rounding changes the state too: in half precision about a hundredth as much as a token.
-    return bool((behind_padding - alone).norm() > 0.1 * (behind_text - alone).norm())
 
 
 def _last_state(backbone: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:

@@ -73,16 +73,13 @@ def gold_score(
     >>> gold_score(["", ""], ["Gladly! A rose and a lily.", "Alas,"], [task] * 2)
     [1.0, 0.0]
     """
-    return [
-        _score(explain(Task.from_json(t), completion))
-        for completion, t in zip(completions, task, strict=True)
-    ]
-
-
-def _score(report: dict[str, bool | float]) -> float:
-    met = [value for value in report.values() if isinstance(value, bool)]
-    penalty = sum(value for value in report.values() if not isinstance(value, bool))
-    return min(1.0, max(0.0, sum(met) / len(met) - penalty))
+    scores = []
+    for completion, asked in zip(completions, task, strict=True):
+        parts = explain(Task.from_json(asked), completion).values()
+        met = [value for value in parts if isinstance(value, bool)]
+        penalty = sum(value for value in parts if not isinstance(value, bool))
+        scores.append(min(1.0, max(0.0, sum(met) / len(met) - penalty)))
+    return scores
 
 
 def explain(task: Task, completion: str) -> dict[str, bool | float]:
@@ -108,7 +105,7 @@ def explain(task: Task, completion: str) -> dict[str, bool | float]:
         report["tone"] = start is not None and shown == [task.tone] and bool(words)
     counts = {
         "junk": len(_STRANGE.findall(text)) + sum(word not in _WORLD for word in words),
-        "repetition": _repetitions(words),
+        "repetition": sum(n - 1 for word, n in Counter(words).items() if word not in _GLUE),
         "ending": not (text.endswith(".") and _says_something(words)),
         "superfluous": _superfluous(task, text, words, len(openings)),
     }
@@ -168,11 +165,6 @@ def _check_answer(task: Task, body: str, words: list[str]) -> dict[str, bool]:
 def _says_something(words: list[str]) -> bool:
     """Whether there is an item or an answer, not only an opening and a place."""
     return any(word in _NOUNS or word in ("yes", "no") for word in words)
-
-
-def _repetitions(words: list[str]) -> int:
-    """How often words other than glue words are repeated."""
-    return sum(count - 1 for word, count in Counter(words).items() if word not in _GLUE)
 
 
 def _superfluous(task: Task, text: str, words: list[str], num_openings: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 
 DEFAULT_NOISE = 0.29
@@ -54,22 +54,11 @@ def agreement(gold_scores: Sequence[Sequence[float]], noise: float, seed: int = 
         ValueError: no pair is left.
     """
     first, second = (SimulatedLabeler(noise, seed=2 * seed + i) for i in (0, 1))
-    alike = [
-        a * b > 0
-        for gold in gold_scores
-        for a, b in _differences(first.label(gold), second.label(gold))
-        if a and b
-    ]
-    return _mean(alike)
-
-
-def _differences(first: Sequence[float], second: Sequence[float]) -> Iterator[tuple[float, float]]:
-    """Both labelers' score difference for each pair of candidates."""
-    for (a, b), (a_next, b_next) in combinations(list(zip(first, second, strict=True)), 2):
-        yield a - a_next, b - b_next
-
-
-def _mean(values: Sequence[float]) -> float:
-    if not values:
+    alike = []
+    for gold in gold_scores:
+        labels = list(zip(first.label(gold), second.label(gold), strict=True))
+        differences = ((a - c, b - d) for (a, b), (c, d) in combinations(labels, 2))
+        alike += [a * b > 0 for a, b in differences if a and b]
+    if not alike:
         raise ValueError("no pair of candidates with different labels; give two or more a prompt")
-    return sum(values) / len(values)
+    return sum(alike) / len(alike)

@@ -12,20 +12,13 @@ from trl_instruct.tiny.gold import reader_remark
 from trl_instruct.tiny.replies import flawed_reply, good_reply
 from trl_instruct.tiny.world import Task, sample_task
 
-NUM_PRETRAINING = 48_000
-NUM_DEMONSTRATIONS = 80
-NUM_RANKINGS = 6_000
-NUM_PROMPTS = 4_000
-NUM_VALIDATION = 300
-NUM_TEST = 500
-
 SIZES = {
-    "pretraining": NUM_PRETRAINING,
-    "demonstrations": NUM_DEMONSTRATIONS,
-    "rankings": NUM_RANKINGS,
-    "prompts": NUM_PROMPTS,
-    "validation": NUM_VALIDATION,
-    "test": NUM_TEST,
+    "pretraining": 48_000,
+    "demonstrations": 80,
+    "rankings": 6_000,
+    "prompts": 4_000,
+    "validation": 300,
+    "test": 500,
 }
 SHARES = {
     "pretraining": 40,
