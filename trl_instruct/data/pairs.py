@@ -8,7 +8,7 @@ from functools import partial
 from itertools import combinations
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, Features, IterableDataset, Value
 
 from trl_instruct.console import get_logger, plural
 from trl_instruct.data.conversion import read
@@ -20,18 +20,11 @@ from trl_instruct.data.records import (
     check_pair,
     check_records,
     form_of,
+    reply_type,
     require_columns,
 )
 from trl_instruct.data.repeated_prompts import keep_dialogue, take_off_prompts
-from trl_instruct.data.sources import (
-    MESSAGE,
-    AnyDataset,
-    Record,
-    Source,
-    first_record,
-    iterate,
-    map_records,
-)
+from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, iterate, map_records
 from trl_instruct.data.ties import TIES, wins
 from trl_instruct.errors import InputError
 
@@ -81,10 +74,28 @@ def rankings_to_pairs(
     require_columns(first, where, ("prompt", "responses"), "A ranking")
     counts = RankingCounts() if counts is None else counts
     form, start = form_of(first), (counts.records, counts.ties)
-    options: dict[str, Any] = {"which": which, "ties": ties, "max_pairs": max_pairs, "seed": seed}
+    columns = ("prompt", "chosen", "rejected", *["margin"] * margin)
+    options: Any = {"which": which, "ties": ties, "max_pairs": max_pairs, "seed": seed}
+
+    def expand(batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
+        table: dict[str, list[Any]] = {name: [] for name in columns}
+        for row, *values in zip(rows, *batch.values(), strict=True):
+            with where.located(row):
+                ranking = canonical_ranking(dict(zip(batch, values, strict=True)), form=form)
+                if margin and ranking.scores is None:
+                    raise InputError("margin=True needs `scores`; this ranking has only an order.")
+            counts.add(ranking)
+            for chosen, rejected in ranking_to_pairs(ranking, **options):
+                table["prompt"].append(ranking.prompt)
+                table["chosen"].append(ranking.responses[chosen])
+                table["rejected"].append(ranking.responses[rejected])
+                if margin and ranking.scores:
+                    table["margin"].append(ranking.scores[chosen] - ranking.scores[rejected])
+        return table
+
     pairs = map_records(
         dataset,
-        partial(_expand, where=where, form=form, counts=counts, margin=margin, **options),
+        expand,
         with_indices=True,
         batched=True,
         batch_size=250,
@@ -163,8 +174,7 @@ def load_pairs(
         return mixed(partial(load_pairs, counts=counts, reading=reading), source, streaming)
     dataset, where, shape = read(source, split, streaming, "ranking", reading)
     if shape is not None:
-        rankings = canonical_rankings(dataset, where, counts=counts, reading=reading)
-        return rankings_to_pairs(rankings)
+        return rankings_to_pairs(canonical_rankings(dataset, where, reading, counts))
     first = first_record(dataset, where)
     require_columns(first, where, ("chosen", "rejected"), "A pair")
     dataset, first = keep_dialogue(dataset, where, first, "chosen")
@@ -228,36 +238,6 @@ def split_by_prompt(
     return dataset.select(rows[False]), dataset.select(rows[True])
 
 
-def _expand(
-    batch: dict[str, list[Any]],
-    rows: list[int],
-    *,
-    where: Source,
-    form: str,
-    counts: RankingCounts,
-    margin: bool,
-    **options: Any,
-) -> dict[str, list[Any]]:
-    """A batch of rankings as a batch of pairs."""
-    table: dict[str, list[Any]] = {name: [] for name in ("prompt", "chosen", "rejected")}
-    if margin:
-        table["margin"] = []
-    for row, values in zip(rows, zip(*batch.values(), strict=True), strict=True):
-        record = dict(zip(batch, values, strict=True))
-        with where.located(row):
-            ranking = canonical_ranking(record, form=form)
-            if margin and ranking.scores is None:
-                raise InputError("margin=True needs `scores`; this ranking has only an order.")
-        counts.add(ranking)
-        for chosen, rejected in ranking_to_pairs(ranking, **options):
-            table["prompt"].append(ranking.prompt)
-            table["chosen"].append(ranking.responses[chosen])
-            table["rejected"].append(ranking.responses[rejected])
-            if margin and ranking.scores:
-                table["margin"].append(ranking.scores[chosen] - ranking.scores[rejected])
-    return table
-
-
 def _check_options(which: str, ties: str, max_pairs: int | None) -> None:
     if which not in WHICH:
         raise InputError(f"which={which!r}; one of {', '.join(WHICH)} is needed.")
@@ -268,9 +248,7 @@ def _check_options(which: str, ties: str, max_pairs: int | None) -> None:
 
 
 def _pair_features(features: Features, form: str, margin: bool) -> Features:
-    reply = getattr(features["responses"], "feature", Value("string"))
-    if form == "messages" and not isinstance(reply, List):
-        reply = List(MESSAGE)
+    reply = reply_type(features, form)
     kinds = {"prompt": features["prompt"], "chosen": reply, "rejected": reply}
     return Features({**kinds, "margin": Value("float64")} if margin else kinds)
 

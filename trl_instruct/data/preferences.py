@@ -32,7 +32,7 @@ def load_preferences(
     held_out: Any,
     demonstrations: Any,
     config: RewardConfig,
-    fits: Callable[[Record], Any] | None = None,
+    fits: Callable[[Record], Any] = bool,
 ) -> Preferences:
     """Load the preferences to train and to evaluate on.
 
@@ -53,12 +53,12 @@ def load_preferences(
     """
     counts, reading = RankingCounts(), Reading.of(config)
     train = _load(dataset, config.dataset_train_split, config, reading, counts)
-    if fits is not None and (reading.skips or (config.eval_size and held_out is None)):
+    if reading.skips or (config.eval_size and held_out is None):
         train = check_records(train, reading.source, fits, reading)
     test, others = None, reading.of_another()
     if held_out is not None:
         test = _load(held_out, config.dataset_test_split or "train", config, others)
-        test = test if fits is None else check_records(test, others.source, fits, others)
+        test = check_records(test, others.source, fits, others)
     elif config.eval_size:
         try:
             train, test = split_by_prompt(train, config.eval_size, seed=config.seed)
@@ -83,8 +83,14 @@ def load_preferences(
     shown = None
     if demonstrations is not None:
         others = reading.of_another()
-        shown = _demonstrations(demonstrations, train, others)
-        shown = shown if fits is None else check_records(shown, others.source, fits, others)
+        shown = load_demonstrations(demonstrations, reading=others)
+        forms = form_of(shown[0]), form_of(train[0])
+        if forms[0] != forms[1]:
+            raise InputError(
+                f"The demonstrations are {forms[0]} and the preferences {forms[1]}, so their "
+                "scores could not be compared. Write both in one format."
+            )
+        shown = check_records(shown, others.source, fits, others)
     return Preferences(train, None if test is None else as_rankings(test), shown, counts)
 
 
@@ -117,17 +123,6 @@ def as_rankings(preferences: Dataset) -> Dataset:
             {**kept, "responses": List(kinds["chosen"]), "ranks": List(Value("int64"))}
         ),
     )
-
-
-def _demonstrations(source: Any, train: Dataset, reading: Reading) -> Dataset:
-    demonstrations = load_demonstrations(source, reading=reading)
-    forms = form_of(demonstrations[0]), form_of(train[0])
-    if forms[0] != forms[1]:
-        raise InputError(
-            f"The demonstrations are {forms[0]} and the preferences {forms[1]}, so their scores "
-            "could not be compared. Write both in one format."
-        )
-    return demonstrations
 
 
 def _load(

@@ -28,18 +28,11 @@ from trl_instruct.data.records import (
     check_records,
     check_reply,
     form_of,
+    reply_type,
     require_columns,
 )
 from trl_instruct.data.repeated_prompts import take_off_prompts
-from trl_instruct.data.sources import (
-    MESSAGE,
-    AnyDataset,
-    Record,
-    Source,
-    first_record,
-    kind_of,
-    map_records,
-)
+from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, kind_of, map_records
 from trl_instruct.errors import InputError
 
 logger = get_logger(__name__)
@@ -152,17 +145,15 @@ def load_rankings(
         load = partial(load_rankings, rating_order=rating_order, counts=counts, reading=reading)
         return mixed(load, source, streaming)
     dataset, where, _ = read(source, split, streaming, "ranking", reading)
-    options: Any = {"rating_order": rating_order, "counts": counts, "reading": reading}
-    return canonical_rankings(dataset, where, **options)
+    return canonical_rankings(dataset, where, reading, counts, rating_order)
 
 
 def canonical_rankings(
     dataset: AnyDataset,
     where: Source,
-    *,
+    reading: Reading,
+    counts: RankingCounts | None,
     rating_order: Sequence[Any] | None = None,
-    counts: RankingCounts | None = None,
-    reading: Reading = AS_PUBLISHED,
 ) -> AnyDataset:
     """Rankings that were read, in one form; the rest is as in `load_rankings`."""
     first = first_record(dataset, where)
@@ -268,8 +259,6 @@ def _warn_first(counts: RankingCounts, ranking: Ranking, where: Source, row: int
 def _canonical_features(features: Features, form: str, scored: bool) -> Features:
     """Column types of canonical rankings; responses are messages if the prompt is."""
     kept = {name: kind for name, kind in features.items() if name not in ORDERS}
-    responses = kept["responses"]
-    if form == "messages" and not isinstance(getattr(responses, "feature", None), List):
-        kept["responses"] = List(List(MESSAGE))
+    kept["responses"] = List(reply_type(features, form))
     scores = {"scores": List(Value("float64"))} if scored else {}
     return Features({**kept, "ranks": List(Value("int64")), **scores})

@@ -14,7 +14,8 @@ from trl_instruct.data.sources import Record
 class Shape(NamedTuple):
     """A published shape.
 
-    `columns` in any case; `a[].b` is a list `a` of objects with `b`, `a[]` one of other values.
+    `columns` in any case; `a[].b` is a list `a` of objects with `b`, `a[]` one of other values,
+    `a|b` one of two columns.
     With `group`, `read` takes all rows that share this column, or its value. `kind` is the only
     one that it gives; `says` is what was taken, where a file holds more than one.
     """
@@ -69,22 +70,18 @@ JUDGED = (
     Shape("Chatbot Arena", "conversation_a conversation_b winner", shapes.arena),
     Shape("TRL's stepwise supervision", "prompt completions[] labels[]", shapes.stepwise),
     Shape("Argilla's pairs", "chosen_response rejected_response", shapes.argilla_pairs),
-    Shape("ms-swift's pairs", "messages rejected_response", shapes.swift_pairs),
-    Shape("ms-swift's pairs", "messages rejected_messages", shapes.swift_pairs),
+    Shape("ms-swift's pairs", "messages rejected_response|rejected_messages", shapes.swift_pairs),
     Shape("ShareGPT pairs", "conversations chosen rejected", shapes.sharegpt_pairs),
     Shape("ShareGPT pairs", "messages chosen.role rejected.role", shapes.sharegpt_pairs),
     Shape("OpenRLHF's pairs", "context_messages chosen rejected", shapes.openrlhf_pairs),
 )
 # Shapes of files without our column `prompt`.
 PLAIN = (
-    Shape("Alpaca pairs", "instruction chosen rejected", shapes.alpaca_pairs),
-    Shape("Alpaca pairs", "input chosen rejected", shapes.alpaca_pairs),
-    Shape("Alpaca pairs", "question chosen rejected", shapes.alpaca_pairs),
+    Shape("Alpaca pairs", "instruction|input|question chosen rejected", shapes.alpaca_pairs),
     Shape("pairs without a prompt", "chosen rejected", shapes.implicit_pairs, None, "prompt"),
     Shape("messages", "messages", shapes.dialogue, None, "prompt"),
     Shape("ShareGPT", "conversations", shapes.sharegpt),
-    Shape("Alpaca", "instruction output", shapes.alpaca),
-    Shape("Alpaca", "instruction response", shapes.alpaca),
+    Shape("Alpaca", "instruction output|response", shapes.alpaca),
     Shape("OpenRLHF's demonstrations", "question response", shapes.openrlhf),
     Shape("OpenRLHF's demonstrations", "input output", shapes.openrlhf),
     Shape("OpenRLHF's prompts", "context_messages", shapes.openrlhf_prompts, None, "prompt"),
@@ -104,7 +101,9 @@ def shape_of(first: Record, kind: str) -> Shape | None:
         return None
     replies = {"completion", "messages"}
     replies |= set() if "prompt" in first else {"conversations", "output"}
-    judged = _is_switch(first.get("label")) or _is_switch(first.get("kto_tag"))
+    labels = [first.get("label"), first.get("kto_tag")]
+    # True and false, or 1 and 0 as csv files have it.
+    judged = any(isinstance(v, bool | int | float) and v in (0, 1) for v in labels)
     if judged and replies & set(first):
         return UNPAIRED
     if kind == "demonstration" and {"prompt", "completion"} <= set(first):
@@ -118,15 +117,11 @@ def shape_of(first: Record, kind: str) -> Shape | None:
             return HH
     ultrachat = kind == "prompt" and prompt_in_dialogue(first, "messages")
     for shape in JUDGED if "prompt" in first and not ultrachat else JUDGED + PLAIN:
-        held = all(_holds(first, path) for path in shape.columns.split())
+        needed = [paths.split("|") for paths in shape.columns.split()]
+        held = all(any(_holds(first, path) for path in paths) for paths in needed)
         if held and shape.kind in (None, kind):
             return shape
     return None
-
-
-def _is_switch(value: Any) -> bool:
-    """Whether a label says good or bad: true and false, or 1 and 0 as csv files have it."""
-    return isinstance(value, bool | int | float) and value in (0, 1)
 
 
 def _has_answers(first: Record) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, List
+from datasets import Dataset, Features, IterableDataset, List, Value
 
 from trl_instruct.console import get_logger, plural
 from trl_instruct.data.conversion import REWARD_ARGUMENTS, read
@@ -151,16 +151,15 @@ def form_of(record: Record) -> str:
     return "messages" if isinstance(record.get("prompt"), list) else "text"
 
 
+def reply_type(features: Features, form: str) -> Any:
+    """The column type of one of the `responses`: messages if the prompt is."""
+    given = getattr(features["responses"], "feature", Value("string"))
+    return List(MESSAGE) if form == "messages" and not isinstance(given, List) else given
+
+
 def check_prompt(record: Record, *, form: str) -> None:
-    """Check the field `prompt`, text or messages; `form` is that of the first record.
-
-    Raises:
-        InputError: null, empty, malformed, or not of the form.
-
-    >>> check_prompt({"prompt": "Name a city."}, form="text")
-    """
-    prompt = record.get("prompt")
-    check_content("prompt", prompt)
+    """Check the field `prompt`: not null, empty or malformed, and of the first record's `form`."""
+    check_content("prompt", record.get("prompt"))
     if form_of(record) != form:
         raise InputError(
             f"`prompt` is {form_of(record)}, but {form} in the first record; both need one format."
@@ -186,10 +185,7 @@ def check_dialogue(record: Record) -> None:
 
 
 def check_reply(field: str, value: Any, *, form: str) -> None:
-    """Check an assistant's reply: text to a text prompt, messages to a prompt of messages.
-
-    Raises:
-        InputError: null, empty, malformed, of the other format, or not ending with the assistant.
+    """Check a reply: text, or messages that end with the assistant's, as `form` is the prompt's.
 
     >>> check_reply("completion", "", form="text")
     Traceback (most recent call last):
@@ -207,13 +203,7 @@ def check_reply(field: str, value: Any, *, form: str) -> None:
 
 
 def check_pair(record: Record, *, form: str, implicit: bool = False) -> None:
-    """Check `prompt`, `chosen`, `rejected` and `margin`; `implicit`: the prompt is in the others.
-
-    Raises:
-        InputError: a faulty field, which is named.
-
-    >>> check_pair({"prompt": "2+2=", "chosen": "4", "rejected": "5"}, form="text")
-    """
+    """Check `prompt`, `chosen`, `rejected`, `margin`; `implicit`: the prompt is in the others."""
     if not implicit:
         check_prompt(record, form=form)
     for field in ("chosen", "rejected"):
@@ -226,13 +216,7 @@ def check_pair(record: Record, *, form: str, implicit: bool = False) -> None:
 
 
 def check_content(field: str, value: Any) -> None:
-    """Check that a field is text or well-formed messages, and not empty.
-
-    Raises:
-        InputError: null, another type, empty, or malformed messages.
-
-    >>> check_content("prompt", [{"role": "user", "content": "Name a city."}])
-    """
+    """Check that a field is text or well-formed messages, and neither null nor empty."""
     if isinstance(value, list):
         _check_messages(field, value)
     elif not isinstance(value, str):

@@ -14,8 +14,6 @@ from trl_instruct.data.sources import AnyDataset, Record, Source, iterate, map_r
 
 logger = get_logger(__name__)
 
-STREAMED = 100  # first rows of a stream, which decide about it
-
 
 def take_off_prompts(dataset: AnyDataset, where: Source, fields: tuple[str, ...]) -> AnyDataset:
     """The records, each reply without the prompt that it begins with; a warning says so.
@@ -27,7 +25,7 @@ def take_off_prompts(dataset: AnyDataset, where: Source, fields: tuple[str, ...]
         dataset: rows with `prompt` and the replies in `fields`; a faulty row stays as it is.
         fields: `("chosen", "rejected")`, `("completion",)` or `("responses",)`, a list of replies.
     """
-    first = STREAMED if isinstance(dataset, IterableDataset) else None  # None: all
+    first = 100 if isinstance(dataset, IterableDataset) else None  # rows that decide; None: all
     if not _repeat(islice(iterate(dataset), first), fields):
         return dataset
     names = "` and `".join(fields)

@@ -22,9 +22,6 @@ Given = dict[str, Any] | str | list[Any]
 PAIR = ("chosen", "rejected")
 
 
-# ---- demonstrations ------------------------------------------------------------------------------
-
-
 def alpaca(row: Record) -> Given:
     """`instruction`, `input`, `output`; LLaMA-Factory adds `system` and `history`."""
     prompt, answer = _asked(row), row.get(key_of(row, "output", "response") or "")
@@ -94,9 +91,6 @@ def stepwise(row: Record) -> Given:
     if not all(labels):
         return {**record, "why": "a wrong step"}
     return {**record, "completion": "\n".join(steps)}
-
-
-# ---- pairs ---------------------------------------------------------------------------------------
 
 
 def implicit_pairs(row: Record) -> Given:
@@ -214,9 +208,6 @@ def arena(row: Record) -> Given:
     return _pair(a[:start], a[start:], b[start:], ranks[row["winner"]])
 
 
-# ---- rankings ------------------------------------------------------------------------------------
-
-
 def ultrafeedback(row: Record) -> Given:
     """OpenBMB's: four completions, each with its score. Their system prompts differ: not read."""
     given = row["completions"] or []
@@ -315,9 +306,6 @@ def _prompter(node: Mapping[str, Any], path: list[Any], *, best: bool) -> list[A
 def _counts(node: Mapping[str, Any]) -> bool:
     refused = node.get("review_result") is False
     return not (node.get("deleted") or node.get("synthetic") or refused)
-
-
-# ---- parts ---------------------------------------------------------------------------------------
 
 
 def _pair(prompt: Any, better: Any, worse: Any, ranks: Sequence[Any] = (1, 2)) -> dict[str, Any]:

@@ -210,7 +210,7 @@ def _load_configured(
         dataset = load_records(config.path, split, streaming)
     if config.columns is None:
         return dataset
-    known = dataset.column_names or list(first_record(dataset, where))
+    known = first_record(dataset, where)
     if missing := [name for name in config.columns if name not in known]:
         raise InputError(f"{where.name}: no column {missing[0]!r}; there are {', '.join(known)}.")
     return dataset.select_columns(config.columns)

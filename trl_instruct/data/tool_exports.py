@@ -12,18 +12,14 @@ from trl_instruct.data.sources import Record, kind_of
 from trl_instruct.errors import InputError
 
 Answer = tuple[str, Any, Any, Any]  # question, labeler, value, status
-TAGS = ("ranker", "selected", "rating")
 
 
 def argilla(row: Record) -> list[Any]:
     """`to_json` of Argilla 2: `fields`, and `responses` by question. It has no status."""
-    given = (row["responses"] or {}).items()
-    answers = [
-        (question, answer.get("user_id"), answer.get("value"), None)
-        for question, several in given
-        for answer in several or []
-    ]
-    return _rankings(_present(row["fields"]), answers)
+    answers: list[Answer] = []
+    for question, given in (row["responses"] or {}).items():
+        answers += [(question, a.get("user_id"), a.get("value"), None) for a in given or []]
+    return _rankings(row["fields"], answers)
 
 
 def argilla_table(row: Record) -> list[Any]:
@@ -40,11 +36,12 @@ def argilla_table(row: Record) -> list[Any]:
             answers += [(name, a.get("user_id"), a.get("value"), a.get("status")) for a in given]
     questions = {answer[0] for answer in answers}
     fields = {k: v for k, v in row.items() if "." not in k and k not in questions}
-    return _rankings(_present(fields), answers)
+    return _rankings(fields, answers)
 
 
-def _rankings(fields: Mapping[str, Any], answers: Iterable[Answer]) -> list[Any]:
+def _rankings(given: Mapping[str, Any], answers: Iterable[Answer]) -> list[Any]:
     """A ranking for each answer: the options in order, or each with its rank, 1 = best."""
+    fields = _present(given)
     found: list[Any] = []
     for question, user, value, status in answers:
         if status in ("draft", "discarded"):
@@ -109,13 +106,13 @@ def label_studio_min(rows: Sequence[Record]) -> list[Any]:
     own = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time")
     tasks = []
     for row in rows:
-        listed = {name: given for name, given in row.items() if isinstance(given, list)}
-        tags = {
-            name: [{"value": v} for v in given if isinstance(v, Mapping) and set(TAGS) & set(v)]
-            for name, given in listed.items()
-        }
-        data = {k: v for k, v in row.items() if k not in own and not tags.get(k)}
-        results = [result for given in tags.values() for result in given]
+        data, results = {k: v for k, v in row.items() if k not in own}, []
+        for name, given in row.items():
+            values = [v for v in given if isinstance(v, Mapping)] if isinstance(given, list) else []
+            values = [v for v in values if {"ranker", "selected", "rating"} & set(v)]
+            results += [{"value": value} for value in values]
+            if values:
+                data.pop(name, None)
         annotations = [{"completed_by": row["annotator"], "result": results}]
         tasks.append({"data": data, "annotations": annotations})
     return label_studio(tasks)
