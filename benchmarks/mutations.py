@@ -144,7 +144,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
                 "gamma=self.args.lam, lam=self.args.gamma",
             ),
             ("kl_coef=self.kl_coef)\n        if", "kl_coef=self.args.kl_coef)\n        if"),
-            ("ptx_rows_per_episode * episodes", "ptx_rows_per_episode"),
+            ("ptx_rows_per_episode * len(rollout.scores)", "ptx_rows_per_episode"),
             ("            self.average.update()\n", "            pass\n"),
             ("torch.randperm(self.local_batch_size)", "torch.arange(self.local_batch_size)"),
             ("if p not in shared]", "if p in shared]"),
@@ -160,11 +160,8 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         f"{TRAINER} -k 'ends_early or beta_'",
         [
             ("> (self.args.target_kl or math.inf)", "> math.inf"),
-            (
-                '                metrics["objective/kl"],',
-                '                metrics["objective/kl_k3"],',
-            ),
-            ("target=self.args.adaptive_kl_target", "target=1.0"),
+            ('kl, size = metrics["objective/kl"]', 'kl, size = metrics["objective/kl_k3"]'),
+            ("target=target, horizon", "target=1.0, horizon"),
         ],
     ),
     (
@@ -531,7 +528,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         [
             ("self.accelerator.num_processes / tokens", "1 / tokens"),
             ("self.accelerator.gather((values, mask))", "(values, mask)"),
-            ("episodes=self.batch_size,", "episodes=self.local_batch_size,"),
+            ("horizon, episodes=size", "horizon, episodes=self.local_batch_size"),
             ("yield batch[first::stride]", "yield batch[::stride]"),
             ('self.accelerator.reduce(rollout.mask.sum(), "sum")', "rollout.mask.sum()"),
         ],

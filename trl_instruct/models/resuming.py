@@ -53,7 +53,9 @@ class ResumableTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.counts_before: dict[str, Any] = {}
-        self.add_callback(_Continuation(self))
+        continuation = TrainerCallback()
+        continuation.on_train_begin = lambda *_, **__: self.restore()  # the checkpoint is loaded
+        self.add_callback(continuation)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any) -> Any:
         """`Trainer.train`; `resume_from_checkpoint` is as in `find_checkpoint`."""
@@ -78,7 +80,7 @@ class ResumableTrainer(Trainer):
             check_same_run(remembered["run"], self.run(), checkpoint)
             self.counts_before = counts = remembered["counts"]
             self.seconds_before = counts["seconds"]
-            if checkpoint.resolve() == self._folder(counts["step"]).resolve():
+            if checkpoint.resolve() == self.checkpoint_of(counts["step"]).resolve():
                 self.saved_step = counts["step"]
         return checkpoint
 
@@ -145,7 +147,8 @@ class ResumableTrainer(Trainer):
             logs["train_runtime"] = whole
         super().log(logs, *args, **kwargs)
 
-    def _folder(self, step: int) -> Path:
+    def checkpoint_of(self, step: int) -> Path:
+        """Folder of the checkpoint of a step."""
         return Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -154,7 +157,7 @@ class ResumableTrainer(Trainer):
         if step == self.saved_step:
             return
         check_weights(self)
-        folder, counts = self._folder(step), self._counts()
+        folder, counts = self.checkpoint_of(step), self._counts()
         if args.should_save:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that went another way
         self.accelerator.wait_for_everyone()
@@ -169,16 +172,6 @@ class ResumableTrainer(Trainer):
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(folder.parent), limit, best, use_mtime=True)
         self.saved_step = step
-
-
-class _Continuation(TrainerCallback):
-    """Restores a trainer's counts once a checkpoint has been loaded."""
-
-    def __init__(self, trainer: ResumableTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.restore()
 
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from trl_instruct.errors import InputError
 from trl_instruct.models.resuming import ResumableTrainer
@@ -38,7 +38,7 @@ class IterationTrainer(ResumableTrainer):
     iterations_per_epoch: float
     metrics: dict[str, Any]
     reward: RewardFunction
-    beginning: tuple[tuple[Any, ...], list[dict[str, Any]]]
+    beginning: tuple[Any, ...]
 
     def begin_training(self, checkpoint: Path | None = None) -> None:
         """Set up optimizer, scheduler, processes and callbacks.
@@ -91,7 +91,7 @@ class IterationTrainer(ResumableTrainer):
 
     def begin_iteration(self) -> None:
         """Remember what sampling and scoring change, and call the callbacks."""
-        self.beginning = random_state(), states_of(self.reward)
+        self.beginning = self._moment()
         self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
 
     def end_iteration(self, metrics: dict[str, Any]) -> None:
@@ -128,17 +128,14 @@ class IterationTrainer(ResumableTrainer):
             return
         if self._determine_best_metric({f"eval_{name}": measured[name]}, trial=None):
             self._save_beginning()
-            state.best_model_checkpoint = str(self._checkpoint)
+            state.best_model_checkpoint = str(self.checkpoint_of(state.global_step))
 
     def _save_beginning(self) -> None:
         """Save the run as it was when this iteration began, unless that has been done."""
-        if self.state.global_step != self.saved_step:
-            numbers, rewards = random_state(), states_of(self.reward)
-            set_random_state(self.beginning[0])
-            load_states(self.reward, self.beginning[1])
-            self._save_checkpoint(self.model_wrapped, trial=None)
-            set_random_state(numbers)
-            load_states(self.reward, rewards)
+        now = self._moment()
+        self._return_to(self.beginning)
+        self._save_checkpoint(self.model_wrapped, trial=None)
+        self._return_to(now)
 
     def save_last_state(self, fault: str) -> str:
         """Save the run as it was when this iteration began, before any weight changed.
@@ -150,13 +147,20 @@ class IterationTrainer(ResumableTrainer):
             return fault
         self._save_beginning()
         told = "holds the run as it was before that: resume it with resume_from_checkpoint."
-        return f"{fault.rstrip('.')}. {self._checkpoint} {told}"
+        return f"{fault.rstrip('.')}. {self.checkpoint_of(self.state.global_step)} {told}"
 
-    @property
-    def _checkpoint(self) -> Path:
-        """Folder of the checkpoint of the current weights."""
-        step = self.state.global_step
-        return Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    def _moment(self) -> tuple[Any, ...]:
+        """State of the reward, and of all random number generators of this process."""
+        numbers = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+        return states_of(self.reward), *numbers, torch.cuda.get_rng_state_all()
+
+    def _return_to(self, moment: tuple[Any, ...]) -> None:
+        rewards, python, numpy, cpu, devices = moment
+        load_states(self.reward, rewards)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        torch.cuda.set_rng_state_all(devices)
 
     def end_training(self) -> TrainOutput:
         """Call the callbacks and return the last iteration's metrics."""
@@ -178,19 +182,3 @@ def set_learning_rate(
         group["params"] = [p for p in group["params"] if id(p) not in chosen]
         if own:
             optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
-
-
-def random_state() -> tuple[Any, ...]:
-    """State of all random number generators of this process."""
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), devices
-
-
-def set_random_state(state: tuple[Any, ...]) -> None:
-    """Restore a `random_state`."""
-    python, numpy, cpu, devices = state
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if devices:
-        torch.cuda.set_rng_state_all(devices)

@@ -105,11 +105,18 @@ def load_roles(
         **trust,
     )
     if value is None:
-        value = reward if _reads_alike(judge, tokenizer) else FROM_POLICY
+        own = judge.tokenizer.get_vocab() if isinstance(judge, RewardModel) else None
+        value = reward if own == tokenizer.get_vocab() else FROM_POLICY
     if value is reward and (is_python(reward) or isinstance(reward, nn.Module)):
         value = judge  # functions and loaded models cannot be loaded a second time
     if value == VALUE_HEAD:
-        start = _head_on(policy, config, model_config)
+        if model_config.use_peft or isinstance(policy, PeftModel) or config.engine == "trl":
+            raise InputError(
+                f"value_model_path is {VALUE_HEAD!r}, which needs full fine-tuning and the default "
+                "engine. With LoRA leave it out: over a shared base the value model costs only an "
+                "adapter."
+            )
+        start = classifier_around(policy)
     elif base is not None and value == FROM_POLICY:
         start = base.fresh_classifier()
     elif base is not None and (adapter := base.adapter_in(value)):
@@ -149,24 +156,6 @@ def _over(
     check_same_tokens(own, tokenizer, (f"The reward model {os.fspath(reward)!r}", "the policy"))
     size = config.local_rollout_forward_batch_size
     return RewardModel(base.classifier(adapter), own, batch_size=size)
-
-
-def _reads_alike(reward: RewardFunction, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the reward is a model with the policy's tokens."""
-    return isinstance(reward, RewardModel) and reward.tokenizer.get_vocab() == tokenizer.get_vocab()
-
-
-def _head_on(
-    policy: PreTrainedModel, config: PPOConfig, model_config: ModelConfig
-) -> PreTrainedModel:
-    """A value model that is a head on the policy; InputError if it cannot be."""
-    if model_config.use_peft or isinstance(policy, PeftModel) or config.engine == "trl":
-        raise InputError(
-            f"value_model_path is {VALUE_HEAD!r}, which needs full fine-tuning and the default "
-            "engine. With LoRA leave it out: over a shared base the value model costs only an "
-            "adapter."
-        )
-    return classifier_around(policy)
 
 
 def _full_value_model(

@@ -1,7 +1,7 @@
 """Scores of a rollout in all processes: a failure in one is known in all."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,9 +48,16 @@ def rollout_scores(
         RewardError: in every process, if the reward failed in one (`skip`: on every completion).
         InputError: the reward takes other parameters.
     """
-    before = states_of(reward)
-    scores, faults = _scores(reward, prompts, completions, columns, skip=skip)
-    told = [_told(fault, row, prompts, rows) for row, fault in faults]
+    before, given = states_of(reward), (reward, prompts, completions, columns)
+    faults: Mapping[Any, str] = {}
+    if skip:
+        scores, faults = try_reward(*given)
+    else:
+        try:
+            scores = call_reward(*given)
+        except RewardError as error:
+            scores, faults = [], {error.row: error.fault}
+    told = [_told(fault, row, prompts, rows) for row, fault in faults.items()]
     everywhere = gather_object([(len(rows), told)])
     found = [sentence for _, sentences in everywhere for sentence in sentences]
     if found and (not skip or len(found) == sum(count for count, _ in everywhere)):
@@ -102,19 +109,6 @@ def reward_counts(reward: RewardFunction) -> dict[str, int]:
     """Counts (`truncated`, `unparsable`) of a reward's parts, summed over all processes."""
     everywhere = gather_object(counts_of(reward))
     return {name: sum(part.get(name, 0) for part in everywhere) for name in COUNTED}
-
-
-def _scores(
-    reward: RewardFunction, *given: Any, skip: bool
-) -> tuple[list[float], list[tuple[int | None, str]]]:
-    """Scores, and the row and fault of each failure; the row is None if it is not known."""
-    if skip:
-        scores, faults = try_reward(reward, *given)
-        return scores, list(faults.items())
-    try:
-        return call_reward(reward, *given), []
-    except RewardError as error:
-        return [], [(error.row, error.fault)]
 
 
 def _told(fault: str, row: int | None, prompts: Sequence[Any], rows: Sequence[int]) -> str:

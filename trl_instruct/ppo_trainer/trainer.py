@@ -284,7 +284,10 @@ class PPOTrainer(IterationTrainer):
         weight = self.accelerator.num_processes / tokens  # processes average their gradients
         stats: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=tokens.device))
         if self.pretraining is not None:
-            stats["loss/ptx"] = self.add_ptx(self.pretraining, len(rollout.scores)) / weight
+            count = self.args.ptx_rows_per_episode * len(rollout.scores)
+            rows = self.pretraining.rows_for(self.accelerator, count)
+            ptx = add_ptx_gradient(self.accelerator, self.model_wrapped, rows, args=self.args)
+            stats["loss/ptx"] = ptx / weight
         micro_batches = rollout.lengths.argsort().split(self.args.per_device_train_batch_size)
         for index, part in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
@@ -304,11 +307,6 @@ class PPOTrainer(IterationTrainer):
         if self.average is not None:
             self.average.update()
         return {name: float(value) for name, value in means.items()}
-
-    def add_ptx(self, pretraining: PretrainingRows, episodes: int) -> Tensor:
-        """Add the gradient of the PPO-ptx term for this many episodes; return its loss."""
-        rows = pretraining.rows_for(self.accelerator, self.args.ptx_rows_per_episode * episodes)
-        return add_ptx_gradient(self.accelerator, self.model_wrapped, rows, args=self.args)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's optimizer; the value function may have its own learning rate."""
@@ -361,13 +359,11 @@ class PPOTrainer(IterationTrainer):
 
     def adapt_kl_coef(self, metrics: dict[str, Any]) -> None:
         """Adapt beta for the next iteration if the KL has a target."""
-        if self.args.adaptive_kl_target is not None:
+        target, horizon = self.args.adaptive_kl_target, self.args.adaptive_kl_horizon
+        if target is not None:
+            kl, size = metrics["objective/kl"], self.batch_size
             self.kl_coef = adapted_kl_coef(
-                self.kl_coef,
-                metrics["objective/kl"],
-                target=self.args.adaptive_kl_target,
-                horizon=self.args.adaptive_kl_horizon,
-                episodes=self.batch_size,
+                self.kl_coef, kl, target=target, horizon=horizon, episodes=size
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -47,14 +47,8 @@ from trl_instruct.scalar_head import score_head, shift_of
 
 # Our options that matter only before or after the training itself.
 OUTSIDE = {
-    "engine",
-    "gold",
-    "summary_file",
-    "opening_length",
-    "max_prompt_length",
-    "value_model_path",
-    "share_base",
-    "reward_weights",
+    *("engine", "gold", "summary_file", "opening_length", "max_prompt_length"),
+    *("value_model_path", "share_base", "reward_weights"),
 }
 # Options of TrainingArguments that TRL's PPOTrainer accepts but ignores.
 UNREAD = {"data_seed", "resume_from_checkpoint", "max_grad_norm", "metric_for_best_model"}
@@ -128,21 +122,17 @@ class RewardModule(nn.Module):
         prompts = self._remembered(input_ids.cpu())
         width = len(prompts[0].ids)
         asked = [prompt.record["prompt"] for prompt in prompts]
-        ids, texts = self._completions(input_ids[:, width:], attention_mask[:, width:])
+        own, counts = input_ids[:, width:], attention_mask[:, width:].bool().cumprod(dim=1).sum(1)
+        last = own.gather(1, (counts - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
+        ended = (counts > 0) & (last == self.tokenizer.eos_token_id)
+        texts = decode(own, counts, ended, self.tokenizer)
         names = [name for name in prompts[0].record if name not in ("prompt", "input_ids")]
         columns = {name: [prompt.record[name] for prompt in prompts] for name in names}
-        columns["completion_ids"] = ids
+        columns["completion_ids"] = unpadded(own, counts)
         given = call_reward(self.reward, asked, as_completions(asked, texts), columns)
         scores = torch.tensor(given, device=input_ids.device).view(-1, 1, 1)
         hidden = scores.expand(-1, input_ids.shape[1], 1)
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=(hidden,))
-
-    def _completions(self, ids: Tensor, mask: Tensor) -> tuple[list[list[int]], list[str]]:
-        """Tokens and text of each completion, up to its end."""
-        counts = mask.bool().cumprod(dim=1).sum(dim=1)
-        last = ids.gather(1, (counts - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
-        ended = (counts > 0) & (last == self.tokenizer.eos_token_id)
-        return unpadded(ids, counts), decode(ids, counts, ended, self.tokenizer)
 
     def _remembered(self, input_ids: Tensor) -> list[_Prompt]:
         """The next remembered prompts; InputError if they are not those of these rows."""
@@ -163,7 +153,7 @@ class RewardModule(nn.Module):
 class UpstreamTrainer(Trainer):
     """TRL's PPOTrainer with our constructor; `upstream_trainer` combines the two.
 
-    `gold` is not used: TRL's loop has no place to log it.
+    `gold` is not used: TRL's loop has no place to log it; nor is `ptx_dataset`.
     """
 
     def __init__(
@@ -175,12 +165,11 @@ class UpstreamTrainer(Trainer):
         reward_model: RewardFunction | PreTrainedModel,
         train_dataset: Dataset,
         value_model: PreTrainedModel,
-        ptx_dataset: None = None,
-        gold: RewardFunction | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        **unused: Any,
     ):
         check_roles(model, ref_model, reward_model, value_model)
-        _check_architectures(model, value_model)
+        _prepare(model, value_model, args)
         self.prompts, self.cut_prompts = prompt_tokens(
             train_dataset[:], processing_class, model, args
         )
@@ -188,7 +177,6 @@ class UpstreamTrainer(Trainer):
             reward_model = RewardModel(reward_model, processing_class)
         judge = RewardModule(reward_model, processing_class)
         records = zip(train_dataset, self.prompts, strict=True)
-        _prepare(model, value_model, args)
         self.generation_config = model.generation_config
         # TRL takes sampling settings that it does not set (repetition_penalty, ...) from here.
         model.generation_config = GenerationConfig(pad_token_id=processing_class.pad_token_id)
@@ -218,12 +206,10 @@ class UpstreamTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy, with its original generation_config, and the tokenizer."""
-        sampling, self.policy_model.generation_config = (
-            self.policy_model.generation_config,
-            self.generation_config,
-        )
+        policy = self.policy_model
+        sampling, policy.generation_config = policy.generation_config, self.generation_config
         super().save_model(output_dir, _internal_call)
-        self.policy_model.generation_config = sampling
+        policy.generation_config = sampling
 
 
 def upstream_trainer(config: PPOConfig) -> type[UpstreamTrainer]:
@@ -236,7 +222,21 @@ def upstream_trainer(config: PPOConfig) -> type[UpstreamTrainer]:
         InputError: a TRL without PPOTrainer; an option that TRL's trainer does not have.
     """
     module = _trl_ppo()
-    _check_options(config, module.PPOConfig)
+    kinds = (StageConfig, TrainingArguments, module.PPOConfig)
+    known = {f.name for kind in kinds for f in fields(kind)}
+    defaults = {f.name: f.default for f in fields(config)}
+    missing = (set(defaults) - known - OUTSIDE) | UNREAD
+    set_ones = [
+        f"{name} ({getattr(config, name)!r})"
+        for name in sorted(missing)
+        if getattr(config, name) != defaults[name]
+        and not (name == "max_grad_norm" and not config.max_grad_norm)  # no clipping, as in TRL
+    ]
+    if set_ones:
+        raise InputError(
+            f"engine='trl' has no {', '.join(set_ones)}: TRL's PPOTrainer lacks or ignores it. "
+            "Leave it at its default, or use the default engine."
+        )
     return type("UpstreamPPOTrainer", (UpstreamTrainer, module.PPOTrainer), {})
 
 
@@ -282,35 +282,17 @@ def _trl_ppo() -> ModuleType:
     return module
 
 
-def _check_options(config: PPOConfig, trl_class: Any) -> None:
-    """InputError if an option that TRL's trainer does not have is not at its default."""
-    known = {f.name for kind in (StageConfig, TrainingArguments, trl_class) for f in fields(kind)}
-    defaults = {f.name: f.default for f in fields(config)}
-    missing = (set(defaults) - known - OUTSIDE) | UNREAD
-    set_ones = [
-        f"{name} ({getattr(config, name)!r})"
-        for name in sorted(missing)
-        if getattr(config, name) != defaults[name]
-        and not (name == "max_grad_norm" and not config.max_grad_norm)  # no clipping, as in TRL
-    ]
-    if set_ones:
-        raise InputError(
-            f"engine='trl' has no {', '.join(set_ones)}: TRL's PPOTrainer lacks or ignores it. "
-            "Leave it at its default, or use the default engine."
-        )
+def _prepare(policy: PreTrainedModel, value: PreTrainedModel, config: PPOConfig) -> None:
+    """Change the models as our trainer does and TRL's does not: both then train the same ones.
 
-
-def _check_architectures(policy: PreTrainedModel, value: PreTrainedModel) -> None:
+    InputError for an architecture that TRL's cannot call.
+    """
     for model in (unwrapped(policy), value.base_model):
         if not accepted(model, position_ids=None):
             raise InputError(
                 f"{type(model).__name__} takes no position_ids, which TRL's PPOTrainer passes to "
                 "every model. Leave engine at its default."
             )
-
-
-def _prepare(policy: PreTrainedModel, value: PreTrainedModel, config: PPOConfig) -> None:
-    """Change the models as our trainer does and TRL's does not: both then train the same ones."""
     shift = shift_of(value)
     score_head(value).register_forward_hook(lambda head, inputs, values: values - shift)
     for model in (policy, value):
@@ -321,20 +303,15 @@ def _prepare(policy: PreTrainedModel, value: PreTrainedModel, config: PPOConfig)
 
 def _tell_departures(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Warn if TRL's trainer does not do what these options say."""
-    told = {
-        f"one optimizer step per pass, not num_mini_batches = {config.num_mini_batches}": (
-            config.num_mini_batches > 1
-        ),
-        "a step at every micro-batch in the last batch of a pass over the prompts": (
-            config.gradient_accumulation_steps * config.num_mini_batches > 1
-        ),
-        f"no gradient clipping, although max_grad_norm is {config.max_grad_norm}": (
-            bool(config.max_grad_norm)
-        ),
-        "no gradient for EOS, because it is the pad token too": (
-            tokenizer.pad_token_id == tokenizer.eos_token_id
-        ),
-    }
-    if any(told.values()):
-        departures = "; ".join(text for text, applies in told.items() if applies)
+    told, steps, limit = [], config.num_mini_batches, config.max_grad_norm
+    if steps > 1:
+        told.append(f"one optimizer step per pass, not num_mini_batches = {steps}")
+    if config.gradient_accumulation_steps * steps > 1:
+        told.append("a step at every micro-batch in the last batch of a pass over the prompts")
+    if limit:
+        told.append(f"no gradient clipping, although max_grad_norm is {limit}")
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        told.append("no gradient for EOS, because it is the pad token too")
+    if told:
+        departures = "; ".join(told)
         warnings.warn(f"TRL's PPOTrainer departs from these options: {departures}.", stacklevel=3)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig
 
 from trl_instruct.configs import CandidatesConfig
@@ -128,10 +128,19 @@ def sample_candidates(
         InputError: num_candidates below 2, bad prompts, no policy, a tokenizer without EOS, or an
             output_file in which people have filled in ranks.
     """
-    _check_request(policy, prompts, num_candidates, temperature)
+    if num_candidates < 2:
+        raise InputError(f"num_candidates is {num_candidates}; a ranking needs at least 2.")
+    if temperature <= 0:
+        raise InputError(f"temperature is {temperature}; to sample, it must be above 0.")
+    if policy is None:
+        raise InputError("No model was given: set model_name_or_path to a Hub id or a folder.")
+    if prompts is None:
+        raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
     _check_unranked(Path(output_file))
     trust: Any = {"trust_remote_code": trust_remote_code}
-    model, tokenizer = _load(policy, processing_class, model_config or ModelConfig(), **trust)
+    model = load_policy(policy, model_config or ModelConfig(), **trust).to(PartialState().device)
+    own = processing_class or load_tokenizer(policy, **trust)
+    tokenizer = check_tokenizer(own, model_name(policy))
     records = prompts_of(prompts, split, tokenizer, opening_length, reading)
     check_format(records, tokenizer, policy=policy)
     lengths = response_length, max_prompt_length
@@ -157,32 +166,6 @@ def sample_candidates(
             if ranking is not None:
                 file.write(json.dumps(ranking, ensure_ascii=False) + "\n")
     return counts
-
-
-def _load(
-    policy: ModelSource,
-    processing_class: PreTrainedTokenizerBase | None,
-    model_config: ModelConfig,
-    **trust: Any,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The policy, on its device, and its tokenizer."""
-    model = load_policy(policy, model_config, **trust).to(PartialState().device)
-    own = processing_class or load_tokenizer(policy, **trust)
-    return model, check_tokenizer(own, model_name(policy))
-
-
-def _check_request(
-    policy: ModelSource | None, prompts: Any, num_candidates: int, temperature: float
-) -> None:
-    """InputError if something is missing or there would be nothing to rank."""
-    if num_candidates < 2:
-        raise InputError(f"num_candidates is {num_candidates}; a ranking needs at least 2.")
-    if temperature <= 0:
-        raise InputError(f"temperature is {temperature}; to sample, it must be above 0.")
-    if policy is None:
-        raise InputError("No model was given: set model_name_or_path to a Hub id or a folder.")
-    if prompts is None:
-        raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
 
 
 def _check_unranked(path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 from datasets import Dataset
@@ -62,12 +62,6 @@ def tell_lengths(run: Any, what: str, lengths: Sequence[int], limit: int | None)
     run.say(told)
 
 
-def tell_prompts(run: Any, prompts: Sequence[list[int]], tokenizer: Any) -> None:
-    """Show the first prompts, and the lengths of all."""
-    tell_records(run, (Rendered(ids, [], None) for ids in prompts), tokenizer)
-    tell_lengths(run, "prompts", [*map(len, prompts)], run.config.max_prompt_length)
-
-
 def fitting(
     prompts: Dataset, tokenizer: Any, policy: Any, reading: Reading, limits: Any
 ) -> Dataset:
@@ -86,37 +80,31 @@ def fitting(
 def plan_of(trainer: Trainer) -> str:
     """Optimizer steps and passes of a run, in words; few of them teach little."""
     args: Any = trainer.args
-    if hasattr(trainer, "num_iterations"):
-        return _ppo_plan(trainer)
-    if hasattr(args, "num_ppo_epochs"):
+    iterations, data = getattr(trainer, "num_iterations", None), trainer.train_dataset
+    if iterations is not None:
+        steps = args.num_mini_batches * args.num_ppo_epochs * iterations
+        prompts, batch = len(data), trainer.batch_size
+        plan = (
+            f"{prompts:,} prompts in batches of {batch}: {plural(iterations, 'iteration')}, "
+            f"{iterations * batch:,} episodes ({_passes(iterations * batch / prompts)}), "
+            f"{_steps(steps)}"
+        )
+    elif hasattr(args, "num_ppo_epochs"):
         return ""  # TRL's PPOTrainer
-    try:
-        rows = len(trainer.train_dataset)
-    except TypeError:
+    elif not isinstance(data, Sized):
         return f"{args.max_steps} optimizer steps on a stream"
-    each = args.train_batch_size * args.world_size
-    batches = max(1, rows // each if args.dataloader_drop_last else math.ceil(rows / each))
-    a_pass = math.ceil(batches / args.gradient_accumulation_steps)
-    total = args.max_steps if args.max_steps > 0 else math.ceil(a_pass * args.num_train_epochs)
-    batch = each * args.gradient_accumulation_steps
-    return _with_advice(
-        f"{rows:,} rows in batches of {batch}: {_steps(a_pass)} a pass, {_steps(total)} in all "
-        f"({_passes(total / a_pass)})",
-        total,
-    )
-
-
-def _ppo_plan(trainer: Any) -> str:
-    """The same of PPO, whose iterations sample before they take their steps."""
-    args, iterations = trainer.args, trainer.num_iterations
-    steps = getattr(args, "num_mini_batches", 1) * args.num_ppo_epochs * iterations
-    prompts, episodes = len(trainer.train_dataset), iterations * trainer.batch_size
-    rounds = plural(iterations, "iteration")
-    return _with_advice(
-        f"{prompts:,} prompts in batches of {trainer.batch_size}: {rounds}, {episodes:,} episodes "
-        f"({_passes(episodes / prompts)}), {_steps(steps)}",
-        steps,
-    )
+    else:
+        rows, each = len(data), args.train_batch_size * args.world_size
+        batches = max(1, rows // each if args.dataloader_drop_last else math.ceil(rows / each))
+        a_pass = math.ceil(batches / args.gradient_accumulation_steps)
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(a_pass * args.num_train_epochs)
+        plan = (
+            f"{rows:,} rows in batches of {each * args.gradient_accumulation_steps}: "
+            f"{_steps(a_pass)} a pass, {_steps(steps)} in all ({_passes(steps / a_pass)})"
+        )
+    if steps >= FEW_STEPS:
+        return plan
+    return f"{plan}: few; lower gradient_accumulation_steps, or give more data or passes"
 
 
 def _steps(count: int) -> str:
@@ -125,12 +113,6 @@ def _steps(count: int) -> str:
 
 def _passes(count: float) -> str:
     return "1 pass" if count == 1 else f"{count:.3g} passes"
-
-
-def _with_advice(plan: str, steps: int) -> str:
-    if steps >= FEW_STEPS:
-        return plan
-    return f"{plan}: few; lower gradient_accumulation_steps, or give more data or passes"
 
 
 def tell_rewards(run: Any, policy: Any, reward: Any, trainer: Any, prompts: Any) -> None:

@@ -6,9 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-SHARED = "shared"
-"""The row for parameters that several roles share."""
-
 # Values kept for the backward pass per token and layer, in hidden sizes: Korthikanti et al. 2022
 # (arXiv:2205.05198), equation 1, without dropout masks and with fused attention.
 KEPT_PER_LAYER = 16
@@ -60,20 +57,20 @@ def holdings(roles: Mapping[str, nn.Module | None]) -> list[Holding]:
     for role, model in roles.items():
         for parameter in model.parameters() if model is not None else ():
             owners.setdefault(parameter, set()).add(role)
-    held: dict[str, list[nn.Parameter]] = {SHARED: [], **{role: [] for role in roles}}
+    held: dict[str, list[nn.Parameter]] = {"shared": [], **{role: [] for role in roles}}
     for parameter, by in owners.items():
-        held[SHARED if len(by) > 1 else next(iter(by))].append(parameter)
-    return [_holding(role, parameters) for role, parameters in held.items() if parameters]
-
-
-def _holding(role: str, parameters: Sequence[nn.Parameter]) -> Holding:
-    return Holding(
-        role,
-        sum(_count(p) for p in parameters),
-        sum(_count(p) for p in parameters if p.requires_grad),
-        sum(p.nbytes for p in parameters),
-        ", ".join(sorted({_dtype(p) for p in parameters})),
-    )
+        held["shared" if len(by) > 1 else next(iter(by))].append(parameter)
+    return [
+        Holding(
+            role,
+            sum(_count(p) for p in parameters),
+            sum(_count(p) for p in parameters if p.requires_grad),
+            sum(p.nbytes for p in parameters),
+            ", ".join(sorted({_dtype(p) for p in parameters})),
+        )
+        for role, parameters in held.items()
+        if parameters
+    ]
 
 
 def _count(parameter: nn.Parameter) -> int:
@@ -158,15 +155,10 @@ def memory_table(roles: Mapping[str, nn.Module | None], works: Sequence[Work], a
     ]
     parts = ", ".join(f"{name} {_mb(size)}" for name, size in needed._asdict().items())
     passes = " or ".join(f"{work.rows} x {work.length} tokens" for work in works)
-    total = f"about {_mb(needed.total)} MB at {passes}: {parts}{_room()}"
+    total = f"about {_mb(needed.total)} MB at {passes}: {parts}"
+    if torch.cuda.is_available():
+        total += f"; {_mb(torch.cuda.mem_get_info()[0])} MB are free"
     return "\n".join([line.rstrip() for line in ["memory", *shown, total]])
-
-
-def _room() -> str:
-    if not torch.cuda.is_available():
-        return ""
-    free, _ = torch.cuda.mem_get_info()
-    return f"; {_mb(free)} MB are free"
 
 
 def _short(count: int) -> str:

@@ -11,6 +11,7 @@ from trl import ModelConfig
 from trl_instruct.configs import PPOConfig
 from trl_instruct.data.reading import Reading
 from trl_instruct.data.records import load_prompts
+from trl_instruct.data.rendering import Rendered
 from trl_instruct.data.sources import name_of
 from trl_instruct.data.texts import load_texts, openings, prompts_of
 from trl_instruct.errors import InputError
@@ -23,12 +24,12 @@ from trl_instruct.ppo_trainer.rollout_scores import reward_counts
 from trl_instruct.ppo_trainer.trainer import PPOTrainer
 from trl_instruct.ppo_trainer.upstream import upstream_trainer
 from trl_instruct.recipes.chain import check_format, remember_reading
-from trl_instruct.recipes.dry_run import fitting, tell_prompts, tell_rewards
+from trl_instruct.recipes.dry_run import fitting, tell_lengths, tell_records, tell_rewards
 from trl_instruct.recipes.memory import Work, memory_table
 from trl_instruct.recipes.options import data_of, option_errors, stage_options
 from trl_instruct.recipes.publishing import without_secrets
 from trl_instruct.recipes.stage import StageResult, StageRun, run_stage, starting_point
-from trl_instruct.rewards.function import RewardFunction, parts_of
+from trl_instruct.rewards.function import parts_of
 from trl_instruct.rewards.load import Reward, load_reward
 
 
@@ -90,6 +91,8 @@ def ppo(
         check_vocabulary(tokenizer, roles.policy)
         prompts = fitting(prompts, tokenizer, roles.policy, reading, config)
         _check_held_out(config, tokenizer, roles.policy, reading)
+        trust: Any = {"trust_remote_code": config.trust_remote_code}
+        gold = load_reward(config.gold, tokenizer, **trust) if config.gold is not None else None
         with option_errors():
             trainer = trainer_class(
                 args=without_secrets(config),
@@ -100,12 +103,13 @@ def ppo(
                 train_dataset=prompts,
                 value_model=roles.value,
                 ptx_dataset=pretraining,
-                gold=_gold(config, tokenizer),
+                gold=gold,
                 callbacks=callbacks,
             )
         _tell_before(run, roles, trainer)
         if run.dry:
-            tell_prompts(run, trainer.prompts, tokenizer)
+            tell_records(run, (Rendered(ids, [], None) for ids in trainer.prompts), tokenizer)
+            tell_lengths(run, "prompts", [*map(len, trainer.prompts)], config.max_prompt_length)
             tell_rewards(run, roles.policy, roles.reward, trainer, prompts)
         labels = {"score": "objective/scores", "kl": "objective/kl", "length": "objective/length"}
         output = run.train(trainer, labels)
@@ -139,26 +143,6 @@ def _tell_before(run: StageRun, roles: Roles, trainer: Any) -> None:
         run.say(f"the model's own sampling settings are not used: {told}")
     if trainer.cut_prompts:
         run.say(f"{trainer.cut_prompts} of {len(trainer.prompts)} prompts were cut from the left")
-    run.say(memory_table(*_roles_and_passes(roles, trainer), run.config))
-
-
-def _counted(run: StageRun, roles: Roles) -> dict[str, int]:
-    """Counts of texts that the reward had to cut or could not parse."""
-    counts = {name: count for name, count in reward_counts(roles.reward).items() if count}
-    for name, count in counts.items():
-        run.say(f"{count} of the texts for the reward were {name}")
-    return {f"reward_{name}": count for name, count in counts.items()}
-
-
-def _gold(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> RewardFunction | None:
-    """The gold reward, which nothing is trained on, if there is one."""
-    if config.gold is None:
-        return None
-    return load_reward(config.gold, tokenizer, trust_remote_code=config.trust_remote_code)
-
-
-def _roles_and_passes(roles: Roles, trainer: Any) -> tuple[dict[str, nn.Module | None], list[Work]]:
-    """The models that PPO holds, and its passes: updates and rollouts."""
     args, held = trainer.args, {"policy": roles.policy, "ref_policy": trainer.ref_model}
     held["value"] = roles.value
     judges = [getattr(part, "model", None) for part in parts_of(roles.reward)]
@@ -167,7 +151,16 @@ def _roles_and_passes(roles: Roles, trainer: Any) -> tuple[dict[str, nn.Module |
     length = max(map(len, trainer.prompts)) + args.response_length
     shape = {"length": length, "predicted": args.response_length}
     update = Work(args.per_device_train_batch_size, **shape, models=2)
-    return held, [update, Work(args.local_rollout_forward_batch_size, **shape, backward=False)]
+    rollout = Work(args.local_rollout_forward_batch_size, **shape, backward=False)
+    run.say(memory_table(held, [update, rollout], run.config))
+
+
+def _counted(run: StageRun, roles: Roles) -> dict[str, int]:
+    """Counts of texts that the reward had to cut or could not parse."""
+    counts = {name: count for name, count in reward_counts(roles.reward).items() if count}
+    for name, count in counts.items():
+        run.say(f"{count} of the texts for the reward were {name}")
+    return {f"reward_{name}": count for name, count in counts.items()}
 
 
 def _reward_names(reward: Any) -> Any:

@@ -116,7 +116,9 @@ def tokenize_texts(
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         rows = tokenizer([text + tokenizer.eos_token for text in batch["text"]])["input_ids"]
         if config.packing:
-            return {"input_ids": _blocks(rows, config.max_length)}
+            stream, size = [token for row in rows for token in row], config.max_length
+            starts = range(0, len(stream), size)
+            return {"input_ids": [stream[start : start + size] for start in starts]}
         longest = max(rows, key=len)
         if len(longest) > config.max_length:
             raise InputError(
@@ -133,12 +135,6 @@ def tokenize_texts(
     lengths = [len(row) for row in rows["input_ids"]]
     config.train_sampling_strategy = "sequential"  # the order is set here
     return rows.select(length_batches(lengths, config.train_batch_size, seed=config.seed))
-
-
-def _blocks(rows: list[list[int]], size: int) -> list[list[int]]:
-    """The rows end to end, cut into blocks; the last one may be shorter."""
-    stream = [token for row in rows for token in row]
-    return [stream[start : start + size] for start in range(0, len(stream), size)]
 
 
 def model_from_scratch(

@@ -1,15 +1,18 @@
-"""A stage's folder on the Hub: as it is, in one commit."""
+"""A stage's folder on the Hub: its model card; as it is, in one commit."""
 
 import copy
 from glob import escape
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 
 from trl_instruct.configs import StageConfig
+from trl_instruct.console import in_markdown
 from trl_instruct.errors import located, redact
+from trl_instruct.files import CONFIG_FILE
 from trl_instruct.manifest import listed_files
 from trl_instruct.models.checkpoints import PPO_STATE, all_checkpoints
 from trl_instruct.recipes.options import option_errors
@@ -23,8 +26,8 @@ REPLACED = ["*.safetensors", "*.safetensors.index.json", "adapter_*", f"*{TRAINI
 def without_secrets(config: StageConfig) -> StageConfig:
     """The config for a trainer, which pickles it and tells trackers: no secrets, and no pushing."""
     public, known = copy.copy(config), vars(config)
-    public.__dict__.update({k: v for k, v in redact(known).items() if v != known[k]})
-    public.push_to_hub = False
+    secret = {name: value for name, value in redact(known).items() if value != known[name]}
+    public.__dict__.update(secret, push_to_hub=False)
     return public
 
 
@@ -43,6 +46,26 @@ def create_repository(config: StageConfig) -> str | None:
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(made.repo_id, branch=revision, exist_ok=True)
     return made.repo_id
+
+
+def model_card(folder: Path, stage: str, config: StageConfig, metrics: dict[str, Any]) -> ModelCard:
+    """A stage's README.md: what was trained, on which data, with which metrics."""
+    source = in_markdown(str(redact(config.dataset_name)))
+    tags = ["trl-instruct", "trl", stage]
+    data = ModelCardData(library_name="transformers", tags=tags)
+    rows = [
+        f"| {in_markdown(k)} | {v:.6g} |" for k, v in metrics.items() if isinstance(v, (int, float))
+    ]
+    text = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {in_markdown(folder.name)}",
+        f"Made by the `{stage}` stage of trl-instruct, from the data {source}. All options "
+        f"are in `{CONFIG_FILE}`.",
+        "| metric | value |\n|---|---|\n" + "\n".join(rows),
+        "Method: Ouyang et al. 2022, [Training language models to follow instructions with "
+        "human feedback](https://arxiv.org/abs/2203.02155).",
+    ]
+    return ModelCard(redact("\n\n".join(text)), ignore_metadata_errors=True)
 
 
 def publish(folder: Path, config: StageConfig, repository: str) -> None:

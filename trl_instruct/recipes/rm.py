@@ -27,33 +27,20 @@ from trl_instruct.data.records import form_of
 from trl_instruct.data.rendering import Rendered, render_all
 from trl_instruct.data.sources import Record, iterate
 from trl_instruct.errors import InputError
-from trl_instruct.models.adapters import (
-    CLASSIFIER,
-    keep_float32,
-    new_adapter_config,
-    trained_weights,
-)
+from trl_instruct.models.adapters import CLASSIFIER
 from trl_instruct.models.load import load_reward_model
 from trl_instruct.models.properties import ModelSource
-from trl_instruct.models.tokenizers import check_vocabulary
 from trl_instruct.recipes.chain import remember_reading
 from trl_instruct.recipes.dry_run import tell_lengths, tell_records
 from trl_instruct.recipes.memory import Work, memory_table
-from trl_instruct.recipes.options import (
-    data_of,
-    held_out_of,
-    named_source,
-    option_errors,
-    stage_options,
-)
-from trl_instruct.recipes.publishing import without_secrets
+from trl_instruct.recipes.options import data_of, held_out_of, named_source, stage_options
 from trl_instruct.recipes.stage import (
     StageResult,
     StageRun,
     check_chat_template,
+    fit_together,
     run_stage,
     starting_point,
-    within_context,
 )
 from trl_instruct.reward_trainer.evaluation import evaluate_reward, pair_accuracy
 from trl_instruct.reward_trainer.tables import FIGURE, plot, render
@@ -101,7 +88,11 @@ def rm(
     config, model_config = stage_options(
         RewardConfig, config, model_config, output_dir, dataset, options
     )
-    _check_evaluation(config)
+    known, metric = ("accuracy", "loss", "margin"), config.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        raise InputError(
+            f"metric_for_best_model is {metric!r}; rm measures {', '.join(known)} while it trains."
+        )
     remember_reading(config, model)
     test = held_out_of(dataset, eval_dataset, config)
     with run_stage("rm", config, model_config) as run:
@@ -114,10 +105,11 @@ def rm(
             fits=partial(_check_rendering, tokenizer=tokenizer),
         )
         run.say(str(data.counts))
-        classifier = _load(run, base, tokenizer, data)
-        trained = trained_weights(classifier)
+        check_chat_template(data.train, tokenizer, config)
+        trust: Any = {"trust_remote_code": config.trust_remote_code}
+        classifier = load_reward_model(base, model_config, fresh_head=True, **trust)
+        fit_together(config, classifier, tokenizer)
         trainer = _trainer(run, classifier, tokenizer, data, callbacks)
-        keep_float32(trainer.model, trained)
         _check_overlong(trainer, run)
         if run.dry:
             _tell(run, data, tokenizer)
@@ -143,28 +135,6 @@ def rm(
         return result
 
 
-def _load(
-    run: StageRun, base: ModelSource, tokenizer: PreTrainedTokenizerBase, data: Preferences
-) -> PreTrainedModel:
-    """The classifier to train, with a new head; limits max_length to fit."""
-    check_chat_template(data.train, tokenizer, run.config)
-    trust = run.config.trust_remote_code
-    classifier = load_reward_model(base, run.model_config, fresh_head=True, trust_remote_code=trust)
-    run.config.max_length = within_context(run.config.max_length, classifier)
-    check_vocabulary(tokenizer, classifier)
-    return classifier
-
-
-def _check_evaluation(config: RewardConfig) -> None:
-    """InputError for a metric that rm does not measure while it trains."""
-    known = ("accuracy", "loss", "margin")
-    metric = config.metric_for_best_model
-    if metric is not None and metric.removeprefix("eval_") not in known:
-        raise InputError(
-            f"metric_for_best_model is {metric!r}; rm measures {', '.join(known)} while it trains."
-        )
-
-
 def _trainer(
     run: StageRun,
     classifier: PreTrainedModel,
@@ -182,16 +152,15 @@ def _trainer(
         )
     if config.early_stopping_patience is not None:
         callbacks = [*(callbacks or ()), EarlyStoppingCallback(config.early_stopping_patience)]
-    with option_errors():
-        return RankingRewardTrainer(
-            model=classifier,
-            args=without_secrets(config),
-            train_dataset=data.train,
-            eval_dataset=data.held_out if watches else None,
-            processing_class=tokenizer,
-            peft_config=new_adapter_config(classifier, run.model_config, CLASSIFIER),
-            callbacks=callbacks,
-        )
+    return run.new_trainer(
+        RankingRewardTrainer,
+        classifier,
+        task=CLASSIFIER,
+        train_dataset=data.train,
+        eval_dataset=data.held_out if watches else None,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
 
 
 def _check_rendering(record: Record, *, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -154,10 +154,6 @@ class RunFiles:
                 (self.folder / name).unlink()
                 _remove_empty(self.folder / parent for parent in Path(name).parents[:-1])
 
-    def remove_new(self) -> None:
-        """Remove the new files."""
-        _remove(self.new)
-
     def incoming(self) -> set[str]:
         """Names of the new files, by their place in the folder."""
         files = (path for path in self.new.rglob("*") if path.is_file())

@@ -12,35 +12,25 @@ from trl_instruct.configs import SFTConfig
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.data.records import check_records, form_of, load_demonstrations
 from trl_instruct.data.rendering import Rendered, render
-from trl_instruct.data.sources import (
-    AnyDataset,
-    Record,
-    Source,
-    first_record,
-    iterate,
-    map_records,
-)
+from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, iterate, map_records
 from trl_instruct.errors import InputError, located
 from trl_instruct.files import METRICS_FILE
 from trl_instruct.generation.sampling import eos_token_ids
-from trl_instruct.models.adapters import keep_float32, new_adapter_config, trained_weights
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource, context_length
 from trl_instruct.models.resuming import ResumableTrainer
-from trl_instruct.models.tokenizers import check_vocabulary
 from trl_instruct.recipes.chain import remember_reading
 from trl_instruct.recipes.dry_run import SHOWN, tell_lengths, tell_records
 from trl_instruct.recipes.memory import Work, memory_table
-from trl_instruct.recipes.options import data_of, held_out_of, option_errors, stage_options
+from trl_instruct.recipes.options import data_of, held_out_of, stage_options
 from trl_instruct.recipes.pretrain import tiny_base
-from trl_instruct.recipes.publishing import without_secrets
 from trl_instruct.recipes.stage import (
     StageResult,
     StageRun,
     check_chat_template,
+    fit_together,
     run_stage,
     starting_point,
-    within_context,
 )
 from trl_instruct.rewards.load import TINY
 
@@ -87,7 +77,11 @@ def sft(
     config, model_config = stage_options(
         SFTConfig, config, model_config, output_dir, dataset, options
     )
-    _check_metric(config)
+    if config.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise InputError(
+            f"metric_for_best_model is {config.metric_for_best_model!r}; sft measures the loss "
+            "while it trains. Give 'loss', or leave it out."
+        )
     remember_reading(config, model)
     reading = Reading.of(config)
     others, test = reading.of_another(), held_out_of(dataset, eval_dataset, config)
@@ -100,7 +94,10 @@ def sft(
     if isinstance(model, str) and model == TINY:
         model = _tiny_base(StageRun("sft", config, model_config))
     with run_stage("sft", config, model_config) as run:
-        policy, tokenizer = _load(run, model, processing_class)
+        base, tokenizer = starting_point(run, model, processing_class)
+        trust = config.trust_remote_code
+        policy = load_policy(base, model_config, trust_remote_code=trust)
+        fit_together(config, policy, tokenizer)
         form = form_of(first_record(demonstrations, Source.of(demonstrations)))
         given = tokenizer, config
         demonstrations, truncated = render_demonstrations(demonstrations, *given, reading)
@@ -111,35 +108,24 @@ def sft(
             _tell(run, demonstrations, tokenizer)
         if truncated:
             run.say(f"{truncated} of {len(demonstrations)} demonstrations are cut at max_length")
-        trained = trained_weights(policy)
-        with option_errors():
-            trainer = SFTTrainer(
-                model=policy,
-                args=without_secrets(config),
-                train_dataset=demonstrations,
-                eval_dataset=held_out,
-                processing_class=tokenizer,
-                peft_config=new_adapter_config(policy, model_config),
-                callbacks=callbacks,
-            )
-        keep_float32(trainer.model, trained)
+        trainer = run.new_trainer(
+            SFTTrainer,
+            policy,
+            train_dataset=demonstrations,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
         length = config.max_length or context_length(policy) or 0
         batch = Work(config.per_device_train_batch_size, length, predicted=length)
         run.say(memory_table({"policy": trainer.model}, [batch], config))
         output = run.train(trainer, {"loss": "loss"})
         metrics = {"train_loss": output.training_loss, "truncated": truncated, "format": form}
         if held_out is not None:
-            metrics |= _measure(trainer)
+            logs = trainer.state.log_history  # from the start, even of a resumed run
+            before = next(log["eval_loss"] for log in logs if "eval_loss" in log)
+            metrics |= {"base_loss": before, "eval_loss": trainer.evaluate()["eval_loss"]}
         return run.finish(trainer, metrics)
-
-
-def _check_metric(config: SFTConfig) -> None:
-    """InputError for a metric that sft does not measure."""
-    if config.metric_for_best_model not in (None, "loss", "eval_loss"):
-        raise InputError(
-            f"metric_for_best_model is {config.metric_for_best_model!r}; sft measures the loss "
-            "while it trains. Give 'loss', or leave it out."
-        )
 
 
 def _tiny_base(run: StageRun) -> StageResult:
@@ -163,18 +149,6 @@ def _tell(run: StageRun, rendered: AnyDataset, tokenizer: PreTrainedTokenizerBas
         shown.append(Rendered(ids[:start], ids[start:], None))
     tell_records(run, shown, tokenizer)
     tell_lengths(run, "demonstrations", [*map(len, rendered["input_ids"])], run.config.max_length)
-
-
-def _load(
-    run: StageRun, model: ModelSource | None, processing_class: PreTrainedTokenizerBase | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The policy to train and its tokenizer; limits max_length to the context."""
-    base, tokenizer = starting_point(run, model, processing_class)
-    trust = run.config.trust_remote_code
-    policy = load_policy(base, run.model_config, trust_remote_code=trust)
-    run.config.max_length = within_context(run.config.max_length, policy)
-    check_vocabulary(tokenizer, policy)
-    return policy, tokenizer
 
 
 def _check_ending(
@@ -202,13 +176,6 @@ def _check_ending(
         f"The chat template ends a reply with {token!r}, but the model's EOS token is "
         f"{tokenizer.eos_token!r}: the policy would never stop. Set eos_token to {token!r}."
     )
-
-
-def _measure(trainer: SFTTrainer) -> dict[str, float]:
-    """Loss on the held-out demonstrations, before training and after."""
-    logs = trainer.state.log_history  # from the start, even of a resumed run
-    before = next(log["eval_loss"] for log in logs if "eval_loss" in log)
-    return {"base_loss": before, "eval_loss": trainer.evaluate()["eval_loss"]}
 
 
 def render_demonstrations(

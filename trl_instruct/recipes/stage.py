@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sized
@@ -13,7 +14,6 @@ from typing import Any
 from accelerate import DistributedType, PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
-from huggingface_hub import ModelCard, ModelCardData
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,32 +27,37 @@ from transformers.trainer_utils import TrainOutput
 from trl import ModelConfig
 
 from trl_instruct.configs import RewardConfig, SFTConfig, StageConfig
-from trl_instruct.console import in_markdown, say
+from trl_instruct.console import say
 from trl_instruct.data.sources import AnyDataset, Source, first_record
-from trl_instruct.errors import InputError, redact, summary
+from trl_instruct.errors import InputError, summary
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, write_json
 from trl_instruct.manifest import MANIFEST_FILE
 from trl_instruct.models.adapters import (
+    POLICY,
     Adapter,
     check_trains_in_float32,
     fingerprint,
     is_adapter,
+    keep_float32,
+    new_adapter_config,
+    trained_weights,
 )
-from trl_instruct.models.checkpoints import (
-    AUTO,
-    check_resumable,
-    find_checkpoint,
-)
+from trl_instruct.models.checkpoints import AUTO, check_resumable, find_checkpoint
 from trl_instruct.models.load import check_finished, needs_base
 from trl_instruct.models.merging import merge_in_place
 from trl_instruct.models.properties import ModelSource, context_length, model_name
 from trl_instruct.models.resuming import check_weights
 from trl_instruct.models.sharding import check_saving
-from trl_instruct.models.tokenizers import check_tokenizer, install_chat_template, load_tokenizer
+from trl_instruct.models.tokenizers import (
+    check_tokenizer,
+    check_vocabulary,
+    install_chat_template,
+    load_tokenizer,
+)
 from trl_instruct.recipes.dry_run import DryRunEnd, plan_of
-from trl_instruct.recipes.options import save_config
+from trl_instruct.recipes.options import option_errors, save_config
 from trl_instruct.recipes.progress import Interruption, ProgressBar
-from trl_instruct.recipes.publishing import create_repository, publish
+from trl_instruct.recipes.publishing import create_repository, model_card, publish, without_secrets
 from trl_instruct.recipes.run_files import BASE, RunFiles
 
 
@@ -107,8 +112,8 @@ class StageRun:
         if config.output_dir in (None, "", "trainer_output"):  # TrainingArguments' default
             raise InputError(f"{name} needs output_dir, the folder to save its result in.")
         self.name = name
-        self.config = config
-        self.model_config = model_config
+        self.config, self.model_config = config, model_config
+        self.dry = config.faults is not None  # ends before its first step, leaves the folder alone
         self.folder = Path(config.output_dir)
         self.files = RunFiles(self.folder)
         self.new = self.files.new  # where to write what `write_metrics` puts in place
@@ -117,11 +122,6 @@ class StageRun:
         self.repository: str | None = None
         self.is_main = PartialState().is_main_process
         self.started = time.perf_counter()
-
-    @property
-    def dry(self) -> bool:
-        """Whether the run ends before its first step and leaves the folder alone."""
-        return self.config.faults is not None
 
     def check_folder(self) -> None:
         """InputError unless the folder is new, empty, or may be replaced or resumed."""
@@ -210,22 +210,29 @@ class StageRun:
         PartialState().wait_for_everyone()
         return self.folder / BASE
 
-    def _check_batches(self, trainer: Trainer) -> None:
-        """InputError if dataloader_drop_last drops all that there is."""
-        rows, config = trainer.train_dataset, self.config
-        batch = config.train_batch_size * config.world_size
-        if config.dataloader_drop_last and isinstance(rows, Sized) and len(rows) < batch:
-            raise InputError(
-                f"dataloader_drop_last drops all of the {len(rows)} training rows: a batch has "
-                f"{batch}. Give more rows, a smaller per_device_train_batch_size, or leave it out."
-            )
+    def new_trainer(
+        self, kind: Any, model: PreTrainedModel, *, task: Any = POLICY, **given: Any
+    ) -> Any:
+        """A trainer of the class `kind`, over a new adapter if the options ask for one.
+
+        The weights that train are in float32, as they were loaded.
+        """
+        adapter, trained = (
+            new_adapter_config(model, self.model_config, task),
+            trained_weights(model),
+        )
+        args = without_secrets(self.config)
+        with option_errors():
+            trainer = kind(model=model, args=args, peft_config=adapter, **given)
+        keep_float32(trainer.model, trained)
+        return trainer
 
     def release(self) -> None:
         """Remove what a failed stage left in a new folder, unless there is something to keep."""
         if not self.files.locked:
             return
         if not self.begun:
-            self.files.remove_new()
+            shutil.rmtree(self.new, ignore_errors=True)
         kept = {*self.files.content()} - {CONFIG_FILE, BASE, MANIFEST_FILE}
         if not (self.files.held or kept or self.files.incoming()):
             self.files.remove()
@@ -246,7 +253,12 @@ class StageRun:
         check_saving(trainer.accelerator)
         if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
             check_trains_in_float32(trainer.model)  # DeepSpeed keeps float32 weights itself
-        self._check_batches(trainer)
+        rows, batch = trainer.train_dataset, self.config.train_batch_size * self.config.world_size
+        if self.config.dataloader_drop_last and isinstance(rows, Sized) and len(rows) < batch:
+            raise InputError(
+                f"dataloader_drop_last drops all of the {len(rows)} training rows: a batch has "
+                f"{batch}. Give more rows, a smaller per_device_train_batch_size, or leave it out."
+            )
         if plan := plan_of(trainer):
             self.say(plan)
         if self.dry:
@@ -326,26 +338,9 @@ class StageRun:
         return metrics
 
     def write_model_card(self, metrics: dict[str, Any]) -> None:
-        """Write the folder's README.md: what was trained, on which data, with which metrics."""
-        source = in_markdown(str(redact(self.config.dataset_name)))
-        tags = ["trl-instruct", "trl", self.name]
-        data = ModelCardData(library_name="transformers", tags=tags)
-        rows = [
-            f"| {in_markdown(k)} | {v:.6g} |"
-            for k, v in metrics.items()
-            if isinstance(v, (int, float))
-        ]
-        text = [
-            f"---\n{data.to_yaml()}\n---",
-            f"# {in_markdown(self.folder.name)}",
-            f"Made by the `{self.name}` stage of trl-instruct, from the data {source}. All options "
-            f"are in `{CONFIG_FILE}`.",
-            "| metric | value |\n|---|---|\n" + "\n".join(rows),
-            "Method: Ouyang et al. 2022, [Training language models to follow instructions with "
-            "human feedback](https://arxiv.org/abs/2203.02155).",
-        ]
-        card = redact("\n\n".join(text))
-        ModelCard(card, ignore_metadata_errors=True).save(self.new / "README.md")
+        """Write the folder's README.md."""
+        card = model_card(self.folder, self.name, self.config, metrics)
+        card.save(self.new / "README.md")
 
 
 def starting_point(
@@ -379,12 +374,14 @@ def starting_point(
     return model, tokenizer
 
 
-def within_context(max_length: int | None, model: PreTrainedModel) -> int | None:
-    """`max_length`, or the model's context if that is shorter."""
+def fit_together(
+    config: SFTConfig | RewardConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Limit max_length to the model's context; InputError if the tokenizer is another model's."""
     context = context_length(model)
-    if context is None or max_length is None:
-        return max_length
-    return min(max_length, context)
+    if context is not None and config.max_length is not None:
+        config.max_length = min(config.max_length, context)
+    check_vocabulary(tokenizer, model)
 
 
 def check_chat_template(
