@@ -42,10 +42,10 @@ def redact(content: Any) -> Any:
         return [redact(value) for value in content]
     if not isinstance(content, Mapping):
         return content
-    hidden = {
-        k for k, v in content.items() if v and isinstance(v, str) and _IS_SECRET.fullmatch(str(k))
+    return {
+        k: REDACTED if v and isinstance(v, str) and _IS_SECRET.fullmatch(str(k)) else redact(v)
+        for k, v in content.items()
     }
-    return {k: REDACTED if k in hidden else redact(v) for k, v in content.items()}
 
 
 def printable(text: str) -> str:

@@ -39,16 +39,12 @@ POLICY, CLASSIFIER = "CAUSAL_LM", "SEQ_CLS"
 EVERY_LINEAR = "all-linear"
 LINEAR = (nn.Linear, Conv1D)  # Conv1D is GPT-2's
 
-# Options of TRL's ModelConfig that an existing adapter fixes, with their names in its config.
-DECIDED = {
-    "lora_r": "r",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "lora_target_modules": "target_modules",
-    "lora_target_parameters": "target_parameters",
-    "use_rslora": "use_rslora",
-    "use_dora": "use_dora",
-}
+# Options of TRL's ModelConfig that an existing adapter fixes; in its config without "lora_", but
+# for lora_alpha and lora_dropout.
+DECIDED = (
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
+    *("use_rslora", "use_dora"),
+)
 
 
 def is_adapter(source: Any) -> bool:
@@ -110,7 +106,8 @@ class Adapter:
     def check_options(self, model_config: ModelConfig) -> None:
         """InputError for LoRA options that were set and differ from the adapter's."""
         defaults = ModelConfig()
-        for option, name in DECIDED.items():
+        for option in DECIDED:
+            name = option if hasattr(self.config, option) else option.removeprefix("lora_")
             asked, has = getattr(model_config, option), getattr(self.config, name, None)
             if asked in (getattr(defaults, option), EVERY_LINEAR) or _same(asked, has):
                 continue

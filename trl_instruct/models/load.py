@@ -36,6 +36,8 @@ from trl_instruct.scalar_head import (
     score_head,
 )
 
+HEAD = "score.weight"
+
 quiet_libraries()
 
 
@@ -64,7 +66,7 @@ def load_policy(
     adapter.check_task(POLICY)
     if not keeps_adapter(model_config):
         return merged(adapter, model_config, trust_remote_code=trust_remote_code)
-    return adapter.on(base_of(adapter, model_config, trust_remote_code=trust_remote_code))
+    return adapter.on(base_of(adapter, model_config, AutoModelForCausalLM, trust_remote_code))
 
 
 def keeps_adapter(model_config: ModelConfig) -> bool:
@@ -73,11 +75,7 @@ def keeps_adapter(model_config: ModelConfig) -> bool:
 
 
 def base_of(
-    adapter: Adapter,
-    model_config: ModelConfig,
-    kind: Any = AutoModelForCausalLM,
-    *,
-    trust_remote_code: bool = False,
+    adapter: Adapter, model_config: ModelConfig, kind: Any, trust_remote_code: bool
 ) -> PreTrainedModel:
     """The base model that an adapter names, as a causal language model or classifier.
 
@@ -87,10 +85,7 @@ def base_of(
     adapter.check_base()
     if model_config.use_peft:
         adapter.check_options(model_config)
-    if kind is AutoModelForCausalLM:
-        return _load(adapter.base, kind, model_config, trust_remote_code)
-    head = ("score.weight",)
-    return _load(adapter.base, kind, model_config, trust_remote_code, may_lack=head, num_labels=1)
+    return _load(adapter.base, kind, model_config, trust_remote_code, may_lack=HEAD)
 
 
 def load_reward_model(
@@ -121,8 +116,8 @@ def load_reward_model(
     elif is_adapter(source):
         model = _adapter_classifier(source, model_config, fresh_head, trust_remote_code)
     else:
-        kind, head = AutoModelForSequenceClassification, ("score.weight",) if fresh_head else ()
-        model = _load(source, kind, model_config, trust_remote_code, may_lack=head, num_labels=1)
+        kind, head = AutoModelForSequenceClassification, HEAD if fresh_head else None
+        model = _load(source, kind, model_config, trust_remote_code, may_lack=head)
     if fresh_head:
         hidden = score_head(model).in_features
         nn.init.normal_(score_head(model).weight, std=1.0 / math.sqrt(hidden + 1))
@@ -138,16 +133,15 @@ def _adapter_classifier(
     adapter = Adapter.read(source)
     if not fresh_head:
         adapter.check_task(CLASSIFIER)
-    if keeps_adapter(model_config):
-        kind = AutoModelForSequenceClassification
-        base = base_of(adapter, model_config, kind, trust_remote_code=trust_remote_code)
-        if fresh_head:
-            return adapter.on_classifier(base)
-        model = adapter.on(base)
+    if not keeps_adapter(model_config):
+        model = merged(adapter, model_config, trust_remote_code=trust_remote_code)
+        return model if hasattr(model, "score") else _classifier_from_policy(model)
+    kind = AutoModelForSequenceClassification
+    base = base_of(adapter, model_config, kind, trust_remote_code)
+    model = adapter.on_classifier(base) if fresh_head else adapter.on(base)
+    if not fresh_head:
         read_beside_adapter(model, Path(source))
-        return model
-    model = merged(adapter, model_config, trust_remote_code=trust_remote_code)
-    return model if hasattr(model, "score") else _classifier_from_policy(model)
+    return model
 
 
 def _classifier_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
@@ -180,34 +174,30 @@ def _load(
     kind: Any,
     model_config: ModelConfig,
     trust_remote_code: bool,
-    may_lack: tuple[str, ...] = (),
-    **kwargs: Any,
+    may_lack: str | None = None,
 ) -> PreTrainedModel:
     path = os.fspath(source)
     check_finished(Path(path))
+    arguments: dict[str, Any] = {"dtype": _dtype(model_config)}
     if (quantization := get_quantization_config(model_config)) is not None:
         # Set only if requested: None would mean "not quantised" and override the folder's own.
-        kwargs["quantization_config"] = quantization
-    dtype = _dtype(model_config)
+        arguments["quantization_config"] = quantization
     hub = {"revision": model_config.model_revision, "trust_remote_code": trust_remote_code}
     with quiet_loading():
         try:
             if kind is AutoModelForSequenceClassification:
                 register_scalar_head(type(AutoConfig.from_pretrained(path, **hub)))
+                arguments["num_labels"] = 1
+            attention = model_config.attn_implementation
             model, info = kind.from_pretrained(
-                path,
-                dtype=dtype,
-                attn_implementation=model_config.attn_implementation,
-                output_loading_info=True,
-                **hub,
-                **kwargs,
+                path, attn_implementation=attention, output_loading_info=True, **hub, **arguments
             )
         except Exception as error:  # whatever a config.json or weights make the libraries raise
             raise InputError(
                 f"No model could be loaded from {path!r}: {load_fault(path, error)} Give a Hub id, "
                 "a folder saved with save_pretrained, or the result of an earlier stage."
             ) from error
-    missing = sorted(set(info["missing_keys"]) - set(may_lack))
+    missing = sorted(set(info["missing_keys"]) - {may_lack})
     if missing:
         raise InputError(
             f"{path!r} lacks weights that a {type(model).__name__} needs: {', '.join(missing[:3])}"
@@ -215,7 +205,7 @@ def _load(
             "where a policy is needed, or the reverse)?"
         )
     # With tied embeddings, a reward model's weights lack nothing that a language model needs.
-    if kind is AutoModelForCausalLM and "score.weight" in info["unexpected_keys"]:
+    if kind is AutoModelForCausalLM and HEAD in info["unexpected_keys"]:
         raise InputError(
             f"{path!r} holds a reward model; a language model is needed. Give the policy's folder."
         )
@@ -246,11 +236,10 @@ def merged(
 
     Merging is always in full precision: 8- or 4-bit weights would round the adapter with them.
     """
-    plain = {"load_in_8bit": False, "load_in_4bit": False, "use_peft": False}
     judges = adapter.config.task_type == CLASSIFIER
     kind = AutoModelForSequenceClassification if judges else AutoModelForCausalLM
-    config = dataclasses.replace(model_config, **plain)
-    base = base_of(adapter, config, kind, trust_remote_code=trust_remote_code)
+    plain = {"load_in_8bit": False, "load_in_4bit": False, "use_peft": False}
+    base = base_of(adapter, dataclasses.replace(model_config, **plain), kind, trust_remote_code)
     model = adapter.on(base, trainable=False).merge_and_unload()
     model.requires_grad_(True)  # peft froze the base
     read_beside_adapter(model, Path(adapter.folder))

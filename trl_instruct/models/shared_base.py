@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from trl import ModelConfig
 
 from trl_instruct.errors import InputError
@@ -40,16 +40,16 @@ class SharedBase:
     def __init__(
         self, source: ModelSource, model_config: ModelConfig, *, trust_remote_code: bool = False
     ):
-        trust = {"trust_remote_code": trust_remote_code}
         self.model_config = model_config
         self.adapter = Adapter.read(source) if is_adapter(source) else None  # type: ignore[arg-type]
         if self.adapter is None:
             self.name = model_name(source)
-            self.model = load_policy(source, model_config, **trust)
+            self.model = load_policy(source, model_config, trust_remote_code=trust_remote_code)
         else:
             check_finished(Path(self.adapter.folder))
             self.name = self.adapter.base
-            self.model = base_of(self.adapter, model_config, **trust)
+            kind = AutoModelForCausalLM
+            self.model = base_of(self.adapter, model_config, kind, trust_remote_code)
         self.model.requires_grad_(False)
 
     def policy(self) -> PeftModel:
@@ -91,10 +91,11 @@ def view_of(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of a model, with or without adapters, that shares its frozen weights only."""
     shared: dict[int, nn.Module | Tensor] = {}
     for part in model.modules():
-        frozen = [p for p in part.parameters(recurse=False) if not p.requires_grad]
+        own = list(part.parameters(recurse=False))
+        frozen = [parameter for parameter in own if not parameter.requires_grad]
         shared |= {id(parameter): parameter for parameter in frozen}
         # Share the whole module: quantised ones keep more about their weights than the parameter.
-        if frozen and not list(part.children()) and not _trains(part):
+        if own and len(frozen) == len(own) and not list(part.children()):
             shared[id(part)] = part
     return copy.deepcopy(model, shared)
 
@@ -134,7 +135,3 @@ def classifier_around(model: PreTrainedModel) -> PreTrainedModel:
         if hasattr(model, name):
             setattr(classifier, name, getattr(model, name))
     return classifier.train(model.training)
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())

@@ -42,7 +42,7 @@ from trl_instruct.recipes.stage import (
     run_stage,
     starting_point,
 )
-from trl_instruct.reward_trainer.evaluation import evaluate_reward, pair_accuracy
+from trl_instruct.reward_trainer.evaluation import evaluate_reward
 from trl_instruct.reward_trainer.tables import FIGURE, plot, render
 from trl_instruct.reward_trainer.trainer import RankingRewardTrainer
 from trl_instruct.rewards.reward_model import RewardModel
@@ -223,4 +223,6 @@ def _train_accuracy(run: StageRun, reward: RewardModel, data: Preferences) -> fl
     assert data.held_out is not None
     shown = data.train.shuffle(seed=run.config.seed)
     shown = as_rankings(shown.select(range(min(len(shown), len(data.held_out)))))
-    return pair_accuracy(reward, shown, reward.tokenizer).mean if count_pairs(shown) else math.nan
+    if not count_pairs(shown):
+        return math.nan
+    return evaluate_reward(reward, shown, reward.tokenizer).metrics["accuracy"]

@@ -58,13 +58,6 @@ class Numbered(NamedTuple):
     responses: list[Any]
     arguments: list[dict[str, Any]]
 
-    def scores(self, reward: RewardFunction, ids: list[list[int]]) -> list[float]:
-        """The reward's scores of all responses; `ids` are their tokens."""
-        columns: dict[str, list[Any]] = {"completion_ids": ids}
-        for name in {name for given in self.arguments for name in given}:
-            columns[name] = [given.get(name) for given in self.arguments]
-        return call_reward(reward, self.prompts, self.responses, columns)
-
 
 class Comparisons(NamedTuple):
     """The N pairs of the rankings that have a winner; every field is `(N,)`.
@@ -135,7 +128,11 @@ def evaluate_reward(
     """
     held_out = numbered(rankings)
     ids = response_ids(held_out.responses, tokenizer)
-    scores, lengths = held_out.scores(reward, ids), list(map(len, ids))
+    columns: dict[str, list[Any]] = {"completion_ids": ids}
+    for name in {name for given in held_out.arguments for name in given}:
+        columns[name] = [given.get(name) for given in held_out.arguments]
+    scores = call_reward(reward, held_out.prompts, held_out.responses, columns)
+    lengths = list(map(len, ids))
     pairs = comparisons(held_out.rankings, scores, lengths)
     metrics: dict[str, Any] = {
         **_named("accuracy", pairs.accuracy(pairs.margins)),
@@ -154,20 +151,6 @@ def evaluate_reward(
     known = {"ceiling": pairs.ceiling(), "agreement": agreement(held_out.rankings)}
     metrics |= {name: value for name, value in known.items() if value is not None}
     return RewardEvaluation(metrics, scores, lengths)
-
-
-def pair_accuracy(
-    reward: RewardFunction, rankings: Dataset, tokenizer: PreTrainedTokenizerBase
-) -> Interval:
-    """Only the accuracy of `evaluate_reward`, for rankings that the reward was trained on.
-
-    Raises:
-        InputError: no ranking has a strict pair.
-    """
-    shown = numbered(rankings)
-    scores = shown.scores(reward, response_ids(shown.responses, tokenizer))
-    pairs = comparisons(shown.rankings, scores, [0] * len(scores))
-    return pairs.accuracy(pairs.margins)
 
 
 def comparisons(

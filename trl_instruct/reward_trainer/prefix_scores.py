@@ -49,14 +49,9 @@ def shared_scores(
     return scores[shared.rows, where], outputs
 
 
-def attention_of(model: Any) -> str | None:
-    """The attention that the model runs with, by transformers' name."""
-    return model.config.get_text_config()._attn_implementation
-
-
 def skips_hidden(model: Any) -> bool:
     """Whether the model's attention skips what a mask hides instead of computing it first."""
-    return attention_of(model) == "flex_attention"
+    return model.config.get_text_config()._attn_implementation == "flex_attention"
 
 
 def _forward_shared(model: Any, bare: Any, shared: SharedRows, dtype: torch.dtype) -> Any:
@@ -85,7 +80,7 @@ def sharing_fault(
     if not isinstance(getattr(bare, "score", None), nn.Module):
         return "it has no head `score` on every token"
     config, longest = bare.config.get_text_config(), int(lengths.max())
-    if (attention := attention_of(bare)) not in MASKED:
+    if (attention := config._attn_implementation) not in MASKED:
         # Not tried: flash kernels would read such a mask as positions, beyond the end of the keys.
         return f"{attention} does not support the mask of a shared prompt, as sdpa does"
     for window in (getattr(config, name, None) for name in WINDOWS):

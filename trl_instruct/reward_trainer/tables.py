@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trl_instruct.console import table
 from trl_instruct.intervals import show_interval, show_metric
 from trl_instruct.reward_trainer.evaluation import RewardEvaluation
 
@@ -41,11 +42,9 @@ def render(metrics: dict[str, Any], figure: Path) -> str:
             ("score and length", correlation, "Spearman, within a prompt"),
         ]
     if "shift" in metrics:
-        rows.append(
-            ("shift", f"{metrics['shift']:+.3f}", f"demonstrations: sd {metrics['std']:.3f}")
-        )
-    widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
-    lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows]
+        told = f"demonstrations: sd {metrics['std']:.3f}"
+        rows.append(("shift", f"{metrics['shift']:+.3f}", told))
+    lines = table(rows)
     if "accuracy" in metrics:
         held_out = f"{metrics['eval_prompts']:,} held-out prompts, {_pairs(metrics)}"
         lines.insert(0, f"{held_out}; figure: {figure}\n")

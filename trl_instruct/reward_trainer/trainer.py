@@ -186,11 +186,7 @@ class RankingRewardTrainer(ResumableTrainer, RewardTrainer):
         )
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         ranked = self._rankings_loss if "ranks" in inputs else self._trl_loss
         loss, outputs = ranked(model, inputs)
