@@ -118,14 +118,9 @@ class Adapter:
             )
 
     def on(self, model: PreTrainedModel, *, trainable: bool = True) -> PeftModel:
-        """A base model with the adapter, which is in float32 whatever the base's dtype.
+        """Its base model, which never trains, with the adapter in float32 whatever the dtype.
 
-        Args:
-            model: the adapter's base, of the adapter's kind.
-            trainable: whether the adapter trains; the base never does.
-
-        Raises:
-            InputError: the adapter does not fit this model.
+        InputError if the adapter does not fit this model.
         """
         with self._fitting(model):
             adapted = PeftModel.from_pretrained(model, self.folder, is_trainable=trainable)
@@ -134,11 +129,7 @@ class Adapter:
         return float32_head(adapted)
 
     def on_classifier(self, model: PreTrainedModel) -> PeftModel:
-        """`model`, a scalar classifier over the adapter's base, with its LoRA weights, to train.
-
-        Raises:
-            InputError: the adapter does not fit this model.
-        """
+        """A scalar classifier over its base, with its LoRA weights; InputError as in `on`."""
         config, heads = copy.deepcopy(self.config), {"lm_head", "score"}
         config.task_type, config.inference_mode = CLASSIFIER, False
         kept = [name for name in config.modules_to_save or () if name not in heads]
@@ -216,10 +207,9 @@ def peft_config_of(model_config: ModelConfig, task_type: str = POLICY) -> PeftCo
 def new_adapter_config(
     model: PreTrainedModel, model_config: ModelConfig, task_type: str = POLICY
 ) -> PeftConfig | None:
-    """The config of the new adapter for this model, or None if it needs none.
+    """The config of a model's new adapter, None if it needs none.
 
-    Raises:
-        InputError: the model has none of `lora_target_modules`.
+    InputError if the model has none of `lora_target_modules`.
     """
     config = peft_config_of(model_config, task_type)
     if config is None or isinstance(model, PeftModel):

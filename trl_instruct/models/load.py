@@ -77,10 +77,9 @@ def keeps_adapter(model_config: ModelConfig) -> bool:
 def base_of(
     adapter: Adapter, model_config: ModelConfig, kind: Any, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """The base model that an adapter names, as a causal language model or classifier.
+    """The base model that an adapter names, of the kind of AutoModel that is given.
 
-    Raises:
-        InputError: the base has changed, or LoRA options differ from the adapter's.
+    InputError if the base has changed, or LoRA options differ from the adapter's.
     """
     adapter.check_base()
     if model_config.use_peft:

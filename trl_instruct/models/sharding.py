@@ -173,8 +173,7 @@ def gathered_states(
 ) -> list[dict[str, Tensor] | None]:
     """The weights of a prepared model's parts, for the process that saves them; all call it.
 
-    Returns:
-        For each part its weights, or None if its own `state_dict` holds them all.
+    None for a part whose own `state_dict` holds them all.
     """
     if accelerator.distributed_type not in SHARDED:
         return [None] * len(names)

@@ -156,11 +156,7 @@ def evaluate_reward(
 def comparisons(
     labeled: Sequence[Labeled], scores: Sequence[float], lengths: Sequence[int]
 ) -> Comparisons:
-    """All strict pairs of the rankings, with the scores and lengths of R responses.
-
-    Raises:
-        InputError: no ranking has one.
-    """
+    """All strict pairs, with the scores and lengths of R responses; InputError if there is none."""
     rows, place = [], 0
     for one in labeled:
         ranking = Ranking(None, one.responses, one.ranks, None, 0)

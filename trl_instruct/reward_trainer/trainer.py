@@ -153,8 +153,7 @@ class RankingRewardTrainer(ResumableTrainer, RewardTrainer):
         """Choose the longest ranking so far for the check of the model."""
         for record in records:
             if record["longest"] > max(map(len, self._probe), default=0):
-                self._probe = record["response_ids"]
-                self._checked = False
+                self._probe, self._checked = record["response_ids"], False
 
     def _scale_weights(self, dataset: Any) -> Any:
         """Scale weights to average over prompts or pairs; no column if all are equal."""
@@ -232,7 +231,7 @@ class RankingRewardTrainer(ResumableTrainer, RewardTrainer):
     def _response_scores(self, model: Any, bare: Any, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         """Scores `(R,)` of all responses of the batch, and the model's output."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        if self.forward == "shared_prefix":
+        if self.forward == "shared_prefix" and not self._checked:
             self._check_sharing(model, bare)
         if self.forward == "shared_prefix":
             shared = share_prefix(ids, mask.sum(dim=1), (inputs["ranks"] > 0).sum(dim=1))
@@ -244,9 +243,7 @@ class RankingRewardTrainer(ResumableTrainer, RewardTrainer):
         return separate_scores(model, bare, ids, mask)
 
     def _check_sharing(self, model: Any, bare: Any) -> None:
-        """Check once, with the longest ranking; "grouped" if the model cannot share a prefix."""
-        if self._checked:
-            return
+        """Check with the longest ranking; "grouped" if the model cannot share a prefix."""
         self._checked = True
         device = self.accelerator.device
         ids = pad_rows(self._probe, self.processing_class.pad_token_id).to(device)
@@ -258,10 +255,9 @@ class RankingRewardTrainer(ResumableTrainer, RewardTrainer):
             self.forward = "grouped"
             if self.accelerator.is_main_process:
                 logger.warning(
-                    "forward='shared_prefix' is not possible with this %s: %s. Each response gets "
-                    "its own copy of the prompt (forward='grouped').",
-                    type(bare).__name__,
-                    fault or "another process found a difference",
+                    "forward='shared_prefix' is not possible with this "
+                    f"{type(bare).__name__}: {fault or 'another process found a difference'}. Each "
+                    "response gets its own copy of the prompt (forward='grouped')."
                 )
 
     def _dtype(self, bare: Any) -> torch.dtype:

@@ -110,10 +110,6 @@ def _weights(labels: Mapping[str, float], model: PreTrainedModel) -> Tensor:
     return weights
 
 
-def _probability(logits: Tensor, together: bool) -> Tensor:
-    return logits.softmax(dim=-1) if together else logits.sigmoid()
-
-
 def _log_odds(logits: Tensor, together: bool) -> Tensor:
     if not together:
         return logits
@@ -124,7 +120,9 @@ def _log_odds(logits: Tensor, together: bool) -> Tensor:
 
 
 MEASURES = {
-    "probability": _probability,
+    "probability": lambda logits, together: (
+        logits.softmax(dim=-1) if together else logits.sigmoid()
+    ),
     "logit": lambda logits, together: logits,
     "log_odds": _log_odds,
 }

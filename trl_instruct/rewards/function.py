@@ -57,16 +57,36 @@ def call_reward(
         RewardError: it raised, or returned a wrong number of scores, None, or a score that is not
             a finite number. Its state (`state_dict`) is then as before the call.
     """
-    scores = _checked(_Call(reward, prompts, completions, _wanted(reward, columns)))
-    return [score for score in scores if score is not None]  # None was a fault
+    scores = call_part(reward, prompts, completions, columns, none_is_fault=True)
+    return _as_floats(scores)
 
 
 def call_part(
-    reward: RewardFunction, prompts: Texts, completions: Texts, columns: Columns
+    reward: RewardFunction,
+    prompts: Texts,
+    completions: Texts,
+    columns: Columns,
+    *,
+    none_is_fault: bool = False,
 ) -> Scores:
     """Like `call_reward`, for a part of a reward: None where it does not apply."""
     call = _Call(reward, prompts, completions, _wanted(reward, columns))
-    return _checked(call, none_is_fault=False)
+    before = _Memory(reward)
+    try:
+        scores, faults = call.ask(none_is_fault=none_is_fault)
+        for row, fault in faults.items():
+            raise RewardError(fault, row)
+    except RewardError as error:
+        before.restore()
+        raised = error.row is None and error.__cause__ is not None
+        raised = raised and not isinstance(error, RewardUnreachableError)
+        for row, (_, why) in enumerate(call.one_by_one() if raised else ()):
+            if why is not None:
+                before.restore()
+                raise RewardError(why, row) from error.__cause__
+        before.restore()
+        raise
+    return scores
 
 
 def try_reward(
@@ -175,25 +195,6 @@ class _Memory:
             for name, count in counts.items():
                 if getattr(part, name) != count:  # a user's counter may be read-only
                     setattr(part, name, count)
-
-
-def _checked(call: _Call, *, none_is_fault: bool = True) -> Scores:
-    before = _Memory(call.reward)
-    try:
-        scores, faults = call.ask(none_is_fault=none_is_fault)
-        for row, fault in faults.items():
-            raise RewardError(fault, row)
-    except RewardError as error:
-        before.restore()
-        raised = error.row is None and error.__cause__ is not None
-        raised = raised and not isinstance(error, RewardUnreachableError)
-        for row, (_, why) in enumerate(call.one_by_one() if raised else ()):
-            if why is not None:
-                before.restore()
-                raise RewardError(why, row) from error.__cause__
-        before.restore()
-        raise
-    return scores
 
 
 def _together(

@@ -79,17 +79,13 @@ def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase)
         return True
     # A slow tokenizer, written in Python, has no rules to compare.
     fast = isinstance(one, PreTrainedTokenizerFast) and isinstance(other, PreTrainedTokenizerFast)
-    return fast and _shown(one) == _shown(other) and _rules(one) == _rules(other)
+    return fast and _rules(one) == _rules(other)
 
 
-def _shown(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
-    """The chat template, and the special tokens that it may write: all but padding."""
+def _rules(tokenizer: Any) -> tuple[Any, ...]:
+    """The chat template, the special tokens that it may write (all but padding), and the rest."""
     tokens = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if k != "pad_token"}
-    return tokenizer.chat_template, tokens
-
-
-def _rules(tokenizer: Any) -> str:
-    return _digest(tokenizer.backend_tokenizer, len(tokenizer))
+    return tokenizer.chat_template, tokens, _digest(tokenizer.backend_tokenizer, len(tokenizer))
 
 
 @lru_cache(maxsize=8)
