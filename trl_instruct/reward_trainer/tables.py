@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trl_instruct.console import table
 from trl_instruct.intervals import show_interval, show_metric
 from trl_instruct.reward_trainer.evaluation import RewardEvaluation
@@ -73,13 +75,11 @@ def plot_accuracy(axes: Any, metrics: Mapping[str, Any], key: str, label: str) -
     """Plot accuracy with its interval by K or distance, beside what it is compared with."""
     cells = metrics[key]
     places = range(len(cells))
-    means = [cell["accuracy"] for cell in cells.values()]
-    below = [cell["accuracy"] - cell["accuracy_low"] for cell in cells.values()]
-    above = [cell["accuracy_high"] - cell["accuracy"] for cell in cells.values()]
-    lengths = [cell["length_accuracy"] for cell in cells.values()]
-    axes.errorbar(
-        places, means, [below, above], fmt="o", capsize=4, color=MODEL, label="reward model"
-    )
+    names = ("accuracy", "accuracy_low", "accuracy_high", "length_accuracy")
+    columns = [[cell[name] for cell in cells.values()] for name in names]
+    means, low, high, lengths = np.array(columns)
+    bars = [means - low, high - means]
+    axes.errorbar(places, means, bars, fmt="o", capsize=4, color=MODEL, label="reward model")
     axes.plot(places, lengths, "x", color=LENGTH, label="longer answer wins")
     if "ceiling" in metrics:
         ceilings = [cell.get("ceiling", math.nan) for cell in cells.values()]
@@ -99,12 +99,11 @@ def plot_accuracy(axes: Any, metrics: Mapping[str, Any], key: str, label: str) -
 def plot_calibration(axes: Any, metrics: Mapping[str, Any]) -> None:
     """Plot how often the higher score wins, against how often the model expects it."""
     bins = metrics["calibration"]
-    expected = [one["expected"] for one in bins]
-    observed = [one["observed"] for one in bins]
-    below = [one["observed"] - one["low"] for one in bins]
-    above = [one["high"] - one["observed"] for one in bins]
+    names = ("expected", "observed", "low", "high")
+    expected, observed, low, high = np.array([[one[name] for one in bins] for name in names])
     axes.plot([0.5, 1], [0.5, 1], ls=":", color=CHANCE, label="perfect")
-    axes.errorbar(expected, observed, [below, above], fmt="o-", capsize=4, color=MODEL)
+    bars = [observed - low, high - observed]
+    axes.errorbar(expected, observed, bars, fmt="o-", capsize=4, color=MODEL)
     axes.set(
         title=f"calibration error {metrics['calibration_error']:.3f} ({_floor(metrics)})",
         xlabel="expected: sigmoid(difference of scores)",

@@ -22,6 +22,7 @@ RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float
 Texts = Sequence[Any]  # texts, or lists of messages
 Columns = Mapping[str, Sequence[Any]]
 
+NONE_APPLIES = "at least one reward must apply"
 LOOP_THREAD = "async rewards"
 LARGEST = 3.4028234663852886e38  # float32
 # Counters of texts cut to a model's context and of a judge's answers without a score.
@@ -58,7 +59,7 @@ def call_reward(
             a finite number. Its state (`state_dict`) is then as before the call.
     """
     scores = call_part(reward, prompts, completions, columns, none_is_fault=True)
-    return _as_floats(scores)
+    return [score for score in scores if score is not None]  # None was a fault
 
 
 def call_part(
@@ -103,8 +104,7 @@ def try_reward(
     call = _Call(reward, prompts, completions, _wanted(reward, columns))
     count, before = len(completions), _Memory(reward)
     try:
-        scores, faults = call.ask()
-        return _as_floats(scores), faults
+        return call.ask()
     except RewardUnreachableError as away:
         before.restore()
         return [math.nan] * count, dict.fromkeys(range(count), away.fault)
@@ -136,8 +136,8 @@ class _Call(NamedTuple):
         picked = {k: those(v) if is_column(v, count) else v for k, v in self.columns.items()}
         return _Call(self.reward, those(self.prompts), those(self.completions), picked)
 
-    def ask(self, *, none_is_fault: bool = True) -> tuple[Scores, dict[int, str]]:
-        """Scores, and faults by index; RewardError if it raises or returns a wrong count."""
+    def ask(self, *, none_is_fault: bool = True) -> tuple[list[Any], dict[int, str]]:
+        """Scores, NaN for a fault, and faults by index; RewardError if it fails as a whole."""
         name, count = reward_name(self.reward), len(self.completions)
         try:
             scores: Any = self.reward(
@@ -155,16 +155,13 @@ class _Call(NamedTuple):
                 f"Reward {name!r} returned {returned} for {count} completions; it must return a "
                 "list with one float per completion."
             )
-        scores, faults = list(scores), {}
-        read = [None if score is None else _float(score) for score in scores]
-        for row, value in enumerate(read):
-            if value is None and none_is_fault:
-                needed = "at least one reward must apply"
-            elif value is not None and math.isnan(value):
-                needed = "it must be a finite number"
-            else:
-                continue
-            faults[row] = f"Reward {name!r} gave the score {shown(scores[row])}; {needed}."
+        read, faults = [], {}
+        for row, score in enumerate(scores):
+            value = None if score is None and not none_is_fault else _float(score)
+            if value is not None and math.isnan(value):
+                must = "it must be a finite number" if score is not None else NONE_APPLIES
+                faults[row] = f"Reward {name!r} gave the score {shown(score)}; {must}."
+            read.append(value)
         return read, faults
 
     def one_by_one(self) -> Iterator[tuple[float, str | None]]:
@@ -174,8 +171,8 @@ class _Call(NamedTuple):
             score, fault = math.nan, unreachable
             try:
                 if unreachable is None:
-                    scores, faults = self.of([row]).ask()
-                    (score,), fault = _as_floats(scores), faults.get(0)
+                    (score,), faults = self.of([row]).ask()
+                    fault = faults.get(0)
             except RewardUnreachableError as error:
                 fault = unreachable = error.fault
             except RewardError as error:
@@ -191,7 +188,7 @@ class _Memory:
 
     def restore(self) -> None:
         load_states(self.reward, self.states)
-        for part, counts in zip(_different_parts(self.reward), self.counts, strict=True):
+        for part, counts in zip(parts_of(self.reward), self.counts, strict=True):
             for name, count in counts.items():
                 if getattr(part, name) != count:  # a user's counter may be read-only
                     setattr(part, name, count)
@@ -214,13 +211,8 @@ def _together(
     if more:
         alone.restore()
         return scores
-    given = dict(zip(kept, _as_floats(together), strict=True))
+    given = dict(zip(kept, together, strict=True))
     return [given.get(row, math.nan) for row in range(count)]
-
-
-def _as_floats(scores: Scores) -> list[float]:
-    """NaN for None."""
-    return [math.nan if score is None else score for score in scores]
 
 
 def _wanted(reward: RewardFunction, columns: Columns) -> dict[str, Any]:
@@ -314,11 +306,10 @@ def reward_name(reward: RewardFunction) -> str:
     return redact(getattr(reward, "__name__", type(reward).__name__))
 
 
-def parts_of(reward: RewardFunction) -> Iterator[Any]:
-    """The reward and, if it combines others, all its `parts`."""
-    yield reward
-    for part in getattr(reward, "parts", ()):
-        yield from parts_of(part)
+def parts_of(reward: RewardFunction) -> list[Any]:
+    """The reward and, if it combines others, all its `parts`, each once."""
+    parts = [reward, *(p for part in getattr(reward, "parts", ()) for p in parts_of(part))]
+    return list({id(part): part for part in parts}.values())
 
 
 def place_on(reward: RewardFunction, device: Any) -> None:
@@ -353,12 +344,8 @@ def load_states(reward: RewardFunction, states: list[dict[str, Any]]) -> None:
 
 
 def counts_of(reward: RewardFunction) -> list[dict[str, int]]:
-    """The counters of each part of a reward, by name; a repeated part is listed once."""
+    """The counters of each part of a reward, by name."""
     return [
         {name: count for name in COUNTED if isinstance(count := getattr(part, name, None), int)}
-        for part in _different_parts(reward)
+        for part in parts_of(reward)
     ]
-
-
-def _different_parts(reward: RewardFunction) -> list[Any]:
-    return list({id(part): part for part in parts_of(reward)}.values())
