@@ -65,8 +65,7 @@ class ResumableTrainer(Trainer):
     def remember(self, resume_from_checkpoint: str | bool | None) -> Path | None:
         """The checkpoint to resume from, if any.
 
-        Raises:
-            InputError: it is damaged; it was made with other data, options or processes.
+        InputError if it is damaged, or was made with other data, options or processes.
         """
         self.began = time.perf_counter()
         names = [getattr(self.args, name, None) for name in ("dataset_name", "datasets")]

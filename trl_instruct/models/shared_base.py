@@ -33,8 +33,7 @@ class SharedBase:
         source: what the policy starts from: an adapter, whose base is used, or the base itself.
         model_config: the precision of the base (full, 8 or 4 bit) and the form of a new adapter.
 
-    Raises:
-        InputError: as `load_policy`.
+    InputError as in `load_policy`.
     """
 
     def __init__(
@@ -108,10 +107,8 @@ def classifier_over(model: PreTrainedModel) -> PreTrainedModel:
 def classifier_around(model: PreTrainedModel) -> PreTrainedModel:
     """A scalar sequence classifier around the backbone of a model without adapters, its head zeros.
 
-    The two share one trunk: a change to it in one is a change in the other.
-
-    Raises:
-        InputError: the architecture's classifier and language model have different backbones.
+    The two share one trunk: a change to it in one is a change in the other. InputError if the
+    architecture's classifier and language model have different backbones.
     """
     config = copy.deepcopy(model.config)
     config.num_labels = 1

@@ -47,8 +47,7 @@ def check_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer with a pad token and with `special_tokens` (`{"eos_token": "<|im_end|>"}`).
 
-    Raises:
-        InputError: a special token that is not in the vocabulary, or no EOS token.
+    InputError for a special token that is not in the vocabulary, or no EOS token.
     """
     for role, token in (special_tokens or {}).items():
         if token not in tokenizer.get_vocab():
