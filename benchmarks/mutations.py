@@ -456,7 +456,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         [
             ("[-score for score in _numbers", "[score for score in _numbers"),
             ("enumerate(sorted(set(values)), start=1)", "enumerate(sorted(set(values)), start=0)"),
-            ("float(len(rating_order) - 1 - list", "float(list"),
+            ("float(len(known) - 1 - known", "float(known"),
         ],
     ),
     (

@@ -109,24 +109,19 @@ def _values(record: Record, field: str) -> list[Any]:
 
 def _numbers(record: Record, field: str, rating_order: Sequence[Any] | None) -> list[float]:
     """`scores` or `ratings` as numbers; labels count from 0 = worst in `rating_order`."""
-    values = _values(record, field)
-    if any(isinstance(v, str) for v in values) or (field == "ratings" and rating_order is not None):
-        return [_level(f"{field}[{index}]", v, rating_order) for index, v in enumerate(values)]
+    values, known = _values(record, field), list(rating_order or ())
+    labels = any(isinstance(v, str) for v in values)
+    labels = labels or (field == "ratings" and rating_order is not None)
     for index, value in enumerate(values):
-        if not is_number(value):
-            raise InputError(f"`{field}[{index}]` is {kind_of(value)}; a finite number is needed.")
-    return [float(value) for value in values]
-
-
-def _level(field: str, label: Any, rating_order: Sequence[Any] | None) -> float:
-    if rating_order is None:
-        raise InputError(
-            f"`{field}` is the label {label!r}, but the order of labels is not known. Give it, "
-            'best first: rating_order=["good", "ok", "fair", "poor"].'
-        )
-    if label not in rating_order:
-        raise InputError(f"`{field}` is {kind_of(label)}; rating_order has {list(rating_order)}.")
-    return float(len(rating_order) - 1 - list(rating_order).index(label))
+        if labels and rating_order is None:
+            raise InputError(
+                f"`{field}[{index}]` is the label {value!r}, but the order of labels is not known. "
+                'Give it, best first: rating_order=["good", "ok", "fair", "poor"].'
+            )
+        if value not in known if labels else not is_number(value):
+            needed = f"rating_order has {known}" if labels else "a finite number is needed"
+            raise InputError(f"`{field}[{index}]` is {kind_of(value)}; {needed}.")
+    return [float(len(known) - 1 - known.index(v)) if labels else float(v) for v in values]
 
 
 def canonical_scores(record: Record, rating_order: Sequence[Any] | None) -> list[float] | None:

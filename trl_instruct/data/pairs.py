@@ -186,7 +186,14 @@ def load_pairs(
     dataset = check_records(dataset, where, check, reading)
     counts = RankingCounts() if counts is None else counts
     where = (reading.found or [where])[-1]
-    differs = partial(_differs, counts=counts, where=where)
+
+    def differs(record: Record, row: int) -> bool:
+        same = record["chosen"] == record["rejected"]
+        if same and not counts.duplicates:
+            logger.warning("%s: chosen equals rejected; such pairs are left out", where.where(row))
+        counts.update(RankingCounts(1, 2 - same, 1 - same, 0, int(same), int(same)))  # of K = 2
+        return not same
+
     none = "chosen is the same as rejected in all {} pairs."
     kept = reading.keep(dataset, differs, where, none)
     if isinstance(dataset, Dataset):
@@ -251,15 +258,6 @@ def _pair_features(features: Features, form: str, margin: bool) -> Features:
     reply = reply_type(features, form)
     kinds = {"prompt": features["prompt"], "chosen": reply, "rejected": reply}
     return Features({**kinds, "margin": Value("float64")} if margin else kinds)
-
-
-def _differs(record: Record, row: int, *, counts: RankingCounts, where: Source) -> bool:
-    """Whether a pair has a winner; counts it as a ranking of K = 2."""
-    same = record["chosen"] == record["rejected"]
-    if same and not counts.duplicates:
-        logger.warning("%s: chosen equals rejected; such pairs are left out", where.where(row))
-    counts.update(RankingCounts(1, 2 - same, 1 - same, 0, int(same), int(same)))
-    return not same
 
 
 def content_key(content: Any) -> str:

@@ -113,15 +113,14 @@ def as_rankings(preferences: Dataset) -> Dataset:
     """Pairs as rankings of K = 2, the chosen response first; rankings as they are."""
     if "responses" in preferences.column_names:
         return preferences
-    kinds = preferences.features
-    kept = {name: kind for name, kind in kinds.items() if name not in ("chosen", "rejected")}
+    both = ["chosen", "rejected"]
+    kinds = {name: kind for name, kind in preferences.features.items() if name not in both}
+    kinds |= {"responses": List(preferences.features["chosen"]), "ranks": List(Value("int64"))}
     return map_records(
         preferences,
-        lambda pair: {"responses": [pair["chosen"], pair["rejected"]], "ranks": [1, 2]},
-        remove_columns=["chosen", "rejected"],
-        features=Features(
-            {**kept, "responses": List(kinds["chosen"]), "ranks": List(Value("int64"))}
-        ),
+        lambda pair: {"responses": [pair[name] for name in both], "ranks": [1, 2]},
+        remove_columns=both,
+        features=Features(kinds),
     )
 
 

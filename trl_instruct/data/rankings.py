@@ -175,8 +175,11 @@ def canonical_rankings(
     def convert(record: Record, row: int) -> dict[str, Any]:
         with where.located(row):
             ranking = canonical_ranking(record, rating_order, form)
-        if streamed:
-            _warn_first(counts, ranking, where, row)
+        if streamed:  # which has no final log: its first of a kind is told
+            if ranking.duplicates and not counts.duplicates:
+                logger.warning("%s: repeated responses are left out and counted", where.where(row))
+            if not ranking.strict_pairs and not counts.records_without_pair:
+                logger.warning("%s: no strict pair; such rankings are counted", where.where(row))
             counts.add(ranking)
         scores = {"scores": ranking.scores} if scored else {}
         return {"responses": ranking.responses, "ranks": ranking.ranks, **scores}
@@ -246,14 +249,6 @@ def _reply(index: int, response: Any, form: str) -> Any:
         return [{"role": "assistant", "content": response}]
     check_reply(field, response, form=form)
     return response
-
-
-def _warn_first(counts: RankingCounts, ranking: Ranking, where: Source, row: int) -> None:
-    """Warn at a stream's first repeated response and first all-tie ranking: it has no final log."""
-    if ranking.duplicates and not counts.duplicates:
-        logger.warning("%s: repeated responses are left out and counted", where.where(row))
-    if not ranking.strict_pairs and not counts.records_without_pair:
-        logger.warning("%s: no strict pair; such rankings are counted", where.where(row))
 
 
 def _canonical_features(features: Features, form: str, scored: bool) -> Features:

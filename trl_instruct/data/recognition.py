@@ -73,11 +73,11 @@ JUDGED = (
     Shape("ms-swift's pairs", "messages rejected_response|rejected_messages", shapes.swift_pairs),
     Shape("ShareGPT pairs", "conversations chosen rejected", shapes.sharegpt_pairs),
     Shape("ShareGPT pairs", "messages chosen.role rejected.role", shapes.sharegpt_pairs),
-    Shape("OpenRLHF's pairs", "context_messages chosen rejected", shapes.openrlhf_pairs),
+    Shape("OpenRLHF's pairs", "context_messages chosen rejected", shapes.prompted_pairs),
 )
 # Shapes of files without our column `prompt`.
 PLAIN = (
-    Shape("Alpaca pairs", "instruction|input|question chosen rejected", shapes.alpaca_pairs),
+    Shape("Alpaca pairs", "instruction|input|question chosen rejected", shapes.prompted_pairs),
     Shape("pairs without a prompt", "chosen rejected", shapes.implicit_pairs, None, "prompt"),
     Shape("messages", "messages", shapes.dialogue, None, "prompt"),
     Shape("ShareGPT", "conversations", shapes.sharegpt),

@@ -167,13 +167,7 @@ def check_prompt(record: Record, *, form: str) -> None:
 
 
 def check_dialogue(record: Record) -> None:
-    """Check the field `messages`: at least two, the last one the assistant's.
-
-    >>> check_dialogue({"messages": [{"role": "user", "content": "Hi"}]})
-    Traceback (most recent call last):
-    ...
-    trl_instruct.errors.InputError: `messages` has 1 message; at least a prompt and a reply are needed.
-    """  # noqa: E501
+    """Check the field `messages`: at least two, the last one the assistant's."""
     messages = record.get("messages")
     if not isinstance(messages, list):
         raise InputError(f"`messages` is {kind_of(messages)}; a list of messages is needed.")

@@ -118,19 +118,16 @@ def argilla_pairs(row: Record) -> Given:
     return _pair(row["instruction"], *replies, _rated(row))
 
 
-def alpaca_pairs(row: Record) -> Given:
-    """LLaMA-Factory's, axolotl's and Orca's: `instruction`, `input`, `system`, `history`."""
-    return _pair(_asked(row), row["chosen"], row["rejected"])
-
-
 def sharegpt_pairs(row: Record) -> Given:
     """`conversations`, and one message each in `chosen` and `rejected`."""
     return _pair(_turns(row), *(messages_of(name, [row[name]]) for name in PAIR))
 
 
-def openrlhf_pairs(row: Record) -> Given:
-    """`context_messages`, and text or messages in `chosen` and `rejected`."""
-    return _pair(messages_of("context_messages", row["context_messages"]), *_dialogues(row))
+def prompted_pairs(row: Record) -> Given:
+    """OpenRLHF's `context_messages`, or Alpaca's columns, beside `chosen` and `rejected`."""
+    if "context_messages" in row:
+        return _pair(messages_of("context_messages", row["context_messages"]), *_dialogues(row))
+    return _pair(_asked(row), row["chosen"], row["rejected"])
 
 
 def swift_pairs(row: Record) -> Given:

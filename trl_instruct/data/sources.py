@@ -33,12 +33,8 @@ AnyDataset: TypeAlias = Dataset | IterableDataset
 Record: TypeAlias = Mapping[str, Any]
 
 BUILDERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".json.gz": "json",
-    ".jsonl.gz": "json",
-    ".csv": "csv",
-    ".parquet": "parquet",
+    **dict.fromkeys((".json", ".jsonl", ".json.gz", ".jsonl.gz"), "json"),
+    **{".csv": "csv", ".parquet": "parquet"},
 }
 TEXT_CELLS = (
     *("prompt", "completion", "chosen", "rejected", "text", "labeler"),
@@ -334,20 +330,15 @@ def _parse_json(where: Source, path: Path) -> None:
                     f"{error.colno}): {text.splitlines()[error.lineno - 1].strip()[:60]!r}"
                 ) from None
             place = f"{where.name}, line {number}" if number else where.name
-            _check_surrogates(value, place)
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:  # "\ud83d", whose second half was cut off
+                half = error.object[error.start].encode("unicode_escape").decode()
+                raise InputError(
+                    f"{place}: {half} is half of a surrogate pair, not text; remove it."
+                ) from None
             if in_lines and not isinstance(value, dict):
                 raise InputError(f"{place}: {kind_of(value)}; each line needs a JSON object.")
-
-
-def _check_surrogates(value: Any, place: str) -> None:
-    """InputError for half a character, a "\\ud83d" whose second half was cut off."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start].encode("unicode_escape").decode()
-        raise InputError(
-            f"{place}: {half} is half of a surrogate pair, not text; remove it."
-        ) from None
 
 
 def _holds_json_lines(path: Path) -> bool:

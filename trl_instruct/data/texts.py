@@ -80,9 +80,8 @@ def openings(texts: AnyDataset, tokenizer: Any, length: int) -> AnyDataset:
 
     def opening(batch: Mapping[str, list[str]]) -> dict[str, list[str]]:
         rows = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        cut = tokenizer.batch_decode(
-            [row[:length] for row in rows], clean_up_tokenization_spaces=False
-        )
+        starts = [row[:length] for row in rows]
+        cut = tokenizer.batch_decode(starts, clean_up_tokenization_spaces=False)
         # A cut between two tokens of one character leaves half of it, which decodes to U+FFFD.
         return {"prompt": [text.rstrip("\ufffd") for text in cut]}
 
