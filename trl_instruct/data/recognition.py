@@ -33,7 +33,9 @@ class Shape(NamedTuple):
         return f"{self.name} ({self.says})" if self.says else self.name
 
 
-UNPAIRED = Shape("unpaired preferences", "", shapes.unpaired, shapes.unpaired_prompt)
+UNPAIRED = Shape(
+    "unpaired preferences", "", shapes.unpaired, lambda row: shapes.judged(row)["prompt"]
+)
 ARGILLA = Shape("Argilla's table", "", tools.argilla_table)
 RATED = Shape("rated pairs", "", shapes.rated_pairs, says="equal ratings are a tie")
 HH = Shape("HH-RLHF", "", shapes.implicit_pairs)

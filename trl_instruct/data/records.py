@@ -5,7 +5,7 @@ An `InputError` names the source, the line (or row) and the field at fault.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -271,25 +271,23 @@ def check_records(
 
 
 def require_columns(
-    found: Iterable[str], source: Source, needed: Sequence[str], what: str, otherwise: str = ""
+    found: Collection[str], source: Source, needed: Sequence[str], what: str, otherwise: str = ""
 ) -> None:
     """Check that the columns which a kind of record needs are present.
 
     Raises:
         InputError: one is missing; lists the columns found and suggests what to rename.
     """
-    found = list(found)
     missing = [column for column in needed if column not in found]
-    if not missing:
-        return
-    raise InputError(
-        f"{source.name}: {' and '.join(f'`{column}`' for column in missing)} missing. Columns "
-        f"found: {', '.join(found)}. {what} needs {' and '.join(f'`{c}`' for c in needed)}"
-        f"{' ' + otherwise if otherwise else ''}. {_advice(found, missing)}"
-    )
+    if missing:
+        raise InputError(
+            f"{source.name}: {' and '.join(f'`{column}`' for column in missing)} missing. Columns "
+            f"found: {', '.join(found)}. {what} needs {' and '.join(f'`{c}`' for c in needed)}"
+            f"{' ' + otherwise if otherwise else ''}. {_advice(found, missing)}"
+        )
 
 
-def _advice(found: Sequence[str], missing: Sequence[str]) -> str:
+def _advice(found: Collection[str], missing: Sequence[str]) -> str:
     """What to do about missing columns. Several that may hold one field are to be joined."""
     for column in missing:
         known = (column, *ALIASES.get(column, ()))

@@ -82,7 +82,7 @@ def render_all(
         rests = [text + end for text, end in zip(completions, endings, strict=True)]
         closings: list[str | None] = [*endings]
     else:
-        arguments = template_arguments(record or {})
+        arguments = template_arguments(record)
         answers = all(completion[0]["role"] == "assistant" for completion in completions)
         opening = _chat(prompt, tokenizer, add_generation_prompt=answers, **arguments)
         before, ids = [], _ids(opening, tokenizer)
@@ -114,9 +114,7 @@ def render_prompt(
     if isinstance(prompt, str):
         before, ids = _plain(prompt, tokenizer)
         return before + ids
-    opening = _chat(
-        prompt, tokenizer, add_generation_prompt=True, **template_arguments(record or {})
-    )
+    opening = _chat(prompt, tokenizer, add_generation_prompt=True, **template_arguments(record))
     return _ids(opening, tokenizer)
 
 
@@ -149,7 +147,7 @@ def record_of(columns: Mapping[str, Sequence[Any]], row: int) -> dict[str, Any]:
     return {name: columns[name][row] for name in ARGUMENTS if columns.get(name) is not None}
 
 
-def template_arguments(record: Mapping[str, Any]) -> dict[str, Any]:
+def template_arguments(record: Mapping[str, Any] | None) -> dict[str, Any]:
     """Keywords of the chat template: `tools`, and the entries of `chat_template_kwargs`.
 
     Tables give every struct the union of its keys, so that absent keys come back as null; they are
@@ -158,6 +156,7 @@ def template_arguments(record: Mapping[str, Any]) -> dict[str, Any]:
     >>> template_arguments({"tools": '[{"name": "now"}]', "chat_template_kwargs": {"a": 1, "b": None}})
     {'tools': [{'name': 'now'}], 'a': 1}
     """  # noqa: E501
+    record = record or {}
     tools = record.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
     given = {"tools": tools or None, **(record.get("chat_template_kwargs") or {})}

@@ -60,7 +60,7 @@ def openrlhf_prompts(row: Record) -> Given:
 
 def unpaired(rows: Sequence[Record]) -> Given:
     """KTO, `label` or `kto_tag`: good ones are demonstrations, both kinds make a ranking."""
-    given = [_judged(row) for row in rows]
+    given = [judged(row) for row in rows]
     labels = [row.get("label", row.get("kto_tag")) for row in rows]
     ranks = [None if label is None else 1 if label else 2 for label in labels]
     ranked = {"responses": [one.get("completion") for one in given], "ranks": ranks}
@@ -68,12 +68,7 @@ def unpaired(rows: Sequence[Record]) -> Given:
     return [{"prompt": given[0]["prompt"], **ranked}, *shown]
 
 
-def unpaired_prompt(row: Record) -> Any:
-    """What the rows of one ranking share."""
-    return _judged(row)["prompt"]
-
-
-def _judged(row: Record) -> Any:
+def judged(row: Record) -> Any:
     """A row of KTO data: our fields, `messages`, ShareGPT's or Alpaca's."""
     if "completion" in row:
         return {"prompt": row["prompt"], "completion": row["completion"]}
@@ -114,8 +109,7 @@ def rated_pairs(row: Record) -> Given:
 
 def argilla_pairs(row: Record) -> Given:
     """Argilla's older UltraFeedback: `instruction`, `chosen_response`, `rejected_response`."""
-    replies = row["chosen_response"], row["rejected_response"]
-    return _pair(row["instruction"], *replies, _rated(row))
+    return _pair(row["instruction"], row["chosen_response"], row["rejected_response"], _rated(row))
 
 
 def sharegpt_pairs(row: Record) -> Given:
