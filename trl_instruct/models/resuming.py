@@ -105,7 +105,15 @@ class ResumableTrainer(Trainer):
                 f"{state.max_steps} in all. Train longer, or resume from an earlier checkpoint."
             )
         state.compute_steps(self.args, state.max_steps)
-        set_rates(self.lr_scheduler, self.peak_rates)
+        scheduler = self.lr_scheduler
+        if hasattr(
+            scheduler, "lr_lambdas"
+        ):  # new peaks, at the place that the schedule has reached
+            scheduler.base_lrs = self.peak_rates
+            groups = scheduler.optimizer.param_groups
+            for group, peak, at in zip(groups, self.peak_rates, scheduler.lr_lambdas, strict=True):
+                group["initial_lr"], group["lr"] = peak, peak * at(scheduler.last_epoch)
+            scheduler._last_lr = [group["lr"] for group in groups]  # for the log
         for name in before.keys() & set(COUNTS):
             setattr(self, name, before[name])
         self._initial_global_step = 0  # the mean loss is over all steps
@@ -190,16 +198,6 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], checkpoint: Path
 def _shapes(option: str) -> bool:
     """Whether a resumed run must have the same value of an option."""
     return not any(fnmatchcase(option, pattern) for pattern in MAY_CHANGE.split())
-
-
-def set_rates(scheduler: Any, peaks: list[float]) -> None:
-    """Give an optimizer's groups these peak rates, at the place that the schedule has reached."""
-    if hasattr(scheduler, "lr_lambdas"):
-        scheduler.base_lrs = peaks
-        groups = scheduler.optimizer.param_groups
-        for group, peak, schedule in zip(groups, peaks, scheduler.lr_lambdas, strict=True):
-            group["initial_lr"], group["lr"] = peak, peak * schedule(scheduler.last_epoch)
-        scheduler._last_lr = [group["lr"] for group in groups]  # for the log
 
 
 def check_weights(trainer: Trainer) -> None:

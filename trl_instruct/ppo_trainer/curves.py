@@ -14,7 +14,6 @@ from trl_instruct.console import one_line, say
 from trl_instruct.rewards.function import as_text
 
 FIGURE = "ppo.png"
-TABLE_TRACKERS = ("wandb", "trackio")
 LOGGED_SAMPLES = 16
 LINE, FAINT = "#0072b2", "#d55e00"
 # Title, metric, and a second metric on the same axes.
@@ -68,7 +67,7 @@ def show_samples(
 
 def log_samples(trackers: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
     """Log completions as a table, as TRL's GRPOTrainer does, to wandb and trackio if in use."""
-    for name in TABLE_TRACKERS:
+    for name in ("wandb", "trackio"):
         if name not in trackers:
             continue
         tracker = importlib.import_module(name)

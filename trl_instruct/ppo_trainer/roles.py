@@ -45,14 +45,8 @@ def check_roles(
             )
 
 
-FROM_POLICY = "policy"
-"""The value model starts as a copy of the policy, with a head of zeros."""
-
-VALUE_HEAD = "value_head"
-"""The value model is a head of zeros on the policy itself, which both losses then train."""
-
-# What a separate reward model does not inherit from the policy's ModelConfig.
-_ITS_OWN: Any = {"use_peft": False, "model_revision": "main", "attn_implementation": None}
+FROM_POLICY = "policy"  # the value model starts as a copy of the policy, with a head of zeros
+VALUE_HEAD = "value_head"  # it is a head of zeros on the policy itself, which both losses train
 
 
 class Roles(NamedTuple):
@@ -96,12 +90,13 @@ def load_roles(
     # A policy that continues an adapter has that adapter, as loaded, as its reference.
     goes_on = base.adapter is not None if base else isinstance(policy, PeftModel)
     ref_policy = view_of(policy).requires_grad_(False) if goes_on else None
+    separate: Any = {"use_peft": False, "model_revision": "main", "attn_implementation": None}
     judge: Any = load_reward(
         _over(base, reward, tokenizer, config),
         tokenizer,
         weights=config.reward_weights,
         batch_size=config.local_rollout_forward_batch_size,
-        model_config=replace(model_config, **_ITS_OWN),
+        model_config=replace(model_config, **separate),
         **trust,
     )
     if value is None:

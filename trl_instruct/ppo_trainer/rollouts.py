@@ -198,12 +198,6 @@ def state_values(value: ValueModel, sequences: Sequences) -> Tensor:
     return at_states(value(*sequences[:3]), sequences)
 
 
-def unmeasured(completion_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Zeros for logprobs, ref_logprobs, values and scores that are not known yet."""
-    blank = torch.zeros(completion_ids.shape, device=completion_ids.device)
-    return blank, blank, blank, blank[:, 0]
-
-
 @torch.no_grad()
 def with_logprobs(
     rollout: Rollout,

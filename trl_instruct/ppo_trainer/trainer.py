@@ -44,7 +44,6 @@ from trl_instruct.ppo_trainer.rollouts import (
     ValueModel,
     disable_dropout_and_rescaling,
     prompt_batches,
-    unmeasured,
     with_logprobs,
 )
 from trl_instruct.ppo_trainer.run_state import load_models, load_rest, save_rest
@@ -196,7 +195,8 @@ class PPOTrainer(IterationTrainer):
                     **options,
                 )
             tokens = (*pad_prompts(prompts, completions.device), completions, lengths, ended)
-            rollout = Rollout(*tokens, *unmeasured(completions))
+            blank = torch.zeros(completions.shape, device=completions.device)  # not known yet
+            rollout = Rollout(*tokens, blank, blank, blank, scores=blank[:, 0])
             with evaluating(model), self.accelerator.autocast():
                 return with_logprobs(rollout, model, self.ref_model, **options)
 

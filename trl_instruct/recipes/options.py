@@ -237,13 +237,8 @@ def stage_options(
         raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
     config.dataset_name = name_of(dataset) or config.dataset_name
     check_streams(config)
-    if trains:
-        _check_trainable(config, model_config)
-    return config, model_config
-
-
-def _check_trainable(config: StageConfig, model_config: ModelConfig) -> None:
-    """InputError if nothing could be trained, or if one process would leave GPUs unused."""
+    if not trains:
+        return config, model_config
     frozen = model_config.load_in_8bit or model_config.load_in_4bit
     if frozen and not model_config.use_peft:
         raise InputError(
@@ -261,6 +256,7 @@ def _check_trainable(config: StageConfig, model_config: ModelConfig) -> None:
         raise InputError(
             "attn_implementation flex_attention has no backward pass on CPU: omit it or use a GPU."
         )
+    return config, model_config
 
 
 def check_streams(config: StageConfig) -> None:

@@ -44,7 +44,7 @@ class RunFiles:
         self.folder, self.new = folder, folder / HIDDEN / "new"
         self.made = [path for path in (folder, *folder.parents) if not path.exists()]
         self.held = self.holds_run()  # when it was locked; until then, now
-        self._lock = FileLock(folder / HIDDEN / "lock", timeout=0)
+        self.lock_file = FileLock(folder / HIDDEN / "lock", timeout=0)
 
     def content(self) -> list[str]:
         """Names in the folder; what a killed run was writing, and its lock, do not count."""
@@ -55,25 +55,20 @@ class RunFiles:
         """Whether the folder has a run's manifest."""
         return not {CONFIG_FILE, f"{BASE}/config.json"}.isdisjoint(listed_files(self.folder))
 
-    @property
-    def locked(self) -> bool:
-        """Whether this run keeps others out."""
-        return self._lock.is_locked
-
     def lock(self) -> None:
         """Keep other runs out until `unlock`, or until this process ends.
 
         Raises:
             InputError: another run is in progress there, or the folder cannot be written.
         """
-        if self.locked:
+        if self.lock_file.is_locked:
             return
         hidden = self.folder / HIDDEN
         try:
             hidden.mkdir(parents=True, exist_ok=True)
             if hidden.is_symlink():
                 raise NotADirectoryError(f"{HIDDEN} is a link")
-            self._lock.acquire()
+            self.lock_file.acquire()
         except OSError as error:
             busy = "another run is in progress there. Wait for its end, or choose another folder."
             told = busy if isinstance(error, Timeout) else f"{error}. Choose another."
@@ -83,9 +78,9 @@ class RunFiles:
     def unlock(self) -> None:
         """Let other runs in; leaves nothing of the lock, nor folders that were made for nothing."""
         empty = self.made
-        if self.locked:
+        if self.lock_file.is_locked:
             (self.folder / HIDDEN / "lock").unlink(missing_ok=True)
-            self._lock.release()
+            self.lock_file.release()
             empty = [self.new, self.folder / HIDDEN, *self.made]
         _remove_empty(empty)
 

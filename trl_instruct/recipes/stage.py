@@ -229,7 +229,7 @@ class StageRun:
 
     def release(self) -> None:
         """Remove what a failed stage left in a new folder, unless there is something to keep."""
-        if not self.files.locked:
+        if not self.files.lock_file.is_locked:
             return
         if not self.begun:
             shutil.rmtree(self.new, ignore_errors=True)
