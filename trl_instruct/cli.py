@@ -152,10 +152,19 @@ def pretrain_command(arguments: list[str]) -> None:
 def sft_command(arguments: list[str]) -> None:
     """Stage 1: fine-tune a model on demonstrations."""
     config, model_config = parse(SFTConfig, arguments)
-    model = model_config.model_name_or_path
-    result = sft(model, config.dataset_name, config=config, model_config=model_config)
+    result = _run(sft, config, model_config)
     _tell(f"policy: {result}")
     _tell_diagnosis("sft", result)
+
+
+def _run(stage: Callable[..., StageResult], config: Any, model_config: ModelConfig) -> StageResult:
+    """Run sft, rm or ppo on the model, the reward and the data that the options name."""
+    sources = [model_config.model_name_or_path, config.dataset_name]
+    if isinstance(config, PPOConfig):
+        if config.reward_model_path is None:
+            raise InputError("ppo needs reward_model_path: a reward model's folder or Hub id.")
+        sources.insert(1, config.reward_model_path)
+    return stage(*sources, config=config, model_config=model_config)
 
 
 def candidates_command(arguments: list[str]) -> None:
@@ -276,8 +285,7 @@ def _generate(options: Namespace, models: dict[str, str]) -> None:
 def rm_command(arguments: list[str]) -> None:
     """Stage 2: train a reward model from rankings or pairs."""
     config, model_config = parse(RewardConfig, arguments)
-    model = model_config.model_name_or_path
-    result = rm(model, config.dataset_name, config=config, model_config=model_config)
+    result = _run(rm, config, model_config)
     _tell(f"reward model: {result}")
     _tell_diagnosis("rm", result)
 
@@ -285,8 +293,8 @@ def rm_command(arguments: list[str]) -> None:
 def ppo_command(arguments: list[str]) -> None:
     """Stage 3: optimise a policy against a reward with PPO, and compare it with its start."""
     config, model_config = parse(PPOConfig, arguments)
-    model, reward = model_config.model_name_or_path, _reward_of(config)
-    result = ppo(model, reward, config.dataset_name, config=config, model_config=model_config)
+    reward = config.reward_model_path
+    result = _run(ppo, config, model_config)
     _tell(f"policy: {result}")
     if (config.eval_dataset_name or config.dataset_test_split) and PartialState().is_main_process:
         compare(
@@ -302,21 +310,17 @@ def ppo_command(arguments: list[str]) -> None:
 
 def check_command(arguments: list[str]) -> None:
     """Dry run of sft, rm or ppo: read all that it would read, list every fault, train nothing."""
-    stages: dict[str, Any] = {"sft": SFTConfig, "rm": RewardConfig, "ppo": PPOConfig}
+    stages: Any = {"sft": (sft, SFTConfig), "rm": (rm, RewardConfig), "ppo": (ppo, PPOConfig)}
     if not arguments or arguments[0] not in stages:
         parser = _Parser([], prog="trl-instruct check", allow_abbrev=False)
         parser.add_argument("stage", choices=stages, help="Then its own options.")
         parser.epilog = "trl-instruct check sft --config sft.yaml --learning_rate 1e-5"
         parser.parse_args(arguments)
-    config, model_config = parse(stages[arguments[0]], arguments[1:])
+    stage, config_class = stages[arguments[0]]
+    config, model_config = parse(config_class, arguments[1:])
     config.faults = []
-    model, options = model_config.model_name_or_path, {"model_config": model_config}
     try:
-        if arguments[0] == "ppo":
-            ppo(model, _reward_of(config), config.dataset_name, config=config, **options)
-        else:
-            stage = sft if arguments[0] == "sft" else rm
-            stage(model, config.dataset_name, config=config, **options)
+        _run(stage, config, model_config)
     except InputError as fault:
         config.faults.append(str(fault))
     for number, text in enumerate(config.faults, start=1):
@@ -324,12 +328,6 @@ def check_command(arguments: list[str]) -> None:
     _tell(f"check: {len(config.faults) or 'no'} fault{'' if len(config.faults) == 1 else 's'}")
     if config.faults:
         sys.exit(2)
-
-
-def _reward_of(config: PPOConfig) -> Any:
-    if config.reward_model_path is None:
-        raise InputError("ppo needs reward_model_path: a reward model's folder or Hub id.")
-    return config.reward_model_path
 
 
 def evaluate_command(arguments: list[str]) -> None:

@@ -29,7 +29,9 @@ def diagnose_sft(run: FinishedStage) -> Iterator[Finding]:
         advice = "Give sft an eval_dataset_name."
         yield Finding("sft", "sft_unmeasured", told, figure, advice, level="unknown")
         return
-    lowest = min([after, *run.values("eval_loss")])
+    losses = run.values("eval_loss")
+    lowest = min([after, *losses])
+    still_falling = len(losses) > 2 and losses[-1] < (1 - STILL_FALLING) * losses[-2]
     told = f"held-out loss {before:.3f} -> {after:.3f} (lowest {lowest:.3f}) nats per token"
     if after > before or after > (1 + MOST_SFT_RISE) * lowest:
         yield Finding(
@@ -42,7 +44,7 @@ def diagnose_sft(run: FinishedStage) -> Iterator[Finding]:
             "trains past the lowest loss and chooses the checkpoint by reward-model score, C.1.)",
             f"above the base model's, or {MOST_SFT_RISE:.0%} above its lowest",
         )
-    elif after > (1 - LEAST_SFT_GAIN) * before or _still_falling(run):
+    elif after > (1 - LEAST_SFT_GAIN) * before or still_falling:
         told = "SFT trained too little: the policy has not learnt the demonstrations."
         advice = "More num_train_epochs or a higher learning_rate."
         threshold = (
@@ -50,11 +52,6 @@ def diagnose_sft(run: FinishedStage) -> Iterator[Finding]:
             f"{STILL_FALLING:.0%} from one evaluation to the next"
         )
         yield Finding("sft", "sft_undertrained", told, told, advice, threshold)
-
-
-def _still_falling(run: FinishedStage) -> bool:
-    losses = run.values("eval_loss")
-    return len(losses) > 2 and losses[-1] < (1 - STILL_FALLING) * losses[-2]
 
 
 def diagnose_rm(run: FinishedStage) -> Iterator[Finding]:

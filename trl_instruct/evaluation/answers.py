@@ -73,11 +73,8 @@ def _complete(
 ) -> list[list[str]]:
     """Completions of each prompt."""
     policy = load_policy(source, ModelConfig(dtype=sampling.dtype)).to(PartialState().device)
-    options = Sampling(
-        sampling.response_length,
-        stop_strings=sampling.stop_strings,
-        temperature=sampling.temperature,
-    )
+    lengths = sampling.response_length, None
+    options = Sampling(*lengths, sampling.stop_strings, sampling.temperature)
     given = {**(columns or {}), "prompt": prompts}
     token_lists, _ = prompt_tokens(given, tokenizer, policy, options)
     several = sample_several(policy, tokenizer, token_lists, sampling.num_completions, options)

@@ -79,19 +79,12 @@ def compare(
     tokenizer = load_tokenizer(folder, **trust)
     data = config.eval_dataset_name, config.dataset_test_split or "train", tokenizer
     same = ("response_length", "max_prompt_length", "stop_strings", "temperature", "seed")
-    subject = Subject(
-        EvaluateConfig(
-            reference="sft",
-            per_device_eval_batch_size=config.local_rollout_forward_batch_size,
-            **{name: getattr(config, name) for name in same},
-            **trust,
-        ),
-        ModelConfig(),
-        models,
-        dict.fromkeys(models, tokenizer),
-        prompts_of(*data, config.opening_length, Reading.of(config, strict=False)),
-        one_seed=True,
-    )
+    options = {name: getattr(config, name) for name in same} | trust
+    size = config.local_rollout_forward_batch_size
+    how = EvaluateConfig(reference="sft", per_device_eval_batch_size=size, **options)
+    prompts = prompts_of(*data, config.opening_length, Reading.of(config, strict=False))
+    tokenizers = dict.fromkeys(models, tokenizer)
+    subject = Subject(how, ModelConfig(), models, tokenizers, prompts, one_seed=True)
     measured = measure(subject, rewards).models
     summary = _summary(chain, measured)
     trained = {name: model for name, model in measured.items() if name != "base"}

@@ -93,16 +93,12 @@ def evaluate(
     prompts = prompts_of(given, split, tokenizer, config.opening_length, reading)
     for name, model in models.items():
         check_format(prompts, tokenizers[name], **{f"model_{name}": model})
-    shown = replace(reading, strict=False)
-    subject = Subject(
-        config,
-        model_config,
-        dict(models),
-        tokenizers,
-        prompts,
-        None if source is None else load_demonstrations(source, reading=shown),
-        config.best_of_n if judges and config.best_of_n > 1 else 0,
-    )
+    shown = None
+    if source is not None:
+        shown = load_demonstrations(source, reading=replace(reading, strict=False))
+    several = config.best_of_n if judges and config.best_of_n > 1 else 0
+    asked = tokenizers, prompts, shown, several
+    subject = Subject(config, model_config, dict(models), *asked)
     with run_stage("evaluate", config, model_config) as run:
         size = config.per_device_eval_batch_size
         rewards = {

@@ -51,11 +51,6 @@ class Sampled(NamedTuple):
         """Tokens of each completion, including those that ended it."""
         return unpadded(self.completion_ids, self.completion_lengths)
 
-    @property
-    def completions(self) -> list[Completion]:
-        """Text and tokens of each completion."""
-        return list(map(Completion, self.texts, self.ids))
-
 
 class Subject(NamedTuple):
     """What to measure, and how: models and their tokenizers by name.
@@ -93,15 +88,6 @@ class Subject(NamedTuple):
     def sampling(self) -> Sampling:
         """How every model is sampled."""
         return Sampling.of(self.config, self.config.per_device_eval_batch_size)
-
-    def seed(self, name: str) -> int:
-        """Of the model's samples: with one seed, related models often sample the same tokens."""
-        return self.config.seed + (0 if self.one_seed else list(self.models).index(name))
-
-    def same_tokens(self, name: str) -> bool:
-        """Whether the model and the reference have the same vocabulary."""
-        one, two = (self.tokenizers[n].get_vocab() for n in (name, self.reference))
-        return one == two
 
 
 class ModelMeasurement(NamedTuple):
@@ -142,7 +128,8 @@ def measure(
     for judge, reward in rewards.items():
         place_on(reward, PartialState().device)
         for model in models.values():
-            model.scores[judge] = _judge(prompts, model.sampled.completions, reward, progress)
+            drawn = list(map(Completion, model.sampled.texts, model.sampled.ids))
+            model.scores[judge] = _judge(prompts, drawn, reward, progress)
         if several:
             flat = _judge(repeated, several, reward, progress)
             table[judge] = torch.tensor(flat, dtype=torch.float64).view(-1, copies)
@@ -158,10 +145,11 @@ def _sample_all(
     found = {name: _measure(subject, name, subject.load(name), progress) for name in others}
     reference = subject.load(last)
     found[last] = _measure(subject, last, reference, progress)
+    vocabulary = subject.tokenizers[subject.reference].get_vocab()
     for name in others:
         sampled, own, _, _ = found[name]
         kl = None
-        if subject.same_tokens(name):
+        if subject.tokenizers[name].get_vocab() == vocabulary:
             logprobs = sequence_logprobs(reference, sampled, subject.sampling)
             kl = (torch.tensor(own) - logprobs).tolist()
         found[name] = found[name]._replace(kl=kl)
@@ -179,7 +167,8 @@ def _measure(
 ) -> ModelMeasurement:
     """A model's completions and loss; `kl` still holds the model's own log-probabilities."""
     given = policy, subject.tokenizers[name]
-    seed = subject.seed(name)
+    # With one seed, related models often sample the same tokens.
+    seed = subject.config.seed + (0 if subject.one_seed else list(subject.models).index(name))
     sampled = sample(*given, subject.prompts, subject.sampling, seed=seed, progress=progress)
     own = [0.0] * len(sampled.texts)
     if name != subject.reference:
@@ -256,19 +245,14 @@ def shown_samples(
     prompts: Sequence[Any], models: Mapping[str, ModelMeasurement]
 ) -> list[dict[str, Any]]:
     """The first measured prompts, each with the completion and scores of every model."""
-    return [
-        {
-            "prompt": prompt,
-            **{
-                name: {
-                    "completion": model.sampled.texts[row],
-                    **{judge: scores[row] for judge, scores in model.scores.items()},
-                }
-                for name, model in models.items()
-            },
-        }
-        for row, prompt in enumerate(prompts)
-    ]
+    shown = []
+    for row, prompt in enumerate(prompts):
+        sample = {"prompt": prompt}
+        for name, model in models.items():
+            scores = {judge: given[row] for judge, given in model.scores.items()}
+            sample[name] = {"completion": model.sampled.texts[row], **scores}
+        shown.append(sample)
+    return shown
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,10 +151,8 @@ def chances_to_be_best(scores: Tensor, n: int) -> Tensor:
 REPEATED = 4
 """Length of the n-grams whose repetition is measured."""
 
-Token = TypeVar("Token", str, int)
 
-
-def ngrams(tokens: Sequence[Token], n: int) -> list[tuple[Token, ...]]:
+def ngrams(tokens: Sequence[Any], n: int) -> list[tuple[Any, ...]]:
     """All n-grams, in order.
 
     >>> ngrams("abc", 2)
@@ -163,7 +161,7 @@ def ngrams(tokens: Sequence[Token], n: int) -> list[tuple[Token, ...]]:
     return list(zip(*(tokens[start:] for start in range(n)), strict=False))
 
 
-def repetition(completions: Sequence[Sequence[Token]]) -> float:
+def repetition(completions: Sequence[Sequence[Any]]) -> float:
     """Share of a completion's 4-grams that repeat an earlier one, mean over the completions.
 
     1 - distinct 4-grams / 4-grams, "seq-rep-4" of Welleck et al. 2019 (Neural Text Generation with
@@ -179,7 +177,7 @@ def repetition(completions: Sequence[Sequence[Token]]) -> float:
     return sum(shares) / len(shares)
 
 
-def distinct(completions: Sequence[Sequence[Token]], n: int) -> float:
+def distinct(completions: Sequence[Sequence[Any]], n: int) -> float:
     """Distinct n-grams of all completions together / all their n-grams; 0 if there are none.
 
     Li et al. 2016 (A Diversity-Promoting Objective Function for Neural Conversation Models) divide

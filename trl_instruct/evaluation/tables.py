@@ -109,16 +109,12 @@ def plot(evaluation: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(5 * len(judges), 10), layout="constrained")
     panels = figure.subplots(3, len(judges), squeeze=False)
     for column, judge in enumerate(judges):
-        _plot_scores(panels[0, column], evaluation, judge)
+        scores = {name: model["scores"][judge] for name, model in evaluation["models"].items()}
+        plot_intervals(panels[0, column], scores, color=MODEL)
+        panels[0, column].set(title=f"score by {judge}", ylabel="mean score (95 %)")
         _plot_win_rates(panels[1, column], evaluation, judge)
         _plot_frontier(panels[2, column], evaluation, judge)
     figure.savefig(path, dpi=100)
-
-
-def _plot_scores(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
-    scores = {name: model["scores"][judge] for name, model in evaluation["models"].items()}
-    plot_intervals(axes, scores, color=MODEL)
-    axes.set(title=f"score by {judge}", ylabel="mean score (95 %)")
 
 
 def _plot_win_rates(axes: Any, evaluation: dict[str, Any], judge: str) -> None:

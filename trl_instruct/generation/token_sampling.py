@@ -120,7 +120,7 @@ class DrawOptions(NamedTuple):
     max_new_tokens: int
     eos_token_ids: list[int]
     stop_strings: Sequence[str] | None
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: Any
     temperature: float
 
 
@@ -144,13 +144,14 @@ def draw(
     by_rows = caches_rows(policy)
     cache = read_prompts(policy, ids, mask, copies) if by_rows and copies > 1 else None
     ids, mask = ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0)
-    width, longest = ids.shape[1], sampling.max_new_tokens
+    width, longest, strings = ids.shape[1], sampling.max_new_tokens, sampling.stop_strings
     eos = torch.tensor(sampling.eos_token_ids, device=ids.device)
     drawn = eos[:1].repeat(len(ids), longest)
     rows = torch.arange(len(ids), device=ids.device)
     stopped = torch.full_like(rows, NEVER)
     while True:
-        stops = _stop_strings(sampling, len(rows), width, ids.device)
+        reader = sampling.tokenizer, len(rows), width, ids.device
+        stops = [StopStrings(strings, *reader)] if strings else []
         ending = [*stops, EnoughEnded(eos, stops)] if by_rows else stops
         output = _continue(policy, ids, mask, cache, sampling, width, ending)
         new, length = output.sequences[:, ids.shape[1] :], output.sequences.shape[1] - width
@@ -166,14 +167,6 @@ def draw(
         mask = torch.cat([mask, torch.ones_like(new, dtype=mask.dtype)], dim=1)[left]
         cache.batch_select_indices(left)
     return drawn, stopped
-
-
-def _stop_strings(
-    sampling: DrawOptions, rows: int, width: int, device: torch.device
-) -> list[StopStrings]:
-    if not sampling.stop_strings or sampling.tokenizer is None:
-        return []
-    return [StopStrings(sampling.stop_strings, sampling.tokenizer, rows, width, device)]
 
 
 def _continue(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import Any
 
 from trl_instruct.tiny.words import (
@@ -32,7 +31,7 @@ def _any_of(texts: list[str]) -> str:
     return "(?:" + "|".join(sorted(map(re.escape, texts), key=lambda t: (-len(t), t))) + ")"
 
 
-_NOUNS = {noun.lower(): noun for noun in NOUNS}
+_CATEGORY = {noun.lower(): category for noun, category in CATEGORY_OF.items()}
 _TONE_OF = {opening.lower(): tone for tone, openings in TONES.items() for opening in openings}
 _OPENING = re.compile(rf"(?<!\w){_any_of(list(_TONE_OF))}")
 _WORD = re.compile(r"[^\W\d_]+")
@@ -40,7 +39,8 @@ _STRANGE = re.compile(r"[^a-z ,.!\n-]+")
 
 _ITEM = _any_of([phrase(noun).lower() for noun in NOUNS])
 _ITEMS = rf"{_ITEM}(?:(?:, {_ITEM})* and {_ITEM})?"
-_PLACE = rf"(?: {_any_of(list(PREPOSITIONS))} the {_any_of(list(PLACES))})?"
+_PREPOSITION = _any_of(list(PREPOSITIONS))
+_PLACE = rf"(?: {_PREPOSITION} the {_any_of(list(PLACES))})?"
 _KIND = _any_of([with_article(category) for category in CATEGORIES])
 _BODIES = {
     "list": re.compile(rf"(?: |^){_ITEMS}{_PLACE}\.?"),
@@ -51,7 +51,7 @@ _BODIES = {
 _GLUE = ("a", "an", "the", "and", "is")
 """Words that any reply may repeat."""
 _WORLD = frozenset(
-    [*_NOUNS, *PLACES, *PREPOSITIONS, *VERBS, *CATEGORIES, *_GLUE, "yes", "no", "because"]
+    [*_CATEGORY, *PLACES, *PREPOSITIONS, *VERBS, *CATEGORIES, *_GLUE, "yes", "no", "because"]
     + [word for opening in _TONE_OF for word in _WORD.findall(opening)]
 )
 
@@ -103,10 +103,12 @@ def explain(task: Task, completion: str) -> dict[str, bool | float]:
     if task.tone:
         shown = [_TONE_OF[opening] for opening in openings]
         report["tone"] = start is not None and shown == [task.tone] and bool(words)
+    # An item or an answer, not only an opening and a place.
+    said = any(word in _CATEGORY or word in ("yes", "no") for word in words)
     counts = {
         "junk": len(_STRANGE.findall(text)) + sum(word not in _WORLD for word in words),
         "repetition": sum(n - 1 for word, n in Counter(words).items() if word not in _GLUE),
-        "ending": not (text.endswith(".") and _says_something(words)),
+        "ending": not (text.endswith(".") and said),
         "superfluous": _superfluous(task, text, words, len(openings)),
     }
     return report | {name: PENALTIES[name] * count for name, count in counts.items()}
@@ -132,23 +134,15 @@ def _check_items(task: Task, body: str, words: list[str]) -> dict[str, bool]:
         category: different[category] <= count <= named[category] for category, count in task.groups
     }
     if task.word:
-        report["word"] = _place_pattern(task.word).search(body) is not None
+        place = rf"\b{_PREPOSITION} the {task.word}\b"
+        report["word"] = re.search(place, body) is not None
     report["format"] = _BODIES[task.format].fullmatch(body) is not None
     return report
 
 
 def _named(words: Iterable[str]) -> Counter[str]:
     """How many of the words are items of each category."""
-    return Counter(_category(word) for word in words if word in _NOUNS)
-
-
-def _category(word: str) -> str:
-    return CATEGORY_OF[_NOUNS[word]]
-
-
-@lru_cache(maxsize=len(PLACES))
-def _place_pattern(word: str) -> re.Pattern[str]:
-    return re.compile(rf"\b{_any_of(list(PREPOSITIONS))} the {word}\b")
+    return Counter(_CATEGORY[word] for word in words if word in _CATEGORY)
 
 
 def _check_answer(task: Task, body: str, words: list[str]) -> dict[str, bool]:
@@ -162,11 +156,6 @@ def _check_answer(task: Task, body: str, words: list[str]) -> dict[str, bool]:
     }
 
 
-def _says_something(words: list[str]) -> bool:
-    """Whether there is an item or an answer, not only an opening and a place."""
-    return any(word in _NOUNS or word in ("yes", "no") for word in words)
-
-
 def _superfluous(task: Task, text: str, words: list[str], num_openings: int) -> int:
     """Number of openings, places, sentences, items of other categories and threes of extra words
     that nobody asked for. An item or a place that replaces a missing one is not counted."""
@@ -174,7 +163,7 @@ def _superfluous(task: Task, text: str, words: list[str], num_openings: int) -> 
     named = _named(words)
     asked = dict(task.groups) or {task.true_category: 1}
     missing = sum(max(0, count - named[category]) for category, count in asked.items())
-    foreign = {word for word in words if word in _NOUNS and _category(word) not in asked}
+    foreign = {word for word in words if word in _CATEGORY and _CATEGORY[word] not in asked}
     items = max(0, len(foreign) - missing)
     replaced = bool(task.word) and task.word not in words
     places = max(0, sum(word in PLACES and word != task.word for word in words) - replaced)
