@@ -183,6 +183,7 @@ def test_what_sft_read_is_what_the_others_read(saved_policy, tmp_path):
 
 def finished(folder, form):
     folder.mkdir()
+    (folder / "config.yaml").write_text("seed: 0\n")
     (folder / "metrics.json").write_text(json.dumps({"stage": "sft", "format": form}))
     return folder
 

@@ -25,6 +25,7 @@ PROJECT = (
     *("README.md", "config.json", "config.yaml", "metrics.json", "summary.json", "vocab.txt"),
     *("base/thesis.tex", "checkpoint-notes/1.md", "checkpoint-3/optimizer.pt", "tokenizer.py"),
 )
+WHOLE = ("model.safetensors", "rng_state.pth", "run.json", "trainer_state.json")  # a checkpoint
 RESULT = ("README.md", "additional_chat_templates/tool.jinja", "config.json", "model.safetensors")
 
 
@@ -50,7 +51,7 @@ def finish(folder, *, checkpoints=(), **options):
     with new_stage(folder, **options) as run:
         run.begin()
         for step in checkpoints:
-            fill(folder / f"checkpoint-{step}", ["model.safetensors", "trainer_state.json"], "{}")
+            fill(folder / f"checkpoint-{step}", WHOLE, '{"run": {}}')
             write_manifest(folder / f"checkpoint-{step}")
         fill(run.new, RESULT, "ours")
         run.write_metrics({})
@@ -68,7 +69,7 @@ def killed(folder, *, checkpoint=()):
 
 
 def elsewhere(tmp_path):
-    fill(tmp_path / "elsewhere" / "checkpoint-1", ["trainer_state.json"], "{}")
+    fill(tmp_path / "elsewhere" / "checkpoint-1", WHOLE, '{"run": {}}')
     write_manifest(tmp_path / "elsewhere" / "checkpoint-1")
     return str(tmp_path / "elsewhere" / "checkpoint-1")
 
@@ -222,7 +223,7 @@ def test_a_half_written_checkpoint_is_removed_unless_others_lie_there(tmp_path):
         {"overwrite_output_dir": True},
         {"resume_from_checkpoint": str(tmp_path / "checkpoint-1")},
     ):
-        fill(tmp_path / "checkpoint-1", ["trainer_state.json"], "{}")
+        fill(tmp_path / "checkpoint-1", WHOLE, '{"run": {}}')
         write_manifest(tmp_path / "checkpoint-1")
         with pytest.raises(InputError, match="thesis.tex'"), new_stage(tmp_path, **options):
             pass
@@ -244,7 +245,7 @@ def test_a_resumed_run_keeps_its_base(tmp_path, make_policy, tokenizer):
     with new_stage(tmp_path) as run:
         run.save_base(make_policy(), tokenizer)
         run.begin()
-        fill(tmp_path / "checkpoint-1", ["trainer_state.json"], "{}")
+        fill(tmp_path / "checkpoint-1", WHOLE, '{"run": {}}')
         write_manifest(tmp_path / "checkpoint-1")
     before = (tmp_path / "base" / "model.safetensors").read_bytes()
     again = partial(new_stage, tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

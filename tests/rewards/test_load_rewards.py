@@ -63,7 +63,7 @@ def test_a_function_gets_the_columns_that_it_has_parameters_for():
         ([1.0, 2.0, math.nan], "gave the score nan.*completion 3"),
         ([math.inf, 1.0, 2.0], "gave the score inf.*completion 1"),
         ([1.0, "good", 2.0], "gave the score 'good'.*completion 2"),
-        (torch.zeros(3, 2), "gave the score tensor.*completion 1"),
+        (torch.zeros(3, 2), r"returned Tensor of shape \(3, 2\) for 3 completions"),
     ],
 )
 def test_a_bad_score_names_the_reward_and_the_completion(result, message):

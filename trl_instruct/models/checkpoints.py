@@ -1,6 +1,5 @@
 """Checkpoints of a run: which are complete, which to resume from, how to load their weights."""
 
-import logging
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,11 +9,12 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from trl_instruct.console import get_logger
 from trl_instruct.errors import InputError
 from trl_instruct.files import METRICS_FILE, read_json
 from trl_instruct.manifest import MANIFEST_FILE, damage, read_manifest
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PPO_STATE = "ppo_state.json"
 RUN_FILE = "run.json"  # of any checkpoint: what `models/resuming.py` remembers
@@ -87,7 +87,8 @@ def fault_of(folder: Path) -> str | None:
         names = read_manifest(folder)
     except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
         return f"its {MANIFEST_FILE} is damaged ({type(error).__name__})"
-    if fault is None and not any(name.startswith("rng_state") for name in names):
+    needed = RUN_FILE in names and any(name.startswith("rng_state") for name in names)
+    if fault is None and not needed:
         return "save_only_model left out what a resumed run needs"
     return fault
 
