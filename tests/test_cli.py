@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors import SafetensorError
 from test_recipes import DEMONSTRATIONS, PROMPTS, QUICK, QUICK_PPO, RANKINGS, write
 
 from trl_instruct import cli
@@ -336,7 +337,30 @@ def test_what_the_machine_refuses_is_one_line(monkeypatch, capsys, number):
     monkeypatch.setitem(cli.COMMANDS, "sft", raises)
     told = fails(capsys, "sft")
     assert told.startswith(f"sft: error: {os.strerror(number)}: \\x1b[2Jxxx")
-    assert len(told) < 400 and "\n" not in told
+    assert len(told) < 500 and "\n" not in told
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "told"),
+    [
+        (
+            None,
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            "No space left",
+        ),
+        (
+            RuntimeError("basic_ios::clear: iostream error"),
+            RuntimeError("pos"),
+            "Is the disk full?",
+        ),
+    ],
+)
+def test_a_full_disk_behind_a_librarys_error(monkeypatch, capsys, inner, outer, told):
+    def raises(arguments):
+        raise outer from inner
+
+    monkeypatch.setitem(cli.COMMANDS, "sft", raises)
+    assert told in fails(capsys, "sft")
 
 
 @pytest.mark.parametrize("script", sorted({*cli.COMMANDS} - {"merge", "serve-reward"}))

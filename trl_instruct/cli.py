@@ -6,6 +6,7 @@ clone, for `accelerate launch`.
 
 import errno
 import os
+import re
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
@@ -71,18 +72,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         name = _named_command(arguments[:1])
         COMMANDS[name](arguments[1:])
     except (InputError, FloatingPointError) as error:
-        say(f"{name}: error: {' '.join(str(error).split())}", sys.stderr)
+        say(f"{name}: error: {harmless(' '.join(str(error).split()), 1000)}", sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         say(f"\n{name}: interrupted", sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in REFUSALS:
-            place = harmless(str(error.filename or ""), 300)
-            say(f"{name}: error: {error.strerror}: {place or 'writing a file'}", sys.stderr)
+        if refusal := _refusal(error):
+            say(f"{name}: error: {harmless(refusal, 400)}", sys.stderr)
             sys.exit(2)
         say(harmless(traceback.format_exc()), sys.stderr)
         sys.exit(1)
+
+
+def _refusal(error: BaseException | None) -> str | None:
+    """What the machine refused, also behind a library's error; None if it is something else."""
+    while error is not None:
+        number = re.search(r"\(os error (\d+)\)", str(error))  # of safetensors
+        code = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
+        if code in REFUSALS:
+            return f"{os.strerror(code)}: {getattr(error, 'filename', None) or 'writing a file'}"
+        if "iostream error" in str(error):  # of torch
+            return "A file could not be written. Is the disk full?"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _named_command(arguments: list[str]) -> str:

@@ -19,7 +19,7 @@ import yaml
 from forks import Outcome, command, fork, log_folder, remove
 
 LIMIT = 60  # seconds until a case counts as hung
-LONGEST = 700  # characters of one clear line
+LONGEST = 1200  # characters of one clear line
 
 
 class Case(NamedTuple):
@@ -430,7 +430,8 @@ def option_cases(world: Path, rng: random.Random, each: int) -> Iterator[Case]:
                 return [*arguments(world, folder, s, **{n: None}), f"--{n}", text]
 
             where = "flag" if flag else "YAML"
-            yield Case(f"option of {stage}", f"{name}: {what} ({where})", make, ((name,),), True)
+            shown = (name, str(value)[:20])
+            yield Case(f"option of {stage}", f"{name}: {what} ({where})", make, (shown,), True)
 
 
 CONFIGS: dict[str, bytes] = {
@@ -464,7 +465,7 @@ def command_cases(world: Path) -> Iterator[Case]:
             "config file",
             f"{stage}: {what}",
             lambda folder, s=stage, r=raw: [s, "--config", _with(folder / "case.yaml", r).name],
-            (("case.yaml", "output_dir", "columns"),),
+            (("case.yaml", "output_dir", "columns", "env", "dataset"),),
         )
     lines: dict[str, list[Any]] = {
         "no such command": ["sfft"],
@@ -824,7 +825,7 @@ def report_cases(world: Path, finished: Path) -> Iterator[Case]:
             _with(folder / "evaluation.json", r)
             return ["report", "run", "--evaluation", "evaluation.json"]
 
-        yield Case("report", f"an evaluation: {what}", judged, (("evaluation.json",),))
+        yield Case("report", f"an evaluation: {what}", judged, (("evaluation",),))
     output = ["--output_file", "/proc/nothing/report.html"]
     yield Case(
         "report",

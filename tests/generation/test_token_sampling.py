@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
+from trl_instruct.errors import InputError
 from trl_instruct.generation.sampling import generate
 from trl_instruct.generation.token_sampling import Draw, caches_rows
 
@@ -27,6 +28,12 @@ def test_each_token_is_drawn_as_often_as_its_probability_says():
         share = tokens.bincount(minlength=4) / len(tokens)
         torch.testing.assert_close(share, expect, atol=0.01, rtol=0)
         assert share[expect == 0] == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, 1e-320, float("nan")])
+def test_a_temperature_at_which_the_softmax_overflows(temperature):
+    with pytest.raises(InputError, match="at least 0.000001 is needed"):
+        Draw(temperature)
 
 
 def alone(policy, prompt, stops=STOPS):

@@ -8,6 +8,7 @@ from transformers import set_seed
 from trl import ModelConfig
 
 from trl_instruct.console import one_line, printable
+from trl_instruct.errors import explained
 from trl_instruct.generation.sampling import Sampling, prompt_tokens, sample_several
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource
@@ -57,7 +58,8 @@ def answer_prompts(
             asked = [[{"role": "user", "content": text}] for text in prompts]
         elif typed:
             asked = [text + suffix for text in prompts]
-        set_seed(sampling.seed)
+        with explained(f"seed is {sampling.seed}"):
+            set_seed(sampling.seed)
         answers[name] = _complete(source, tokenizer, asked, sampling, columns)
     for row, prompt in enumerate(prompts):
         yield f"\n> {one_line(prompt)}"

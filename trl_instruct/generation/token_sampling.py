@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from trl_instruct.errors import InputError
 from trl_instruct.models.properties import accepted, evaluating, unwrapped
 from trl_instruct.padding import position_ids
 
@@ -52,6 +53,8 @@ class Draw(LogitsProcessor):
     """
 
     def __init__(self, temperature: float):
+        if not temperature >= 1e-6:  # NaN neither; the softmax would overflow
+            raise InputError(f"temperature is {temperature}; at least 0.000001 is needed.")
         self.temperature = temperature
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

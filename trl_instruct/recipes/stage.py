@@ -29,7 +29,7 @@ from trl import ModelConfig
 from trl_instruct.configs import RewardConfig, SFTConfig, StageConfig
 from trl_instruct.console import say
 from trl_instruct.data.sources import AnyDataset, Source, first_record
-from trl_instruct.errors import InputError, summary
+from trl_instruct.errors import NOT_AS_EXPECTED, InputError, explained, summary
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, write_json
 from trl_instruct.manifest import MANIFEST_FILE
 from trl_instruct.models.adapters import (
@@ -92,7 +92,8 @@ def run_stage(name: str, config: StageConfig, model_config: ModelConfig) -> Iter
         run.check_folder()
         clear_device_cache(garbage_collection=True)  # cycles in accelerate keep old models alive
         PartialState().wait_for_everyone()
-        set_seed(config.seed)
+        with explained(f"seed is {config.seed}"):
+            set_seed(config.seed)
         yield run
     except DryRunEnd:
         pass
@@ -292,9 +293,9 @@ class StageRun:
         """Turn an error before the first step into an `InputError`: of options, or a checkpoint."""
         try:
             yield
-        except (ValueError, RuntimeError, OSError, KeyError) as error:
+        except (RuntimeError, OSError, *NOT_AS_EXPECTED) as error:
             begun = progress.begun or isinstance(error, InputError)
-            if begun or not (self.checkpoint or isinstance(error, ValueError)):
+            if begun or not (self.checkpoint or isinstance(error, ValueError | ArithmeticError)):
                 raise
             told = "These options cannot be used"
             if self.checkpoint:
