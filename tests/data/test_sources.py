@@ -112,6 +112,11 @@ def test_where_counts_lines_with_blank_ones(tmp_path):
         ("a.csv", "prompt,n\n", r"a.csv holds no records"),
         ("a.jsonl", '\nnull\n{"a": 1}\n', r"a.jsonl begins with null"),  # ends pyarrow's process
         ("a.json", "null", r"a.json begins with null"),
+        (
+            "a.jsonl",
+            '{"a": ' + "[" * 1000 + "]" * 1000 + "}",
+            r"a.jsonl cannot be read: .*recursion",
+        ),
     ],
 )
 def test_unreadable_files(tmp_path, name, text, message, streaming):

@@ -32,6 +32,8 @@ MESSAGE = {"role": Value("string"), "content": Value("string")}
 AnyDataset: TypeAlias = Dataset | IterableDataset
 Record: TypeAlias = Mapping[str, Any]
 
+# What the readers of datasets raise for a file.
+UNREADABLE = (ValueError, OSError, EOFError, RecursionError, DatasetGenerationError)
 BUILDERS = {
     **dict.fromkeys((".json", ".jsonl", ".json.gz", ".jsonl.gz"), "json"),
     **{".csv": "csv", ".parquet": "parquet"},
@@ -262,7 +264,7 @@ def _load_file(path: Path, builder: str, split: str, streaming: bool, where: Sou
                 raise
             # A block of 10 MB has another column, or a first value where others have null.
             dataset = load(chunksize=1 << 31)
-    except (StopIteration, ValueError, OSError, EOFError, DatasetGenerationError) as error:
+    except (StopIteration, *UNREADABLE) as error:
         raise _file_fault(error, path, builder, where) from error
     if builder == "csv":
         dataset = _decode_cells(dataset, where)
@@ -293,7 +295,7 @@ def _guarded(
         yield from dataset
     except InputError:
         raise
-    except (ValueError, OSError, EOFError, DatasetGenerationError) as error:
+    except UNREADABLE as error:
         raise _file_fault(error, path, builder, where) from error
 
 
@@ -306,7 +308,7 @@ def _file_fault(error: Exception, path: Path, builder: str, where: Source) -> In
             _parse_json(where, path)
     except InputError as fault:
         return fault
-    except (OSError, EOFError, UnicodeDecodeError) as fault:
+    except (OSError, EOFError, UnicodeDecodeError, RecursionError) as fault:
         return InputError(f"{where.name} cannot be read: {fault}.")
     cause = error.__cause__ or error
     return InputError(f"{where.name} cannot be read as a table of {builder} records: {cause}")
