@@ -273,6 +273,7 @@ def test_faults_that_libraries_find(
         ({"lora": {"r": 8}}, "bad.yaml: Unknown option 'lora' for SFTConfig."),
         ({"learning_rate": [1, 2]}, "bad.yaml: learning_rate is list [1, 2]; float is needed."),
         ({"max_steps": 1.5}, "bad.yaml: max_steps is float 1.5; int is needed."),
+        ({"weight_decay": 10**400}, "0000...; float is needed."),
         ({"max_steps": "ten"}, "invalid int value: 'ten'"),
         ({"packing": 3}, "bad.yaml: packing is int 3; bool is needed."),
         ({"packing": "maybe"}, "maybe"),

@@ -124,7 +124,7 @@ def table(done: Iterable[dict[str, Any]]) -> Iterator[str]:
             {
                 "cases": 1,
                 run["verdict"]: 1,
-                "left behind": bool(run.get("left")),
+                "left behind": int(bool(run.get("left"))),
                 "good": run["good"],
             }
         )

@@ -134,6 +134,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(items, list | tuple) and all(_fits(item, of[0]) for item in items)
     if kind in (int, float):
         number = Integral if kind is int else Real
+        if kind is float and isinstance(value, int) and abs(value) > 1e300:
+            return False
         return isinstance(value, number) and not isinstance(value, bool)
     if isinstance(kind, type) and issubclass(kind, Enum) and isinstance(value, str):
         return value in [member.value for member in kind]
