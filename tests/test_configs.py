@@ -134,8 +134,9 @@ def test_a_scheduler_without_a_floor_gets_none():
         ({"seed": True}, r"seed is bool True; int is needed"),
         ({"dataset_name": ["a", "b"]}, r"dataset_name is list .* is needed"),
         ({"lora_r": "8"}, r"lora_r is str '8'; int is needed"),
-        ({"lr_scheduler_type": "zigzag"}, "zigzag is not a valid SchedulerType, please select"),
+        ({"lr_scheduler_type": "zigzag"}, "lr_scheduler_type: zigzag is not a valid SchedulerT"),
         ({"learning_rate": -1}, r"learning_rate is -1; it must not be negative"),
+        ({"dataloader_persistent_workers": True}, "needs dataloader_num_workers above 0"),
         ({"per_device_train_batch_size": 0}, r"train_batch_size is 0; it must be at least 1"),
         ({"gradient_accumulation_steps": 0}, r"accumulation_steps is 0; it must be at least 1"),
         ({"num_train_epochs": -1.0}, r"num_train_epochs is -1.0; make it above 0"),
@@ -206,6 +207,11 @@ def test_a_ready_config_is_copied_and_takes_no_options_beside_it():
 def test_resume_from_checkpoint_as_a_flag_gives_it(given, taken):
     config, _ = parse(SFTConfig, ["--output_dir", "x", "--resume_from_checkpoint", given])
     assert config.resume_from_checkpoint == taken
+
+
+def test_whole_numbers_are_numbers():
+    """YAML reads `adam_beta2: 0` as an int, which torch refuses beside a float."""
+    assert isinstance(SFTConfig(adam_beta2=0, use_cpu=True, bf16=False).adam_beta2, float)
 
 
 @pytest.mark.parametrize("name", ["top_p", "top_k", "repetition_penalty"])

@@ -89,7 +89,12 @@ class StageConfig(_Mixin):
         self.resume_from_checkpoint: str | bool | None = switches.get(str(resume).lower(), resume)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and has_bf16()
-        floored = SchedulerType(self.lr_scheduler_type) is SchedulerType.COSINE_WITH_MIN_LR
+        try:
+            floored = SchedulerType(self.lr_scheduler_type) is SchedulerType.COSINE_WITH_MIN_LR
+        except ValueError as error:
+            raise InputError(f"lr_scheduler_type: {error}.") from error
+        for name in ("adam_beta1", "adam_beta2"):  # torch refuses an int beside a float
+            setattr(self, name, float(getattr(self, name)))
         self.lr_scheduler_kwargs: dict[str, Any] | str | None = self.lr_scheduler_kwargs or (
             {"min_lr_rate": 0.1} if floored else None
         )

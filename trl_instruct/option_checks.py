@@ -144,6 +144,8 @@ def check_training(config: Any) -> None:
         if isinstance(getattr(config, name), str):
             raise InputError(f"{name} is {getattr(config, name)!r}; a JSON object is needed.")
     check_bounds(config, ("learning_rate",))
+    if config.dataloader_persistent_workers and not config.dataloader_num_workers:
+        raise InputError("dataloader_persistent_workers needs dataloader_num_workers above 0.")
     if getattr(config, "activation_offloading", False) and not torch.accelerator.is_available():
         raise InputError("activation_offloading moves activations off a GPU; there is none.")
     if getattr(config, "kl_estimator", None) == "k3":
