@@ -223,6 +223,7 @@ def test_an_unknown_command(capsys):
         (["--output_dir", "x"], "No dataset was given: set dataset_name"),
         (["--dataset_name", "{prompts}"], "sft needs output_dir"),
         (["--dataset_name", "{prompts}", "--output_dir", "x"], "No model was given"),
+        (["--pad_to_multiple_of", "[1]", "--seed", "1"], "pad_to_multiple_of: invalid literal"),
     ],
 )
 def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, message):
@@ -244,7 +245,7 @@ def test_bad_arguments(tmp_path, monkeypatch, capsys, arguments, message):
         (["--dataloader_drop_last", "true"], "drops all of the 2 training rows: a batch", None),
         (["--metric_for_best_model", "accuracy"], "'accuracy'; sft measures the loss", None),
         (["--gradient_checkpointing_kwargs", "x"], "kwargs is 'x'; a JSON object is", None),
-        (["--accelerator_config", "no.json"], "No such file or directory: 'no.json'", None),
+        (["--accelerator_config", "no.json"], "accelerator_config: [Errno 2] No such file", None),
         (["--activation_offloading", "true"], "off a GPU; there is none", None),
         (["--learning_rate", "nan"], "learning_rate is nan", None),
         (["--adam_beta1", "1.5"], "cannot be used: Invalid beta parameter at index 0: 1.5", None),

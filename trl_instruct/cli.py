@@ -11,6 +11,7 @@ import sys
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -122,16 +123,27 @@ def parse(config_class: type[Config], arguments: list[str]) -> tuple[Config, Mod
         _check_file(arguments[arguments.index("--config") + 1 :], config_class)
     # Abbreviations would turn a misspelt option into another one.
     parser = _Parser((config_class, ModelConfig), allow_abbrev=False)
-    with option_errors():
-        config, model_config, unknown = parser.parse_args_and_config(
-            arguments, return_remaining_strings=True
-        )
+    try:
+        with option_errors():
+            config, model_config, unknown = parser.parse_args_and_config(
+                arguments, return_remaining_strings=True
+            )
+    except InputError as error:
+        raise InputError(_named(str(error), arguments)) from error
     names = [s.lstrip("-").split("=")[0].replace("-", "_") for s in unknown if s.startswith("--")]
     check_names(names, config_class)
     check_refused(config_class.REFUSED, model_config)
     if unknown:
         raise InputError(f"Arguments that belong to no option: {' '.join(unknown)}.")
     return config, model_config
+
+
+def _named(told: str, arguments: list[str]) -> str:
+    """A message that names no option: with the one in front whose value it shows."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    flags = {value: flag[2:] for flag, value in pairwise(words) if flag.startswith("--")}
+    about = [flag for value, flag in flags.items() if repr(value) in told]
+    return f"{about[0]}: {told}" if about and not any(f in told for f in flags.values()) else told
 
 
 def _split_config(argument: str) -> list[str]:
