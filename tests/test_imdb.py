@@ -56,8 +56,8 @@ def test_the_recipe_runs_with_what_the_hub_would_give(
     monkeypatch.chdir(ROOT)
     asked, judged = [], []
 
-    def load_dataset(name, split, streaming):
-        asked.append((name, split))
+    def load_dataset(path, split, streaming, **named):
+        asked.append((path, split))
         data = reviews_of_the_hub()
         return data if split == "train" else data.select([*range(3), *range(597, 600)])
 

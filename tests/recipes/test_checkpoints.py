@@ -41,7 +41,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 1}
 def make_checkpoint(folder, step, whole=True):
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True)
-    for name in ("trainer_state.json", "rng_state.pth"):
+    for name in ("trainer_state.json", "rng_state.pth", "run.json"):
         (checkpoint / name).write_text("{}")
     if whole:
         write_manifest(checkpoint)
