@@ -85,18 +85,15 @@ def sft(
     remember_reading(config, model)
     reading = Reading.of(config)
     others, test = reading.of_another(), held_out_of(dataset, eval_dataset, config)
-    source, streams = data_of(dataset, config), config.dataset_streaming
-    demonstrations = load_demonstrations(
-        source, config.dataset_train_split, streams, reading=reading
-    )
+    source = data_of(dataset, config), config.dataset_train_split, config.dataset_streaming
+    demonstrations = load_demonstrations(*source, reading=reading)
     held_out = None if test is None else load_demonstrations(*test, reading=others)
     config.eval_on_start = config.eval_on_start or held_out is not None
     if isinstance(model, str) and model == TINY:
         model = _tiny_base(StageRun("sft", config, model_config))
     with run_stage("sft", config, model_config) as run:
         base, tokenizer = starting_point(run, model, processing_class)
-        trust = config.trust_remote_code
-        policy = load_policy(base, model_config, trust_remote_code=trust)
+        policy = load_policy(base, model_config, trust_remote_code=config.trust_remote_code)
         fit_together(config, policy, tokenizer)
         form = form_of(first_record(demonstrations, Source.of(demonstrations)))
         given = tokenizer, config
