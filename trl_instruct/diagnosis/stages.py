@@ -32,14 +32,14 @@ def diagnose_sft(run: FinishedStage) -> Iterator[Finding]:
     losses = run.values("eval_loss")
     lowest = min([after, *losses])
     still_falling = len(losses) > 2 and losses[-1] < (1 - STILL_FALLING) * losses[-2]
-    told = f"held-out loss {before:.3f} -> {after:.3f} (lowest {lowest:.3f}) nats per token"
+    figure = f"held-out loss {before:.3f} -> {after:.3f} (lowest {lowest:.3f}) nats per token"
     if after > before or after > (1 + MOST_SFT_RISE) * lowest:
         yield Finding(
             "sft",
             "sft_overtrained",
             "SFT trained too long or at too high a learning rate: the policy has become worse on "
             "demonstrations it has not seen.",
-            told,
+            figure,
             "Fewer num_train_epochs, a lower learning_rate, or more demonstrations. (The paper "
             "trains past the lowest loss and chooses the checkpoint by reward-model score, C.1.)",
             f"above the base model's, or {MOST_SFT_RISE:.0%} above its lowest",
@@ -51,7 +51,7 @@ def diagnose_sft(run: FinishedStage) -> Iterator[Finding]:
             f"less than {LEAST_SFT_GAIN:.0%} below the base model's, or still falling by more than "
             f"{STILL_FALLING:.0%} from one evaluation to the next"
         )
-        yield Finding("sft", "sft_undertrained", told, told, advice, threshold)
+        yield Finding("sft", "sft_undertrained", told, figure, advice, threshold)
 
 
 def diagnose_rm(run: FinishedStage) -> Iterator[Finding]:
@@ -110,7 +110,7 @@ def _rm_against_length(metrics: Mapping[str, Any]) -> Iterator[Finding]:
         halves = (metrics[n] - metrics[f"{n}_low"] for n in ("accuracy", "length_accuracy"))
         low = gain - math.hypot(*halves)
     correlation = metrics["length_correlation"] or 0.0  # null if lengths never differ
-    told = (
+    figure = (
         f"{gain:+.3f} more accurate than 'the {'longer' if longer else 'shorter'} answer wins' "
         f"(at least {low:+.3f}, 95 %); correlation of score and length {correlation:+.2f}"
     )
@@ -119,7 +119,7 @@ def _rm_against_length(metrics: Mapping[str, Any]) -> Iterator[Finding]:
             "rm",
             "rm_is_length",
             "The reward model judges by the length of an answer: PPO would learn little else.",
-            told,
+            figure,
             "Rank more answers, or answers of similar length; see the figure of score and length.",
             f"the interval contains 0, or the correlation within a prompt is beyond {MOST_LENGTH}",
         )
@@ -127,7 +127,7 @@ def _rm_against_length(metrics: Mapping[str, Any]) -> Iterator[Finding]:
         told = "The score follows the length of an answer, but knows more than that."
         advice = "Watch objective/length in PPO; a length penalty is in docs/rewards.md."
         threshold = f"the correlation within a prompt is beyond {MUCH_LENGTH}"
-        yield Finding("rm", "rm_follows_length", told, told, advice, threshold, level="fine")
+        yield Finding("rm", "rm_follows_length", told, figure, advice, threshold, level="fine")
 
 
 def _rm_against_training(metrics: Mapping[str, Any]) -> Iterator[Finding]:
