@@ -1,4 +1,4 @@
-"""Movie reviews, continued positively, by SmolLM2-135M: the first table in docs/imdb.md.
+"""Movie reviews, continued positively, by SmolLM2-135M (not measured yet: docs/imdb.md).
 
 python benchmarks/imdb.py ../shared/data        # about twenty minutes on two CPU cores
 
@@ -10,7 +10,6 @@ imdb_scratch.py is the same without them.
 
 import argparse
 import importlib.util
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from imdb_scratch import (
     row,
     samples_table,
     split,
-    table,
+    tell,
 )
 from transformers import (
     AutoModelForSequenceClassification,
@@ -171,15 +170,7 @@ def main() -> None:
         if not needed.exists():
             print(f"Missing {needed}: not measured. {how}.")
             sys.exit(1)
-    measured = run(split(load_texts(path)))
-    tables = table(measured["rows"]) + "\n\n" + measured["samples"] + "\n"
-    (RUNS / "imdb.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
-    (RUNS / "imdb.md").write_text(tables, encoding="utf-8")
-    print("\n" + tables)
-    for name, found in measured["accuracy"].items():
-        told = ", ".join(f"{on} {m:.3f} [{lo:.3f}, {hi:.3f}]" for on, (m, lo, hi) in found.items())
-        print(f"accuracy of the {name} on held-out reviews: {told}")
-    print(f"seconds of processor time: {measured['seconds']}")
+    tell(run(split(load_texts(path))), RUNS)
 
 
 if __name__ == "__main__":

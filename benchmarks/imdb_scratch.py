@@ -1,4 +1,4 @@
-"""Movie reviews, continued positively, from scratch: the second table in docs/imdb.md.
+"""Movie reviews, continued positively, from scratch: the table in docs/imdb.md.
 
 python benchmarks/imdb_scratch.py ../shared/data        # about seven minutes on one CPU core
 
@@ -296,10 +296,14 @@ def main() -> None:
     if not path.is_file():
         print(f"Missing {path}: not measured. The reviews are not part of the project.")
         sys.exit(1)
-    measured = run(split(load_texts(path)))
+    tell(run(split(load_texts(path))), RUNS)
+
+
+def tell(measured: dict[str, Any], folder: Path) -> None:
+    """Save and print what was measured."""
     tables = table(measured["rows"]) + "\n\n" + measured["samples"] + "\n"
-    (RUNS / "imdb.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
-    (RUNS / "imdb.md").write_text(tables, encoding="utf-8")
+    (folder / "imdb.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+    (folder / "imdb.md").write_text(tables, encoding="utf-8")
     print("\n" + tables)
     for name, found in measured["accuracy"].items():
         told = ", ".join(f"{on} {m:.3f} [{lo:.3f}, {hi:.3f}]" for on, (m, lo, hi) in found.items())

@@ -32,15 +32,20 @@ def row(kind: str, name: str, outcome: forks.Outcome, fault: str = "") -> dict[s
     return {**judged, "good": judged["good"] and not fault, "fault": fault}
 
 
+def _stages(world: Path, folder: Path) -> Iterator[tuple[kills.Variant, kills.Undisturbed]]:
+    """The plain variant of each stage, and what it gives undisturbed."""
+    for stage in STAGES:
+        variant = next(v for v in kills.VARIANTS if v.name == stage)
+        yield variant, kills.undisturbed(variant, world, folder / "whole")
+
+
 # ---- full disks ----------------------------------------------------------------------------------
 
 
 def full_disks(world: Path, folder: Path, seed: int, each: int = 4) -> Iterator[dict[str, Any]]:
     """Files that cannot grow, a file system that is full; then there is space, and it goes on."""
     rng = random.Random(seed)
-    for stage in STAGES:
-        variant = next(v for v in kills.VARIANTS if v.name == stage)
-        whole = kills.undisturbed(variant, world, folder / "whole")
+    for variant, whole in _stages(world, folder):
         for _ in range(each):
             yield _full(variant, world, folder / "run", whole, rng.randrange(100, 30_000), False)
         for _ in range(each):
@@ -167,9 +172,7 @@ def _hidden(source: Path, target: Path, inside: str = "") -> Path:
 def two_runs(world: Path, folder: Path, seed: int, each: int = 4) -> Iterator[dict[str, Any]]:
     """A second run into the folder of one that is in progress: one of them ends with its result."""
     rng = random.Random(seed)
-    for stage in STAGES:
-        variant = next(v for v in kills.VARIANTS if v.name == stage)
-        whole = kills.undisturbed(variant, world, folder / "whole")
+    for variant, whole in _stages(world, folder):
         for number in range(each):
             flags = (("--overwrite_output_dir", "true"), ("--resume_from_checkpoint", "auto"), ())
             forks.remove(folder / "run")
@@ -194,7 +197,7 @@ def two_runs(world: Path, folder: Path, seed: int, each: int = 4) -> Iterator[di
             if not fault and kills.result_of(out)["weights"] != whole.result["weights"]:
                 fault = "the result is another"
             shown = max(ends, key=lambda end: end.code or 0)
-            yield row("two runs", f"{stage}, {number}", shown, fault)
+            yield row("two runs", f"{variant.name}, {number}", shown, fault)
 
 
 # ---- servers -------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def load_preferences(
     held_out: Any,
     demonstrations: Any,
     config: RewardConfig,
-    fits: Callable[[Record], Any] = bool,
+    fits: Callable[[Record], Any] = lambda record: None,
 ) -> Preferences:
     """Load the preferences to train and to evaluate on.
 

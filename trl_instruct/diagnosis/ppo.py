@@ -11,7 +11,7 @@ from typing import Any
 from trl_instruct.diagnosis.stages import Finding
 from trl_instruct.ppo_trainer.roles import FROM_POLICY, VALUE_HEAD
 from trl_instruct.recipes.chain import FinishedStage
-from trl_instruct.rewards.load import is_python
+from trl_instruct.rewards.load import is_address, is_python
 
 # PPO, comparing the first and the last tenth of the iterations.
 MOST_KL = 0.5  # nats per token
@@ -169,7 +169,7 @@ def _value_from_reward(run: FinishedStage) -> bool:
     sole = named[0] if isinstance(named, list) and len(named) == 1 else named
     if not isinstance(sole, str) or sole in (FROM_POLICY, VALUE_HEAD):
         return False
-    return "://" not in sole and not is_python(sole)
+    return not (is_address(sole) or is_python(sole))
 
 
 def _steps(run: FinishedStage) -> Iterator[Finding]:

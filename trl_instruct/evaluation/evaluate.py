@@ -141,10 +141,10 @@ def _check_names(
     for names, taken in ((models, "prompt"), (judges, "completion")):
         if taken in names:
             raise InputError(f"{taken!r} is a reserved key of the samples; choose another name.")
-    same = os.path.realpath
+    real = os.path.realpath
     for source in (*models.values(), *judges.values()):
         folder = name_of(source)
-        if folder and config.output_dir and same(folder) == same(config.output_dir):
+        if folder and config.output_dir and real(folder) == real(config.output_dir):
             raise InputError(
                 f"output_dir {config.output_dir!r} is the folder of a model, which would be lost. "
                 "Choose another output_dir."

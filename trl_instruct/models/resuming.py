@@ -106,9 +106,8 @@ class ResumableTrainer(Trainer):
             )
         state.compute_steps(self.args, state.max_steps)
         scheduler = self.lr_scheduler
-        if hasattr(
-            scheduler, "lr_lambdas"
-        ):  # new peaks, at the place that the schedule has reached
+        if hasattr(scheduler, "lr_lambdas"):
+            # New peaks, at the place that the schedule has reached.
             scheduler.base_lrs = self.peak_rates
             groups = scheduler.optimizer.param_groups
             for group, peak, at in zip(groups, self.peak_rates, scheduler.lr_lambdas, strict=True):

@@ -218,10 +218,8 @@ class StageRun:
 
         The weights that train are in float32, as they were loaded.
         """
-        adapter, trained = (
-            new_adapter_config(model, self.model_config, task),
-            trained_weights(model),
-        )
+        adapter = new_adapter_config(model, self.model_config, task)
+        trained = trained_weights(model)
         args = without_secrets(self.config)
         with option_errors():
             trainer = kind(model=model, args=args, peft_config=adapter, **given)
