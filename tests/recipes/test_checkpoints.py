@@ -20,7 +20,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from trl_instruct.errors import InputError
-from trl_instruct.manifest import write_manifest
+from trl_instruct.files import write_manifest
 from trl_instruct.models.checkpoints import (
     all_checkpoints,
     check_resumable,

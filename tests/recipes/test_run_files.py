@@ -16,8 +16,7 @@ from trl import ModelConfig
 
 from trl_instruct.configs import SFTConfig
 from trl_instruct.errors import InputError
-from trl_instruct.files import write_json
-from trl_instruct.manifest import MANIFEST_FILE, list_too, listed_files, write_manifest
+from trl_instruct.files import MANIFEST_FILE, list_too, listed_files, write_json, write_manifest
 from trl_instruct.recipes import run_files, stage
 from trl_instruct.recipes.run_files import RunFiles
 

@@ -15,8 +15,7 @@ from trl_instruct.diagnosis.ppo import diagnose_ppo
 from trl_instruct.diagnosis.stages import Finding, diagnose_rm, diagnose_sft
 from trl_instruct.errors import InputError, explained
 from trl_instruct.evaluation.tables import tables
-from trl_instruct.files import nulls_as_nan, read_json, written_at_once
-from trl_instruct.manifest import list_too
+from trl_instruct.files import list_too, nulls_as_nan, read_json, written_at_once
 from trl_instruct.recipes.chain import FinishedStage, read_chain
 
 REPORT = "report.html"

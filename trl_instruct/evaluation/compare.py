@@ -14,9 +14,8 @@ from trl_instruct.data.reading import Reading
 from trl_instruct.data.texts import prompts_of
 from trl_instruct.errors import InputError, located
 from trl_instruct.evaluation.measurement import ModelMeasurement, Subject, measure, shown_samples
-from trl_instruct.files import CONFIG_FILE, write_json
+from trl_instruct.files import CONFIG_FILE, list_too, write_json
 from trl_instruct.intervals import mean_interval, show_interval
-from trl_instruct.manifest import list_too
 from trl_instruct.models.tokenizers import load_tokenizer
 from trl_instruct.recipes.chain import FinishedStage, read_chain
 from trl_instruct.recipes.options import resolve

@@ -11,8 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_instruct.console import get_logger
 from trl_instruct.errors import InputError
-from trl_instruct.files import METRICS_FILE, read_json
-from trl_instruct.manifest import MANIFEST_FILE, damage, read_manifest
+from trl_instruct.files import MANIFEST_FILE, METRICS_FILE, damage, read_json, read_manifest
 
 logger = get_logger(__name__)
 

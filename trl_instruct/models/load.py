@@ -24,8 +24,7 @@ from trl import ModelConfig, get_quantization_config
 
 from trl_instruct.console import quiet_libraries, quiet_loading
 from trl_instruct.errors import InputError, summary
-from trl_instruct.files import CONFIG_FILE, METRICS_FILE
-from trl_instruct.manifest import listed_files
+from trl_instruct.files import CONFIG_FILE, METRICS_FILE, listed_files
 from trl_instruct.models.adapters import CLASSIFIER, POLICY, Adapter, is_adapter, is_quantized
 from trl_instruct.models.properties import ModelSource, is_nameless, unwrapped
 from trl_instruct.scalar_head import (

@@ -18,8 +18,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from trl_instruct.errors import InputError, redact
-from trl_instruct.files import nulls_as_nan, read_json, write_json
-from trl_instruct.manifest import write_manifest
+from trl_instruct.files import nulls_as_nan, read_json, write_json, write_manifest
 from trl_instruct.models.checkpoints import RUN_FILE, all_checkpoints, find_checkpoint, is_finished
 
 # The options that a resumed run may change: docs/resume.md says what then happens.

@@ -10,8 +10,16 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from trl_instruct.errors import InputError
-from trl_instruct.files import CONFIG_FILE, METRICS_FILE, PARTIAL, write_json
-from trl_instruct.manifest import MANIFEST_FILE, Mark, listed_files, mark_of
+from trl_instruct.files import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    METRICS_FILE,
+    PARTIAL,
+    Mark,
+    listed_files,
+    mark_of,
+    write_json,
+)
 from trl_instruct.models.adapters import FINGERPRINT
 from trl_instruct.models.checkpoints import all_checkpoints, is_finished
 from trl_instruct.scalar_head import SHIFT_FILE

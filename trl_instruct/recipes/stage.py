@@ -30,8 +30,7 @@ from trl_instruct.configs import RewardConfig, SFTConfig, StageConfig
 from trl_instruct.console import say
 from trl_instruct.data.sources import AnyDataset, Source, first_record
 from trl_instruct.errors import NOT_AS_EXPECTED, InputError, explained, summary
-from trl_instruct.files import CONFIG_FILE, METRICS_FILE, write_json
-from trl_instruct.manifest import MANIFEST_FILE
+from trl_instruct.files import CONFIG_FILE, MANIFEST_FILE, METRICS_FILE, write_json
 from trl_instruct.models.adapters import (
     POLICY,
     Adapter,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_instruct.manifest import MANIFEST_FILE, damage, read_manifest, write_manifest
+from trl_instruct.files import MANIFEST_FILE, damage, read_manifest, write_manifest
 
 
 @pytest.fixture
