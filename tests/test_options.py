@@ -152,6 +152,7 @@ OWN = {
         ("recipes/test_recipes.py::test_rm_keeps_the_best_checkpo", "early_stopping_patience"),
         ("data/test_preferences.py::test_held_out_rankings_stay_whole", "eval_size"),
         ("data/test_rankings.py::test_the_order_of_numbers_can_be_given_too", "rating_order"),
+        ("data/test_preferences.py::test_labelers_are_left_out", "leave_out_labelers"),
     ),
     "ppo": OURS
     | table(

@@ -178,6 +178,7 @@ class RewardConfig(StageConfig, trl.RewardConfig):
         "held-out accuracy), and keep the best checkpoint; needs eval_strategy and save_strategy.",
     )
     rating_order: list[str] | None = _option(None, "Rating labels, best first: good ok fair poor.")
+    leave_out_labelers: list[str] | None = _option(None, "Do not use these labelers' rankings.")
     truncate_prompt: bool = _option(
         False,
         "Cut prompts from the left if a response would exceed max_length; default: leave the "

@@ -32,6 +32,39 @@ def test_held_out_rankings_stay_whole():
     assert count_pairs(data.train) == 36
 
 
+def by_labelers(*names):
+    return [{**row, "labeler": name} for row in RANKINGS for name in names]
+
+
+def test_labelers_are_left_out(caplog):
+    rows = by_labelers("anna", "bob", None, "7")
+    data = load(rows, rows[:8], leave_out_labelers=["bob", "7"])
+    assert data.train["labeler"][:] == ["anna", None] * 8
+    assert data.held_out["labeler"][:] == ["anna", None] * 2
+    told = [record.message for record in caplog.records if "left out" in record.message]
+    assert told == [f"the given Dataset: left out: {n} records by 7, bob" for n in (16, 4)]
+    assert load(rows, rows[2:3], leave_out_labelers=["bob"]).held_out["labeler"][:] == [None]
+
+
+def test_labelers_who_are_not_there():
+    with pytest.raises(InputError, match=r"names 'Bob', but there are anna, bob\. Name one of"):
+        load(by_labelers("anna", "bob"), leave_out_labelers=["Bob", "anna"])
+    with pytest.raises(InputError, match="names 'bob', but no record has a `labeler`"):
+        load(RANKINGS, leave_out_labelers=["bob"])
+    with pytest.raises(InputError, match="all 8 records are by labelers that leave_out_labelers"):
+        load(by_labelers("anna"), leave_out_labelers=["anna"])
+
+
+def test_a_fault_after_a_labeler_who_is_left_out_is_at_its_line(tmp_path):
+    def refuse(record):
+        raise InputError(record["labeler"])
+
+    path = write(tmp_path / "a.jsonl", by_labelers("anna", "bob"))
+    config = RewardConfig(use_cpu=True, leave_out_labelers=["anna"])
+    with pytest.raises(InputError, match=r"a.jsonl, line 2: bob"):
+        load_preferences(path, None, None, config, fits=refuse)
+
+
 def test_pairs_are_trained_on_as_pairs_and_measured_as_rankings_of_two():
     data = load([{**row, "margin": 1.0} for row in PAIRS], eval_size=0.25)
     assert {"chosen", "rejected", "margin"} <= set(data.train.column_names)

@@ -567,6 +567,7 @@ def test_rm_tells_what_it_measured(saved_policy, tmp_path, capsys):
         f"2 held-out prompts, 12 comparisons; figure: {tmp_path / 'rm' / 'rm.png'}",
         "longer answer wins",
         "labelers agree      0.667",
+        "x        8         0.667 [",
         f"shift                 {result.metrics['shift']:+.3f}",
     ):
         assert part in told

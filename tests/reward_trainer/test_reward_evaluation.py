@@ -11,7 +11,7 @@ from test_intervals import wilson
 from trl_instruct.errors import InputError
 from trl_instruct.intervals import t_quantile
 from trl_instruct.reward_trainer.evaluation import (
-    agreement,
+    best_of_k,
     calibration,
     calibration_errors,
     comparisons,
@@ -20,6 +20,7 @@ from trl_instruct.reward_trainer.evaluation import (
     response_ids,
     within_prompt_correlation,
 )
+from trl_instruct.reward_trainer.labelers import Labeled, agreement, reliability
 
 SCORES = {"aaa": 2.0, "bb": 1.0, "c": 3.0, "dddd": 1.0}
 RANKINGS = [
@@ -90,6 +91,31 @@ def test_ties_of_score_and_length_count_one_half(tokenizer):
     constant = measure(rows, tokenizer, lambda prompts, completions: [0.0] * len(completions))
     assert (constant["accuracy"], constant["length_accuracy"]) == (0.5, 0.5)
     assert constant["log_loss"] == pytest.approx(math.log(2))
+
+
+def test_best_of_k(measured, tokenizer):
+    """p: c, on top, is last; q: c is first; r: aaa, on top, is second to two that tie."""
+    assert measured["best_of_k"] == pytest.approx(1 / 3)
+    assert measured["best_of_k_chance"] == pytest.approx((1 / 3 + 1 / 2 + 2 / 3) / 3)
+    expected = wilson(1 / 3, 3)
+    found = [measured[f"best_of_k{end}"] for end in ("", "_low", "_high")]
+    assert found == pytest.approx(expected)
+    rows = [{**row, "weight": weight} for row, weight in zip(RANKINGS, (1, 4, 2), strict=True)]
+    weighted = measure(rows, tokenizer)
+    assert weighted["best_of_k"] == pytest.approx(4 / 7)
+    assert weighted["best_of_k_chance"] == pytest.approx((1 / 3 + 4 / 2 + 2 * 2 / 3) / 7)
+
+
+def test_best_of_k_where_several_are_first_or_on_top():
+    def rate(ranks, scores):
+        ranking = Labeled(0, list(range(len(ranks))), ranks, 1.0, None, None)
+        tied = Labeled(1, [0, 1], [1, 1], 9.0, None, None)  # no winner: says nothing
+        found = best_of_k([ranking, tied], scores)
+        return found["best_of_k"], found["best_of_k_chance"]
+
+    assert rate([1, 1, 2], [0.0, 3.0, 1.0]) == (1.0, pytest.approx(2 / 3))
+    assert rate([1, 2, 3], [3.0, 3.0, 3.0]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert rate([2, 1, 3], [1.0, 1.0, 0.0]) == (0.5, pytest.approx(1 / 3))
 
 
 def test_by_size_and_by_distance(measured):
@@ -322,6 +348,37 @@ def test_one_labeler_twice_and_labelers_without_a_name_tell_nothing():
     for second in (None, "x"):
         assert agreement(labeled(("p", "ab", [1, 2], None), ("p", "ab", [1, 2], second))) is None
     assert agreement(labeled(("p", "ab", [1, 2], "x"), ("q", "ab", [1, 2], "y"))) is None
+
+
+def test_the_reliability_of_labelers_by_hand():
+    """x and y: ab alike, ac, bc not; x and z: ab not; y and z: ab not; y's q and w alone."""
+    found = reliability(
+        labeled(
+            *(("p", "abc", [1, 2, 3], "x"), ("p", "cab", [1, 2, 3], "y"), ("p", "ba", [1, 2], "z")),
+            *(("q", "ab", [1, 2], "y"), ("q", "ab", [1, 2], None), ("r", "ab", [1, 2], "w")),
+        )
+    )
+    assert list(found) == ["z", "x", "y", "w"]
+    counts = {name: (row["rankings"], row.get("pairs")) for name, row in found.items()}
+    assert counts == {"z": (1, 2), "x": (1, 4), "y": (2, 4), "w": (1, None)}
+    assert [found[name]["mean"] for name in "xyz"] == [0.25, 0.25, 0.0]
+    assert reliability(labeled(("p", "ab", [1, 2], "x"), ("q", "ab", [2, 1], "x"))) == {}
+
+
+def test_the_accuracy_on_each_labelers_pairs(tokenizer):
+    """x: a > b right, a > c and b > c wrong; y: c > a right; z ties all; nobody: not counted."""
+    rows = [
+        {**RANKINGS[0], "labeler": "x"},
+        {"prompt": "p", "responses": ["c", "aaa"], "ranks": [1, 2], "labeler": "y"},
+        {"prompt": "p", "responses": ["c", "aaa"], "ranks": [1, 1], "labeler": "z"},
+        {**RANKINGS[1], "labeler": None},
+    ]
+    found = measure(rows, tokenizer)["by_labeler"]
+    assert {name: row["accuracy"] for name, row in found.items()} == {
+        "x": pytest.approx(1 / 3),
+        "y": 1.0,
+    }
+    assert measure(rows[:1], tokenizer)["by_labeler"] == {}
 
 
 def test_ceilings_are_measured_where_they_can_be(tokenizer, measured):

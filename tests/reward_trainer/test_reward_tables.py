@@ -39,6 +39,8 @@ def test_the_table_holds_what_was_measured(evaluation, tmp_path):
         f"accuracy (95 %)       {accuracy}",
         "longer answer wins",
         f"noise ceiling       {metrics['ceiling']:.3f}",
+        f"best of K on top      {metrics['best_of_k']:.3f} [",
+        f"chance: {metrics['best_of_k_chance']:.3f}",
         "labelers agree      1.000 [0.",
         f"log-loss              {metrics['log_loss']:.3f}",
         f"calibration error     {metrics['calibration_error']:.3f}",
@@ -56,6 +58,23 @@ def test_the_table_leaves_out_what_was_not(evaluation, tmp_path):
     assert not any(word in text for word in ("ceiling", "agree", "shift"))
     only_shift = render({"shift": 1.0, "std": 0.5}, tmp_path)
     assert only_shift == "shift  +1.000  demonstrations: sd 0.500"
+
+
+def test_the_table_of_labelers(tmp_path):
+    known = {"mean": 0.25, "low": 0.125, "high": 0.5, "pairs": 1200}
+    judged = {"accuracy": 0.75, "accuracy_low": 0.5, "accuracy_high": 1.0}
+    labelers = {"\x1b[1mbob": {"rankings": 1001, **known}, "anna": {"rankings": 7}}
+    text = render({"labelers": labelers, "by_labeler": {"anna": judged}}, tmp_path)
+    assert text.strip() == "\n".join(
+        (
+            "labeler     rankings  agrees with others (95 %)  pairs  the model agrees",
+            "\\x1b[1mbob  1,001     0.250 [0.125, 0.500]       1,200  -",
+            "anna        7         -                          0      0.750 [0.500, 1.000]",
+        )
+    )
+    many = {f"l{i}": {"rankings": 1} for i in range(23)}
+    lines = render({"labelers": many}, tmp_path).splitlines()
+    assert (lines[-2].split()[0], lines[-1][:10]) == ("l19", "and 3 more")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset, Features, List, Value
 
 from trl_instruct.configs import RewardConfig
+from trl_instruct.console import get_logger, plural
 from trl_instruct.data.conversion import recognise
 from trl_instruct.data.mixture import mixed
 from trl_instruct.data.pairs import load_pairs, split_by_prompt
@@ -16,6 +17,8 @@ from trl_instruct.data.reading import Reading
 from trl_instruct.data.records import check_records, form_of, load_demonstrations
 from trl_instruct.data.sources import Record, Source, iterate, map_records
 from trl_instruct.errors import InputError
+
+logger = get_logger(__name__)
 
 
 class Preferences(NamedTuple):
@@ -43,22 +46,27 @@ def load_preferences(
         dataset: rankings or pairs, by name or in memory.
         held_out: the same, to evaluate on; None: `config.eval_size` of the prompts.
         demonstrations: by name or in memory; None: no shift.
-        config: split, seed, rating_order, truncate_prompt, and how to read the files.
+        config: split, seed, rating_order, leave_out_labelers, truncate_prompt, and how to read the
+            files.
         fits: a check of each record that is read after training; if bad records are left out, of
             all.
 
     Raises:
         InputError: bad records; neither rankings nor pairs; no pair with a winner; too few prompts
-            to hold any out; demonstrations in another format than the preferences.
+            to hold any out; no ranking by a labeler to leave out, or none by another;
+            demonstrations in another format than the preferences.
     """
     counts, reading = RankingCounts(), Reading.of(config)
     train = _load(dataset, config.dataset_train_split, config, reading, counts)
+    left_out = set(config.leave_out_labelers or ())
+    _check_labelers(train, left_out, reading.source)
+    train = _without(train, left_out, reading)
     if reading.skips or (config.eval_size and held_out is None):
         train = check_records(train, reading.source, fits, reading)
     test, others = None, reading.of_another()
     if held_out is not None:
         test = _load(held_out, config.dataset_test_split or "train", config, others)
-        test = check_records(test, others.source, fits, others)
+        test = check_records(_without(test, left_out, others), others.source, fits, others)
     elif config.eval_size:
         try:
             train, test = split_by_prompt(train, config.eval_size, seed=config.seed)
@@ -122,6 +130,29 @@ def as_rankings(preferences: Dataset) -> Dataset:
         remove_columns=both,
         features=Features(kinds),
     )
+
+
+def _check_labelers(rows: Dataset, named: set[str], source: Source) -> None:
+    """InputError for a labeler to leave out who has no ranking."""
+    column = "labeler" if "labeler" in rows.column_names else None
+    found = {str(name) for name in iterate(rows, column) if name is not None} if column else set()
+    if unknown := sorted(named - found):
+        there = f"there are {', '.join(sorted(found))}" if found else "no record has a `labeler`"
+        raise InputError(
+            f"{source.name}: leave_out_labelers names {unknown[0]!r}, but {there}. Name one of "
+            "them, or leave the option out."
+        )
+
+
+def _without(rows: Dataset, labelers: set[str], reading: Reading) -> Dataset:
+    """The records that are not by these labelers; how many that leaves out is told."""
+    if not labelers or "labeler" not in rows.column_names:
+        return rows
+    source, none = reading.source, "all {} records are by labelers that leave_out_labelers names."
+    kept = reading.keep(rows, lambda row, _: str(row["labeler"]) not in labelers, source, none)
+    left = len(rows) - len(kept), ", ".join(sorted(labelers))
+    logger.warning("%s: left out: %s by %s", source.name, plural(left[0], "record"), left[1])
+    return kept
 
 
 def _load(

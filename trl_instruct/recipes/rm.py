@@ -42,7 +42,8 @@ from trl_instruct.recipes.stage import (
     run_stage,
     starting_point,
 )
-from trl_instruct.reward_trainer.evaluation import evaluate_reward
+from trl_instruct.reward_trainer.evaluation import evaluate_reward, numbered
+from trl_instruct.reward_trainer.labelers import reliability
 from trl_instruct.reward_trainer.tables import FIGURE, plot, render
 from trl_instruct.reward_trainer.trainer import RankingRewardTrainer
 from trl_instruct.rewards.reward_model import RewardModel
@@ -79,8 +80,9 @@ def rm(
     Returns:
         The folder, with metrics train_loss, pairs (trained on), overlong, truncated, data (counts
         of ties, repeated responses, ...), shift and std of the demonstrations' scores, those of
-        `evaluate_reward` (accuracy, calibration, ...), train_accuracy (on as many of the training
-        rankings) and seconds; and their figure, rm.png.
+        `evaluate_reward` (accuracy, calibration, ...), labelers (their `reliability` on all
+        rankings), train_accuracy (on as many of the training rankings) and seconds; and their
+        figure, rm.png.
 
     Raises:
         InputError: as `sft`; also a ranking with fewer than two responses, or no pair at all.
@@ -209,7 +211,9 @@ def _measure(run: StageRun, reward: RewardModel, data: Preferences) -> dict[str,
             save_beside_adapter(reward.model, run.new)
     if data.held_out is not None:
         evaluation = evaluate_reward(reward, data.held_out, reward.tokenizer)
-        metrics |= {**evaluation.metrics, "train_accuracy": _train_accuracy(run, reward, data)}
+        everybody = numbered(as_rankings(data.train), data.held_out).rankings
+        metrics |= {**evaluation.metrics, "labelers": reliability(everybody)}
+        metrics["train_accuracy"] = _train_accuracy(run, reward, data)
         if run.is_main:
             plot(evaluation, run.new / FIGURE)
     if reward.truncated:

@@ -1,4 +1,4 @@
-"""A reward model on held-out rankings: accuracy, calibration, length, labeler agreement."""
+"""A reward model on held-out rankings: accuracy, best of K, calibration, length."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from trl_instruct.data.rendering import ARGUMENTS
 from trl_instruct.data.sources import iterate
 from trl_instruct.errors import InputError
 from trl_instruct.intervals import Interval, share_interval
+from trl_instruct.reward_trainer.labelers import Labeled, agreement
 from trl_instruct.rewards.function import RewardFunction, as_text, call_reward
 
 MOST_BINS, LEAST_PAIRS = 10, 30
@@ -33,17 +34,6 @@ class RewardEvaluation(NamedTuple):
     metrics: dict[str, Any]
     scores: list[float]
     lengths: list[int]
-
-
-class Labeled(NamedTuple):
-    """One labeler's ranking of numbered responses; gold: noiseless scores, if known."""
-
-    prompt: int
-    responses: list[int]
-    ranks: list[int]
-    weight: float
-    labeler: Any
-    gold: list[float] | None
 
 
 class Numbered(NamedTuple):
@@ -122,9 +112,10 @@ def evaluate_reward(
         response with more tokens wins) and for above_length (the difference); log_loss, the mean of
         -log sigmoid(margin), nats; calibration (see there); calibration_error, calibration_floor,
         calibration_floor_high (see `calibration_errors`); length_correlation (see
-        `within_prompt_correlation`); by_k and by_distance, accuracies by size of the ranking and
-        difference of ranks; if known, ceiling (accuracy of `gold_scores`) and agreement (see
-        `agreement`); eval_prompts, eval_rankings, eval_pairs.
+        `within_prompt_correlation`); by_k, by_distance and by_labeler, accuracies by size of the
+        ranking, difference of ranks and, if there are several, labeler; see `best_of_k`; if known,
+        ceiling (accuracy of `gold_scores`) and agreement (see `agreement`); eval_prompts,
+        eval_rankings, eval_pairs.
     """
     held_out = numbered(rankings)
     ids = response_ids(held_out.responses, tokenizer)
@@ -138,6 +129,7 @@ def evaluate_reward(
         **_named("accuracy", pairs.accuracy(pairs.margins)),
         **_named("length_accuracy", pairs.accuracy(pairs.longer)),
         **_named("above_length", pairs.above_length()),
+        **best_of_k(held_out.rankings, scores),
         "log_loss": _mean(softplus(-pairs.margins), pairs.weights),
         **calibration_errors(pairs),
         "length_correlation": within_prompt_correlation(scores, lengths, held_out.prompt_numbers),
@@ -146,6 +138,7 @@ def evaluate_reward(
         "eval_pairs": len(pairs.margins),
         "by_k": _broken_down(pairs, pairs.k),
         "by_distance": _broken_down(pairs, pairs.distances),
+        "by_labeler": _by_labeler(held_out.rankings, scores, lengths),
         "calibration": calibration(pairs),
     }
     known = {"ceiling": pairs.ceiling(), "agreement": agreement(held_out.rankings)}
@@ -172,6 +165,33 @@ def comparisons(
         raise InputError("No ranking to evaluate on has a pair with a winner; give more rankings.")
     columns = torch.tensor(rows, dtype=torch.float64).T
     return Comparisons(*columns[:4], *columns[4:].long())
+
+
+def best_of_k(labeled: Sequence[Labeled], scores: Sequence[float]) -> dict[str, float]:
+    """How often the top score goes to the response that the labeler put first, with its ranking's
+    weight. Chance is 1 / K.
+
+    If several have the top score, the share of them that was put first counts. If several were put
+    first, each of them is right, and chance is their share of K. A ranking without a pair with a
+    winner is skipped.
+
+    Returns:
+        best_of_k, best_of_k_low, best_of_k_high (95 %, a prompt is one measurement) and
+        best_of_k_chance, the mean.
+
+    >>> ranking = Labeled(0, [0, 1, 2, 3], [1, 2, 3, 3], 1.0, None, None)
+    >>> found = best_of_k([ranking], scores=[0.5, 0.5, -1.0, 0.0])
+    >>> found["best_of_k"], found["best_of_k_chance"]
+    (0.5, 0.25)
+    """
+    rows = []
+    for one in (one for one in labeled if max(one.ranks) > 1):
+        given, first = [scores[r] for r in one.responses], [float(r == 1) for r in one.ranks]
+        top = [right for right, score in zip(first, given, strict=True) if score == max(given)]
+        rows.append((statistics.fmean(top), statistics.fmean(first), one.prompt, one.weight))
+    right, chance, prompts, weights = torch.tensor(rows, dtype=torch.float64).T
+    measured = _named("best_of_k", share_interval(right, prompts, weights))
+    return {**measured, "best_of_k_chance": _mean(chance, weights)}
 
 
 def calibration(pairs: Comparisons) -> list[dict[str, float]]:
@@ -252,44 +272,18 @@ def within_prompt_correlation(
     return ((a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt()).item()
 
 
-def agreement(labeled: Sequence[Labeled]) -> dict[str, float] | None:
-    """How often two labelers order a pair of responses alike, if neither calls it a tie.
-
-    Only rankings of one prompt by different `labeler`s are compared: without names they may come
-    from one person. No bound for the model: one that knows what most labelers think agrees with one
-    of them more often than two of them agree (InstructGPT: labelers 72.6 %, model 72.4 %).
-
-    Returns:
-        mean, low, high (95 %) and the number of comparisons; None if there are none.
-    """
-    by_prompt = defaultdict(list)
-    for one in labeled:
-        if one.labeler is not None:
-            by_prompt[one.prompt].append(one)
-    alike: list[tuple[int, float]] = []
-    for prompt, rankings in by_prompt.items():
-        for first, second in combinations(rankings, 2):
-            if first.labeler != second.labeler:
-                alike += [(prompt, value) for value in _alike(first, second)]
-    if not alike:
-        return None
-    prompts, values = zip(*alike, strict=True)
-    measured = share_interval(torch.tensor(values), torch.tensor(prompts))
-    return {**measured._asdict(), "pairs": len(values)}
-
-
 def response_ids(responses: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Tokens of each response (text or messages), without special tokens."""
     texts = list(map(as_text, responses))
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
-def numbered(rankings: Dataset) -> Numbered:
+def numbered(*rankings: Dataset) -> Numbered:
     """Number the prompts and responses of rankings, so that each response is scored once."""
     result = Numbered([], [], [], [], [])
     prompts: dict[str, int] = {}
     responses: dict[tuple[str, ...], int] = {}
-    for record in iterate(rankings):
+    for record in chain.from_iterable(map(iterate, rankings)):
         asked, ranked = content_key(record["prompt"]), []
         number = prompts.setdefault(prompt_key(record["prompt"]), len(prompts))
         arguments = {name: record[name] for name in ARGUMENTS if record.get(name) is not None}
@@ -311,18 +305,6 @@ def numbered(rankings: Dataset) -> Numbered:
     return result
 
 
-def _alike(first: Labeled, second: Labeled) -> list[float]:
-    """For each pair that both rank strictly, whether they agree."""
-    ranks = dict(zip(second.responses, second.ranks, strict=True))
-    shared = [
-        (rank, ranks[response])
-        for response, rank in zip(first.responses, first.ranks, strict=True)
-        if response in ranks
-    ]
-    both = [(a - b, x - y) for (a, x), (b, y) in combinations(shared, 2)]
-    return [float(one * other > 0) for one, other in both if one and other]
-
-
 def _bins(pairs: Comparisons) -> Tensor:
     """`(N,)` number of each pair's bin, in the order of the expected rates."""
     order, size = pairs.expected().argsort(stable=True), len(pairs.margins)
@@ -339,6 +321,19 @@ def _broken_down(pairs: Comparisons, key: Tensor) -> dict[str, dict[str, float]]
         ceiling = part.ceiling()
         result[str(value)] = cell if ceiling is None else {**cell, "ceiling": ceiling}
     return result
+
+
+def _by_labeler(
+    labeled: Sequence[Labeled], scores: Sequence[float], lengths: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    """Accuracy of the pairs of each labeler; {} if there are fewer than two."""
+    groups = defaultdict(list)
+    for one in labeled:
+        if one.labeler is not None and max(one.ranks) > 1:
+            groups[str(one.labeler)].append(one)
+    parts = {name: comparisons(group, scores, lengths) for name, group in groups.items()}
+    found = {name: _named("accuracy", p.accuracy(p.margins)) for name, p in parts.items()}
+    return found if len(found) > 1 else {}
 
 
 def _named(name: str, interval: Interval) -> dict[str, float]:

@@ -15,11 +15,11 @@ from trl_instruct.reward_trainer.evaluation import RewardEvaluation
 
 FIGURE = "rm.png"
 MODEL, LENGTH, CEILING, LABELERS, CHANCE = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#888888"
-MOST_POINTS = 3000
+MOST_POINTS, MOST_LABELERS = 3000, 20
 
 
 def render(metrics: dict[str, Any], figure: Path) -> str:
-    """The metrics of `rm` as a plain-text table; a missing metric has no row.
+    """The metrics of `rm` as plain-text tables; a missing metric has no row.
 
     Args:
         figure: path of the figure, for the first line.
@@ -31,6 +31,9 @@ def render(metrics: dict[str, Any], figure: Path) -> str:
             ("  longer answer wins", show_metric(metrics, "length_accuracy"), "the same pairs"),
             ("  above that", show_metric(metrics, "above_length", sign="+"), ""),
         ]
+    if "best_of_k" in metrics:
+        chance = f"chance: {metrics['best_of_k_chance']:.3f}"
+        rows.append(("best of K on top", show_metric(metrics, "best_of_k"), chance))
     if "ceiling" in metrics:
         rows.append(("  noise ceiling", f"{metrics['ceiling']:.3f}", "of the labeler"))
     if "agreement" in metrics:
@@ -50,7 +53,20 @@ def render(metrics: dict[str, Any], figure: Path) -> str:
     if "accuracy" in metrics:
         held_out = f"{metrics['eval_prompts']:,} held-out prompts, {_pairs(metrics)}"
         lines.insert(0, f"{held_out}; figure: {figure}\n")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_labelers(metrics)])
+
+
+def _labelers(metrics: dict[str, Any]) -> list[str]:
+    """A table of the labelers, the least alike first; [] if there are fewer than two."""
+    found, judged = metrics.get("labelers", {}), metrics.get("by_labeler", {})
+    rows = [("labeler", "rankings", "agrees with others (95 %)", "pairs", "the model agrees")]
+    for name, row in list(found.items())[:MOST_LABELERS]:
+        alike = (show_interval(row), f"{row['pairs']:,}") if "pairs" in row else ("-", "0")
+        model = show_metric(judged[name], "accuracy") if name in judged else "-"
+        rows.append((name, f"{row['rankings']:,}", *alike, model))
+    more = len(found) - MOST_LABELERS
+    left = [f"and {more:,} more, who agree more; metrics.json has them"] if more > 0 else []
+    return ["", *table(rows), *left] if found else []
 
 
 def plot(evaluation: RewardEvaluation, path: Path) -> None:
