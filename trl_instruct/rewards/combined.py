@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
-from threading import Thread
 from typing import Any, NamedTuple
 
 from trl_instruct.errors import InputError
@@ -15,6 +13,7 @@ from trl_instruct.rewards.function import (
     as_text,
     call_part,
     reward_name,
+    within,
 )
 
 
@@ -144,21 +143,14 @@ class TimeLimit:
 
     def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> Scores:
         """Scores of the completions, None where the reward does not apply."""
-        answer: Future[Scores] = Future()
-
-        def call() -> None:
-            try:
-                answer.set_result(call_part(self.parts[0], prompts, completions, columns))
-            except BaseException as error:
-                answer.set_exception(error)
-
-        Thread(target=call, daemon=True).start()
-        if not wait([answer], self.seconds).done:
+        given = prompts, completions, columns
+        try:
+            return within(self.seconds, lambda: call_part(self.parts[0], *given))
+        except TimeoutError as error:
             raise RewardUnreachableError(
                 f"Reward {self.__name__!r} did not return within {self.seconds:g} seconds for "
                 f"{len(completions)} completions. Mend it, or set another time limit."
-            )
-        return answer.result()
+            ) from error
 
 
 class LengthPenalty:

@@ -10,15 +10,17 @@ import asyncio
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import Future, wait
 from functools import cache
 from threading import Thread, current_thread
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from trl_instruct.console import shown
 from trl_instruct.errors import InputError, harmless, redact
 
 Scores = list[float | None]
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
+Result = TypeVar("Result")
 Texts = Sequence[Any]  # texts, or lists of messages
 Columns = Mapping[str, Sequence[Any]]
 
@@ -251,7 +253,7 @@ def _event_loop(within: Thread | None) -> asyncio.AbstractEventLoop:
 def _awaited(answer: Awaitable[Any]) -> Any:
     """What an async function returns."""
 
-    async def wait() -> Any:
+    async def answered() -> Any:
         try:
             return await answer
         except SystemExit as error:  # it would end the loop, and leave the caller waiting
@@ -259,7 +261,26 @@ def _awaited(answer: Awaitable[Any]) -> Any:
 
     caller = current_thread()
     loop = _event_loop(caller if caller.name == LOOP_THREAD else None)
-    return asyncio.run_coroutine_threadsafe(wait(), loop).result()
+    return asyncio.run_coroutine_threadsafe(answered(), loop).result()
+
+
+def within(seconds: float, call: Callable[[], Result]) -> Result:
+    """What a call returns; TimeoutError if it takes longer.
+
+    Python cannot end the call: its thread goes on until the process ends.
+    """
+    answer: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    if not wait([answer], seconds).done:
+        raise TimeoutError("timed out")
+    return answer.result()
 
 
 def _float(score: Any) -> float:

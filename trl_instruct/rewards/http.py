@@ -1,16 +1,16 @@
-"""A reward on a server: JSON in and out, over the standard library's HTTP."""
+"""A reward on a server: JSON in and out, over httpx."""
 
 import contextlib
-import http.client
 import ipaddress
 import json
 import os
-import socket
+import ssl
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
+from functools import cache, partial
 from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2 as httpx
 
 from trl_instruct.console import brief
 from trl_instruct.errors import InputError
@@ -20,6 +20,7 @@ from trl_instruct.rewards.function import (
     Scores,
     Texts,
     is_column,
+    within,
 )
 
 # Holds the token of a reward server: all users of a machine can see a command line.
@@ -91,7 +92,7 @@ class HTTPReward:
 def check_url(url: str) -> str:
     """The URL; InputError if it is not an HTTP address, or holds a user's name or password."""
     try:
-        parts = urllib.parse.urlsplit(url)
+        parts = urlsplit(url)
         known = parts.scheme in ("http", "https") and (parts.hostname or "").encode("idna")
         valid = known and parts.port != 0 and url.isascii() and url.isprintable() and " " not in url
         secret = "@" in parts.netloc
@@ -124,20 +125,24 @@ def post_json(url: str, content: Any, token: str | None, timeout: float, retries
         body = json.dumps(content, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise RewardError(f"The content for {url} cannot be written as JSON: {error}") from error
-    headers = {"Content-Type": "application/json"}
+    headers = httpx.Headers({"Content-Type": "application/json"}, encoding="latin-1")
     if token:
         headers["Authorization"] = f"Bearer {token}"
-    request, opener = urllib.request.Request(url, body, headers, method="POST"), _opener(url)
+    # A proxy on another machine would look for this machine's own addresses there.
+    elsewhere = not is_loopback(urlsplit(url).hostname or "")
+    options: Any = {"timeout": timeout, "trust_env": elsewhere, "verify": _certificates()}
     for attempt in range(retries + 1):
         try:
-            with opener.open(request, timeout=timeout) as answer:
-                return _read_json(url, answer)
-        except urllib.error.HTTPError as error:
-            last = _told(error)
-            if error.code < 500 and error.code not in WORTH_ANOTHER_TRY:
-                raise _refusal(url, error.code, last) from error
-        except (OSError, http.client.HTTPException) as error:
-            last = brief(str(getattr(error, "reason", "") or error)) or type(error).__name__
+            with httpx.Client(**options) as client:
+                request = client.build_request("POST", url, content=body, headers=headers)
+                # The client's own timeout begins again with every byte.
+                return _read_json(url, within(timeout, partial(_answer, client, request)))
+        except httpx.HTTPStatusError as error:
+            code, last = error.response.status_code, str(error)
+            if code < 500 and code not in WORTH_ANOTHER_TRY:
+                raise _refusal(url, code, last) from error
+        except (httpx.HTTPError, OSError) as error:
+            last = brief(str(error)) or type(error).__name__
         if attempt < retries:
             time.sleep(min(LONGEST_WAIT, 2.0**attempt))
     raise RewardUnreachableError(
@@ -146,52 +151,26 @@ def post_json(url: str, content: Any, token: str | None, timeout: float, retries
     )
 
 
-def until_deadline(file: Any, connection: socket.socket) -> None:
-    """Make a socket's file readable only within the socket's timeout from now on.
-
-    The socket's own timeout begins again with every byte.
-    """
-    read, timeout = file.raw.readinto, connection.gettimeout()
-    deadline = time.monotonic() + (timeout or 0.0)
-
-    def readinto(buffer: Any) -> int | None:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        connection.settimeout(left)
-        try:
-            return read(buffer)
-        finally:
-            connection.settimeout(timeout)  # for what is sent
-
-    file.raw.readinto = readinto
+@cache
+def _certificates() -> ssl.SSLContext:
+    """The system's, read once: that takes longer than a request."""
+    return ssl.create_default_context()
 
 
-class _Answer(http.client.HTTPResponse):
-    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any):
-        super().__init__(sock, *args, **kwargs)
-        until_deadline(self.fp, sock)
-
-
-class _Once(
-    urllib.request.HTTPHandler, urllib.request.HTTPSHandler, urllib.request.HTTPRedirectHandler
-):
-    """One request, whose answer has a deadline; no redirects."""
-
-    def do_open(self, http_class: Any, *args: Any, **kwargs: Any) -> Any:
-        timed: Any = type("Timed", (http_class,), {"response_class": _Answer})
-        return super().do_open(timed, *args, **kwargs)
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
-def _opener(url: str) -> urllib.request.OpenerDirector:
-    """Uses the environment's proxies, except for this machine's own addresses: a proxy on another
-    machine would look for the server there."""
-    own = is_loopback(urllib.parse.urlsplit(url).hostname or "")
-    direct = (urllib.request.ProxyHandler({}),) if own else ()
-    return urllib.request.build_opener(_Once, *direct)
+def _answer(client: httpx.Client, request: httpx.Request) -> bytes:
+    """The answer's body, up to MOST_BYTES + 1; HTTPStatusError with the beginning of a refusal."""
+    answer, body = client.send(request, stream=True), b""
+    failed = answer.status_code >= 300
+    with contextlib.suppress(httpx.HTTPError) if failed else contextlib.nullcontext():
+        for part in answer.iter_bytes():
+            body += part
+            if len(body) > (1000 if failed else MOST_BYTES):
+                break
+    if failed:
+        text = body.decode(errors="replace")
+        told = f"HTTP {answer.status_code} {answer.reason_phrase}: {text}".rstrip(": ")
+        raise httpx.HTTPStatusError(brief(told, most=400), request=request, response=answer)
+    return body
 
 
 def is_loopback(host: str) -> bool:
@@ -206,14 +185,6 @@ def is_loopback(host: str) -> bool:
         return f".{host}".lower().endswith(".localhost")
 
 
-def _told(error: urllib.error.HTTPError) -> str:
-    """The status and the beginning of the body; closes the connection."""
-    body = ""
-    with error, contextlib.suppress(OSError, http.client.HTTPException):
-        body = error.read(1000).decode(errors="replace")
-    return brief(f"HTTP {error.code} {error.reason}: {body}".rstrip(": "), most=400)
-
-
 def _refusal(url: str, code: int, told: str) -> RewardError:
     """The error for a status of 300 to 499."""
     advice = f" Set {TOKEN_VARIABLE}, or token=." if code in (401, 403) else ""
@@ -222,8 +193,7 @@ def _refusal(url: str, code: int, told: str) -> RewardError:
     return kind(f"The server {url} refused with {told}{advice}")
 
 
-def _read_json(url: str, answer: Any) -> Any:
-    body = answer.read(MOST_BYTES + 1)
+def _read_json(url: str, body: bytes) -> Any:
     if len(body) > MOST_BYTES:
         raise RewardError(f"The server {url} answered with more than {MOST_BYTES} bytes.")
     try:

@@ -6,6 +6,7 @@ import re
 import socket
 import sys
 import threading
+import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -19,7 +20,7 @@ from trl_instruct.rewards.function import (
     is_column,
     reward_name,
 )
-from trl_instruct.rewards.http import TOKEN_VARIABLE, check_token, is_loopback, until_deadline
+from trl_instruct.rewards.http import TOKEN_VARIABLE, check_token, is_loopback
 
 LOOPBACK = "127.0.0.1"
 MOST_BYTES = 16 * 2**20
@@ -110,11 +111,24 @@ class RewardServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: RewardServer
     timeout = PATIENCE
+    rfile: Any
     protocol_version = "HTTP/1.1"
 
     def setup(self) -> None:
         super().setup()
-        until_deadline(self.rfile, self.connection)
+        self.deadline, self.read_raw = time.monotonic() + self.timeout, self.rfile.raw.readinto
+        self.rfile.raw.readinto = self._readinto
+
+    def _readinto(self, buffer: Any) -> int | None:
+        """Read until the deadline: the socket's own timeout begins again with every byte."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self.connection.settimeout(left)
+        try:
+            return self.read_raw(buffer)
+        finally:
+            self.connection.settimeout(self.timeout)  # for what is sent
 
     def do_GET(self) -> None:
         if self.path == "/health":
