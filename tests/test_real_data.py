@@ -77,7 +77,13 @@ def run(request, tmp_path_factory):
         base = {"dataset": text}
     base |= {"vocab_size": 1000, "max_length": 128, "architecture_kwargs": LLAMA}
     base = pretrain(**base, output_dir=folder / "base", per_device_train_batch_size=8, **QUICK)
-    policy = sft(base, demonstrations, folder / "sft", per_device_train_batch_size=8, **QUICK)
+    policy = sft(
+        base,
+        demonstrations,
+        folder / "sft",
+        per_device_train_batch_size=8,
+        **{**QUICK, "num_train_epochs": 4},
+    )
     rankings = load_rankings(short(files["rankings"], 60))
     train, test = split_by_prompt(rankings, 0.2)
     reward = rm(
