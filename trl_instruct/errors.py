@@ -120,6 +120,15 @@ def explained(fault: str) -> Iterator[None]:
         raise InputError(f"{fault} ({type(error).__name__}: {summary(error)}).") from error
 
 
+@contextmanager
+def needs_extra(name: str) -> Iterator[None]:
+    """Turn a missing package of an extra into an `InputError` that says how to install it."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f"{error}. Install it: pip install 'trl-instruct[{name}]'.") from error
+
+
 def summary(error: Exception, most: int = 300) -> str:
     """A library's error in one line: its first, or all of them if the first announces the others.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,7 +27,7 @@ from datasets import (
 from datasets.exceptions import DatasetGenerationError
 from trl.scripts.utils import DatasetConfig
 
-from trl_instruct.errors import InputError, located
+from trl_instruct.errors import InputError, located, needs_extra
 
 MESSAGE = {"role": Value("string"), "content": Value("string")}
 AnyDataset: TypeAlias = Dataset | IterableDataset
@@ -38,6 +39,7 @@ BUILDERS = {
     **dict.fromkeys((".json", ".jsonl", ".json.gz", ".jsonl.gz"), "json"),
     **{".csv": "csv", ".parquet": "parquet"},
 }
+LABEL_STORE = re.compile(r".*\.(db|sqlite)|(sqlite|postgresql|mysql|mariadb)(\+\w+)?://.*", re.I)
 TEXT_CELLS = (
     *("prompt", "completion", "chosen", "rejected", "text", "labeler"),
     *("instruction", "input", "output", "question", "answer", "response"),
@@ -96,8 +98,9 @@ def load_records(source: Any, split: str = "train", streaming: bool = False) -> 
     Args:
         source: a `datasets.Dataset` or `IterableDataset` (returned unchanged), a `DatasetDict`,
             `"tiny:<split>"` (the embedded world), a local .json, .jsonl, .json.gz, .jsonl.gz, .csv
-            or .parquet file, a local folder, the id of a dataset on the Hub, or TRL's
-            `DatasetConfig`, with the name of a subset, data files, or columns to keep.
+            or .parquet file, a store of labels (labels.db, or a database's address), a local
+            folder, the id of a dataset on the Hub, or TRL's `DatasetConfig`, with the name of a
+            subset, data files, or columns to keep.
         split: which split; a single file has only "train" (slices like `"train[:100]"` work).
         streaming: return an `IterableDataset`, which reads rows on demand.
 
@@ -185,6 +188,8 @@ def _load_path(
     source: str | PathLike[str], split: str, streaming: bool, where: Source
 ) -> AnyDataset:
     path = Path(fspath(source)).expanduser()
+    if LABEL_STORE.fullmatch(str(source)) and ("://" in str(source) or path.is_file()):
+        return _load_labels(str(source), split, streaming)
     if path.is_dir():
         return _load_folder(path, split, streaming, where)
     builder = next((kind for end, kind in BUILDERS.items() if path.name.lower().endswith(end)), "")
@@ -196,6 +201,14 @@ def _load_path(
     if builder or isinstance(source, PathLike) or str(source).startswith((".", "/", "~")):
         raise InputError(f"{where.name}: no such file or folder (looked in {Path.cwd()}).")
     return _load_named(DatasetConfig(str(source)), split, streaming, where)
+
+
+def _load_labels(address: str, split: str, streaming: bool) -> AnyDataset:
+    """What people labelled so far, in a store that `trl-instruct label` fills."""
+    with needs_extra("label"):
+        from trl_instruct.data.labels import LabelStore
+    dataset = Dataset.from_list(LabelStore(address).records(split))
+    return dataset.to_iterable_dataset() if streaming else dataset
 
 
 def _load_configured(

@@ -1,0 +1,357 @@
+"""What people said about completions: a store of its own, which no stage writes or removes.
+
+Items (a prompt with its K responses) are stored whole, so labels keep their meaning whatever
+becomes of the files that they came from. Answers are only ever added: the latest of a labeler
+counts, and taking one back is an answer too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sqlalchemy as sql
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from trl_instruct.console import get_logger, plural
+from trl_instruct.errors import InputError
+
+logger = get_logger(__name__)
+
+RESERVED_FOR = 30 * 60.0  # seconds for which an open item is its labeler's
+MOST_RESPONSES = 9
+METADATA = sql.MetaData()
+# Content is JSON in ASCII: databases differ in what else text may hold.
+ITEMS = sql.Table(
+    "items",
+    METADATA,
+    sql.Column("position", sql.Integer, primary_key=True),
+    sql.Column("item", sql.String(64), unique=True, nullable=False),
+    sql.Column("split", sql.String(64), nullable=False),
+    sql.Column("responses", sql.Integer, nullable=False),
+    sql.Column("content", sql.Text, nullable=False),
+)
+ANSWERS = sql.Table(
+    "answers",
+    METADATA,
+    sql.Column("number", sql.Integer, primary_key=True),
+    sql.Column("id", sql.String(64), unique=True, nullable=False),  # the client's
+    sql.Column("item", sql.ForeignKey(ITEMS.c.item), nullable=False),
+    sql.Column("labeler", sql.String(64), nullable=False),
+    sql.Column("action", sql.String(8), nullable=False),  # label, skip, undo
+    sql.Column("content", sql.Text, nullable=False),
+    sql.Column("time", sql.Float, nullable=False),  # seconds since 1970
+)
+RESERVED = sql.Table(
+    "reserved",
+    METADATA,
+    sql.Column("item", sql.ForeignKey(ITEMS.c.item), primary_key=True),
+    sql.Column("labeler", sql.String(64), primary_key=True),
+    sql.Column("until", sql.Float, nullable=False),
+)
+# One row: `turns`, which every change updates first, so that changes wait for each other; `token`,
+# with which the page is opened.
+STATE = sql.Table(
+    "state",
+    METADATA,
+    sql.Column("one", sql.Integer, primary_key=True),
+    sql.Column("turns", sql.Integer, nullable=False),
+    sql.Column("token", sql.String(64), nullable=False),
+)
+
+
+class Item(NamedTuple):
+    """A prompt with its responses, and what else was in its record."""
+
+    key: str
+    split: str
+    prompt: Any
+    responses: list[Any]
+    columns: dict[str, Any]
+
+    @classmethod
+    def of(cls, row: Any) -> Item:
+        """The item of a row of `ITEMS`."""
+        columns = json.loads(row.content)
+        return cls(row.item, row.split, columns.pop("prompt"), columns.pop("responses"), columns)
+
+
+class Answer(NamedTuple):
+    """What a labeler did with an item.
+
+    The content of a "label": `ranks`, `overall` (1 to 7 or None) and `checks` (question -> yes or
+    no), one per response; of any: `seconds`, `flag`, `note`.
+    """
+
+    item: Item
+    labeler: str
+    action: str
+    content: dict[str, Any]
+
+
+class LabelStore:
+    """Items and answers in a database.
+
+    Args:
+        address: a file, which SQLite makes, or the address of a server, in SQLAlchemy's notation:
+            `postgresql+psycopg://me@host/labels`.
+
+    Raises:
+        InputError: the file is no such database, or the server cannot be reached.
+    """
+
+    def __init__(self, address: str | Path):
+        self.address = str(address)
+        try:
+            if "://" not in self.address:
+                path = Path(address).expanduser()
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch(mode=0o600)
+                self.engine = sql.create_engine(f"sqlite:///{path}", connect_args={"timeout": 60})
+            else:
+                self.engine = sql.create_engine(self.address, pool_pre_ping=True)
+            if self.engine.dialect.name == "sqlite":
+                sql.event.listen(self.engine, "connect", _make_durable)
+            with self.engine.begin() as connection:
+                for table in METADATA.sorted_tables:
+                    connection.execute(sql.schema.CreateTable(table, if_not_exists=True))
+            state = {"one": 1, "turns": 0, "token": secrets.token_urlsafe(24)}
+            with suppress(IntegrityError), self.engine.begin() as connection:
+                connection.execute(sql.insert(STATE).values(**state))
+        except (SQLAlchemyError, ImportError, OSError) as error:
+            told = str(error).splitlines()[0]
+            raise InputError(
+                f"{self.address!r} cannot be used as a store of labels: {told}. Give a new file, "
+                "the store of an earlier session, or a database's address in SQLAlchemy's notation."
+            ) from error
+
+    @property
+    def token(self) -> str:
+        """What opens the page: the same for all sessions, so that open pages outlive a restart."""
+        with self.engine.connect() as connection:
+            return connection.execute(sql.select(STATE.c.token)).scalar_one()
+
+    def add(self, records: Iterable[Mapping[str, Any]], split: str = "train") -> int:
+        """Add items that are not there yet; returns their number.
+
+        Args:
+            records: `prompt` and `responses` (2 to 9, all different), and other columns.
+            split: the part of the data that they belong to.
+        """
+        rows = {}
+        for record in records:
+            content = json.dumps(dict(record), sort_keys=True)
+            key = hashlib.sha256(content.encode()).hexdigest()
+            count = len(record["responses"])
+            rows[key] = {"item": key, "split": split, "responses": count, "content": content}
+        with self._turn() as connection:
+            known = set(connection.execute(sql.select(ITEMS.c.item)).scalars())
+            new = [row for key, row in rows.items() if key not in known]
+            if new:
+                connection.execute(sql.insert(ITEMS), new)
+        return len(new)
+
+    def items(self) -> list[Item]:
+        """All items, in the order in which they were added."""
+        with self.engine.connect() as connection:
+            rows = connection.execute(sql.select(ITEMS).order_by(ITEMS.c.position))
+            return [Item.of(row) for row in rows]
+
+    def item(self, key: str) -> Item:
+        """One item; InputError if there is none of that key."""
+        with self.engine.connect() as connection:
+            row = connection.execute(sql.select(ITEMS).where(ITEMS.c.item == key)).first()
+        if row is None:
+            raise InputError("The store holds no such item.")
+        return Item.of(row)
+
+    def next_item(self, labeler: str, labels_per_prompt: int = 1) -> Item | None:
+        """The item that a labeler is to label, which is theirs for `RESERVED_FOR` seconds.
+
+        Nobody gets an item that they have labelled or skipped, and at most `labels_per_prompt`
+        labelers label an item or have it open. None if nothing is left.
+        """
+        now, standing, mine = time.time(), _standing(), RESERVED.c.labeler == labeler
+        labelled = sql.select(standing.c.item, standing.c.labeler)
+        labelled = labelled.where(standing.c.action == "label")
+        opened = sql.select(RESERVED.c.item, RESERVED.c.labeler).where(RESERVED.c.until > now)
+        taken = labelled.union(opened).subquery()
+        counted = sql.select(taken.c.item, sql.func.count().label("count"))
+        others = counted.where(taken.c.labeler != labeler).group_by(taken.c.item).subquery()
+        answered = sql.select(standing.c.item).where(standing.c.labeler == labeler)
+        free = sql.func.coalesce(others.c.count, 0) < labels_per_prompt
+        query = (
+            sql.select(ITEMS)
+            .outerjoin(others, others.c.item == ITEMS.c.item)
+            .outerjoin(RESERVED, (RESERVED.c.item == ITEMS.c.item) & mine)
+            .where(ITEMS.c.responses > 1, ITEMS.c.item.not_in(answered), free)
+            .order_by(RESERVED.c.item.is_(None), ITEMS.c.position)
+        )
+        with self._turn() as connection:
+            row = connection.execute(query.limit(1)).first()
+            if row is None:
+                return None
+            _reserve(connection, row.item, labeler, now + RESERVED_FOR)
+        return Item.of(row)
+
+    def save(
+        self, answer_id: str, key: str, labeler: str, action: str, content: Mapping[str, Any]
+    ) -> bool:
+        """Store an answer; it is on disk when this returns.
+
+        Args:
+            answer_id: made by the client; an answer that is sent again is stored once.
+            key: of the item.
+            action: "label" or "skip".
+            content: as in `Answer`.
+
+        Returns:
+            Whether it counts: False if the labeler has answered that item in another window.
+
+        Raises:
+            InputError: no such item, or a label that does not fit its responses.
+        """
+        if action not in ("label", "skip"):
+            raise InputError(f"The action is {action!r}; it must be 'label' or 'skip'.")
+        item, standing = self.item(key), _standing()
+        if action == "label":
+            check_label(content, len(item.responses))
+        own = (standing.c.item == key) & (standing.c.labeler == labeler)
+        with self._turn() as connection:
+            if _answer_of(connection, answer_id):
+                return True
+            if connection.execute(sql.select(standing).where(own)).first():
+                return False
+            _write(connection, answer_id, key, labeler, action, json.dumps(dict(content)))
+            connection.execute(_reservation(key, labeler))
+        return True
+
+    def undo(self, answer_id: str, labeler: str) -> Answer | None:
+        """Take back a labeler's latest answer that stands, whose item is open again for them.
+
+        Args:
+            answer_id: of the taking back, made by the client.
+
+        Returns:
+            The answer that was taken back, or None if there is none.
+        """
+        standing = _standing()
+        own = sql.select(standing).where(standing.c.labeler == labeler)
+        with self._turn() as connection:
+            found = _answer_of(connection, answer_id)
+            if found is None:
+                found = connection.execute(own.order_by(standing.c.number.desc())).first()
+                if found is None:
+                    return None
+                _write(connection, answer_id, found.item, labeler, "undo", found.content)
+                _reserve(connection, found.item, labeler, time.time() + RESERVED_FOR)
+        return Answer(self.item(found.item), labeler, found.action, json.loads(found.content))
+
+    def answers(self) -> list[Answer]:
+        """Answers that stand, by item and labeler."""
+        items = {item.key: item for item in self.items()}
+        with self.engine.connect() as connection:
+            rows = connection.execute(sql.select(_standing())).all()
+        given: dict[str, list[Answer]] = {key: [] for key in items}
+        for row in sorted(rows, key=lambda row: row.labeler):
+            content = json.loads(row.content)
+            given[row.item].append(Answer(items[row.item], row.labeler, row.action, content))
+        return [answer for answers in given.values() for answer in answers]
+
+    def records(self, split: str = "train") -> list[dict[str, Any]]:
+        """The labels of a split as ranking records, one per labeler and item.
+
+        Besides `prompt`, `responses`, `ranks`, `labeler` and the item's own columns: `overall`,
+        `checks`, `seconds`, `flag` and `note`, where any labeler used them.
+
+        Raises:
+            InputError: no such split, or nobody has labelled any of it.
+        """
+        splits = [item.split for item in self.items()]
+        if split not in splits:
+            known = ", ".join(sorted(set(splits))) or "none"
+            raise InputError(f"{self.address}: no split {split!r}; there are {known}.")
+        found = []
+        for item, labeler, action, content in self.answers():
+            if action == "label" and item.split == split:
+                own = {"prompt": item.prompt, "responses": item.responses, "labeler": labeler}
+                found.append({**item.columns, **content, **own})
+        if not found:
+            told = f"none of {splits.count(split)} prompts is labelled"
+            raise InputError(f"{self.address}: {told}; `trl-instruct label` shows them.")
+        shown, by = (
+            len({id(record["responses"]) for record in found}),
+            {r["labeler"] for r in found},
+        )
+        logger.warning(
+            "%s: %d of %s labelled, by %s",
+            *(self.address, shown, plural(splits.count(split), "prompt")),
+            plural(len(by), "labeler"),
+        )
+        used = {name for record in found for name, value in record.items() if value not in UNUSED}
+        return [{name: record.get(name) for name in sorted(used)} for record in found]
+
+    @contextmanager
+    def _turn(self) -> Iterator[sql.Connection]:
+        """A transaction that waits for all others which change something."""
+        with self.engine.begin() as connection:
+            connection.execute(sql.update(STATE).values(turns=STATE.c.turns + 1))
+            yield connection
+
+
+UNUSED: tuple[Any, ...] = (None, "", False, [], {})
+
+
+def check_label(content: Mapping[str, Any], count: int) -> None:
+    """InputError unless a label has a whole rank >= 1, and at most one rating, per response."""
+    ranks, overall = content.get("ranks"), content.get("overall")
+    if not _is_list_of(ranks, range(1, count + 1), count):
+        raise InputError(f"`ranks` must be {count} whole numbers from 1 to {count}: {ranks!r}.")
+    if overall is not None and not _is_list_of(overall, [None, *range(1, 8)], count):
+        raise InputError(f"`overall` must be {count} ratings from 1 to 7 or null: {overall!r}.")
+    for question, given in (content.get("checks") or {}).items():
+        if not _is_list_of(given, [True, False], count):
+            raise InputError(f"`checks` must give {count} times yes or no to {question!r}.")
+
+
+def _is_list_of(values: Any, known: Iterable[Any], count: int) -> bool:
+    """Whether it is a list of `count` known values; True is not 1."""
+    kinds = [(type(value), value) for value in known]
+    return isinstance(values, list) and [(type(v), v) in kinds for v in values] == [True] * count
+
+
+def _make_durable(connection: Any, _: Any) -> None:
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _standing() -> sql.Subquery:
+    """The latest answer of each labeler to each item, unless it was taken back."""
+    latest = sql.select(sql.func.max(ANSWERS.c.number)).group_by(ANSWERS.c.item, ANSWERS.c.labeler)
+    found = sql.select(ANSWERS).where(ANSWERS.c.number.in_(latest), ANSWERS.c.action != "undo")
+    return found.subquery()
+
+
+def _answer_of(connection: sql.Connection, answer_id: str) -> Any:
+    return connection.execute(sql.select(ANSWERS).where(ANSWERS.c.id == answer_id)).first()
+
+
+def _write(connection: sql.Connection, answer_id: str, *values: str) -> None:
+    names = ("item", "labeler", "action", "content")
+    row = dict(zip(names, values, strict=True))
+    connection.execute(sql.insert(ANSWERS).values(id=answer_id, time=time.time(), **row))
+
+
+def _reservation(key: str, labeler: str) -> sql.Delete:
+    return sql.delete(RESERVED).where(RESERVED.c.item == key, RESERVED.c.labeler == labeler)
+
+
+def _reserve(connection: sql.Connection, key: str, labeler: str, until: float) -> None:
+    connection.execute(_reservation(key, labeler))
+    connection.execute(sql.insert(RESERVED).values(item=key, labeler=labeler, until=until))
