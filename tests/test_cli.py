@@ -173,7 +173,7 @@ def test_every_stage_has_help(stage, capsys):
     assert stopped.value.code == 0
     told = capsys.readouterr().out
     own = {"serve-reward": "--port", "generate": "--prompt_suffix", "evaluate": "--best_of_n"}
-    own |= {"report": "--evaluation", "merge": "--dtype"}
+    own |= {"report": "--evaluation", "merge": "--dtype", "export": "--rating_order"}
     known = own.get(stage, "--learning_rate")
     assert known in told and "%%" not in told
 
@@ -365,7 +365,7 @@ def test_a_full_disk_behind_a_librarys_error(monkeypatch, capsys, inner, outer, 
     assert told in fails(capsys, "sft")
 
 
-@pytest.mark.parametrize("script", sorted({*cli.COMMANDS} - {"merge", "serve-reward"}))
+@pytest.mark.parametrize("script", sorted({*cli.COMMANDS} - {"export", "merge", "serve-reward"}))
 def test_the_scripts_are_the_commands(script):
     text = (ROOT / "recipes" / f"{script}.py").read_text()
     assert f'main(["{script}", *sys.argv[1:]])' in text

@@ -4,9 +4,7 @@
 clone, for `accelerate launch`.
 """
 
-import errno
 import os
-import re
 import sys
 import traceback
 from argparse import ArgumentParser, Namespace
@@ -28,11 +26,13 @@ from trl_instruct.configs import (
     SFTConfig,
 )
 from trl_instruct.console import say
+from trl_instruct.data.exports import FORMATS, export
+from trl_instruct.data.preferences import load_either
 from trl_instruct.data.reading import Reading
 from trl_instruct.data.sources import kind_of
 from trl_instruct.data.texts import prompts_of
 from trl_instruct.diagnosis.page import read_evaluation, report, summary_lines
-from trl_instruct.errors import InputError, harmless
+from trl_instruct.errors import InputError, harmless, refusal
 from trl_instruct.evaluation.answers import AnswerOptions, answer_prompts
 from trl_instruct.evaluation.compare import compare
 from trl_instruct.evaluation.evaluate import evaluate
@@ -58,12 +58,6 @@ from trl_instruct.rewards.http import TOKEN_VARIABLE
 from trl_instruct.rewards.load import load_reward
 from trl_instruct.rewards.server import LOOPBACK, MOST_BYTES, RewardServer
 
-# Of the machine: disk full, quota, file or name too long, read-only, no permission.
-REFUSALS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG),
-    *(errno.EROFS, errno.EACCES, errno.EPERM),
-}
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command named first; a mistake ends in one line and exit 2, Ctrl-C in exit 130."""
@@ -79,24 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"\n{name}: interrupted", sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if refusal := _refusal(error):
-            say(f"{name}: error: {harmless(refusal, 400)}", sys.stderr)
+        if refused := refusal(error):
+            say(f"{name}: error: {harmless(refused, 400)}", sys.stderr)
             sys.exit(2)
         say(harmless(traceback.format_exc()), sys.stderr)
         sys.exit(1)
-
-
-def _refusal(error: BaseException | None) -> str | None:
-    """What the machine refused, also behind a library's error; None if it is something else."""
-    while error is not None:
-        number = re.search(r"\(os error (\d+)\)", str(error))  # of safetensors
-        code = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
-        if code in REFUSALS:
-            return f"{os.strerror(code)}: {getattr(error, 'filename', None) or 'writing a file'}"
-        if "iostream error" in str(error):  # of torch
-            return "A file could not be written. Is the disk full?"
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _named_command(arguments: list[str]) -> str:
@@ -235,6 +216,26 @@ def _add_dtype(parser: ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", help="Weights' dtype (%(default)s).")
 
 
+def _add_reading(parser: ArgumentParser) -> None:
+    parser.add_argument("--dataset_train_split", default="train", help="Its split (%(default)s).")
+    parser.add_argument("--columns", nargs="+", help="As in `ppo`.")
+    parser.set_defaults(on_bad_record="error", faults=None, remembered=False)
+
+
+def export_command(arguments: list[str]) -> None:
+    """Write rankings as records or pairs, or for Label Studio or Argilla."""
+    parser = _Parser([], prog="trl-instruct export", allow_abbrev=False)
+    parser.add_argument("dataset_name", help="Rankings or pairs, as `rm` reads them.")
+    parser.add_argument("output_file", type=Path, help="A new file, .jsonl or for a tool .json.")
+    parser.add_argument("--to", choices=FORMATS, required=True, help="What it holds.")
+    _add_reading(parser)
+    parser.add_argument("--rating_order", nargs="+", help="As in `rm`.")
+    parser.set_defaults(prompt_template=None, prompt_suffix=None)
+    options = parser.parse_args(arguments)
+    given = options.dataset_name, options.dataset_train_split, Reading.of(options)
+    _tell(export(load_either(*given, options.rating_order), options.output_file, options.to))
+
+
 def report_command(arguments: list[str]) -> None:
     """Write one page on a finished stage and those it came from: what is at fault?"""
     parser = _Parser([], prog="trl-instruct report", allow_abbrev=False)
@@ -264,13 +265,11 @@ def generate_command(arguments: list[str]) -> None:
     parser.add_argument("--models", nargs="+", required=True, help=name)
     parser.add_argument("--prompts", nargs="+", help="Texts.")
     parser.add_argument("--dataset_name", help="Records with prompts, instead.")
-    parser.add_argument("--dataset_train_split", default="train", help="Its split (%(default)s).")
+    _add_reading(parser)
     parser.add_argument("--opening_length", type=int, help="As in `ppo`.")
-    parser.add_argument("--columns", nargs="+", help="As in `ppo`.")
     parser.add_argument("--prompt_template", type=line_breaks, help="As in `ppo`.")
     suffix = "As in `ppo`; also of typed text if there is no chat template."
     parser.add_argument("--prompt_suffix", type=line_breaks, help=suffix)
-    parser.set_defaults(on_bad_record="error", faults=None, remembered=False)
     text = "Continue typed text unchanged, even if there is a chat template."
     parser.add_argument("--text", action="store_true", help=text)
     parser.add_argument("--num_completions", type=int, default=1, help="Per prompt (%(default)s).")
@@ -383,6 +382,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "evaluate": evaluate_command,
     "report": report_command,
     "generate": generate_command,
+    "export": export_command,
     "merge": merge_command,
     "serve-reward": serve_reward_command,
 }

@@ -1,5 +1,7 @@
 """The one exception for mistakes that a user can fix, and what no message or file may hold."""
 
+import errno
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +12,12 @@ REDACTED = "***"
 NOT_AS_EXPECTED = (
     *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError),
 )
+
+# Of the machine: disk full, quota, file or name too long, read-only, no permission.
+REFUSALS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG),
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+}
 
 # hub_token, api_key, X-Auth-Token, password; not eos_token, max_tokens.
 _SECRET = (
@@ -137,3 +145,16 @@ def summary(error: Exception, most: int = 300) -> str:
     """
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     return harmless(" ".join(lines) if lines[0].endswith(":") else lines[0], most)
+
+
+def refusal(error: BaseException | None) -> str | None:
+    """What the machine refused, also behind a library's error; None if it is something else."""
+    while error is not None:
+        number = re.search(r"\(os error (\d+)\)", str(error))  # of safetensors
+        code = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
+        if code in REFUSALS:
+            return f"{os.strerror(code)}: {getattr(error, 'filename', None) or 'writing a file'}"
+        if "iostream error" in str(error):  # of torch
+            return "A file could not be written. Is the disk full?"
+        error = error.__cause__ or error.__context__
+    return None

@@ -887,6 +887,52 @@ def test_answers_of_argilla_that_rank_nothing(caplog):
     assert "1 an answer to `stars`, which ranks nothing" in caplog.text
 
 
+def rated(labeler, **stars):
+    """Argilla's ratings of one person."""
+    return {name: [{"user_id": labeler, "value": value}] for name, value in stars.items()}
+
+
+def test_ratings_of_argilla(caplog):
+    """response_1 is no response_10; ratings of the prompt or of one text alone rank nothing."""
+    fields = {"prompt": "Fern?", "response_1": "Fir.", "response_10": "Bracken."}
+    both = rated("u", response_1_rating=2, rate_response_10=5, prompt_rating=3)
+    rows = [
+        {"fields": fields, "responses": both},
+        {"fields": fields, "responses": rated("v", response_1_rating=2)},
+        {"fields": fields, "responses": {**both, **ARGILLA2[0]["responses"]}},
+    ]
+    rows[2]["responses"]["ranking"] = [{"user_id": "u", "value": ["response_1", "response_10"]}]
+    path = Dataset.from_list([json.loads(json.dumps(row)) for row in rows])
+    assert read("ranking", path) == [
+        ("Fern?", ["Fir.", "Bracken."], [2, 1]),
+        ("Fern?", ["Fir.", "Bracken."], [1, 2]),
+    ]
+    told = caplog.text
+    assert "2 an answer to `prompt_rating`, which ranks nothing" in told
+    assert "1 a rating of one text alone" in told and "1 ratings beside a ranking" in told
+
+
+def test_ratings_of_several_tasks_and_within_one():
+    """Each task that rates several texts is a ranking; tasks that rate one text make one."""
+
+    def task(data, **stars):
+        results = [{"to_name": n, "value": {"rating": value}} for n, value in stars.items()]
+        annotation = {"completed_by": 1, "result": results}
+        return {"data": {"prompt": "Reed?", **data}, "annotations": [annotation]}
+
+    rows = [
+        task({"one": "Sedge.", "two": "Read."}, one=4, two=1),
+        task({"one": "Rush.", "two": "Red."}, one=1, two=2),
+        task({"one": "Reed."}, one=3),
+        task({"one": "Weed."}, one=1),
+    ]
+    assert read("ranking", rows) == [
+        ("Reed?", ["Sedge.", "Read."], [1, 2]),
+        ("Reed?", ["Rush.", "Red."], [2, 1]),
+        ("Reed?", ["Reed.", "Weed."], [1, 2]),
+    ]
+
+
 def test_calls_of_tools_are_kept():
     """`content` is null beside them, and tables give every message every key."""
     call = {"type": "function", "function": {"name": "now", "arguments": '{"zone": "CET"}'}}

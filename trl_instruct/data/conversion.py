@@ -120,8 +120,9 @@ def _convert(
     if not found:
         raise InputError(f"{told}. Give a file that holds {counts.kind}s.")
     logger.warning("%s", told)
+    every = dict.fromkeys(name for _, record in found for name in record)  # ranks or scores
     with explained(f"{told}, but they are not of one form"):
-        converted = Dataset.from_list([record for _, record in found])
+        converted = Dataset.from_list([{**every, **record} for _, record in found])
     return converted, where.narrowed([row for row, _ in found])
 
 

@@ -13,7 +13,7 @@ from trl_instruct.data.conversion import recognise
 from trl_instruct.data.mixture import mixed
 from trl_instruct.data.pairs import load_pairs, split_by_prompt
 from trl_instruct.data.rankings import RankingCounts, load_rankings
-from trl_instruct.data.reading import Reading
+from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.data.records import check_records, form_of, load_demonstrations
 from trl_instruct.data.sources import Record, Source, iterate, map_records
 from trl_instruct.errors import InputError
@@ -57,15 +57,15 @@ def load_preferences(
             demonstrations in another format than the preferences.
     """
     counts, reading = RankingCounts(), Reading.of(config)
-    train = _load(dataset, config.dataset_train_split, config, reading, counts)
+    order = config.rating_order
+    train = load_either(dataset, config.dataset_train_split, reading, order, counts)
     left_out = set(config.leave_out_labelers or ())
-    _check_labelers(train, left_out, reading.source)
-    train = _without(train, left_out, reading)
+    train = _without(train, left_out, reading, must_be_there=True)
     if reading.skips or (config.eval_size and held_out is None):
         train = check_records(train, reading.source, fits, reading)
     test, others = None, reading.of_another()
     if held_out is not None:
-        test = _load(held_out, config.dataset_test_split or "train", config, others)
+        test = load_either(held_out, config.dataset_test_split or "train", others, order)
         test = check_records(_without(test, left_out, others), others.source, fits, others)
     elif config.eval_size:
         try:
@@ -132,44 +132,42 @@ def as_rankings(preferences: Dataset) -> Dataset:
     )
 
 
-def _check_labelers(rows: Dataset, named: set[str], source: Source) -> None:
-    """InputError for a labeler to leave out who has no ranking."""
-    column = "labeler" if "labeler" in rows.column_names else None
-    found = {str(name) for name in iterate(rows, column) if name is not None} if column else set()
-    if unknown := sorted(named - found):
+def _without(
+    rows: Dataset, labelers: set[str], reading: Reading, must_be_there: bool = False
+) -> Dataset:
+    """The records that are not by these labelers; how many that leaves out is told."""
+    source, none = reading.source, "all {} records are by labelers that leave_out_labelers names."
+    named = iterate(rows, "labeler") if "labeler" in rows.column_names else ()
+    found = {str(name) for name in named if name is not None}
+    if must_be_there and (unknown := sorted(labelers - found)):
         there = f"there are {', '.join(sorted(found))}" if found else "no record has a `labeler`"
         raise InputError(
             f"{source.name}: leave_out_labelers names {unknown[0]!r}, but {there}. Name one of "
             "them, or leave the option out."
         )
-
-
-def _without(rows: Dataset, labelers: set[str], reading: Reading) -> Dataset:
-    """The records that are not by these labelers; how many that leaves out is told."""
-    if not labelers or "labeler" not in rows.column_names:
+    if not labelers & found:
         return rows
-    source, none = reading.source, "all {} records are by labelers that leave_out_labelers names."
     kept = reading.keep(rows, lambda row, _: str(row["labeler"]) not in labelers, source, none)
-    left = len(rows) - len(kept), ", ".join(sorted(labelers))
-    logger.warning("%s: left out: %s by %s", source.name, plural(left[0], "record"), left[1])
+    told = plural(len(rows) - len(kept), "record"), ", ".join(sorted(labelers & found))
+    logger.warning("%s: left out: %s by %s", source.name, *told)
     return kept
 
 
-def _load(
+def load_either(
     source: Any,
-    split: str,
-    config: RewardConfig,
-    reading: Reading,
+    split: str = "train",
+    reading: Reading = AS_PUBLISHED,
+    rating_order: list[str] | None = None,
     counts: RankingCounts | None = None,
 ) -> Dataset:
-    """Load rankings or pairs, as the columns say."""
+    """Load rankings or pairs, as the columns say; arguments as `load_rankings`."""
     if isinstance(source, list):
-        load = partial(_load, config=config, reading=reading, counts=counts)
+        load = partial(load_either, reading=reading, rating_order=rating_order, counts=counts)
         return mixed(lambda entry, part, _: load(entry, part), source, streaming=False)
     first, shape = recognise(source, split, "ranking", reading)
     if shape is not None or "responses" in first:
-        order = config.rating_order
-        return load_rankings(source, split, rating_order=order, counts=counts, reading=reading)
+        options: Any = {"rating_order": rating_order, "counts": counts, "reading": reading}
+        return load_rankings(source, split, **options)
     if "chosen" in first:
         return load_pairs(source, split, counts=counts, reading=reading)
     raise InputError(

@@ -5,6 +5,7 @@ An answer is one labeler's ranking. Suggestions and predictions are a machine's:
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -40,12 +41,19 @@ def argilla_table(row: Record) -> list[Any]:
 
 
 def _rankings(given: Mapping[str, Any], answers: Iterable[Answer]) -> list[Any]:
-    """A ranking for each answer: the options in order, or each with its rank, 1 = best."""
+    """A ranking for each answer: the options in order, or each with its rank, 1 = best; else for
+    each labeler who rated several fields, each in a question that has the field's name in its own.
+    """
     fields = _present(given)
     found: list[Any] = []
+    rated: dict[str | None, dict[str, Any]] = defaultdict(dict)
     for question, user, value, status in answers:
         if status in ("draft", "discarded"):
             found.append(f"a {status} answer")
+            continue
+        rates = max((n for n in fields if n != "prompt" and n in question), key=len, default=None)
+        if rates and isinstance(value, int | float):
+            rated[_name(user)][rates] = value
             continue
         if not isinstance(value, list) or not value:
             found.append(f"an answer to `{question}`, which ranks nothing")
@@ -65,6 +73,14 @@ def _rankings(given: Mapping[str, Any], answers: Iterable[Answer]) -> list[Any]:
                 "labeler": _name(user),
             }
         )
+    ranked = any(isinstance(record, dict) for record in found)
+    for labeler, stars in rated.items():
+        if ranked or len(stars) < 2:
+            found.append("ratings beside a ranking" if ranked else "a rating of one text alone")
+            continue
+        texts, prompt = [fields[name] for name in stars], _text(fields, [*stars], "prompt")
+        scores = [*map(float, stars.values())]
+        found.append({"prompt": prompt, "responses": texts, "scores": scores, "labeler": labeler})
     if any(isinstance(record, dict) for record in found):
         return found
     return [*found, {"prompt": _text(fields, [], "prompt"), "responses": []}]
@@ -73,14 +89,14 @@ def _rankings(given: Mapping[str, Any], answers: Iterable[Answer]) -> list[Any]:
 def label_studio(tasks: Sequence[Record]) -> list[Any]:
     """Tasks with `data` and `annotations`: a Ranker's list, a Pairwise choice, or ratings."""
     found: list[Any] = []
-    rated: dict[Any, list[tuple[str, float]]] = {}
+    rated: dict[Any, list[tuple[str, float]]] = {}  # of a labeler; of tasks with several, each
     for task in tasks:
         data, before = _present(task["data"] or {}), len(found) + len(rated)
         for annotation in task["annotations"] or []:
             if annotation.get("was_cancelled"):
                 found.append("a cancelled answer")
                 continue
-            labeler = _name(annotation.get("completed_by"))
+            labeler, ratings = _name(annotation.get("completed_by")), []
             for result in annotation.get("result") or []:
                 value = _present(result["value"])
                 if "ranker" in value:
@@ -91,10 +107,13 @@ def label_studio(tasks: Sequence[Record]) -> list[Any]:
                     rates = result.get("to_name")  # one of several Rating tags names its text
                     own = rates != "prompt" and isinstance(data.get(rates), str)
                     text = data[rates] if own else _text(data, ["prompt"], "completion")
-                    rated.setdefault(labeler, []).append((text, float(value["rating"])))
+                    ratings.append((text, float(value["rating"])))
+            if ratings:
+                task_number = len(rated) if len(ratings) > 1 else None
+                rated.setdefault((labeler, task_number), []).extend(ratings)
         if len(found) + len(rated) == before:
             found.append({"prompt": _text(data, [], "prompt"), "responses": []})
-    for labeler, given in rated.items():
+    for (labeler, _), given in rated.items():
         texts, scores = map(list, zip(*given, strict=True))
         prompt = tasks[0]["data"]["prompt"]
         found.append({"prompt": prompt, "responses": texts, "scores": scores, "labeler": labeler})

@@ -21,14 +21,6 @@ class Labeled(NamedTuple):
     gold: list[float] | None
 
 
-class Compared(NamedTuple):
-    """A pair of responses to a prompt that two labelers ordered: 1 if alike, else 0."""
-
-    prompt: int
-    alike: float
-    labelers: tuple[str, str]
-
-
 def agreement(labeled: Sequence[Labeled]) -> dict[str, float] | None:
     """How often two labelers order a pair of responses alike, if neither calls it a tie.
 
@@ -39,7 +31,7 @@ def agreement(labeled: Sequence[Labeled]) -> dict[str, float] | None:
     Returns:
         mean, low, high (95 %) and the number of comparisons; None if there are none.
     """
-    return _share(list(_compared(labeled)))
+    return _share([(prompt, alike) for prompt, _, alike in _compared(labeled)])
 
 
 def reliability(labeled: Sequence[Labeled]) -> dict[str, dict[str, float]]:
@@ -58,33 +50,32 @@ def reliability(labeled: Sequence[Labeled]) -> dict[str, dict[str, float]]:
     if len(rankings) < 2:
         return {}
     shared = defaultdict(list)
-    for pair in _compared(labeled):
-        for name in pair.labelers:
-            shared[name].append(pair)
+    for prompt, names, alike in _compared(labeled):
+        for name in names:
+            shared[str(name)].append((prompt, alike))
     found = {name: {"rankings": n, **(_share(shared[name]) or {})} for name, n in rankings.items()}
     return dict(sorted(found.items(), key=lambda row: row[1].get("mean", 1)))
 
 
-def _compared(labeled: Sequence[Labeled]) -> Iterator[Compared]:
-    """Every pair of responses that two labelers ordered."""
+def _compared(labeled: Sequence[Labeled]) -> Iterator[tuple[int, tuple[Any, Any], float]]:
+    """Each pair of responses that two labelers ordered: prompt, labelers, 1 if alike, else 0."""
     by_prompt = defaultdict(list)
     for one in labeled:
         if one.labeler is not None:
             by_prompt[one.prompt].append(one)
     for prompt, rankings in by_prompt.items():
         for first, second in combinations(rankings, 2):
-            if first.labeler != second.labeler:
-                names = str(first.labeler), str(second.labeler)
-                yield from (Compared(prompt, alike, names) for alike in _alike(first, second))
+            names = first.labeler, second.labeler
+            if names[0] != names[1]:
+                yield from ((prompt, names, alike) for alike in _alike(first, second))
 
 
-def _share(compared: Sequence[Compared]) -> dict[str, float] | None:
+def _share(compared: Sequence[tuple[int, float]]) -> dict[str, float] | None:
     """The share of alike comparisons, as `agreement` returns it."""
     if not compared:
         return None
-    prompts, alike, _ = zip(*compared, strict=True)
-    measured = share_interval(torch.tensor(alike), torch.tensor(prompts))
-    return {**measured._asdict(), "pairs": len(compared)}
+    prompts, alike = map(torch.tensor, zip(*compared, strict=True))
+    return {**share_interval(alike, prompts)._asdict(), "pairs": len(compared)}
 
 
 def _alike(first: Labeled, second: Labeled) -> list[float]:
