@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from trl_instruct.diagnosis.finding import WORDS
 from trl_instruct.diagnosis.page import diagnose, verdict
 from trl_instruct.recipes.chain import FinishedStage
 
@@ -260,14 +261,18 @@ def test_the_verdict_names_the_first_stage_at_fault():
     assert verdict(diagnose(ppo(policy__clipfrac=0.5))) == "1 fault found. Begin with ppo."
 
 
-def test_the_page_lists_every_finding():
+def test_every_finding_has_its_words_and_is_listed_in_docs():
     package = Path(__file__).parents[2] / "trl_instruct"
     sources = [package / "diagnosis" / name for name in ("stages.py", "ppo.py")]
     calls = [n for path in sources for n in ast.walk(ast.parse(path.read_text())) if is_finding(n)]
-    named = [(call.args[0].value, call.args[1].value) for call in calls]
+    found = [[a.value for a in call.args if isinstance(a, ast.Constant)] for call in calls]
+    words = {(stage, name) for stage in ("sft", "rm", "ppo") for name in WORDS[stage]}
+    stages = {name: stage for stage, name in words}
+    named = [name for texts in found for name in texts if name in stages]
+    assert (len(named), set(named)) == (len(calls), set(stages))
     page = (package.parent / "docs" / "diagnosis.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| (\w+) \| `(\w+)` \|", page, re.MULTILINE)) == set(named)
+    assert set(re.findall(r"^\| (\w+) \| `(\w+)` \|", page, re.MULTILINE)) == words
 
 
 def is_finding(node):
-    return isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding"
+    return isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_found"

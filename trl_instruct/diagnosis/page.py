@@ -11,8 +11,9 @@ from jinja2 import Environment
 
 from trl_instruct.console import one_line
 from trl_instruct.diagnosis.figures import figures
+from trl_instruct.diagnosis.finding import WORDS, Finding
 from trl_instruct.diagnosis.ppo import diagnose_ppo
-from trl_instruct.diagnosis.stages import Finding, diagnose_rm, diagnose_sft
+from trl_instruct.diagnosis.stages import diagnose_rm, diagnose_sft
 from trl_instruct.errors import InputError, explained
 from trl_instruct.evaluation.tables import tables
 from trl_instruct.files import list_too, nulls_as_nan, read_json, written_at_once
@@ -152,13 +153,13 @@ def _samples(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
 def diagnose(chain: Mapping[str, FinishedStage]) -> list[Finding]:
     """The findings for each stage in a chain, from its own measurements, in the order they ran."""
     checks = {"sft": diagnose_sft, "rm": diagnose_rm, "ppo": diagnose_ppo}
-    told, advice = "A stage before it is not on this page.", "Restore its folder."
-    found = [
-        Finding(name, "stage_missing", told, gap, advice, level="unknown")
+    words = WORDS["any"]["stage_missing"]
+    missing = [
+        Finding(name, "stage_missing", figure=gap, **words)
         for name, run in chain.items()
         for gap in run.gaps
     ]
-    return found + [f for name in checks if name in chain for f in checks[name](chain[name])]
+    return missing + [f for name in checks if name in chain for f in checks[name](chain[name])]
 
 
 def verdict(findings: Sequence[Finding]) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from trl_instruct.diagnosis.stages import Finding
+from trl_instruct.diagnosis.finding import Finding, found
 from trl_instruct.ppo_trainer.roles import FROM_POLICY, VALUE_HEAD
 from trl_instruct.recipes.chain import FinishedStage
 from trl_instruct.rewards.load import is_address, is_python
@@ -26,6 +27,7 @@ LEAST_MOVED = 0.01  # nats per token, from the reference
 LEAST_ITERATIONS = 10
 STILL_RISING = 0.15  # share of the whole gain that came in the last fifth
 STANDARD_ERRORS = 3.0
+_found = partial(found, {name: value for name, value in globals().items() if name.isupper()}, "ppo")
 
 
 def diagnose_ppo(run: FinishedStage) -> Iterator[Finding]:
@@ -36,10 +38,7 @@ def diagnose_ppo(run: FinishedStage) -> Iterator[Finding]:
             config, and length and some others with TRL's own trainer.
     """
     if not run.curve("objective/kl"):
-        told = "PPO could not be checked."
-        figure = "no logs in its folder"
-        advice = "Leave logging_steps at 1."
-        yield Finding("ppo", "ppo_unmeasured", told, figure, advice, level="unknown")
+        yield _found("ppo_unmeasured", "no logs in its folder")
         return
     for check, *needed in CHECKS:
         if all(run.curve(name) for name in needed):
@@ -54,18 +53,9 @@ def _over_optimisation(run: FinishedStage) -> Iterator[Finding]:
     best = max(range(len(gold)), key=gold.__getitem__)
     fall = gold[best] - gold[-1]
     if fall > STANDARD_ERRORS * _error(run.values("objective/gold")) and scores[-1] > scores[0]:
-        turned = steps[best]
-        yield Finding(
-            "ppo",
-            "over_optimised",
-            "The policy exploits the reward: its score rises while the judge it was not trained "
-            f"on falls. It turned at iteration {turned}.",
-            f"score {scores[0]:.2f} -> {scores[-1]:.2f}, gold {gold[best]:.3f} in iteration "
-            f"{turned} -> {gold[-1]:.3f}",
-            f"A higher kl_coef, fewer episodes (stop near iteration {turned}), or a better reward "
-            "model.",
-            f"a fall by more than {STANDARD_ERRORS:g} standard errors",
-        )
+        turned = str(steps[best])
+        figure = f"score {scores[0]:.2f} -> {scores[-1]:.2f}, gold {gold[best]:.3f} in iteration "
+        yield _found("over_optimised", f"{figure}{turned} -> {gold[-1]:.3f}", turned=turned)
 
 
 def _kl(run: FinishedStage) -> Iterator[Finding]:
@@ -74,23 +64,12 @@ def _kl(run: FinishedStage) -> Iterator[Finding]:
     figure += f"{per_token:.2f} per token"
     free = run.config.get("kl_coef") == 0
     most = MOST_FREE_KL if free else MOST_KL
-    threshold = f"above {most} per token" + " if kl_coef is 0" * free
     if per_token > most and not free and _gold_rose(run):
-        told = "The policy is far from the reference, and the judge it was not trained on likes it."
-        advice = "Nothing to do as long as gold rises; read the samples."
-        yield Finding("ppo", "kl_paid", told, figure, advice, threshold, level="fine")
+        yield _found("kl_paid", figure, most=str(most))
     elif per_token > most:
-        told = "The policy is far from the reference; the reward model has never seen such texts."
-        advice = "A higher kl_coef, adaptive_kl_target, or a lower learning_rate."
-        yield Finding("ppo", "kl_blow_up", told, figure, advice, threshold)
+        yield _found("kl_blow_up", figure, most=str(most), free=" if kl_coef is 0" * free)
     elif per_token < LEAST_KL:
-        told = (
-            "The KL is negative, which a true KL never is: the completions were not sampled from "
-            "the distribution that the log-probabilities assume."
-        )
-        advice = "Check the generation settings and the dropout of the policy."
-        threshold = f"below {LEAST_KL} per token"
-        yield Finding("ppo", "kl_negative", told, figure, advice, threshold)
+        yield _found("kl_negative", figure)
 
 
 def _gold_rose(run: FinishedStage) -> bool:
@@ -105,62 +84,32 @@ def _gold_rose(run: FinishedStage) -> bool:
 def _entropy(run: FinishedStage) -> Iterator[Finding]:
     was, entropy = _ends(run, "policy/entropy")
     if entropy < LEAST_ENTROPY * was:
-        told = "The policy hardly varies any more: one prompt, one completion."
-        figure = f"entropy {was:.2f} -> {entropy:.2f} nats per token"
-        advice = "A higher kl_coef, a lower learning_rate, or fewer episodes."
-        threshold = f"below {LEAST_ENTROPY:.0%} of what it was"
-        yield Finding("ppo", "entropy_collapse", told, figure, advice, threshold)
+        yield _found("entropy_collapse", f"entropy {was:.2f} -> {entropy:.2f} nats per token")
 
 
 def _length(run: FinishedStage) -> Iterator[Finding]:
     was, length = _ends(run, "objective/length")
     if not 1 / MOST_LENGTH <= length / was <= MOST_LENGTH:
-        yield Finding(
-            "ppo",
-            "length_drift",
-            f"Completions have become much {'longer' if length > was else 'shorter'}: the reward "
-            "may pay for length itself.",
-            f"{was:.1f} -> {length:.1f} tokens",
-            "Look at score against length in the reward model's figure; use a length penalty "
-            "(docs/rewards.md) or a higher kl_coef.",
-            f"{MOST_LENGTH} times as long, or as short",
-        )
+        longer = "longer" if length > was else "shorter"
+        yield _found("length_drift", f"{was:.1f} -> {length:.1f} tokens", longer=longer)
 
 
 def _ended(run: FinishedStage) -> Iterator[Finding]:
     was, ended = _ends(run, "objective/ended")
     # The continuation of an opening is cut at a length; it has no end of its own.
     if ended < LEAST_ENDED and not run.config.get("opening_length"):
-        yield Finding(
-            "ppo",
-            "missing_eos",
-            "Many completions do not end: they are cut at response_length.",
-            f"ended {was:.0%} -> {ended:.0%}",
-            "Set missing_eos_penalty, or raise response_length; if the SFT policy does not end "
-            "either, its demonstrations lack the EOS token, or another token ends its turns (the "
-            "option eos_token of sft).",
-            f"below {LEAST_ENDED:.0%}",
-        )
+        yield _found("missing_eos", f"ended {was:.0%} -> {ended:.0%}")
 
 
 def _value(run: FinishedStage) -> Iterator[Finding]:
     explained = run.values("val/explained_variance")
     late = statistics.fmean(explained[len(explained) // 2 :])
     if late < LEAST_EXPLAINED:
-        yield Finding(
-            "ppo",
-            "value_useless",
-            "The value function explains almost none of the returns, so the advantages are as "
-            "noisy as without it.",
-            f"explained variance {late:.2f} in the second half",
-            "A higher value_learning_rate or vf_coef, or more num_ppo_epochs"
-            + (
-                "; the value function starts from the reward model already."
-                if _value_from_reward(run)
-                else ", or a value function that starts from a reward model (value_model_path)."
-            ),
-            f"below {LEAST_EXPLAINED}",
-        )
+        start = ", or a value function that starts from a reward model (value_model_path)"
+        if _value_from_reward(run):
+            start = "; the value function starts from the reward model already"
+        figure = f"explained variance {late:.2f} in the second half"
+        yield _found("value_useless", figure, or_from_reward=start)
 
 
 def _value_from_reward(run: FinishedStage) -> bool:
@@ -176,20 +125,10 @@ def _steps(run: FinishedStage) -> Iterator[Finding]:
     clipped = statistics.fmean(run.values("policy/clipfrac"))
     moved = _kl_per_token(run)
     if clipped > MOST_CLIPPED:
-        yield Finding(
-            "ppo",
-            "clipped_much",
-            "The optimizer's steps are too large: much of each batch is clipped and has no effect.",
-            f"{clipped:.0%} of the tokens clipped",
-            "A lower learning_rate, fewer num_ppo_epochs, or target_kl.",
-            f"above {MOST_CLIPPED:.0%}",
-        )
+        yield _found("clipped_much", f"{clipped:.0%} of the tokens clipped")
     elif clipped == 0 and abs(moved) < LEAST_MOVED:
-        told = "The policy has hardly changed."
         figure = f"no token ever clipped, KL to the reference {moved:.4f} nats per token"
-        advice = "A higher learning_rate, more episodes, or a lower kl_coef."
-        threshold = f"none clipped and below {LEAST_MOVED} per token"
-        yield Finding("ppo", "hardly_moved", told, figure, advice, threshold)
+        yield _found("hardly_moved", figure)
 
 
 def _episodes(run: FinishedStage) -> Iterator[Finding]:
@@ -207,13 +146,7 @@ def _episodes(run: FinishedStage) -> Iterator[Finding]:
         figure = f"{rise:.2f} of {gain:.2f} gained in the last fifth of the iterations"
     else:
         figure = f"{iterations} iterations"
-    told = "PPO was stopped too early: there is more to gain."
-    advice = "A higher total_episodes (or num_train_epochs)."
-    threshold = (
-        f"fewer than {LEAST_ITERATIONS} iterations, or more than {STILL_RISING:.0%} of the gain in "
-        "the last fifth"
-    )
-    yield Finding("ppo", "too_few_episodes", told, figure, advice, threshold)
+    yield _found("too_few_episodes", figure)
 
 
 # Each check with the metrics it needs.

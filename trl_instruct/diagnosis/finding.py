@@ -1,0 +1,31 @@
+"""A finding about a stage. Its words are in findings.yaml, its check in `stages` or `ppo`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+WORDS = yaml.safe_load(Path(__file__).with_name("findings.yaml").read_text(encoding="utf-8"))
+
+
+class Finding(NamedTuple):
+    """One finding about a stage.
+
+    told: the finding; figure: the evidence; advice: what to do; threshold: what the figure was
+    compared with. level: "fault", "fine" (worth knowing), or "unknown" (it was not measured).
+    """
+
+    stage: str
+    name: str
+    told: str
+    figure: str
+    advice: str
+    threshold: str = ""
+    level: Literal["fault", "fine", "unknown"] = "fault"
+
+
+def found(limits: Mapping[str, Any], stage: str, name: str, figure: str, **given: str) -> Finding:
+    """The finding of that name, its words filled with the thresholds and what else is given."""
+    words = {what: text.format(**limits, **given) for what, text in WORDS[stage][name].items()}
+    return Finding(stage, name, figure=figure, **words)
