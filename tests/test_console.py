@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from trl import ModelConfig
 
 from trl_instruct import cli
 from trl_instruct.configs import SFTConfig
@@ -16,7 +15,7 @@ from trl_instruct.console import in_markdown, progress_bar, say, table
 from trl_instruct.data.records import load_demonstrations, load_prompts
 from trl_instruct.errors import InputError, located
 from trl_instruct.models.tokenizers import load_tokenizer
-from trl_instruct.recipes.stage import StageRun
+from trl_instruct.recipes.publishing import model_card
 
 PACKAGE = Path(cli.__file__).parent
 # Clears the screen, sets its title, begins a sequence in one byte, turns the direction of writing.
@@ -114,14 +113,14 @@ def test_a_name_in_a_model_card_stays_a_name(tmp_path, name):
         """Its text, and the tags of the page that it is shown as."""
         folder = tmp_path / name.replace("/", "").replace("\x00", "")
         config = SFTConfig(output_dir=str(folder), use_cpu=True, dataset_name=name)
-        run = StageRun("sft", config, ModelConfig())
-        run.new.mkdir(parents=True)
-        run.write_model_card({f"eval_{name}": 0.5, "eval_accuracy": 1.0})
-        assert ModelCard.load(run.new / "README.md").data.to_dict() == {
+        folder.mkdir()
+        metrics = {f"eval_{name}": 0.5, "eval_accuracy": 1.0}
+        model_card(folder, "sft", config, metrics).save(folder / "README.md")
+        assert ModelCard.load(folder / "README.md").data.to_dict() == {
             "library_name": "transformers",
             "tags": ["trl-instruct", "trl", "sft"],
         }
-        text = (run.new / "README.md").read_text()
+        text = (folder / "README.md").read_text()
         body = text.split("---\n", 2)[2]
         return text, re.findall("<[^>]*>", MarkdownIt("commonmark").enable("table").render(body))
 

@@ -13,10 +13,8 @@ from trl_instruct.option_checks import (
     PPO_HAS_NOT,
     PRETRAIN_HAS_NOT,
     SFT_HAS_NOT,
-    check_bounds,
-    check_counts,
     check_finite,
-    check_positive,
+    check_numbers,
     check_refused,
     check_training,
     has_bf16,
@@ -186,7 +184,7 @@ class RewardConfig(StageConfig, trl.RewardConfig):
     )
 
     def __post_init__(self) -> None:
-        check_counts(self, "early_stopping_patience")
+        check_numbers(self, "be at least 1", "early_stopping_patience")
         if self.early_stopping_patience is not None:
             self.load_best_model_at_end = True
         metric: str | None = getattr(self, "metric_for_best_model", None)
@@ -214,8 +212,9 @@ class SamplingConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "response_length", "opening_length", "max_prompt_length")
-        check_positive(self, "temperature")
+        counts = "response_length", "opening_length", "max_prompt_length"
+        check_numbers(self, "be at least 1", *counts)
+        check_numbers(self, "be above 0", "temperature")
 
 
 @dataclass
@@ -336,13 +335,14 @@ class PPOConfig(SamplingConfig, TrainingArguments):
         super().__post_init__()
         named: Any = self.reward_model_path
         self.reward_model_path = named[0] if isinstance(named, list) and len(named) == 1 else named
-        check_counts(self, "num_mini_batches", "num_ppo_epochs", "total_episodes")
-        check_counts(self, "local_rollout_forward_batch_size")
-        check_counts(self, "ptx_max_length", "ptx_rows_per_episode")
-        positive = ("cliprange", "cliprange_value", "vf_coef", "ptx_coef", "value_learning_rate")
-        check_bounds(self, ("kl_coef", *positive))
-        check_positive(self, "adaptive_kl_target", "adaptive_kl_horizon", "target_kl")
-        check_bounds(self, ("gamma", "lam", "ema_decay"), most=1)
+        counts = "num_mini_batches num_ppo_epochs total_episodes local_rollout_forward_batch_size"
+        counts += " ptx_max_length ptx_rows_per_episode"
+        weights = "kl_coef cliprange cliprange_value vf_coef ptx_coef value_learning_rate"
+        check_numbers(self, "be at least 1", *counts.split())
+        check_numbers(self, "not be negative", *weights.split())
+        adaptive = "adaptive_kl_target", "adaptive_kl_horizon"
+        check_numbers(self, "be above 0", *adaptive, "target_kl")
+        check_numbers(self, "be between 0 and 1", "gamma", "lam", "ema_decay")
         episodes = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
         fifth = episodes * self.num_mini_batches / 5
         if self.adaptive_kl_target is not None and self.adaptive_kl_horizon <= fifth:
@@ -396,4 +396,4 @@ class EvaluateConfig(SamplingConfig, TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "best_of_n")
+        check_numbers(self, "be at least 1", "best_of_n")

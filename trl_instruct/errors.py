@@ -91,6 +91,14 @@ class InputError(ValueError):
         super().__init__(harmless(message))
 
 
+def kind_of(value: Any) -> str:
+    """A value as an error shows it: its type and its beginning."""
+    if value is None:
+        return "null or absent"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+
+
 @contextmanager
 def located(place: str | Callable[[], str]) -> Iterator[None]:
     """Put a place, such as "Prompt 3", in front of an `InputError` raised inside.

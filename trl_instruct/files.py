@@ -10,7 +10,9 @@ import json
 import math
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -127,9 +129,17 @@ def damage(folder: Path) -> str | None:
 
 
 def mark_of(path: Path) -> Mark:
-    """Size in bytes and SHA-256 of a file."""
+    """Size in bytes and SHA-256 of a file. One that has not changed for 2 s is hashed once."""
+    stat = path.stat()
+    settled = time.time() - stat.st_ctime > 2  # of later changes, the time tells
+    sha256 = _sha256 if settled else _sha256.__wrapped__
+    return {"size": stat.st_size, "sha256": sha256(path.absolute(), stat.st_ino, stat.st_ctime_ns)}
+
+
+@lru_cache(maxsize=1000)
+def _sha256(path: Path, *_: int) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -99,26 +98,19 @@ def check_stop_strings(stop_strings: Sequence[str] | None) -> None:
         )
 
 
-def check_counts(config: Any, *names: str) -> None:
-    """InputError for a count below 1; None is allowed."""
-    _check(config, names, lambda count: count >= 1, "be at least 1")
+NEEDED: dict[str, Callable[[Any], bool]] = {
+    "be at least 1": lambda number: number >= 1,
+    "be above 0": lambda number: number > 0,
+    "not be negative": lambda number: number >= 0,
+    "be between 0 and 1": lambda number: 0 <= number <= 1,
+}
 
 
-def check_bounds(config: Any, names: Sequence[str], most: float = math.inf) -> None:
-    """InputError for a number below 0 or above `most`; None is allowed."""
-    needed = "not be negative" if most == math.inf else f"be between 0 and {most}"
-    _check(config, names, lambda number: 0 <= number <= most, needed)
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """InputError for a number that is not above 0; None is allowed."""
-    _check(config, names, lambda number: number > 0, "be above 0")
-
-
-def _check(config: Any, names: Sequence[str], fits: Callable[[Any], bool], needed: str) -> None:
+def check_numbers(config: Any, needed: str, *names: str) -> None:
+    """InputError for a number that is not as needed, in the words of NEEDED; None is allowed."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and not fits(value):  # NaN fits nowhere
+        if value is not None and not NEEDED[needed](value):  # NaN fits nowhere
             raise InputError(f"{name} is {value}; it must {needed}.")
 
 
@@ -136,14 +128,15 @@ def check_training(config: Any) -> None:
     for column in config.columns or ():
         if not all(column.partition("=")):
             raise InputError(f"columns has {column!r}; field=column is needed: prompt=question.")
-    check_counts(config, "per_device_train_batch_size", "per_device_eval_batch_size")
-    check_counts(config, "gradient_accumulation_steps")
+    check_numbers(config, "be at least 1", "per_device_train_batch_size")
+    check_numbers(config, "be at least 1", "per_device_eval_batch_size")
+    check_numbers(config, "be at least 1", "gradient_accumulation_steps")
     if config.use_liger_kernel and not is_liger_kernel_available():
         raise InputError("use_liger_kernel needs the package liger-kernel; install it.")
     for name in ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs"):
         if isinstance(getattr(config, name), str):
             raise InputError(f"{name} is {getattr(config, name)!r}; a JSON object is needed.")
-    check_bounds(config, ("learning_rate",))
+    check_numbers(config, "not be negative", "learning_rate")
     if config.dataloader_persistent_workers and not config.dataloader_num_workers:
         raise InputError("dataloader_persistent_workers needs dataloader_num_workers above 0.")
     if getattr(config, "activation_offloading", False) and not torch.accelerator.is_available():

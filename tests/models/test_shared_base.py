@@ -14,7 +14,7 @@ from trl import ModelConfig
 from trl_instruct.errors import InputError
 from trl_instruct.models.adapters import Adapter
 from trl_instruct.models.load import load_policy, load_reward_model
-from trl_instruct.models.shared_base import SharedBase, classifier_over, view_of
+from trl_instruct.models.shared_base import SharedBase, classifier_around, view_of
 from trl_instruct.ppo_trainer.micro_batch import ppo_sums
 from trl_instruct.rewards.reward_model import RewardModel
 from trl_instruct.scalar_head import SHIFT_FILE, score_head
@@ -277,7 +277,7 @@ def test_a_view_shares_what_is_frozen_and_copies_what_trains(make_folders):
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox", "gpt2", "opt", "rwkv", "mamba"])
 def test_a_classifier_over_a_language_models_weights(kind, make_policy):
     policy = load_policy(make_policy(kind), ModelConfig()).requires_grad_(False)
-    classifier = classifier_over(policy)
+    classifier = classifier_around(view_of(policy))
     expected = load_reward_model(policy, ModelConfig(), fresh_head=True)
     assert not logits(classifier).any()
     score_head(classifier).weight.data = score_head(expected).weight.data

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trl_instruct.data.sources import Record, kind_of
-from trl_instruct.errors import InputError
+from trl_instruct.data.sources import Record
+from trl_instruct.errors import InputError, kind_of
 
 TURN = "\n\nAssistant:"
 ROLES = {

@@ -8,8 +8,8 @@ from typing import Any
 from datasets import concatenate_datasets
 from trl.scripts.utils import DatasetConfig
 
-from trl_instruct.data.sources import AnyDataset, kind_of
-from trl_instruct.errors import InputError, explained
+from trl_instruct.data.sources import AnyDataset
+from trl_instruct.errors import InputError, explained, kind_of
 
 
 def mixture_of(entries: Sequence[Any]) -> list[DatasetConfig]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
-from trl_instruct.data.sources import Record, kind_of
-from trl_instruct.errors import InputError
+from trl_instruct.data.sources import Record
+from trl_instruct.errors import InputError, kind_of
 
 ORDERS = ("ranks", "scores", "ratings")
 # Other names under which published files keep an order.

@@ -32,8 +32,8 @@ from trl_instruct.data.records import (
     require_columns,
 )
 from trl_instruct.data.repeated_prompts import take_off_prompts
-from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, kind_of, map_records
-from trl_instruct.errors import InputError
+from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, map_records
+from trl_instruct.errors import InputError, kind_of
 
 logger = get_logger(__name__)
 

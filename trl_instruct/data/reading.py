@@ -12,16 +12,8 @@ from typing import Any
 
 from datasets import IterableDataset
 
-from trl_instruct.data.sources import (
-    AnyDataset,
-    Record,
-    Source,
-    first_record,
-    iterate,
-    kind_of,
-    map_records,
-)
-from trl_instruct.errors import InputError
+from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, iterate, map_records
+from trl_instruct.errors import InputError, kind_of
 
 
 @dataclass(frozen=True)

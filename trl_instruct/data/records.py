@@ -18,20 +18,12 @@ from trl_instruct.data.mixture import mixed
 from trl_instruct.data.orders import is_number
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.data.repeated_prompts import keep_dialogue, take_off_prompts
-from trl_instruct.data.sources import (
-    MESSAGE,
-    AnyDataset,
-    Record,
-    Source,
-    first_record,
-    iterate,
-    kind_of,
-    map_records,
-)
-from trl_instruct.errors import InputError
+from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, iterate, map_records
+from trl_instruct.errors import InputError, kind_of
 
 logger = get_logger(__name__)
 
+MESSAGE = {"role": Value("string"), "content": Value("string")}
 ALIASES = {
     "prompt": ("instruction", "question", "input", "query", "prompts"),
     "completion": ("output", "answer", "response", "completions"),

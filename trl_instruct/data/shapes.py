@@ -15,8 +15,8 @@ from typing import Any
 
 from trl_instruct.data.dialogues import extract_prompt, messages_of, said, split_reply
 from trl_instruct.data.orders import number_of
-from trl_instruct.data.sources import Record, kind_of
-from trl_instruct.errors import InputError
+from trl_instruct.data.sources import Record
+from trl_instruct.errors import InputError, kind_of
 
 Given = dict[str, Any] | str | list[Any]
 PAIR = ("chosen", "rejected")

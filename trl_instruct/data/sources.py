@@ -20,16 +20,14 @@ from datasets import (
     DatasetDict,
     IterableDataset,
     IterableDatasetDict,
-    Value,
     load_dataset,
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
 from trl.scripts.utils import DatasetConfig
 
-from trl_instruct.errors import InputError, located, needs_extra
+from trl_instruct.errors import InputError, kind_of, located, needs_extra
 
-MESSAGE = {"role": Value("string"), "content": Value("string")}
 AnyDataset: TypeAlias = Dataset | IterableDataset
 Record: TypeAlias = Mapping[str, Any]
 
@@ -164,14 +162,6 @@ def map_records(dataset: AnyDataset, function: Any, **options: Any) -> AnyDatase
 def name_of(dataset: Any) -> str | None:
     """A dataset's path or id, for the config; None if it is only in memory."""
     return fspath(dataset) if isinstance(dataset, (str, PathLike)) else None
-
-
-def kind_of(value: Any) -> str:
-    """A value as an error shows it: its type and its beginning."""
-    if value is None:
-        return "null or absent"
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
 
 
 def _load_tiny(name: str, streaming: bool) -> AnyDataset:

@@ -18,11 +18,10 @@ from trl_instruct.data.sources import (
     Record,
     Source,
     first_record,
-    kind_of,
     load_records,
     map_records,
 )
-from trl_instruct.errors import InputError
+from trl_instruct.errors import InputError, kind_of
 
 logger = get_logger(__name__)
 

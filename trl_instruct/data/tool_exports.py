@@ -9,8 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from trl_instruct.data.sources import Record, kind_of
-from trl_instruct.errors import InputError
+from trl_instruct.data.sources import Record
+from trl_instruct.errors import InputError, kind_of
 
 Answer = tuple[str, Any, Any, Any]  # question, labeler, value, status
 

@@ -1,6 +1,5 @@
 """Checkpoints of a run: which are complete, which to resume from, how to load their weights."""
 
-from functools import lru_cache
 from pathlib import Path
 
 from accelerate import PartialState
@@ -81,21 +80,13 @@ def fault_of(folder: Path) -> str | None:
             f"trl-instruct wrote it, without {MANIFEST_FILE})"
         )
     try:
-        files = sorted(folder.rglob("*"))
-        fault = _damage(folder, tuple((path, path.stat().st_mtime_ns) for path in files))
-        names = read_manifest(folder)
+        fault, names = damage(folder), read_manifest(folder)
     except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
         return f"its {MANIFEST_FILE} is damaged ({type(error).__name__})"
     needed = RUN_FILE in names and any(name.startswith("rng_state") for name in names)
     if fault is None and not needed:
         return "save_only_model left out what a resumed run needs"
     return fault
-
-
-@lru_cache(maxsize=4)
-def _damage(folder: Path, stamps: tuple[tuple[Path, int], ...]) -> str | None:
-    """`damage` of a folder whose files have these times: gigabytes are hashed once."""
-    return damage(folder)
 
 
 def check_resumable(checkpoint: Path, stage: str, *, adapter: bool) -> None:

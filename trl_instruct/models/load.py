@@ -22,18 +22,12 @@ from transformers import (
 )
 from trl import ModelConfig, get_quantization_config
 
+from trl_instruct import scalar_head
 from trl_instruct.console import quiet_libraries, quiet_loading
 from trl_instruct.errors import InputError, summary
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, listed_files
 from trl_instruct.models.adapters import CLASSIFIER, POLICY, Adapter, is_adapter, is_quantized
 from trl_instruct.models.properties import ModelSource, is_nameless, unwrapped
-from trl_instruct.scalar_head import (
-    disable_rescaling,
-    forget_shift,
-    read_beside_adapter,
-    register_scalar_head,
-    score_head,
-)
 
 HEAD = "score.weight"
 
@@ -56,7 +50,7 @@ def load_policy(
             raise InputError(
                 f"A {type(source).__name__} was given; an AutoModelForCausalLM is needed."
             )
-        disable_rescaling(unwrapped(source))
+        scalar_head.disable_rescaling(unwrapped(source))
         return source
     if not is_adapter(source):
         return _load(source, AutoModelForCausalLM, model_config, trust_remote_code)
@@ -110,16 +104,16 @@ def load_reward_model(
     if isinstance(source, PreTrainedModel):
         bare = fresh_head and not hasattr(source, "score")
         model = _classifier_from_policy(source) if bare else source
-        score_head(model)
+        scalar_head.score_head(model)
     elif is_adapter(source):
         model = _adapter_classifier(source, model_config, fresh_head, trust_remote_code)
     else:
         kind, head = AutoModelForSequenceClassification, HEAD if fresh_head else None
         model = _load(source, kind, model_config, trust_remote_code, may_lack=head)
     if fresh_head:
-        hidden = score_head(model).in_features
-        nn.init.normal_(score_head(model).weight, std=1.0 / math.sqrt(hidden + 1))
-        forget_shift(model)
+        hidden = scalar_head.score_head(model).in_features
+        nn.init.normal_(scalar_head.score_head(model).weight, std=1.0 / math.sqrt(hidden + 1))
+        scalar_head.forget_shift(model)
     return model
 
 
@@ -138,15 +132,15 @@ def _adapter_classifier(
     base = base_of(adapter, model_config, kind, trust_remote_code)
     model = adapter.on_classifier(base) if fresh_head else adapter.on(base)
     if not fresh_head:
-        read_beside_adapter(model, Path(source))
+        scalar_head.read_beside_adapter(model, Path(source))
     return model
 
 
 def _classifier_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    register_scalar_head(type(config))
-    disable_rescaling(policy)
+    scalar_head.register_scalar_head(type(config))
+    scalar_head.disable_rescaling(policy)
     classifier = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
     classifier.base_model.load_state_dict(policy.base_model.state_dict())
     return classifier
@@ -184,7 +178,7 @@ def _load(
     with quiet_loading():
         try:
             if kind is AutoModelForSequenceClassification:
-                register_scalar_head(type(AutoConfig.from_pretrained(path, **hub)))
+                scalar_head.register_scalar_head(type(AutoConfig.from_pretrained(path, **hub)))
                 arguments["num_labels"] = 1
             attention = model_config.attn_implementation
             model, info = kind.from_pretrained(
@@ -207,7 +201,7 @@ def _load(
         raise InputError(
             f"{path!r} holds a reward model; a language model is needed. Give the policy's folder."
         )
-    disable_rescaling(model)
+    scalar_head.disable_rescaling(model)
     if is_quantized(model):
         _keep_layout(model)
         # Freezes all, casts unquantised weights to float32; trainers handle gradient checkpointing.
@@ -240,7 +234,7 @@ def merged(
     base = base_of(adapter, dataclasses.replace(model_config, **plain), kind, trust_remote_code)
     model = adapter.on(base, trainable=False).merge_and_unload()
     model.requires_grad_(True)  # peft froze the base
-    read_beside_adapter(model, Path(adapter.folder))
+    scalar_head.read_beside_adapter(model, Path(adapter.folder))
     return model
 
 

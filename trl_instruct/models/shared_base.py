@@ -69,13 +69,13 @@ class SharedBase:
         check_finished(Path(adapter.folder))
         adapter.check_base()
         adapter.check_task(CLASSIFIER)
-        model = adapter.on(classifier_over(self.model))
+        model = adapter.on(classifier_around(view_of(self.model)))
         read_beside_adapter(model, Path(adapter.folder))
         return model
 
     def fresh_classifier(self) -> PeftModel:
         """A classifier to train that starts from the policy, with a head of zeros."""
-        model = classifier_over(self.model)
+        model = classifier_around(view_of(self.model))
         if self.adapter is None:
             return with_lora(model, self.model_config, CLASSIFIER)
         return self.adapter.on_classifier(model)
@@ -97,11 +97,6 @@ def view_of(model: PreTrainedModel) -> PreTrainedModel:
         if own and len(frozen) == len(own) and not list(part.children()):
             shared[id(part)] = part
     return copy.deepcopy(model, shared)
-
-
-def classifier_over(model: PreTrainedModel) -> PreTrainedModel:
-    """As `classifier_around`, but around a copy of the model that shares its frozen weights."""
-    return classifier_around(view_of(model))
 
 
 def classifier_around(model: PreTrainedModel) -> PreTrainedModel:

@@ -11,8 +11,8 @@ import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
 from trl_instruct.configs import StageConfig
-from trl_instruct.data.sources import AnyDataset, Source, first_record, kind_of, name_of
-from trl_instruct.errors import InputError
+from trl_instruct.data.sources import AnyDataset, Source, first_record, name_of
+from trl_instruct.errors import InputError, kind_of
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, nulls_as_nan
 from trl_instruct.recipes.options import check_types
 

@@ -21,8 +21,8 @@ from trl.scripts.utils import DatasetConfig
 
 from trl_instruct.configs import SFTConfig, StageConfig
 from trl_instruct.data.mixture import mixture_of
-from trl_instruct.data.sources import kind_of, name_of
-from trl_instruct.errors import REDACTED, InputError, redact
+from trl_instruct.data.sources import name_of
+from trl_instruct.errors import REDACTED, InputError, kind_of, redact
 from trl_instruct.models.adapters import DECIDED
 from trl_instruct.option_checks import check_finite, check_refused
 

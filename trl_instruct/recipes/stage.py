@@ -31,16 +31,7 @@ from trl_instruct.console import say
 from trl_instruct.data.sources import AnyDataset, Source, first_record
 from trl_instruct.errors import NOT_AS_EXPECTED, InputError, explained, summary
 from trl_instruct.files import CONFIG_FILE, MANIFEST_FILE, METRICS_FILE, write_json
-from trl_instruct.models.adapters import (
-    POLICY,
-    Adapter,
-    check_trains_in_float32,
-    fingerprint,
-    is_adapter,
-    keep_float32,
-    new_adapter_config,
-    trained_weights,
-)
+from trl_instruct.models import adapters
 from trl_instruct.models.checkpoints import AUTO, check_resumable, find_checkpoint
 from trl_instruct.models.load import check_finished, needs_base
 from trl_instruct.models.merging import merge_in_place
@@ -70,8 +61,7 @@ class StageResult(os.PathLike):
     def __fspath__(self) -> str:
         return str(self.path)
 
-    def __str__(self) -> str:
-        return str(self.path)
+    __str__ = __fspath__
 
 
 @contextlib.contextmanager
@@ -199,8 +189,8 @@ class StageRun:
             self.files.lock()
             for part in (model, tokenizer):
                 part.save_pretrained(self.new / BASE)
-            known = fingerprint(self.folder / BASE)
-            if self._resumes_here and known not in (None, fingerprint(self.new / BASE)):
+            known = adapters.fingerprint(self.folder / BASE)
+            if self._resumes_here and known not in (None, adapters.fingerprint(self.new / BASE)):
                 raise InputError(
                     f"The model is not the one in {str(self.folder / BASE)!r}, over which the run "
                     "to resume trains its adapter. Give the same."
@@ -211,18 +201,18 @@ class StageRun:
         return self.folder / BASE
 
     def new_trainer(
-        self, kind: Any, model: PreTrainedModel, *, task: Any = POLICY, **given: Any
+        self, kind: Any, model: PreTrainedModel, *, task: Any = adapters.POLICY, **given: Any
     ) -> Any:
         """A trainer of the class `kind`, over a new adapter if the options ask for one.
 
         The weights that train are in float32, as they were loaded.
         """
-        adapter = new_adapter_config(model, self.model_config, task)
-        trained = trained_weights(model)
+        adapter = adapters.new_adapter_config(model, self.model_config, task)
+        trained = adapters.trained_weights(model)
         args = without_secrets(self.config)
         with option_errors():
             trainer = kind(model=model, args=args, peft_config=adapter, **given)
-        keep_float32(trainer.model, trained)
+        adapters.keep_float32(trainer.model, trained)
         return trainer
 
     def release(self) -> None:
@@ -249,8 +239,8 @@ class StageRun:
             labels: for the progress bar: label -> key in the trainer's logs.
         """
         check_saving(trainer.accelerator)
-        if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:
-            check_trains_in_float32(trainer.model)  # DeepSpeed keeps float32 weights itself
+        if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:  # it keeps float32
+            adapters.check_trains_in_float32(trainer.model)
         rows, batch = trainer.train_dataset, self.config.train_batch_size * self.config.world_size
         if self.config.dataloader_drop_last and isinstance(rows, Sized) and len(rows) < batch:
             raise InputError(
@@ -313,14 +303,15 @@ class StageRun:
         """Save model, tokenizer, log history, model card and, last, the metrics."""
         self.save_model(trainer)
         if self.is_main:
-            if self.config.merge_adapter and is_adapter(self.new):
+            if self.config.merge_adapter and adapters.is_adapter(self.new):
                 merge_in_place(self.new, self.model_config)
-            if is_adapter(self.new):
-                Adapter.read(self.new).keep_fingerprint()
+            if adapters.is_adapter(self.new):
+                adapters.Adapter.read(self.new).keep_fingerprint()
             trainer.state.save_to_json(str(self.new / TRAINER_STATE_NAME))
-            self.write_model_card(metrics)
+            card = model_card(self.folder, self.name, self.config, metrics)
+            card.save(self.new / "README.md")
             kept = {CONFIG_FILE, *self.files.incoming()}
-            self.files.remove(unless=kept | ({BASE} if is_adapter(self.new) else set()))
+            self.files.remove(unless=kept | ({BASE} if adapters.is_adapter(self.new) else set()))
             metrics = self.write_metrics(metrics)
             if self.repository is not None:
                 publish(self.folder, self.config, self.repository)
@@ -334,11 +325,6 @@ class StageRun:
         write_json(self.new / METRICS_FILE, metrics)
         self.files.put_in_place()
         return metrics
-
-    def write_model_card(self, metrics: dict[str, Any]) -> None:
-        """Write the folder's README.md."""
-        card = model_card(self.folder, self.name, self.config, metrics)
-        card.save(self.new / "README.md")
 
 
 def starting_point(
