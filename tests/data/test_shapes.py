@@ -5,11 +5,10 @@ import json
 import pytest
 from datasets import Dataset
 
-from trl_instruct.data import sources
-from trl_instruct.data.conversion import recognise
+from trl_instruct.data import conversion, sources
 from trl_instruct.data.pairs import load_pairs
 from trl_instruct.data.rankings import load_rankings
-from trl_instruct.data.reading import Reading
+from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.data.records import load_demonstrations, load_prompts
 from trl_instruct.errors import InputError
 
@@ -1084,18 +1083,22 @@ def test_a_stream_of_pairs_is_not_loaded_whole(tmp_path, monkeypatch):
 
 def test_our_own_fields_are_read_as_they_are():
     """Columns of published shapes beside ours do not matter."""
+
+    def shape_read(rows, kind):
+        return conversion.read(Dataset.from_list(rows), "train", False, kind, AS_PUBLISHED)[2]
+
     ranking = {"prompt": "2?", "responses": ["4", "5"], "ranks": [2, 1]}
     beside = {"instruction": "x", "response_1": "y", "response_2": "z", "preference_strength": 1}
-    assert recognise(Dataset.from_list([ranking | beside]), "train", "ranking")[1] is None
+    assert shape_read([ranking | beside], "ranking") is None
     shown = {"prompt": "2?", "completion": "4", "instruction": "x", "output": "y", "label": "sums"}
-    assert recognise(Dataset.from_list([shown]), "train", "demonstration")[1] is None
+    assert shape_read([shown], "demonstration") is None
     asked = {"prompt": "2?", "instruction": "x", "output": "y"}
-    assert recognise(Dataset.from_list([asked]), "train", "prompt")[1] is None
+    assert shape_read([asked], "prompt") is None
     labelled = {"instruction": "x", "output": "y", "label": 1}
     for kind, row in (("ranking", ranking), ("prompt", {"prompt": "2?"})):
-        assert recognise(Dataset.from_list([row | labelled]), "train", kind)[1] is None
+        assert shape_read([row | labelled], kind) is None
     pair = {"prompt": "2?", "chosen": "4", "rejected": "5", "input": "x"}
-    assert recognise(Dataset.from_list([pair]), "train", "ranking")[1] is None
+    assert shape_read([pair], "ranking") is None
 
 
 def test_other_columns_of_prompts_reach_the_reward():

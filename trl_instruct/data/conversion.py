@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset
 
 from trl_instruct.console import get_logger, plural
 from trl_instruct.data.orders import dense_ranks
-from trl_instruct.data.reading import AS_PUBLISHED, Reading, rename
+from trl_instruct.data.reading import Reading, rename
 from trl_instruct.data.recognition import Shape, shape_of
 from trl_instruct.data.sources import (
     AnyDataset,
@@ -74,15 +74,6 @@ def read(
             *(where.name, unread[0], unread[0]),
         )
     return dataset, where, None
-
-
-def recognise(
-    source: Any, split: str, kind: str, reading: Reading = AS_PUBLISHED
-) -> tuple[dict[str, Any], Shape | None]:
-    """The first record, its columns renamed, and the published shape that `read` would read."""
-    where = Source.of(source, split)
-    first = _typical_record(rename(load_records(source, split), where, reading), where)
-    return first, shape_of(first, kind)
 
 
 def _is_unread(first: Record, name: str) -> bool:

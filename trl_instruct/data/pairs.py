@@ -175,6 +175,13 @@ def load_pairs(
     dataset, where, shape = read(source, split, streaming, "ranking", reading)
     if shape is not None:
         return rankings_to_pairs(canonical_rankings(dataset, where, reading, counts))
+    return canonical_pairs(dataset, where, reading, counts)
+
+
+def canonical_pairs(
+    dataset: AnyDataset, where: Source, reading: Reading, counts: RankingCounts | None
+) -> AnyDataset:
+    """Pairs that were read, in one form; the rest is as in `load_pairs`."""
     first = first_record(dataset, where)
     require_columns(first, where, ("chosen", "rejected"), "A pair")
     dataset, first = keep_dialogue(dataset, where, first, "chosen")

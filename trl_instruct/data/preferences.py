@@ -9,13 +9,13 @@ from datasets import Dataset, Features, List, Value
 
 from trl_instruct.configs import RewardConfig
 from trl_instruct.console import get_logger, plural
-from trl_instruct.data.conversion import recognise
+from trl_instruct.data.conversion import read
 from trl_instruct.data.mixture import mixed
-from trl_instruct.data.pairs import load_pairs, split_by_prompt
-from trl_instruct.data.rankings import RankingCounts, load_rankings
+from trl_instruct.data.pairs import canonical_pairs, split_by_prompt
+from trl_instruct.data.rankings import RankingCounts, canonical_rankings
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.data.records import check_records, form_of, load_demonstrations
-from trl_instruct.data.sources import Record, Source, iterate, map_records
+from trl_instruct.data.sources import Record, first_record, iterate, map_records
 from trl_instruct.errors import InputError
 
 logger = get_logger(__name__)
@@ -164,14 +164,14 @@ def load_either(
     if isinstance(source, list):
         load = partial(load_either, reading=reading, rating_order=rating_order, counts=counts)
         return mixed(lambda entry, part, _: load(entry, part), source, streaming=False)
-    first, shape = recognise(source, split, "ranking", reading)
-    if shape is not None or "responses" in first:
-        options: Any = {"rating_order": rating_order, "counts": counts, "reading": reading}
-        return load_rankings(source, split, **options)
+    rows, where, _ = read(source, split, False, "ranking", reading)
+    first = first_record(rows, where)
+    if "responses" in first:
+        return canonical_rankings(rows, where, reading, counts, rating_order)
     if "chosen" in first:
-        return load_pairs(source, split, counts=counts, reading=reading)
+        return canonical_pairs(rows, where, reading, counts)
     raise InputError(
-        f"{Source.of(source, split).name}: the reward model needs rankings (`prompt`, `responses` "
+        f"{where.name}: the reward model needs rankings (`prompt`, `responses` "
         "and `ranks` or `scores`) or pairs (`prompt`, `chosen`, `rejected`). Columns found: "
         f"{', '.join(first)}. Name them with columns (responses=answers), or rename them."
     )

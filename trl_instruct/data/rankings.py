@@ -32,7 +32,7 @@ from trl_instruct.data.records import (
     require_columns,
 )
 from trl_instruct.data.repeated_prompts import take_off_prompts
-from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, map_records
+from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, iterate, map_records
 from trl_instruct.errors import InputError, kind_of
 
 logger = get_logger(__name__)
@@ -161,42 +161,39 @@ def canonical_rankings(
         raise InputError(f"{where.name}: these are pairs; load_pairs reads them, and rm does.")
     require_columns(first, where, ("prompt", "responses"), "A ranking")
     dataset = take_off_prompts(dataset, where, ("responses",))
-    counts, before = (RankingCounts() if counts is None else counts), RankingCounts()
-    form = form_of(first)
-    streamed = isinstance(dataset, IterableDataset)
-    scored = streamed  # in a stream, any ranking may have scores
-
-    def check(record: Record) -> None:
-        nonlocal scored
-        ranking = canonical_ranking(record, rating_order, form)
-        before.add(ranking)
-        scored = scored or ranking.scores is not None
+    form, streamed = form_of(first), isinstance(dataset, IterableDataset)
+    canonical = partial(canonical_ranking, rating_order=rating_order, form=form)
+    found = RankingCounts() if counts is None or not streamed else counts
 
     def convert(record: Record, row: int) -> dict[str, Any]:
         with where.located(row):
-            ranking = canonical_ranking(record, rating_order, form)
+            ranking = canonical(record)
         if streamed:  # which has no final log: its first of a kind is told
-            if ranking.duplicates and not counts.duplicates:
+            if ranking.duplicates and not found.duplicates:
                 logger.warning("%s: repeated responses are left out and counted", where.where(row))
-            if not ranking.strict_pairs and not counts.records_without_pair:
+            if not ranking.strict_pairs and not found.records_without_pair:
                 logger.warning("%s: no strict pair; such rankings are counted", where.where(row))
-            counts.add(ranking)
-        scores = {"scores": ranking.scores} if scored else {}
-        return {"responses": ranking.responses, "ranks": ranking.ranks, **scores}
+        found.add(ranking)
+        return {name: getattr(ranking, name) for name in ("responses", "ranks", "scores")}
 
-    if reading.skips or not streamed:  # all are checked and counted before any is written
-        dataset = check_records(dataset, where, check, reading)
+    if reading.skips:
+        dataset = check_records(dataset, where, canonical, reading)
+    else:
+        reading.place(where)
     dataset = map_records(
         dataset,
         convert,
         with_indices=True,
         remove_columns=[name for name in ORDERS if name in first],
-        features=dataset.features and _canonical_features(dataset.features, form, scored),
+        features=dataset.features and _canonical_features(dataset.features, form),
     )
     if isinstance(dataset, Dataset):
-        noteworthy = before.duplicates or before.records_without_pair
-        logger.log(logging.WARNING if noteworthy else logging.INFO, "%s: %s", where.name, before)
-        counts.update(before)
+        noteworthy = found.duplicates or found.records_without_pair
+        logger.log(logging.WARNING if noteworthy else logging.INFO, "%s: %s", where.name, found)
+        if counts is not None:
+            counts.update(found)
+        if not any(iterate(dataset, "scores")):  # in a stream, any ranking may have them
+            dataset = dataset.remove_columns("scores")
     return dataset
 
 
@@ -251,9 +248,8 @@ def _reply(index: int, response: Any, form: str) -> Any:
     return response
 
 
-def _canonical_features(features: Features, form: str, scored: bool) -> Features:
+def _canonical_features(features: Features, form: str) -> Features:
     """Column types of canonical rankings; responses are messages if the prompt is."""
     kept = {name: kind for name, kind in features.items() if name not in ORDERS}
     kept["responses"] = List(reply_type(features, form))
-    scores = {"scores": List(Value("float64"))} if scored else {}
-    return Features({**kept, "ranks": List(Value("int64")), **scores})
+    return Features({**kept, "ranks": List(Value("int64")), "scores": List(Value("float64"))})
