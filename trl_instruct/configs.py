@@ -72,12 +72,8 @@ class StageConfig(_Mixin):
     )
     overwrite_output_dir: bool = _option(False, "Replace the run that output_dir holds.")
     trust_remote_code: bool = _option(False, "Let models and tokenizers run code from the Hub.")
-    merge_adapter: bool = _option(
-        False, "Save the merged full model, not a LoRA adapter (checkpoints keep the adapter)."
-    )
-    bf16: bool | None = _option(
-        None, "bfloat16 mixed precision. Default: yes on an accelerator that has it, no on CPU."
-    )
+    merge_adapter: bool = _option(False, "Save a merged full model; checkpoints keep the adapter.")
+    bf16: bool | None = _option(None, "bfloat16 mixed precision; default: on accelerators with it.")
 
     def __post_init__(self) -> None:
         check_finite(self)
@@ -150,9 +146,7 @@ class RewardConfig(StageConfig, trl.RewardConfig):
     learning_rate: float = _option(9e-6, "Peak learning rate (C.2: 9e-6; +-50 % does not matter).")
     num_train_epochs: float = _option(1.0, "Passes over the rankings (C.2: 1; more overfits).")
     lr_scheduler_type: str = _option("cosine_with_min_lr", "Cosine to 10 % of the peak (C.2).")
-    per_device_train_batch_size: int = _option(
-        8, "Prompts (C.2) or pairs per forward pass and device."
-    )
+    per_device_train_batch_size: int = _option(8, "Prompts (C.2) or pairs per pass and device.")
     gradient_accumulation_steps: int = _option(8, "8 x 8 = 64 prompts a step (C.2: 64).")
     forward: Literal["shared_prefix", "grouped", "pairs"] = _option(
         "shared_prefix",
@@ -164,9 +158,7 @@ class RewardConfig(StageConfig, trl.RewardConfig):
     )
     ties: Literal["drop", "half"] = _option("drop", "Drop ties (C.2), or give both half a win.")
     batch_by_length: bool = _option(True, "Batch rankings by length, in random order, to pad less.")
-    eval_size: float = _option(
-        0.1, "Fraction of prompts held out if there is no eval dataset; 0: none."
-    )
+    eval_size: float = _option(0.1, "Fraction of prompts held out without eval dataset; 0: none.")
     demonstrations_name: str | None = _option(
         None, "Demonstrations, named like dataset_name, to score 0 on average (3.5); default: none."
     )
@@ -203,9 +195,7 @@ class SamplingConfig(StageConfig):
     max_prompt_length: int | None = _option(
         None, "Longer prompts lose their beginning, and are counted; default: they are an error."
     )
-    temperature: float = _option(
-        1.0, "Sampling temperature (C.4: 1); divides all logits, also for the KL."
-    )
+    temperature: float = _option(1.0, "Sampling temperature (C.4: 1); divides logits, KL's too.")
     stop_strings: list[str] | None = _option(
         None, "Texts that end a completion, besides EOS; rewards do not see them."
     )
@@ -234,9 +224,7 @@ class PPOConfig(SamplingConfig, TrainingArguments):
         "A reward model's folder or Hub id, `tiny` (the gold scorer), a reward server's http://... "
         "or a function or reward object in a Python file, rewards.py:brevity; several are summed.",
     )
-    reward_weights: list[float] | None = _option(
-        None, "Weights of several rewards (TRL's name); default: 1 each."
-    )
+    reward_weights: list[float] | None = _option(None, "One per reward (TRL's name); default: 1.")
     gold: str | None = _option(
         None,
         "A second reward, never trained on, that judges the run (objective/gold) and the result: "
@@ -256,9 +244,7 @@ class PPOConfig(SamplingConfig, TrainingArguments):
     gradient_accumulation_steps: int = _option(8, "8 x 8 = 64 episodes a minibatch (C.4: 64).")
     num_mini_batches: int = _option(8, "Minibatches (optimizer steps) in a rollout batch (C.4: 8).")
     num_ppo_epochs: int = _option(1, "Passes over a rollout batch (C.4: 1).")
-    local_rollout_forward_batch_size: int = _option(
-        64, "Episodes per device in a pass without gradient."
-    )
+    local_rollout_forward_batch_size: int = _option(64, "Episodes per device, without gradients.")
     missing_eos_penalty: float | None = _option(
         None, "Subtracted from the score of a completion without EOS or stop string; positive."
     )
@@ -282,12 +268,8 @@ class PPOConfig(SamplingConfig, TrainingArguments):
     )
     kl_estimator: Literal["k1", "k3"] = _option("k1", "KL per token in the reward; k3 is refused.")
     whiten_rewards: bool = _option(False, "Scale the rewards to variance 1, keeping their mean.")
-    ptx_coef: float = _option(
-        0.0, "gamma of PPO-ptx, the weight of the pretraining loss (C.4: 27.8); 0: plain PPO."
-    )
-    ptx_dataset_name: str | None = _option(
-        None, "Pretraining text for PPO-ptx (column `text`), named like dataset_name."
-    )
+    ptx_coef: float = _option(0.0, "gamma, the weight of the pretraining loss (C.4: 27.8); 0: none")
+    ptx_dataset_name: str | None = _option(None, "Pretraining text (`text`), named as dataset_name")
     ptx_dataset_split: str = _option("train", "Its split.")
     ptx_streaming: bool = _option(False, "Stream it instead of loading it.")
     ptx_max_length: int = _option(512, "Tokens in a row of pretraining text.")
@@ -319,9 +301,7 @@ class PPOConfig(SamplingConfig, TrainingArguments):
     lam: float = _option(0.95, "lambda of GAE (lm-human-preferences: 0.95).")
     gradient_checkpointing: bool = _option(True, "Recompute activations to save memory.")
     logging_steps: float = _option(1, "Iterations between logs.")
-    num_sample_generations: int = _option(
-        5, "How many times a run shows a sampled completion (TRL's name); 0: never."
-    )
+    num_sample_generations: int = _option(5, "How often a run shows a sample (TRL's); 0: never.")
     metric_for_best_model: str | None = _option(
         None,
         "Metric of the rollouts (objective/, val/) for save_strategy: best and save_total_limit; "
@@ -365,9 +345,7 @@ class CandidatesConfig(SamplingConfig, TrainingArguments):
 
     per_device_eval_batch_size: int = _option(64, "Completions per forward pass.")
     num_candidates: int = _option(4, "K, completions per prompt (the paper's labelers saw 4 to 9).")
-    gold: str | None = _option(
-        None, "A simulated labeler ranks by this reward, with noise (`tiny`); default: a person."
-    )
+    gold: str | None = _option(None, "A noisy simulated labeler's reward (`tiny`); default: people")
 
 
 @dataclass
@@ -385,9 +363,7 @@ class EvaluateConfig(SamplingConfig, TrainingArguments):
     )
     dataset_train_split: str = _option("train", "Split of the dataset.")
     per_device_eval_batch_size: int = _option(64, "Completions per forward pass.")
-    models: list[str] | None = _option(
-        None, "Checkpoints: `name=source`, or a folder or Hub id, named by its last part."
-    )
+    models: list[str] | None = _option(None, "`name=source`, or a source named by its last part.")
     judges: list[str] | None = _option(None, "Rewards that judge, as in `ppo`, each `name=reward`.")
     baseline: str | None = _option(None, "Win rates are against this model; default: the first.")
     reference: str | None = _option(None, "Model for the KL and best of n; default: baseline.")

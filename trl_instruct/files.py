@@ -90,8 +90,7 @@ def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
 def read_manifest(folder: Path) -> dict[str, Mark]:
     """The files that a folder's manifest lists, by their path below it; {} without a manifest.
 
-    Raises:
-        ValueError: the manifest is not JSON.
+    ValueError if it is not JSON.
     """
     return read_json(folder / MANIFEST_FILE)
 

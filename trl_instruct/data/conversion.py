@@ -147,8 +147,7 @@ def _records(
 def _given(shape: Shape, members: list[Record], kind: str, reading: Reading) -> list[Any]:
     """What rows that belong together give, with the columns and prompts that the user wants.
 
-    Raises:
-        InputError: a row that its shape does not explain.
+    InputError for a row that its shape does not explain.
     """
     try:
         given = shape.read(members if shape.group else members[0])

@@ -15,8 +15,7 @@ from trl_instruct.errors import InputError, explained, kind_of
 def mixture_of(entries: Sequence[Any]) -> list[DatasetConfig]:
     """The datasets that a config lists: `path`, `name`, `data_files`, `split`, `columns`, `fraction`.
 
-    Raises:
-        InputError: an entry without a path, or with another key.
+    InputError for an entry without a path, or with another key.
     """  # noqa: E501
     mixture = []
     for entry in entries:

@@ -73,8 +73,7 @@ class Reading:
     ) -> AnyDataset:
         """The records for which `passes(record, row)`, of a stream as they come; they are placed.
 
-        Raises:
-            InputError: there are none; `none` says so, with their number in braces.
+        InputError if there are none: `none` says so, with the number of all in braces.
         """
         if isinstance(dataset, IterableDataset):
             self.place(source)

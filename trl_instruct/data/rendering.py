@@ -125,8 +125,7 @@ def render_prompts(
 ) -> list[list[int]]:
     """Ids of B prompts; `columns` may hold `tools` and `chat_template_kwargs`, B values each.
 
-    Raises:
-        InputError: as `render`, with the number of the prompt.
+    InputError as in `render`, with the number of the prompt.
     """
     rows = []
     for row, prompt in enumerate(prompts):
@@ -190,8 +189,7 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before a prompt (BOS), and its ids; not what it appends.
 
-    Raises:
-        InputError: the prompt itself ends with EOS. (Alone, it is GPT-2's beginning of a text.)
+    InputError if the prompt itself ends with EOS. (Alone, it is GPT-2's beginning of a text.)
     """
     ids = _ids(text, tokenizer)
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:

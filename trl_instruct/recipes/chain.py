@@ -103,8 +103,7 @@ def check_format(prompts: AnyDataset, tokenizer: Any, **models: Any) -> None:
 def _read(folder: Path) -> FinishedStage | None:
     """The finished stage in a folder; None if it holds none, or another tool's files.
 
-    Raises:
-        InputError: the files of a stage are damaged.
+    InputError if the files of a stage are damaged.
     """
     files = (folder / name for name in (CONFIG_FILE, METRICS_FILE, TRAINER_STATE_NAME))
     (config, metrics, state), faults = zip(*map(_parsed, files), strict=True)

@@ -106,10 +106,9 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
 def tokenize_texts(
     texts: Dataset, tokenizer: PreTrainedTokenizerBase, config: PretrainConfig
 ) -> Dataset:
-    """Token rows with an EOS after each text: one text per row, or packed into full blocks.
+    """Token rows with an EOS after each text: packed into full blocks, or one text per row.
 
-    Raises:
-        InputError: a text longer than max_length, if texts are not packed.
+    InputError for a text longer than max_length if they are not packed.
     """
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
@@ -141,8 +140,7 @@ def model_from_scratch(
 ) -> PreTrainedModel:
     """A randomly initialised causal language model of the configured architecture.
 
-    Raises:
-        InputError: an unknown architecture or field, a refused value, or a context too short.
+    InputError for an unknown architecture or field, a refused value, or a context too short.
     """
     kwargs = config.architecture_kwargs or {}
     with option_errors():

@@ -33,8 +33,7 @@ def without_secrets(config: StageConfig) -> StageConfig:
 def create_repository(config: StageConfig) -> str | None:
     """The id of the repository to push to, made if it is missing; None without push_to_hub.
 
-    Raises:
-        InputError: the Hub does not answer, or does not know the user.
+    InputError if the Hub does not answer, or does not know the user.
     """
     if not config.push_to_hub:
         return None
@@ -68,14 +67,8 @@ def model_card(folder: Path, stage: str, config: StageConfig, metrics: dict[str,
 
 
 def publish(folder: Path, config: StageConfig, repository: str) -> None:
-    """Upload what a stage wrote, and the checkpoints that hub_strategy asks for, in one commit.
-
-    Args:
-        folder: the stage's, finished.
-        repository: as `create_repository` returned it.
-
-    Raises:
-        InputError: the Hub did not take them.
+    """Upload what a finished stage wrote, and the checkpoints that hub_strategy asks for, in one
+    commit to the repository (as `create_repository` returned it); InputError if the Hub refuses.
     """
     first = {HubStrategy.CHECKPOINT: -1, HubStrategy.ALL_CHECKPOINTS: 0}.get(config.hub_strategy)
     checkpoints = [] if first is None else all_checkpoints(folder)[first:]

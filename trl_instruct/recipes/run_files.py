@@ -66,8 +66,7 @@ class RunFiles:
     def lock(self) -> None:
         """Keep other runs out until `unlock`, or until this process ends.
 
-        Raises:
-            InputError: another run is in progress there, or the folder cannot be written.
+        InputError if another run is in progress there, or the folder cannot be written.
         """
         if self.lock_file.is_locked:
             return
@@ -165,8 +164,7 @@ class RunFiles:
     def put_in_place(self) -> None:
         """Move the new files to their places, metrics last; ours, wherever a kill comes.
 
-        Raises:
-            InputError: another's file stands in such a place; the new ones stay where they are.
+        InputError if another's file stands in such a place; the new ones stay where they are.
         """
         marks = listed_files(self.folder)
         new = {name: mark_of(self.new / name) for name in self.incoming()}

@@ -164,8 +164,7 @@ class StageRun:
     def begin(self) -> None:
         """Remove an earlier run's files and write the config: from here on the stage runs.
 
-        Raises:
-            InputError: another run is in progress in the folder, or it cannot be written.
+        InputError if another run is in progress in the folder, or it cannot be written.
         """
         fault = None
         if self.is_main:
