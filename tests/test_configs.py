@@ -16,9 +16,9 @@ from trl_instruct.configs import (
     PretrainConfig,
     RewardConfig,
     SFTConfig,
-    has_bf16,
 )
 from trl_instruct.errors import InputError
+from trl_instruct.option_checks import has_bf16
 from trl_instruct.recipes.options import field_types, resolve, save_config, stage_options
 
 CONFIGS = [PretrainConfig, SFTConfig, CandidatesConfig, RewardConfig, PPOConfig]

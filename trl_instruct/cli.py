@@ -17,14 +17,7 @@ import yaml
 from accelerate import PartialState
 from trl import ModelConfig, TrlParser
 
-from trl_instruct.configs import (
-    CandidatesConfig,
-    EvaluateConfig,
-    PPOConfig,
-    PretrainConfig,
-    RewardConfig,
-    SFTConfig,
-)
+from trl_instruct import configs
 from trl_instruct.console import say
 from trl_instruct.data.exports import FORMATS, export
 from trl_instruct.data.preferences import load_either
@@ -150,13 +143,13 @@ def _check_file(following: list[str], config_class: type[Config]) -> None:
 
 def pretrain_command(arguments: list[str]) -> None:
     """Stage 0: a tokenizer and a small base model from scratch, on any text."""
-    config, _ = parse(PretrainConfig, arguments)
+    config, _ = parse(configs.PretrainConfig, arguments)
     _tell(f"base model: {pretrain(config.dataset_name, config=config)}")
 
 
 def sft_command(arguments: list[str]) -> None:
     """Stage 1: fine-tune a model on demonstrations."""
-    config, model_config = parse(SFTConfig, arguments)
+    config, model_config = parse(configs.SFTConfig, arguments)
     result = _run(sft, config, model_config)
     _tell(f"policy: {result}")
     _tell_diagnosis("sft", result)
@@ -165,7 +158,7 @@ def sft_command(arguments: list[str]) -> None:
 def _run(stage: Callable[..., StageResult], config: Any, model_config: ModelConfig) -> StageResult:
     """Run sft, rm or ppo on the model, the reward and the data that the options name."""
     sources = [model_config.model_name_or_path, config.dataset_name]
-    if isinstance(config, PPOConfig):
+    if isinstance(config, configs.PPOConfig):
         if config.reward_model_path is None:
             raise InputError("ppo needs reward_model_path: a reward model's folder or Hub id.")
         sources.insert(1, config.reward_model_path)
@@ -174,7 +167,7 @@ def _run(stage: Callable[..., StageResult], config: Any, model_config: ModelConf
 
 def candidates_command(arguments: list[str]) -> None:
     """Between 1 and 2: sample completions of each prompt, for a labeler to rank."""
-    candidates(*parse(CandidatesConfig, arguments))
+    candidates(*parse(configs.CandidatesConfig, arguments))
 
 
 def _tell(message: str) -> None:
@@ -307,7 +300,7 @@ def _generate(options: Namespace, models: dict[str, str]) -> None:
 
 def rm_command(arguments: list[str]) -> None:
     """Stage 2: train a reward model from rankings or pairs."""
-    config, model_config = parse(RewardConfig, arguments)
+    config, model_config = parse(configs.RewardConfig, arguments)
     result = _run(rm, config, model_config)
     _tell(f"reward model: {result}")
     _tell_diagnosis("rm", result)
@@ -315,7 +308,7 @@ def rm_command(arguments: list[str]) -> None:
 
 def ppo_command(arguments: list[str]) -> None:
     """Stage 3: optimise a policy against a reward with PPO, and compare it with its start."""
-    config, model_config = parse(PPOConfig, arguments)
+    config, model_config = parse(configs.PPOConfig, arguments)
     reward = config.reward_model_path
     result = _run(ppo, config, model_config)
     _tell(f"policy: {result}")
@@ -333,7 +326,11 @@ def ppo_command(arguments: list[str]) -> None:
 
 def check_command(arguments: list[str]) -> None:
     """Dry run of sft, rm or ppo: read all that it would read, list every fault, train nothing."""
-    stages: Any = {"sft": (sft, SFTConfig), "rm": (rm, RewardConfig), "ppo": (ppo, PPOConfig)}
+    stages: Any = {
+        "sft": (sft, configs.SFTConfig),
+        "rm": (rm, configs.RewardConfig),
+        "ppo": (ppo, configs.PPOConfig),
+    }
     if not arguments or arguments[0] not in stages:
         parser = _Parser([], prog="trl-instruct check", allow_abbrev=False)
         parser.add_argument("stage", choices=stages, help="Then its own options.")
@@ -355,7 +352,7 @@ def check_command(arguments: list[str]) -> None:
 
 def evaluate_command(arguments: list[str]) -> None:
     """Measure checkpoints side by side on held-out prompts."""
-    config, model_config = parse(EvaluateConfig, arguments)
+    config, model_config = parse(configs.EvaluateConfig, arguments)
     models = named_sources(config.models or [], "models")
     judges = named_sources(config.judges or [], "judges")
     evaluate(models, config.dataset_name, judges=judges, config=config, model_config=model_config)

@@ -7,19 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import trl
 from transformers import SchedulerType, TrainingArguments
 
+from trl_instruct import option_checks
 from trl_instruct.errors import InputError
-from trl_instruct.option_checks import (
-    NO_STAGE_HAS,
-    PPO_HAS_NOT,
-    PRETRAIN_HAS_NOT,
-    SFT_HAS_NOT,
-    check_finite,
-    check_numbers,
-    check_refused,
-    check_training,
-    has_bf16,
-    line_breaks,
-)
 
 
 def _option(default: Any, help: str) -> Any:
@@ -35,7 +24,7 @@ class StageConfig(_Mixin):
     """Options of every stage: where the data are, what may be overwritten, ..."""
 
     # Options that would be ignored, and names that a user may take for options: why not.
-    REFUSED: ClassVar[dict[str, str]] = NO_STAGE_HAS
+    REFUSED: ClassVar[dict[str, str]] = option_checks.NO_STAGE_HAS
     # With a list, a dry run: faulty records are told there, and nothing is trained.
     faults: ClassVar[list[str] | None] = None
     # Whether the columns are those of an earlier stage; some files may not have them.
@@ -76,13 +65,13 @@ class StageConfig(_Mixin):
     bf16: bool | None = _option(None, "bfloat16 mixed precision; default: on accelerators with it.")
 
     def __post_init__(self) -> None:
-        check_finite(self)
-        check_refused(self.REFUSED, self)
+        option_checks.check_finite(self)
+        option_checks.check_refused(self.REFUSED, self)
         switches: dict[Any, bool] = {"true": True, "false": False}  # flags are text
         resume: str | bool | None = self.resume_from_checkpoint
         self.resume_from_checkpoint: str | bool | None = switches.get(str(resume).lower(), resume)
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and has_bf16()
+            self.bf16 = not self.fp16 and not self.use_cpu and option_checks.has_bf16()
         try:
             floored = SchedulerType(self.lr_scheduler_type) is SchedulerType.COSINE_WITH_MIN_LR
         except ValueError as error:
@@ -95,17 +84,17 @@ class StageConfig(_Mixin):
         super().__post_init__()
         for name in ("prompt_template", "prompt_suffix"):
             if getattr(self, name) is not None:
-                setattr(self, name, line_breaks(getattr(self, name)))
+                setattr(self, name, option_checks.line_breaks(getattr(self, name)))
         if self.datasets and (self.dataset_name or self.dataset_config):
             raise InputError("datasets and dataset_name were both given; use one of them.")
-        check_training(self)
+        option_checks.check_training(self)
 
 
 @dataclass
 class PretrainConfig(StageConfig, TrainingArguments):
     """Stage 0: a small base model from scratch, on any text, with any architecture."""
 
-    REFUSED: ClassVar[dict[str, str]] = NO_STAGE_HAS | PRETRAIN_HAS_NOT
+    REFUSED: ClassVar[dict[str, str]] = option_checks.NO_STAGE_HAS | option_checks.PRETRAIN_HAS_NOT
 
     architecture: str = _option("llama", "Model type of transformers: llama, gpt2, gpt_neox, ...")
     architecture_kwargs: dict[str, Any] | str | None = _option(
@@ -125,7 +114,7 @@ class PretrainConfig(StageConfig, TrainingArguments):
 class SFTConfig(StageConfig, trl.SFTConfig):
     """Stage 1, supervised fine-tuning (InstructGPT C.1)."""
 
-    REFUSED: ClassVar[dict[str, str]] = NO_STAGE_HAS | SFT_HAS_NOT
+    REFUSED: ClassVar[dict[str, str]] = option_checks.NO_STAGE_HAS | option_checks.SFT_HAS_NOT
 
     learning_rate: float = _option(9.65e-6, "Peak learning rate (C.1: 9.65e-6 for 1.3B and 6B).")
     num_train_epochs: float = _option(16.0, "Passes over the demonstrations (C.1: 16).")
@@ -138,7 +127,7 @@ class SFTConfig(StageConfig, trl.SFTConfig):
 class RewardConfig(StageConfig, trl.RewardConfig):
     """Stage 2, the reward model (InstructGPT 3.5, C.2)."""
 
-    REFUSED: ClassVar[dict[str, str]] = NO_STAGE_HAS | dict.fromkeys(
+    REFUSED: ClassVar[dict[str, str]] = option_checks.NO_STAGE_HAS | dict.fromkeys(
         ("label_smoothing_factor", "average_tokens_across_devices"),
         "the loss is the paper's, averaged as average_over says.",
     )
@@ -176,7 +165,7 @@ class RewardConfig(StageConfig, trl.RewardConfig):
     )
 
     def __post_init__(self) -> None:
-        check_numbers(self, "be at least 1", "early_stopping_patience")
+        option_checks.check_numbers(self, "be at least 1", "early_stopping_patience")
         if self.early_stopping_patience is not None:
             self.load_best_model_at_end = True
         metric: str | None = getattr(self, "metric_for_best_model", None)
@@ -203,8 +192,8 @@ class SamplingConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         counts = "response_length", "opening_length", "max_prompt_length"
-        check_numbers(self, "be at least 1", *counts)
-        check_numbers(self, "be above 0", "temperature")
+        option_checks.check_numbers(self, "be at least 1", *counts)
+        option_checks.check_numbers(self, "be above 0", "temperature")
 
 
 @dataclass
@@ -216,7 +205,7 @@ class PPOConfig(SamplingConfig, TrainingArguments):
     The defaults are the paper's 512 = 8 x 64, one epoch.
     """
 
-    REFUSED: ClassVar[dict[str, str]] = NO_STAGE_HAS | PPO_HAS_NOT
+    REFUSED: ClassVar[dict[str, str]] = option_checks.NO_STAGE_HAS | option_checks.PPO_HAS_NOT
 
     engine: Literal["trl_instruct", "trl"] = _option("trl_instruct", "trl: TRL 1.12's PPOTrainer.")
     reward_model_path: list[str] | None = _option(
@@ -318,11 +307,11 @@ class PPOConfig(SamplingConfig, TrainingArguments):
         counts = "num_mini_batches num_ppo_epochs total_episodes local_rollout_forward_batch_size"
         counts += " ptx_max_length ptx_rows_per_episode"
         weights = "kl_coef cliprange cliprange_value vf_coef ptx_coef value_learning_rate"
-        check_numbers(self, "be at least 1", *counts.split())
-        check_numbers(self, "not be negative", *weights.split())
+        option_checks.check_numbers(self, "be at least 1", *counts.split())
+        option_checks.check_numbers(self, "not be negative", *weights.split())
         adaptive = "adaptive_kl_target", "adaptive_kl_horizon"
-        check_numbers(self, "be above 0", *adaptive, "target_kl")
-        check_numbers(self, "be between 0 and 1", "gamma", "lam", "ema_decay")
+        option_checks.check_numbers(self, "be above 0", *adaptive, "target_kl")
+        option_checks.check_numbers(self, "be between 0 and 1", "gamma", "lam", "ema_decay")
         episodes = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
         fifth = episodes * self.num_mini_batches / 5
         if self.adaptive_kl_target is not None and self.adaptive_kl_horizon <= fifth:
@@ -352,7 +341,7 @@ class CandidatesConfig(SamplingConfig, TrainingArguments):
 class EvaluateConfig(SamplingConfig, TrainingArguments):
     """After the stages: checkpoints side by side on held-out prompts."""
 
-    REFUSED: ClassVar[dict[str, str]] = NO_STAGE_HAS | {
+    REFUSED: ClassVar[dict[str, str]] = option_checks.NO_STAGE_HAS | {
         "model_name_or_path": "list the checkpoints in models.",
         "eval_dataset_name": "the held-out prompts are dataset_name.",
         "dataset_test_split": "the held-out prompts are dataset_name; dataset_train_split.",
@@ -372,4 +361,4 @@ class EvaluateConfig(SamplingConfig, TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_numbers(self, "be at least 1", "best_of_n")
+        option_checks.check_numbers(self, "be at least 1", "best_of_n")

@@ -18,7 +18,7 @@ from trl_instruct.data.mixture import mixed
 from trl_instruct.data.orders import is_number
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.data.repeated_prompts import keep_dialogue, take_off_prompts
-from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, iterate, map_records
+from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, map_records
 from trl_instruct.errors import InputError, kind_of
 
 logger = get_logger(__name__)
@@ -87,31 +87,27 @@ def load_demonstrations(
 
 def _trimmed(dataset: AnyDataset, where: Source, first: Record) -> AnyDataset:
     """Dialogues that end with a reply and begin with a question, contents in one part."""
-    with where.located(0):
-        trimmed = trim_dialogue(first)["messages"]
-    in_parts = trimmed and any(
+    features, changed = dataset.features, 0
+    in_parts = any(
         isinstance(message, Mapping) and isinstance(message.get("content"), list)
-        for message in first["messages"]
+        for message in first["messages"] or ()
     )
-    features = dataset.features
-    if isinstance(dataset, IterableDataset):
-        return dataset.map(trim_dialogue, features=None if in_parts else features)
-    dialogues = iterate(dataset, "messages")
-    changed = 0
-    for row, talk in enumerate(dialogues):
+    if in_parts:
+        streamed = isinstance(dataset, IterableDataset)
+        features = None if streamed else Features({**features, "messages": List(MESSAGE)})
+
+    def trim(record: Record, row: int) -> dict[str, Any]:
+        nonlocal changed
         with where.located(row):
-            changed += trim_dialogue({"messages": talk})["messages"] != talk
-    if not changed:
-        return dataset
-    if not in_parts:
-        logger.warning(
-            "%s: %d dialogues lose what stands before the first question or after the last reply",
-            where.name,
-            changed,
-        )
-    else:
-        features = Features({**features, "messages": List(MESSAGE)})
-    return map_records(dataset, trim_dialogue, features=features)
+            trimmed = trim_dialogue(record)
+        changed += trimmed["messages"] != record["messages"]
+        return trimmed
+
+    trimmed = map_records(dataset, trim, with_indices=True, features=features)
+    if changed and not in_parts and isinstance(dataset, Dataset):
+        what = "what stands before the first question or after the last reply"
+        logger.warning("%s: %d dialogues lose %s", where.name, changed, what)
+    return trimmed
 
 
 def load_prompts(

@@ -11,6 +11,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from trl_instruct.errors import InputError
+
 ModelSource: TypeAlias = str | os.PathLike | PreTrainedModel
 
 
@@ -66,8 +68,10 @@ def context_length(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def model_name(source: ModelSource) -> str:
-    """A model's name in messages, and where to look for its tokenizer."""
+def model_name(source: ModelSource | None) -> str:
+    """A model's name in messages, and where to look for its tokenizer; InputError without one."""
+    if source is None:
+        raise InputError("No model was given: set model_name_or_path to a Hub id or a folder.")
     if isinstance(source, PreTrainedModel | PeftModel):
         return source.config._name_or_path or type(source).__name__
     return os.fspath(source)

@@ -23,7 +23,7 @@ from trl_instruct.models.properties import ModelSource, model_name
 from trl_instruct.models.tokenizers import check_tokenizer, load_tokenizer
 from trl_instruct.recipes.chain import check_format, remember_reading
 from trl_instruct.recipes.dry_run import fitting
-from trl_instruct.recipes.options import check_redacted, check_streams, data_of, held_out_of
+from trl_instruct.recipes.options import data_of, held_out_of, stage_options
 from trl_instruct.recipes.stage import StageResult, run_stage
 from trl_instruct.rewards.function import RewardFunction, as_completions, call_reward, place_on
 from trl_instruct.rewards.load import load_reward
@@ -37,8 +37,9 @@ def candidates(config: CandidatesConfig, model_config: ModelConfig) -> StageResu
 
     Only the main process samples: all processes would write the same file.
     """
-    check_streams(config)
-    check_redacted(vars(config))
+    config, model_config = stage_options(
+        CandidatesConfig, config, model_config, None, config.dataset_name, {}, trains=False
+    )
     policy = model_config.model_name_or_path
     remember_reading(config, policy)
     sources = {"train": (data_of(config.dataset_name, config), config.dataset_train_split)}
@@ -132,15 +133,11 @@ def sample_candidates(
         raise InputError(f"num_candidates is {num_candidates}; a ranking needs at least 2.")
     if temperature <= 0:
         raise InputError(f"temperature is {temperature}; to sample, it must be above 0.")
-    if policy is None:
-        raise InputError("No model was given: set model_name_or_path to a Hub id or a folder.")
-    if prompts is None:
-        raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
     _check_unranked(Path(output_file))
     trust: Any = {"trust_remote_code": trust_remote_code}
-    model = load_policy(policy, model_config or ModelConfig(), **trust).to(PartialState().device)
     own = processing_class or load_tokenizer(policy, **trust)
     tokenizer = check_tokenizer(own, model_name(policy))
+    model = load_policy(policy, model_config or ModelConfig(), **trust).to(PartialState().device)
     records = prompts_of(prompts, split, tokenizer, opening_length, reading)
     check_format(records, tokenizer, policy=policy)
     lengths = response_length, max_prompt_length

@@ -327,11 +327,9 @@ class StageRun:
 
 
 def starting_point(
-    run: StageRun, model: ModelSource | None, processing_class: PreTrainedTokenizerBase | None
+    run: StageRun, model: ModelSource, processing_class: PreTrainedTokenizerBase | None
 ) -> tuple[ModelSource, PreTrainedTokenizerBase]:
     """The source of the model to train, and its tokenizer; the run's config names the model."""
-    if model is None:
-        raise InputError("No model was given: set model_name_or_path to a Hub id or a folder.")
     model_config = run.model_config
     model_config.model_name_or_path = model_name(model)
     run.check_source()
