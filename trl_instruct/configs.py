@@ -159,9 +159,7 @@ class RewardConfig(StageConfig, trl.RewardConfig):
     rating_order: list[str] | None = _option(None, "Rating labels, best first: good ok fair poor.")
     leave_out_labelers: list[str] | None = _option(None, "Do not use these labelers' rankings.")
     truncate_prompt: bool = _option(
-        False,
-        "Cut prompts from the left if a response would exceed max_length; default: leave the "
-        "response out. Responses are never cut.",
+        False, "Cut prompts from the left, rather than leave out responses beyond max_length."
     )
 
     def __post_init__(self) -> None:
@@ -264,9 +262,7 @@ class PPOConfig(SamplingConfig, TrainingArguments):
     ptx_max_length: int = _option(512, "Tokens in a row of pretraining text.")
     ptx_rows_per_episode: int = _option(8, "Rows of pretraining text per episode (C.4: 8).")
     ema_decay: float | None = _option(
-        None,
-        "Save a moving average of the policy's weights, with this decay per optimizer step (C.4: "
-        "0.992); default: the policy itself.",
+        None, "Save a moving average of the weights with this decay per step (C.4: 0.992), if any."
     )
     cliprange: float = _option(0.2, "Clip of the importance ratio (C.4: 0.2).")
     cliprange_value: float = _option(0.2, "Clip of the value's change.")

@@ -11,18 +11,12 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, Value
 
 from trl_instruct.console import get_logger, plural
+from trl_instruct.data import records
 from trl_instruct.data.conversion import read
 from trl_instruct.data.dialogues import extract_prompt
 from trl_instruct.data.mixture import mixed
 from trl_instruct.data.rankings import Ranking, RankingCounts, canonical_ranking, canonical_rankings
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
-from trl_instruct.data.records import (
-    check_pair,
-    check_records,
-    form_of,
-    reply_type,
-    require_columns,
-)
 from trl_instruct.data.repeated_prompts import keep_dialogue, take_off_prompts
 from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, iterate, map_records
 from trl_instruct.data.ties import TIES, wins
@@ -71,9 +65,9 @@ def rankings_to_pairs(
     _check_options(which, ties, max_pairs)
     where = Source.of(dataset)
     first = first_record(dataset, where)
-    require_columns(first, where, ("prompt", "responses"), "A ranking")
+    records.require_columns(first, where, ("prompt", "responses"), "A ranking")
     counts = RankingCounts() if counts is None else counts
-    form, start = form_of(first), (counts.records, counts.ties)
+    form, start = records.form_of(first), (counts.records, counts.ties)
     columns = ("prompt", "chosen", "rejected", *["margin"] * margin)
     options: Any = {"which": which, "ties": ties, "max_pairs": max_pairs, "seed": seed}
 
@@ -183,14 +177,14 @@ def canonical_pairs(
 ) -> AnyDataset:
     """Pairs that were read, in one form; the rest is as in `load_pairs`."""
     first = first_record(dataset, where)
-    require_columns(first, where, ("chosen", "rejected"), "A pair")
+    records.require_columns(first, where, ("chosen", "rejected"), "A pair")
     dataset, first = keep_dialogue(dataset, where, first, "chosen")
     implicit = "prompt" not in first
     if not implicit:
         dataset = take_off_prompts(dataset, where, ("chosen", "rejected"))
-    form = form_of({"prompt": first["chosen"]} if implicit else first)
-    check = partial(check_pair, form=form, implicit=implicit)
-    dataset = check_records(dataset, where, check, reading)
+    form = records.form_of({"prompt": first["chosen"]} if implicit else first)
+    check = partial(records.check_pair, form=form, implicit=implicit)
+    dataset = records.check_records(dataset, where, check, reading)
     counts = RankingCounts() if counts is None else counts
     where = (reading.found or [where])[-1]
 
@@ -236,7 +230,9 @@ def split_by_prompt(
         raise InputError(
             "split_by_prompt needs all rows at once: load the data with streaming=False."
         )
-    require_columns(dataset.column_names, Source.of(dataset), ("prompt",), "A split by prompt")
+    records.require_columns(
+        dataset.column_names, Source.of(dataset), ("prompt",), "A split by prompt"
+    )
     keys = [_digest(seed, prompt_key(prompt)) for prompt in iterate(dataset, "prompt")]
     prompts = sorted(set(keys))
     wanted = test_size if isinstance(test_size, int) else round(test_size * len(prompts))
@@ -262,7 +258,7 @@ def _check_options(which: str, ties: str, max_pairs: int | None) -> None:
 
 
 def _pair_features(features: Features, form: str, margin: bool) -> Features:
-    reply = reply_type(features, form)
+    reply = records.reply_type(features, form)
     kinds = {"prompt": features["prompt"], "chosen": reply, "rejected": reply}
     return Features({**kinds, "margin": Value("float64")} if margin else kinds)
 

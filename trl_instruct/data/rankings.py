@@ -13,24 +13,10 @@ from typing import Any, NamedTuple
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 from trl_instruct.console import get_logger, plural
+from trl_instruct.data import orders, records
 from trl_instruct.data.conversion import read
 from trl_instruct.data.mixture import mixed
-from trl_instruct.data.orders import (
-    ORDERS,
-    canonical_ranks,
-    canonical_scores,
-    dense_ranks,
-    is_number,
-)
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
-from trl_instruct.data.records import (
-    check_prompt,
-    check_records,
-    check_reply,
-    form_of,
-    reply_type,
-    require_columns,
-)
 from trl_instruct.data.repeated_prompts import take_off_prompts
 from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, iterate, map_records
 from trl_instruct.errors import InputError, kind_of
@@ -159,9 +145,9 @@ def canonical_rankings(
     first = first_record(dataset, where)
     if "responses" not in first and {"chosen", "rejected"} <= set(first):
         raise InputError(f"{where.name}: these are pairs; load_pairs reads them, and rm does.")
-    require_columns(first, where, ("prompt", "responses"), "A ranking")
+    records.require_columns(first, where, ("prompt", "responses"), "A ranking")
     dataset = take_off_prompts(dataset, where, ("responses",))
-    form, streamed = form_of(first), isinstance(dataset, IterableDataset)
+    form, streamed = records.form_of(first), isinstance(dataset, IterableDataset)
     canonical = partial(canonical_ranking, rating_order=rating_order, form=form)
     found = RankingCounts() if counts is None or not streamed else counts
 
@@ -177,14 +163,14 @@ def canonical_rankings(
         return {name: getattr(ranking, name) for name in ("responses", "ranks", "scores")}
 
     if reading.skips:
-        dataset = check_records(dataset, where, canonical, reading)
+        dataset = records.check_records(dataset, where, canonical, reading)
     else:
         reading.place(where)
     dataset = map_records(
         dataset,
         convert,
         with_indices=True,
-        remove_columns=[name for name in ORDERS if name in first],
+        remove_columns=[name for name in orders.ORDERS if name in first],
         features=dataset.features and _canonical_features(dataset.features, form),
     )
     if isinstance(dataset, Dataset):
@@ -211,12 +197,12 @@ def canonical_ranking(
     >>> canonical_ranking({"prompt": "2+2=", "responses": ["4", "5", "4"], "ranks": [3, 2, 1]})
     Ranking(prompt='2+2=', responses=['5', '4'], ranks=[2, 1], scores=None, duplicates=1)
     """
-    form = form or form_of(record)
-    check_prompt(record, form=form)
-    ranks = canonical_ranks(record, rating_order)
+    form = form or records.form_of(record)
+    records.check_prompt(record, form=form)
+    ranks = orders.canonical_ranks(record, rating_order)
     responses = [_reply(index, r, form) for index, r in enumerate(record["responses"])]
     weight = record.get("weight")
-    if weight is not None and not (is_number(weight) and weight > 0):
+    if weight is not None and not (orders.is_number(weight) and weight > 0):
         raise InputError(f"`weight` is {kind_of(weight)}; a finite number > 0 is needed.")
     best: dict[str, int] = {}
     keys = [r if isinstance(r, str) else repr(r) for r in responses]
@@ -229,11 +215,11 @@ def canonical_ranking(
             f"`responses` are {len(keys)} times the same, {kind_of(responses[0])}; a ranking needs "
             "at least 2 that differ. Delete the record."
         )
-    scores = canonical_scores(record, rating_order)
+    scores = orders.canonical_scores(record, rating_order)
     return Ranking(
         prompt=record["prompt"],
         responses=[responses[index] for index in kept],
-        ranks=dense_ranks([ranks[index] for index in kept]),
+        ranks=orders.dense_ranks([ranks[index] for index in kept]),
         scores=scores and [scores[index] for index in kept],
         duplicates=len(responses) - len(kept),
     )
@@ -242,14 +228,14 @@ def canonical_ranking(
 def _reply(index: int, response: Any, form: str) -> Any:
     field = f"responses[{index}]"
     if form == "messages" and isinstance(response, str):
-        check_reply(field, response, form="text")
+        records.check_reply(field, response, form="text")
         return [{"role": "assistant", "content": response}]
-    check_reply(field, response, form=form)
+    records.check_reply(field, response, form=form)
     return response
 
 
 def _canonical_features(features: Features, form: str) -> Features:
     """Column types of canonical rankings; responses are messages if the prompt is."""
-    kept = {name: kind for name, kind in features.items() if name not in ORDERS}
-    kept["responses"] = List(reply_type(features, form))
+    kept = {name: kind for name, kind in features.items() if name not in orders.ORDERS}
+    kept["responses"] = List(records.reply_type(features, form))
     return Features({**kept, "ranks": List(Value("int64")), "scores": List(Value("float64"))})

@@ -9,18 +9,11 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from trl_instruct.console import get_logger
+from trl_instruct.data import sources
 from trl_instruct.data.mixture import mixed
 from trl_instruct.data.reading import AS_PUBLISHED, Reading, rename
 from trl_instruct.data.records import check_records, load_prompts, require_columns
 from trl_instruct.data.rendering import render_prompt
-from trl_instruct.data.sources import (
-    AnyDataset,
-    Record,
-    Source,
-    first_record,
-    load_records,
-    map_records,
-)
 from trl_instruct.errors import InputError, kind_of
 
 logger = get_logger(__name__)
@@ -28,7 +21,7 @@ logger = get_logger(__name__)
 
 def load_texts(
     source: Any, split: str = "train", streaming: bool = False, *, reading: Reading = AS_PUBLISHED
-) -> AnyDataset:
+) -> sources.AnyDataset:
     """Plain texts for pre-training and the ptx loss: a `text` column. Arguments as `load_records`.
 
     Rows of white space (paragraph breaks of some corpora) are left out; their number is logged.
@@ -42,15 +35,15 @@ def load_texts(
     """
     if isinstance(source, list):
         return mixed(partial(load_texts, reading=reading), source, streaming)
-    where = Source.of(source, split)
-    dataset = rename(load_records(source, split, streaming), where, reading)
-    require_columns(first_record(dataset, where), where, ("text",), "A text record")
+    where = sources.Source.of(source, split)
+    dataset = rename(sources.load_records(source, split, streaming), where, reading)
+    require_columns(sources.first_record(dataset, where), where, ("text",), "A text record")
 
-    def check(record: Record) -> None:
+    def check(record: sources.Record) -> None:
         if not isinstance(record.get("text"), str):
             raise InputError(f"`text` is {kind_of(record.get('text'))}; text is needed.")
 
-    def has_text(record: Record, row: int) -> bool:
+    def has_text(record: sources.Record, row: int) -> bool:
         return bool(record["text"].strip())
 
     dataset = check_records(dataset, where, check, reading)
@@ -63,7 +56,7 @@ def load_texts(
     return kept
 
 
-def openings(texts: AnyDataset, tokenizer: Any, length: int) -> AnyDataset:
+def openings(texts: sources.AnyDataset, tokenizer: Any, length: int) -> sources.AnyDataset:
     """Prompts for PPO from plain texts: the opening of each, as `prompt`; other columns are kept.
 
     The task of Ziegler et al. 2019, section 3.1: continue texts in a given style.
@@ -84,7 +77,7 @@ def openings(texts: AnyDataset, tokenizer: Any, length: int) -> AnyDataset:
         # A cut between two tokens of one character leaves half of it, which decodes to U+FFFD.
         return {"prompt": [text.rstrip("\ufffd") for text in cut]}
 
-    return load_prompts(map_records(texts, opening, batched=True))
+    return load_prompts(sources.map_records(texts, opening, batched=True))
 
 
 def prompts_of(
@@ -100,7 +93,7 @@ def prompts_of(
     if not reading.skips:
         return prompts
 
-    def renders(record: Record) -> None:
+    def renders(record: sources.Record) -> None:
         render_prompt(record["prompt"], tokenizer, record)
 
     return check_records(prompts, reading.source, renders, reading)

@@ -11,15 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
-from peft import (
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
@@ -57,7 +50,7 @@ class Adapter:
     """A PEFT adapter: its folder, its config (read once) and the base model that it names."""
 
     folder: str
-    config: PeftConfig
+    config: peft.PeftConfig
     base: str
 
     @classmethod
@@ -66,7 +59,7 @@ class Adapter:
         path = os.fspath(folder)
         broken = f"{os.path.join(path, CONFIG)!r} is not an adapter's config as peft writes it"
         with explained(broken):
-            config = PeftConfig.from_pretrained(path)
+            config = peft.PeftConfig.from_pretrained(path)
         base = config.base_model_name_or_path
         if not (isinstance(base, str) and base):
             raise InputError(
@@ -117,30 +110,30 @@ class Adapter:
                 "merge first (trl-instruct merge ADAPTER OUTPUT_DIR) and start from the result."
             )
 
-    def on(self, model: PreTrainedModel, *, trainable: bool = True) -> PeftModel:
+    def on(self, model: PreTrainedModel, *, trainable: bool = True) -> peft.PeftModel:
         """Its base model, which never trains, with the adapter in float32 whatever the dtype.
 
         InputError if the adapter does not fit this model.
         """
         with self._fitting(model):
-            adapted = PeftModel.from_pretrained(model, self.folder, is_trainable=trainable)
-            saved = load_peft_weights(self.folder, device="cpu")
-            _check_names(saved, get_peft_model_state_dict(adapted))
+            adapted = peft.PeftModel.from_pretrained(model, self.folder, is_trainable=trainable)
+            saved = peft.load_peft_weights(self.folder, device="cpu")
+            _check_names(saved, peft.get_peft_model_state_dict(adapted))
         return float32_head(adapted)
 
-    def on_classifier(self, model: PreTrainedModel) -> PeftModel:
+    def on_classifier(self, model: PreTrainedModel) -> peft.PeftModel:
         """A scalar classifier over its base, with its LoRA weights; InputError as in `on`."""
         config, heads = copy.deepcopy(self.config), {"lm_head", "score"}
         config.task_type, config.inference_mode = CLASSIFIER, False
         kept = [name for name in config.modules_to_save or () if name not in heads]
         config.modules_to_save = [*kept, "score"]
-        weights = load_peft_weights(self.folder, device="cpu")
+        weights = peft.load_peft_weights(self.folder, device="cpu")
         weights = {name: w for name, w in weights.items() if not heads & set(name.split("."))}
         with self._fitting(model):
-            adapted = get_peft_model(model, config)
-            own = get_peft_model_state_dict(adapted)
+            adapted = peft.get_peft_model(model, config)
+            own = peft.get_peft_model_state_dict(adapted)
             _check_names(weights, own)
-            set_peft_model_state_dict(adapted, {**own, **weights})
+            peft.set_peft_model_state_dict(adapted, {**own, **weights})
         return float32_head(adapted)
 
     @contextlib.contextmanager
@@ -188,7 +181,7 @@ def fingerprint(folder: str | os.PathLike) -> str | None:
     return digest.hexdigest()
 
 
-def peft_config_of(model_config: ModelConfig, task_type: str = POLICY) -> PeftConfig | None:
+def peft_config_of(model_config: ModelConfig, task_type: str = POLICY) -> peft.PeftConfig | None:
     """TRL's PEFT config, which by default targets all linear layers."""
     config = get_peft_config(model_config)
     if config is None:
@@ -206,13 +199,13 @@ def peft_config_of(model_config: ModelConfig, task_type: str = POLICY) -> PeftCo
 
 def new_adapter_config(
     model: PreTrainedModel, model_config: ModelConfig, task_type: str = POLICY
-) -> PeftConfig | None:
+) -> peft.PeftConfig | None:
     """The config of a model's new adapter, None if it needs none.
 
     InputError if the model has none of `lora_target_modules`.
     """
     config = peft_config_of(model_config, task_type)
-    if config is None or isinstance(model, PeftModel):
+    if config is None or isinstance(model, peft.PeftModel):
         return None
     wanted = config.target_modules
     if not wanted or wanted == EVERY_LINEAR:
@@ -231,7 +224,7 @@ def with_lora(
 ) -> PreTrainedModel:
     """The model, with a LoRA adapter if `model_config` asks for one (see `new_adapter_config`)."""
     config = new_adapter_config(model, model_config, task_type)
-    return float32_head(get_peft_model(model, config)) if config else model
+    return float32_head(peft.get_peft_model(model, config)) if config else model
 
 
 def float32_head(model: PreTrainedModel) -> PreTrainedModel:

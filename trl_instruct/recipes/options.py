@@ -28,7 +28,6 @@ from trl_instruct.option_checks import check_finite, check_refused
 
 Config = TypeVar("Config", bound=StageConfig)
 
-
 # Secrets, options for one machine or call, and second names that newer transformers added.
 NOT_SAVED = {
     "hub_token",
@@ -38,8 +37,6 @@ NOT_SAVED = {
     "activation_checkpointing",
     "activation_checkpointing_kwargs",
 }
-
-
 # Options of ModelConfig that have no effect without another.
 NEEDED_FOR = {
     "use_peft": [*DECIDED, "lora_modules_to_save"],

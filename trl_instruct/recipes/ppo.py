@@ -26,7 +26,7 @@ from trl_instruct.ppo_trainer.upstream import upstream_trainer
 from trl_instruct.recipes.chain import check_format, remember_reading
 from trl_instruct.recipes.dry_run import fitting, tell_lengths, tell_records, tell_rewards
 from trl_instruct.recipes.memory import Work, memory_table
-from trl_instruct.recipes.options import data_of, option_errors, stage_options
+from trl_instruct.recipes.options import data_of, named_source, option_errors, stage_options
 from trl_instruct.recipes.publishing import without_secrets
 from trl_instruct.recipes.stage import StageResult, StageRun, run_stage, starting_point
 from trl_instruct.rewards.function import parts_of
@@ -173,8 +173,7 @@ def _reward_names(reward: Any) -> Any:
 
 def _pretraining_texts(dataset: Any, config: PPOConfig) -> Dataset | IterableDataset | None:
     """Text for PPO-ptx; InputError if text was given, but no weight for it."""
-    config.ptx_dataset_name = name_of(dataset) or config.ptx_dataset_name
-    source = config.ptx_dataset_name if dataset is None else dataset
+    source = named_source(dataset, config, "ptx_dataset_name")
     if source is None:
         return None
     if not config.ptx_coef:

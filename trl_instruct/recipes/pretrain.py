@@ -5,19 +5,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import transformers
 import yaml
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    DataCollatorForLanguageModeling,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
 from trl import ModelConfig
 
 from trl_instruct.configs import PretrainConfig
@@ -67,14 +59,16 @@ def pretrain(
                 args=without_secrets(config),
                 train_dataset=rows,
                 processing_class=tokenizer,
-                data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+                data_collator=transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False),
             )
         output = run.train(trainer, {"loss": "loss"})
         parameters = sum(p.numel() for p in model.parameters())
         return run.finish(trainer, {"train_loss": output.training_loss, "parameters": parameters})
 
 
-def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerBase:
+def train_tokenizer(
+    texts: list[str], vocab_size: int, max_length: int
+) -> transformers.PreTrainedTokenizerBase:
     """Byte-level BPE (like GPT-2's) with separate EOS and pad tokens.
 
     Args:
@@ -93,7 +87,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
     # A text may hold several documents; no merges are learnt from the EOS between them.
     documents = (document for text in texts for document in text.split(EOS))
     tokenizer.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=EOS,
         pad_token=PAD,
@@ -104,7 +98,7 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
 
 
 def tokenize_texts(
-    texts: Dataset, tokenizer: PreTrainedTokenizerBase, config: PretrainConfig
+    texts: Dataset, tokenizer: transformers.PreTrainedTokenizerBase, config: PretrainConfig
 ) -> Dataset:
     """Token rows with an EOS after each text: packed into full blocks, or one text per row.
 
@@ -136,8 +130,8 @@ def tokenize_texts(
 
 
 def model_from_scratch(
-    config: PretrainConfig, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
+    config: PretrainConfig, tokenizer: transformers.PreTrainedTokenizerBase
+) -> transformers.PreTrainedModel:
     """A randomly initialised causal language model of the configured architecture.
 
     InputError for an unknown architecture or field, a refused value, or a context too short.
@@ -153,7 +147,9 @@ def model_from_scratch(
         raise InputError(f"architecture_kwargs: {config.architecture} has no field {unknown[0]!r}.")
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     sizes = {"vocab_size": len(tokenizer), "bos_token_id": None}
-    model = AutoModelForCausalLM.from_config(_architecture(config, **sizes, **special, **kwargs))
+    model = transformers.AutoModelForCausalLM.from_config(
+        _architecture(config, **sizes, **special, **kwargs)
+    )
     context = context_length(model)
     if context is not None and context < config.max_length:
         raise InputError(
@@ -163,10 +159,10 @@ def model_from_scratch(
     return model
 
 
-def _architecture(config: PretrainConfig, **fields: Any) -> PretrainedConfig:
+def _architecture(config: PretrainConfig, **fields: Any) -> transformers.PretrainedConfig:
     """The architecture's config with these fields, else its defaults."""
     try:
-        return AutoConfig.for_model(config.architecture, **fields)
+        return transformers.AutoConfig.for_model(config.architecture, **fields)
     except (ValueError, TypeError, StrictDataclassError) as error:
         if not fields:
             raise InputError(

@@ -31,19 +31,13 @@ from trl_instruct.console import say
 from trl_instruct.data.sources import AnyDataset, Source, first_record
 from trl_instruct.errors import NOT_AS_EXPECTED, InputError, explained, summary
 from trl_instruct.files import CONFIG_FILE, MANIFEST_FILE, METRICS_FILE, write_json
-from trl_instruct.models import adapters
+from trl_instruct.models import adapters, tokenizers
 from trl_instruct.models.checkpoints import AUTO, check_resumable, find_checkpoint
 from trl_instruct.models.load import check_finished, needs_base
 from trl_instruct.models.merging import merge_in_place
 from trl_instruct.models.properties import ModelSource, context_length, model_name
 from trl_instruct.models.resuming import check_weights
 from trl_instruct.models.sharding import check_saving
-from trl_instruct.models.tokenizers import (
-    check_tokenizer,
-    check_vocabulary,
-    install_chat_template,
-    load_tokenizer,
-)
 from trl_instruct.recipes.dry_run import DryRunEnd, plan_of
 from trl_instruct.recipes.options import option_errors, save_config
 from trl_instruct.recipes.progress import Interruption, ProgressBar
@@ -339,9 +333,9 @@ def starting_point(
     special_tokens = {role: token for role, token in given.items() if token is not None}
     if processing_class is not None:
         own = copy.deepcopy(processing_class)
-        tokenizer = check_tokenizer(own, model_name(model), special_tokens)
+        tokenizer = tokenizers.check_tokenizer(own, model_name(model), special_tokens)
     else:
-        tokenizer = load_tokenizer(
+        tokenizer = tokenizers.load_tokenizer(
             model,
             revision=model_config.model_revision,
             trust_remote_code=run.config.trust_remote_code,
@@ -349,7 +343,7 @@ def starting_point(
         )
     template = getattr(run.config, "chat_template_path", None)
     if template is not None:
-        install_chat_template(tokenizer, template)
+        tokenizers.install_chat_template(tokenizer, template)
     if needs_base(model, model_config):
         return run.save_base(model, tokenizer), tokenizer
     return model, tokenizer
@@ -362,7 +356,7 @@ def fit_together(
     context = context_length(model)
     if context is not None and config.max_length is not None:
         config.max_length = min(config.max_length, context)
-    check_vocabulary(tokenizer, model)
+    tokenizers.check_vocabulary(tokenizer, model)
 
 
 def check_chat_template(
