@@ -91,7 +91,8 @@ class _Parser(TrlParser):
 
 def parse(config_class: type[Config], arguments: list[str]) -> tuple[Config, ModelConfig]:
     """A stage's options from `--config FILE` and flags (flags win); unknown ones are an error."""
-    arguments = [part for a in arguments for part in _split_config(a)]
+    split = (a.split("=", 1) if a.startswith("--config=") else [a] for a in arguments)
+    arguments = [part for parts in split for part in parts]
     if "--config" in arguments:
         _check_file(arguments[arguments.index("--config") + 1 :], config_class)
     # Abbreviations would turn a misspelt option into another one.
@@ -117,10 +118,6 @@ def _named(told: str, arguments: list[str]) -> str:
     flags = {value: flag[2:] for flag, value in pairwise(words) if flag.startswith("--")}
     about = [flag for value, flag in flags.items() if repr(value) in told]
     return f"{about[0]}: {told}" if about and not any(f in told for f in flags.values()) else told
-
-
-def _split_config(argument: str) -> list[str]:
-    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
 
 
 def _check_file(following: list[str], config_class: type[Config]) -> None:
@@ -149,20 +146,20 @@ def pretrain_command(arguments: list[str]) -> None:
 
 def sft_command(arguments: list[str]) -> None:
     """Stage 1: fine-tune a model on demonstrations."""
-    config, model_config = parse(configs.SFTConfig, arguments)
-    result = _run(sft, config, model_config)
-    _tell(f"policy: {result}")
-    _tell_diagnosis("sft", result)
+    _tell_diagnosis("sft", _run("sft", *parse(configs.SFTConfig, arguments)))
 
 
-def _run(stage: Callable[..., StageResult], config: Any, model_config: ModelConfig) -> StageResult:
+def _run(name: str, config: Any, model_config: ModelConfig) -> StageResult:
     """Run sft, rm or ppo on the model, the reward and the data that the options name."""
     sources = [model_config.model_name_or_path, config.dataset_name]
     if isinstance(config, configs.PPOConfig):
         if config.reward_model_path is None:
             raise InputError("ppo needs reward_model_path: a reward model's folder or Hub id.")
         sources.insert(1, config.reward_model_path)
-    return stage(*sources, config=config, model_config=model_config)
+    result = STAGES[name][0](*sources, config=config, model_config=model_config)
+    if config.faults is None:
+        _tell(f"{'reward model' if name == 'rm' else 'policy'}: {result}")
+    return result
 
 
 def candidates_command(arguments: list[str]) -> None:
@@ -300,22 +297,17 @@ def _generate(options: Namespace, models: dict[str, str]) -> None:
 
 def rm_command(arguments: list[str]) -> None:
     """Stage 2: train a reward model from rankings or pairs."""
-    config, model_config = parse(configs.RewardConfig, arguments)
-    result = _run(rm, config, model_config)
-    _tell(f"reward model: {result}")
-    _tell_diagnosis("rm", result)
+    _tell_diagnosis("rm", _run("rm", *parse(configs.RewardConfig, arguments)))
 
 
 def ppo_command(arguments: list[str]) -> None:
     """Stage 3: optimise a policy against a reward with PPO, and compare it with its start."""
     config, model_config = parse(configs.PPOConfig, arguments)
-    reward = config.reward_model_path
-    result = _run(ppo, config, model_config)
-    _tell(f"policy: {result}")
+    result = _run("ppo", config, model_config)
     if (config.eval_dataset_name or config.dataset_test_split) and PartialState().is_main_process:
         compare(
             result,
-            reward=reward,
+            reward=config.reward_model_path,
             gold=config.gold,
             eval_dataset=config.eval_dataset_name or config.dataset_name,
             summary_file=config.summary_file,
@@ -326,21 +318,15 @@ def ppo_command(arguments: list[str]) -> None:
 
 def check_command(arguments: list[str]) -> None:
     """Dry run of sft, rm or ppo: read all that it would read, list every fault, train nothing."""
-    stages: Any = {
-        "sft": (sft, configs.SFTConfig),
-        "rm": (rm, configs.RewardConfig),
-        "ppo": (ppo, configs.PPOConfig),
-    }
-    if not arguments or arguments[0] not in stages:
+    if not arguments or arguments[0] not in STAGES:
         parser = _Parser([], prog="trl-instruct check", allow_abbrev=False)
-        parser.add_argument("stage", choices=stages, help="Then its own options.")
+        parser.add_argument("stage", choices=STAGES, help="Then its own options.")
         parser.epilog = "trl-instruct check sft --config sft.yaml --learning_rate 1e-5"
         parser.parse_args(arguments)
-    stage, config_class = stages[arguments[0]]
-    config, model_config = parse(config_class, arguments[1:])
+    config, model_config = parse(STAGES[arguments[0]][1], arguments[1:])
     config.faults = []
     try:
-        _run(stage, config, model_config)
+        _run(arguments[0], config, model_config)
     except InputError as fault:
         config.faults.append(str(fault))
     for number, text in enumerate(config.faults, start=1):
@@ -368,6 +354,11 @@ def merge_command(arguments: list[str]) -> None:
     _tell(f"merged: {merge(options.adapter, options.output_dir, dtype=options.dtype)}")
 
 
+STAGES: dict[str, Any] = {
+    "sft": (sft, configs.SFTConfig),
+    "rm": (rm, configs.RewardConfig),
+    "ppo": (ppo, configs.PPOConfig),
+}
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "pretrain": pretrain_command,
     "sft": sft_command,

@@ -77,9 +77,7 @@ def _each(content: Any, change: Callable[[Any], Any]) -> Any:
 def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
     """List files of a folder in its manifest; the last thing that is written there.
 
-    Args:
-        folder: the one that holds the files.
-        names: their paths below the folder, with "/" between; None for all that it holds.
+    `names` are their paths below the folder, with "/" between; None for all that it holds.
     """
     if names is None:
         names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())

@@ -43,15 +43,10 @@ class Reading:
     @classmethod
     def of(cls, config: Any, *, strict: bool = True) -> Reading:
         """How a stage's config, or the options of `generate`, say to read files."""
-        return cls(
-            dict(column.partition("=")[::2] for column in config.columns or ()),
-            config.prompt_template,
-            config.prompt_suffix,
-            config.on_bad_record,
-            config.faults,
-            strict and not config.remembered,
-            [],
-        )
+        names = ("prompt_template", "prompt_suffix", "on_bad_record", "faults")
+        same: Any = {name: getattr(config, name) for name in names}
+        columns = dict(column.partition("=")[::2] for column in config.columns or ())
+        return cls(columns, **same, strict=strict and not config.remembered, found=[])
 
     @property
     def skips(self) -> bool:

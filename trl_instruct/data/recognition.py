@@ -95,9 +95,7 @@ PLAIN = (
 def shape_of(first: Record, kind: str) -> Shape | None:
     """The published shape of a file; None if it has our own fields, or none that is known.
 
-    Args:
-        first: the first record, or where it is null or empty, the first that is not.
-        kind: what is wanted: "demonstration", "ranking" or "prompt".
+    Judged by its first record, for what is wanted: "demonstration", "ranking" or "prompt".
     """
     if {"prompt", "responses"} <= set(first):
         return None

@@ -52,11 +52,8 @@ def check_saving(accelerator: Accelerator) -> None:
 
 
 def check_launch(accelerator: Accelerator, models: list[nn.Module], *, average: bool) -> None:
-    """InputError if PPO cannot run as it was launched.
-
-    Args:
-        models: policy and value model.
-        average: whether a moving average of the policy is requested.
+    """InputError if PPO cannot run as it was launched: with these models (policy and value), and
+    with a moving average of the policy or none.
     """
     kind = accelerator.distributed_type
     if kind == DistributedType.MEGATRON_LM:
@@ -93,10 +90,7 @@ def check_launch(accelerator: Accelerator, models: list[nn.Module], *, average: 
 def configure_deepspeed(accelerator: Accelerator, *, episodes: int, max_grad_norm: float) -> None:
     """Tell DeepSpeed, which clips and steps on its own, what a step is; otherwise a no-op.
 
-    Args:
-        accelerator: of the run, before its `prepare`.
-        episodes: per optimizer step, in this process.
-        max_grad_norm: 0 for no clipping.
+    Comes before `prepare`. `episodes` are those of an optimizer step in this process.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.state.deepspeed_plugin.deepspeed_config.update(

@@ -56,20 +56,12 @@ def candidates(config: CandidatesConfig, model_config: ModelConfig) -> StageResu
         same = "num_candidates response_length opening_length max_prompt_length temperature"
         same += " stop_strings gold seed trust_remote_code"
         options: Any = {name: getattr(config, name) for name in same.split()}
-        metrics = {
-            name: sample_candidates(
-                policy,
-                source,
-                run.new / f"{name}.jsonl",
-                batch_size=config.per_device_eval_batch_size,
-                split=split,
-                model_config=model_config,
-                reading=Reading.of(config, strict=name == "train"),
-                **options,
-            )
-            for name, (source, split) in sources.items()
-        }
-        for name, counts in metrics.items():
+        options |= {"model_config": model_config, "batch_size": config.per_device_eval_batch_size}
+        metrics = {}
+        for name, (source, split) in sources.items():
+            options |= {"split": split, "reading": Reading.of(config, strict=name == "train")}
+            counts = sample_candidates(policy, source, run.new / f"{name}.jsonl", **options)
+            metrics[name] = counts
             told = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items())
             run.say(f"{run.folder / name}.jsonl: {told}")
         return StageResult(run.folder, run.write_metrics(metrics))

@@ -85,11 +85,7 @@ def _dtype(parameter: nn.Parameter) -> str:
 
 
 def optimizer_bytes(optim: str, parameters: int) -> int:
-    """Bytes of an optimizer's state.
-
-    Args:
-        optim: its name in transformers (`adamw_torch`, `paged_adamw_8bit`, ...).
-        parameters: how many train.
+    """Bytes of an optimizer's state, by its name in transformers and how many parameters train.
 
     >>> [optimizer_bytes(name, 10) for name in ("adamw_torch", "adamw_bnb_8bit", "lion_32bit")]
     [80, 20, 40]
@@ -121,12 +117,9 @@ def activation_bytes(
 
 
 def estimate(roles: Mapping[str, nn.Module | None], works: Sequence[Work], args: Any) -> Estimate:
-    """The run's peak memory.
+    """The run's peak memory. Roles are as in `holdings`, `args` are `TrainingArguments`.
 
-    Args:
-        roles: as in `holdings`; activations are those of the first one's model.
-        works: the passes, which take turns.
-        args: `TrainingArguments`.
+    The passes take turns; activations are those of the first role's model.
     """
     first: Any = next(iter(roles.values()))
     rows, text = holdings(roles), first.config.get_text_config()

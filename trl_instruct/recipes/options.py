@@ -235,7 +235,11 @@ def stage_options(
     if (dataset is None or dataset == "") and not config.datasets:
         raise InputError("No dataset was given: set dataset_name to a file, a folder or a Hub id.")
     config.dataset_name = name_of(dataset) or config.dataset_name
-    check_streams(config)
+    if config.dataset_streaming and not isinstance(config, SFTConfig):
+        raise InputError(
+            "dataset_streaming: sft alone reads while it trains; this stage counts and draws from "
+            "its records. Leave it out."
+        )
     if not trains:
         return config, model_config
     frozen = model_config.load_in_8bit or model_config.load_in_4bit
@@ -256,15 +260,6 @@ def stage_options(
             "attn_implementation flex_attention has no backward pass on CPU: omit it or use a GPU."
         )
     return config, model_config
-
-
-def check_streams(config: StageConfig) -> None:
-    """InputError for a stream where a stage needs all records at once."""
-    if config.dataset_streaming and not isinstance(config, SFTConfig):
-        raise InputError(
-            "dataset_streaming: sft alone reads while it trains; this stage counts and draws from "
-            "its records. Leave it out."
-        )
 
 
 def data_of(dataset: Any, config: StageConfig) -> Any:

@@ -71,9 +71,7 @@ def train_tokenizer(
 ) -> transformers.PreTrainedTokenizerBase:
     """Byte-level BPE (like GPT-2's) with separate EOS and pad tokens.
 
-    Args:
-        vocab_size: includes the special tokens and the 256 bytes.
-        max_length: the tokenizer's `model_max_length`.
+    `vocab_size` includes these and the 256 bytes; `max_length` becomes `model_max_length`.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -227,9 +227,7 @@ class StageRun:
     def train(self, trainer: Trainer, labels: dict[str, str]) -> TrainOutput:
         """Train from the start, or from the checkpoint; on SIGTERM, save one and exit with 143.
 
-        Args:
-            trainer: anything with the interface of `transformers.Trainer`.
-            labels: for the progress bar: label -> key in the trainer's logs.
+        `labels` are those of the progress bar: label -> key in the trainer's logs.
         """
         check_saving(trainer.accelerator)
         if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:  # it keeps float32
