@@ -40,7 +40,7 @@ from trl import ModelConfig
 
 from trl_instruct import ppo
 from trl_instruct.configs import EvaluateConfig
-from trl_instruct.data.texts import load_texts, openings
+from trl_instruct.data.records import load_texts, openings
 from trl_instruct.evaluation.measurement import Subject, measure
 from trl_instruct.models.tokenizers import load_tokenizer
 

@@ -32,7 +32,7 @@ from trl import ModelConfig
 
 from trl_instruct import ClassifierReward, ppo, pretrain
 from trl_instruct.configs import EvaluateConfig
-from trl_instruct.data.texts import load_texts, openings
+from trl_instruct.data.records import load_texts, openings
 from trl_instruct.evaluation.measurement import ModelMeasurement, Subject
 from trl_instruct.evaluation.measurement import measure as measure_models
 from trl_instruct.intervals import Interval, mean_interval, share_interval

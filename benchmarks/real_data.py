@@ -37,7 +37,7 @@ from trl_instruct import (
     sft,
     split_by_prompt,
 )
-from trl_instruct.data.texts import load_texts
+from trl_instruct.data.records import load_texts
 
 RUNS = Path(__file__).parents[1] / "runs" / "bench"
 CONTEXT = 512

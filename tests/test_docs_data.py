@@ -10,7 +10,7 @@ from test_shapes import ALPACA
 
 from trl_instruct import load_demonstrations, sft
 from trl_instruct.data import recognition
-from trl_instruct.data.mixture import mixture_of
+from trl_instruct.data.conversion import mixture_of
 
 PAGE = (Path(__file__).parents[1] / "docs" / "bring_your_data.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

@@ -22,7 +22,7 @@ from trl_instruct.console import say
 from trl_instruct.data.exports import FORMATS, export
 from trl_instruct.data.preferences import load_either
 from trl_instruct.data.reading import Reading
-from trl_instruct.data.texts import prompts_of
+from trl_instruct.data.records import prompts_of
 from trl_instruct.diagnosis.page import read_evaluation, report, summary_lines
 from trl_instruct.errors import InputError, harmless, kind_of, refusal
 from trl_instruct.evaluation.answers import AnswerOptions, answer_prompts

@@ -12,9 +12,8 @@ from trl_instruct.data.pairs import load_pairs
 from trl_instruct.data.preferences import load_preferences
 from trl_instruct.data.rankings import RankingCounts, load_rankings
 from trl_instruct.data.reading import Reading
-from trl_instruct.data.records import load_demonstrations, load_prompts
+from trl_instruct.data.records import load_demonstrations, load_prompts, load_texts, prompts_of
 from trl_instruct.data.sources import load_records
-from trl_instruct.data.texts import load_texts, prompts_of
 from trl_instruct.errors import InputError
 
 TEMPLATE = "{instruction}\n\n{input}\n\n### Response:\n"

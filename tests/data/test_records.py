@@ -4,8 +4,14 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from trl_instruct.data.records import check_pair, extract_prompt, load_demonstrations, load_prompts
-from trl_instruct.data.texts import load_texts, openings
+from trl_instruct.data.records import (
+    check_pair,
+    extract_prompt,
+    load_demonstrations,
+    load_prompts,
+    load_texts,
+    openings,
+)
 from trl_instruct.errors import InputError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

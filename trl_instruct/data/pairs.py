@@ -12,12 +12,10 @@ from datasets import Dataset, Features, IterableDataset, Value
 
 from trl_instruct.console import get_logger, plural
 from trl_instruct.data import records
-from trl_instruct.data.conversion import read
-from trl_instruct.data.dialogues import extract_prompt
-from trl_instruct.data.mixture import mixed
+from trl_instruct.data.conversion import mixed, read
+from trl_instruct.data.dialogues import extract_prompt, keep_dialogue, take_off_prompts
 from trl_instruct.data.rankings import Ranking, RankingCounts, canonical_ranking, canonical_rankings
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
-from trl_instruct.data.repeated_prompts import keep_dialogue, take_off_prompts
 from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, iterate, map_records
 from trl_instruct.data.ties import TIES, wins
 from trl_instruct.errors import InputError

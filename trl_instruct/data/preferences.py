@@ -9,8 +9,7 @@ from datasets import Dataset, Features, List, Value
 
 from trl_instruct.configs import RewardConfig
 from trl_instruct.console import get_logger, plural
-from trl_instruct.data.conversion import read
-from trl_instruct.data.mixture import mixed
+from trl_instruct.data.conversion import mixed, read
 from trl_instruct.data.pairs import canonical_pairs, split_by_prompt
 from trl_instruct.data.rankings import RankingCounts, canonical_rankings
 from trl_instruct.data.reading import AS_PUBLISHED, Reading

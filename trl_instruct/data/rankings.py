@@ -14,10 +14,9 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 
 from trl_instruct.console import get_logger, plural
 from trl_instruct.data import orders, records
-from trl_instruct.data.conversion import read
-from trl_instruct.data.mixture import mixed
+from trl_instruct.data.conversion import mixed, read
+from trl_instruct.data.dialogues import take_off_prompts
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
-from trl_instruct.data.repeated_prompts import take_off_prompts
 from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, iterate, map_records
 from trl_instruct.errors import InputError, kind_of
 

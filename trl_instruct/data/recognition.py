@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from trl_instruct.data import shapes
 from trl_instruct.data import tool_exports as tools
-from trl_instruct.data.repeated_prompts import prompt_in_dialogue
+from trl_instruct.data.dialogues import prompt_in_dialogue
 from trl_instruct.data.sources import Record
 
 

@@ -12,12 +12,11 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 from trl_instruct.console import get_logger, plural
-from trl_instruct.data.conversion import REWARD_ARGUMENTS, read
-from trl_instruct.data.dialogues import extract_prompt, trim_dialogue
-from trl_instruct.data.mixture import mixed
+from trl_instruct.data import dialogues, sources
+from trl_instruct.data.conversion import REWARD_ARGUMENTS, mixed, read
 from trl_instruct.data.orders import is_number
-from trl_instruct.data.reading import AS_PUBLISHED, Reading
-from trl_instruct.data.repeated_prompts import keep_dialogue, take_off_prompts
+from trl_instruct.data.reading import AS_PUBLISHED, Reading, rename
+from trl_instruct.data.rendering import render_prompt
 from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, map_records
 from trl_instruct.errors import InputError, kind_of
 
@@ -61,7 +60,7 @@ def load_demonstrations(
     dataset, where, _ = read(source, split, streaming, "demonstration", reading)
     first = first_record(dataset, where)
     if "completion" not in first:
-        dataset, first = keep_dialogue(dataset, where, first, "messages")
+        dataset, first = dialogues.keep_dialogue(dataset, where, first, "messages")
     if "messages" in first and "prompt" not in first:
         dataset = _trimmed(dataset, where, first)
         dataset = check_records(dataset, where, check_dialogue, reading)
@@ -76,7 +75,7 @@ def load_demonstrations(
 
         return map_records(dataset, in_two, remove_columns=["messages"], features=types)
     require_columns(first, where, ("prompt", "completion"), "A demonstration", "or `messages`")
-    dataset, form = take_off_prompts(dataset, where, ("completion",)), form_of(first)
+    dataset, form = dialogues.take_off_prompts(dataset, where, ("completion",)), form_of(first)
 
     def check(record: Record) -> None:
         check_prompt(record, form=form)
@@ -99,7 +98,7 @@ def _trimmed(dataset: AnyDataset, where: Source, first: Record) -> AnyDataset:
     def trim(record: Record, row: int) -> dict[str, Any]:
         nonlocal changed
         with where.located(row):
-            trimmed = trim_dialogue(record)
+            trimmed = dialogues.trim_dialogue(record)
         changed += trimmed["messages"] != record["messages"]
         return trimmed
 
@@ -132,6 +131,86 @@ def load_prompts(
             "reward is given. Rename it, or remove it."
         )
     return check_records(dataset, where, partial(check_prompt, form=form_of(first)), reading)
+
+
+def load_texts(
+    source: Any, split: str = "train", streaming: bool = False, *, reading: Reading = AS_PUBLISHED
+) -> AnyDataset:
+    """Plain texts for pre-training and the ptx loss: a `text` column. Arguments as `load_records`.
+
+    Rows of white space (paragraph breaks of some corpora) are left out; their number is logged.
+
+    Raises:
+        InputError: `text` is missing, null or not text; no row has any text.
+
+    >>> from datasets import Dataset
+    >>> load_texts(Dataset.from_list([{"text": "Once upon a time."}, {"text": ""}])).num_rows
+    1
+    """
+    if isinstance(source, list):
+        return mixed(partial(load_texts, reading=reading), source, streaming)
+    where = Source.of(source, split)
+    dataset = rename(sources.load_records(source, split, streaming), where, reading)
+    require_columns(first_record(dataset, where), where, ("text",), "A text record")
+
+    def check(record: Record) -> None:
+        if not isinstance(record.get("text"), str):
+            raise InputError(f"`text` is {kind_of(record.get('text'))}; text is needed.")
+
+    def has_text(record: Record, row: int) -> bool:
+        return bool(record["text"].strip())
+
+    dataset = check_records(dataset, where, check, reading)
+    where = (reading.found or [where])[-1]
+    kept = reading.keep(dataset, has_text, where, "all {} rows have an empty `text`.")
+    if isinstance(dataset, IterableDataset):
+        logger.info("%s: streaming; rows without text are left out as they come", where.name)
+    elif dropped := len(dataset) - len(kept):
+        logger.warning("%s: %d rows without text are left out", where.name, dropped)
+    return kept
+
+
+def openings(texts: AnyDataset, tokenizer: Any, length: int) -> AnyDataset:
+    """Prompts for PPO from plain texts: the opening of each, as `prompt`; other columns are kept.
+
+    The task of Ziegler et al. 2019, section 3.1: continue texts in a given style.
+
+    Args:
+        texts: column `text`, from `load_texts`.
+        tokenizer: the policy's.
+        length: tokens per opening; a shorter text is used whole.
+
+    Raises:
+        InputError: an opening is only white space.
+    """
+
+    def opening(batch: Mapping[str, list[str]]) -> dict[str, list[str]]:
+        rows = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        starts = [row[:length] for row in rows]
+        cut = tokenizer.batch_decode(starts, clean_up_tokenization_spaces=False)
+        # A cut between two tokens of one character leaves half of it, which decodes to U+FFFD.
+        return {"prompt": [text.rstrip("\ufffd") for text in cut]}
+
+    return load_prompts(map_records(texts, opening, batched=True))
+
+
+def prompts_of(
+    source: Any, split: str, tokenizer: Any, opening_length: int | None, reading: Reading
+) -> Dataset:
+    """Prompts in every form: `prompt` columns, or the openings of texts.
+
+    If bad records are left out, so are those that the chat template refuses.
+    """
+    if opening_length:
+        return openings(load_texts(source, split, reading=reading), tokenizer, opening_length)
+    prompts = load_prompts(source, split, reading=reading)
+    if not reading.skips:
+        return prompts
+
+    def renders(record: Record) -> None:
+        render_prompt(record["prompt"], tokenizer, record)
+
+    return check_records(prompts, reading.source, renders, reading)
 
 
 def form_of(record: Record) -> str:
@@ -191,7 +270,7 @@ def check_pair(record: Record, *, form: str, implicit: bool = False) -> None:
     for field in ("chosen", "rejected"):
         check_reply(field, record.get(field), form=form)
     if implicit and record["chosen"] != record["rejected"]:
-        check_prompt(extract_prompt(record), form=form)
+        check_prompt(dialogues.extract_prompt(record), form=form)
     margin = record.get("margin")
     if margin is not None and not is_number(margin):
         raise InputError(f"`margin` is {kind_of(margin)}; a finite number is needed.")

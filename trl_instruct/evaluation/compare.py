@@ -11,7 +11,7 @@ from trl import ModelConfig
 from trl_instruct.configs import EvaluateConfig, PPOConfig
 from trl_instruct.console import one_line, say, table
 from trl_instruct.data.reading import Reading
-from trl_instruct.data.texts import prompts_of
+from trl_instruct.data.records import prompts_of
 from trl_instruct.errors import InputError, located
 from trl_instruct.evaluation.measurement import ModelMeasurement, Subject, measure, shown_samples
 from trl_instruct.files import CONFIG_FILE, list_too, write_json

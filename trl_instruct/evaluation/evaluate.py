@@ -14,9 +14,8 @@ from trl import ModelConfig
 from trl_instruct.configs import EvaluateConfig
 from trl_instruct.console import progress_bar, say
 from trl_instruct.data.reading import Reading
-from trl_instruct.data.records import load_demonstrations
+from trl_instruct.data.records import load_demonstrations, prompts_of
 from trl_instruct.data.sources import name_of
-from trl_instruct.data.texts import prompts_of
 from trl_instruct.errors import InputError, redact
 from trl_instruct.evaluation.measurement import ModelMeasurement, Subject, measure, shown_samples
 from trl_instruct.evaluation.statistics import best_of_n, distinct, repetition, win_rate

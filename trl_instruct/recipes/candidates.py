@@ -14,7 +14,7 @@ from trl import ModelConfig
 from trl_instruct.configs import CandidatesConfig
 from trl_instruct.console import progress_bar
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
-from trl_instruct.data.texts import prompts_of
+from trl_instruct.data.records import prompts_of
 from trl_instruct.errors import InputError
 from trl_instruct.files import written_at_once
 from trl_instruct.generation.sampling import Completion, Sampling, prompt_tokens, sample_several

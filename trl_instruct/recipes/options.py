@@ -20,7 +20,7 @@ from trl import ModelConfig
 from trl.scripts.utils import DatasetConfig
 
 from trl_instruct.configs import SFTConfig, StageConfig
-from trl_instruct.data.mixture import mixture_of
+from trl_instruct.data.conversion import mixture_of
 from trl_instruct.data.sources import name_of
 from trl_instruct.errors import REDACTED, InputError, kind_of, redact
 from trl_instruct.models.adapters import DECIDED

@@ -10,10 +10,9 @@ from trl import ModelConfig
 
 from trl_instruct.configs import PPOConfig
 from trl_instruct.data.reading import Reading
-from trl_instruct.data.records import load_prompts
+from trl_instruct.data.records import load_prompts, load_texts, openings, prompts_of
 from trl_instruct.data.rendering import Rendered
 from trl_instruct.data.sources import name_of
-from trl_instruct.data.texts import load_texts, openings, prompts_of
 from trl_instruct.errors import InputError
 from trl_instruct.generation.sampling import prompt_tokens, unused_sampling
 from trl_instruct.models.properties import ModelSource

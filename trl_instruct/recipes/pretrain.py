@@ -14,7 +14,7 @@ from trl import ModelConfig
 
 from trl_instruct.configs import PretrainConfig
 from trl_instruct.data.reading import Reading
-from trl_instruct.data.texts import load_texts
+from trl_instruct.data.records import load_texts
 from trl_instruct.errors import InputError, kind_of
 from trl_instruct.files import METRICS_FILE
 from trl_instruct.models.properties import context_length
