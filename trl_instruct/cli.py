@@ -28,7 +28,7 @@ from trl_instruct.errors import InputError, harmless, kind_of, refusal
 from trl_instruct.evaluation.answers import AnswerOptions, answer_prompts
 from trl_instruct.evaluation.compare import compare
 from trl_instruct.evaluation.evaluate import evaluate
-from trl_instruct.models.merging import merge
+from trl_instruct.models.load import merge
 from trl_instruct.models.tokenizers import load_tokenizer
 from trl_instruct.option_checks import check_refused, line_breaks
 from trl_instruct.recipes.candidates import candidates

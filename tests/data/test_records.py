@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
+from trl_instruct.data.dialogues import extract_prompt
 from trl_instruct.data.records import (
     check_pair,
-    extract_prompt,
     load_demonstrations,
     load_prompts,
     load_texts,

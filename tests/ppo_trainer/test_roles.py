@@ -17,7 +17,7 @@ from trl import ModelConfig
 
 from trl_instruct.errors import InputError
 from trl_instruct.models.adapters import Adapter, is_quantized
-from trl_instruct.models.merging import merge
+from trl_instruct.models.load import merge
 from trl_instruct.ppo_trainer.roles import load_roles
 from trl_instruct.recipes.ppo import ppo
 from trl_instruct.recipes.rm import rm

@@ -24,10 +24,11 @@ from trl import ModelConfig, get_quantization_config
 
 from trl_instruct import scalar_head
 from trl_instruct.console import quiet_libraries, quiet_loading
-from trl_instruct.errors import InputError, summary
+from trl_instruct.errors import InputError
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, listed_files
-from trl_instruct.models.adapters import CLASSIFIER, POLICY, Adapter, is_adapter, is_quantized
-from trl_instruct.models.properties import ModelSource, is_nameless, unwrapped
+from trl_instruct.models import adapters
+from trl_instruct.models.properties import ModelSource, is_nameless, load_fault, unwrapped
+from trl_instruct.models.tokenizers import load_tokenizer
 
 HEAD = "score.weight"
 
@@ -52,11 +53,11 @@ def load_policy(
             )
         scalar_head.disable_rescaling(unwrapped(source))
         return source
-    if not is_adapter(source):
+    if not adapters.is_adapter(source):
         return _load(source, AutoModelForCausalLM, model_config, trust_remote_code)
     check_finished(Path(source))
-    adapter = Adapter.read(source)
-    adapter.check_task(POLICY)
+    adapter = adapters.Adapter.read(source)
+    adapter.check_task(adapters.POLICY)
     if not keeps_adapter(model_config):
         return merged(adapter, model_config, trust_remote_code=trust_remote_code)
     return adapter.on(base_of(adapter, model_config, AutoModelForCausalLM, trust_remote_code))
@@ -68,7 +69,7 @@ def keeps_adapter(model_config: ModelConfig) -> bool:
 
 
 def base_of(
-    adapter: Adapter, model_config: ModelConfig, kind: Any, trust_remote_code: bool
+    adapter: adapters.Adapter, model_config: ModelConfig, kind: Any, trust_remote_code: bool
 ) -> PreTrainedModel:
     """The base model that an adapter names, of the kind of AutoModel that is given.
 
@@ -105,7 +106,7 @@ def load_reward_model(
         bare = fresh_head and not hasattr(source, "score")
         model = _classifier_from_policy(source) if bare else source
         scalar_head.score_head(model)
-    elif is_adapter(source):
+    elif adapters.is_adapter(source):
         model = _adapter_classifier(source, model_config, fresh_head, trust_remote_code)
     else:
         kind, head = AutoModelForSequenceClassification, HEAD if fresh_head else None
@@ -122,9 +123,9 @@ def _adapter_classifier(
 ) -> PreTrainedModel:
     """A reward model from a reward model's adapter folder; with a fresh head, from any."""
     check_finished(Path(source))
-    adapter = Adapter.read(source)
+    adapter = adapters.Adapter.read(source)
     if not fresh_head:
-        adapter.check_task(CLASSIFIER)
+        adapter.check_task(adapters.CLASSIFIER)
     if not keeps_adapter(model_config):
         model = merged(adapter, model_config, trust_remote_code=trust_remote_code)
         return model if hasattr(model, "score") else _classifier_from_policy(model)
@@ -202,7 +203,7 @@ def _load(
             f"{path!r} holds a reward model; a language model is needed. Give the policy's folder."
         )
     scalar_head.disable_rescaling(model)
-    if is_quantized(model):
+    if adapters.is_quantized(model):
         _keep_layout(model)
         # Freezes all, casts unquantised weights to float32; trainers handle gradient checkpointing.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -222,13 +223,13 @@ def _keep_layout(model: PreTrainedModel) -> None:
 
 
 def merged(
-    adapter: Adapter, model_config: ModelConfig, *, trust_remote_code: bool = False
+    adapter: adapters.Adapter, model_config: ModelConfig, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """The policy or reward model whose adapter is merged into its weights.
 
     Merging is always in full precision: 8- or 4-bit weights would round the adapter with them.
     """
-    judges = adapter.config.task_type == CLASSIFIER
+    judges = adapter.config.task_type == adapters.CLASSIFIER
     kind = AutoModelForSequenceClassification if judges else AutoModelForCausalLM
     plain = {"load_in_8bit": False, "load_in_4bit": False, "use_peft": False}
     base = base_of(adapter, dataclasses.replace(model_config, **plain), kind, trust_remote_code)
@@ -254,15 +255,39 @@ def check_finished(folder: Path) -> None:
         )
 
 
-def load_fault(path: str, error: Exception) -> str:
-    """The libraries' error in one line; if the path is not a folder, it begins with that."""
-    told = summary(error).rstrip(". ") + "."
-    if "above report" in told:  # which is a log that names each weight
-        told = "its weights have other shapes than its config.json says."
-    if "trust_remote_code" in str(error):
-        told += " Set trust_remote_code if you trust that code."
-    if os.path.isfile(path):
-        return "it is a file, not a folder."
-    if os.path.isdir(path):
-        return told
-    return f"there is no such folder (looked in {Path.cwd()}), and as a Hub id: {told}"
+def merge(
+    adapter: str | os.PathLike, output_dir: str | os.PathLike, *, dtype: str = "float32"
+) -> Path:
+    """Merge an adapter into its base in full precision; save the model and its tokenizer.
+
+    Args:
+        adapter: the adapter folder of a policy or of a reward model (whose shift is kept).
+        output_dir: a new or empty folder.
+
+    Returns:
+        The folder, which plain transformers loads.
+
+    Raises:
+        InputError: no adapter there, an unfinished stage, or an output_dir that is not empty.
+    """
+    folder = Path(output_dir)
+    if not adapters.is_adapter(adapter):
+        raise InputError(
+            f"{os.fspath(adapter)!r} is not an adapter's folder: there is no {adapters.CONFIG}. "
+            "Give a folder that a stage with use_peft wrote."
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"output_dir {str(folder)!r} is not empty. Choose a new or empty folder.")
+    check_finished(Path(adapter))
+    tokenizer = load_tokenizer(adapter)
+    model = merged(adapters.Adapter.read(adapter), ModelConfig(dtype=dtype))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def merge_in_place(folder: Path, model_config: ModelConfig) -> None:
+    """Replace the adapter in a finishing stage's folder by the full model, never quantised."""
+    merged(adapters.Adapter.read(folder), model_config).save_pretrained(folder)
+    for name in (adapters.CONFIG, adapters.WEIGHTS, scalar_head.SHIFT_FILE):
+        (folder / name).unlink(missing_ok=True)

@@ -1,17 +1,18 @@
-"""Properties of a model: its name, context length, accepted arguments and mode."""
+"""Properties of a model: its name, context length, accepted arguments, mode; why none is loaded."""
 
 import contextlib
 import copy
 import inspect
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from trl_instruct.errors import InputError
+from trl_instruct.errors import InputError, summary
 
 ModelSource: TypeAlias = str | os.PathLike | PreTrainedModel
 
@@ -80,3 +81,17 @@ def model_name(source: ModelSource | None) -> str:
 def is_nameless(source: ModelSource) -> bool:
     """Whether the source is a model in memory that was not loaded from anywhere."""
     return isinstance(source, PreTrainedModel | PeftModel) and not source.config._name_or_path
+
+
+def load_fault(path: str, error: Exception) -> str:
+    """The libraries' error in one line; if the path is not a folder, it begins with that."""
+    told = summary(error).rstrip(". ") + "."
+    if "above report" in told:  # which is a log that names each weight
+        told = "its weights have other shapes than its config.json says."
+    if "trust_remote_code" in str(error):
+        told += " Set trust_remote_code if you trust that code."
+    if os.path.isfile(path):
+        return "it is a file, not a folder."
+    if os.path.isdir(path):
+        return told
+    return f"there is no such folder (looked in {Path.cwd()}), and as a Hub id: {told}"

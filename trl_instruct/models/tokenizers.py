@@ -5,8 +5,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_instruct.errors import InputError
-from trl_instruct.models.load import load_fault
-from trl_instruct.models.properties import ModelSource, model_name
+from trl_instruct.models.properties import ModelSource, load_fault, model_name
 
 
 def load_tokenizer(
