@@ -17,8 +17,8 @@ from trl_instruct.console import plural
 from trl_instruct.data.orders import dense_ranks
 from trl_instruct.data.pairs import rankings_to_pairs
 from trl_instruct.data.preferences import as_rankings
-from trl_instruct.data.sources import Record, iterate, kind_of
-from trl_instruct.errors import InputError
+from trl_instruct.data.sources import Record, iterate
+from trl_instruct.errors import InputError, kind_of
 from trl_instruct.files import written_at_once
 
 FORMATS = (

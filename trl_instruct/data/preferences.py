@@ -14,7 +14,7 @@ from trl_instruct.data.pairs import canonical_pairs, split_by_prompt
 from trl_instruct.data.rankings import RankingCounts, canonical_rankings
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.data.records import check_records, form_of, load_demonstrations
-from trl_instruct.data.sources import Record, Source, first_record, iterate, map_records
+from trl_instruct.data.sources import Record, first_record, iterate, map_records
 from trl_instruct.errors import InputError
 
 logger = get_logger(__name__)
