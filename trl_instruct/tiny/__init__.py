@@ -1,7 +1,7 @@
 """The embedded default: a small written world, its gold scorer and its simulated labeler."""
 
 from trl_instruct.tiny.gold import explain, gold_score
-from trl_instruct.tiny.labeler import SimulatedLabeler, agreement
+from trl_instruct.tiny.labeler import SimulatedLabeler
 from trl_instruct.tiny.replies import flawed_reply, good_reply
 from trl_instruct.tiny.splits import split
 from trl_instruct.tiny.world import Task, sample_task
@@ -9,7 +9,6 @@ from trl_instruct.tiny.world import Task, sample_task
 __all__ = [
     "SimulatedLabeler",
     "Task",
-    "agreement",
     "explain",
     "flawed_reply",
     "gold_score",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from itertools import combinations
 
 DEFAULT_NOISE = 0.29
 """Standard deviation of the noise. Two labelers then agree on 73 % of the pairs of four
@@ -38,27 +37,3 @@ class SimulatedLabeler:
     def label(self, gold_scores: Sequence[float]) -> list[float]:
         """The labeler's scores of one prompt's candidates: higher is better."""
         return [gold + self._rng.gauss(0.0, self.noise) for gold in gold_scores]
-
-
-def agreement(gold_scores: Sequence[Sequence[float]], noise: float, seed: int = 0) -> float:
-    """How often two independent labelers put a pair of candidates in the same order.
-
-    Args:
-        gold_scores: for each prompt the gold scores of its candidates.
-        noise, seed: of the two labelers together.
-
-    Returns:
-        The share of pairs ordered alike; pairs that a labeler ties are left out.
-
-    Raises:
-        ValueError: no pair is left.
-    """
-    first, second = (SimulatedLabeler(noise, seed=2 * seed + i) for i in (0, 1))
-    alike = []
-    for gold in gold_scores:
-        labels = list(zip(first.label(gold), second.label(gold), strict=True))
-        differences = ((a - c, b - d) for (a, b), (c, d) in combinations(labels, 2))
-        alike += [a * b > 0 for a, b in differences if a and b]
-    if not alike:
-        raise ValueError("no pair of candidates with different labels; give two or more a prompt")
-    return sum(alike) / len(alike)
