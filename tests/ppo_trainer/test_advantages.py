@@ -55,7 +55,7 @@ def trained_on_a_bandit(rewards_of, *, steps):
             *(old[:, None], ref[:, None], torch.zeros(VOCABULARY, 1), scores),
         )
         advantages, _ = gae(rewards_of(rollout), rollout.values, rollout.mask, gamma=1, lam=0.95)
-        loss = policy_loss(logprobs, old, advantages[:, 0], cliprange=0.2)
+        loss, _ = policy_loss(logprobs, old, advantages[:, 0], cliprange=0.2)
         (gradient,) = torch.autograd.grad((old.exp() * loss).sum(), logits)
         logits.data -= 0.1 * gradient / old.exp()
     return ref, logits.detach().log_softmax(0), scores

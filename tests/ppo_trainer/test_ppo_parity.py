@@ -180,16 +180,17 @@ def watch_ours(monkeypatch, watch):
 
     def policy_loss(logprobs, *given, **options):
         watch.now.logprobs = logprobs
-        watch.now.policy_loss = original.policy_loss(logprobs, *given, **options)
-        return watch.now.policy_loss
+        found = original.policy_loss(logprobs, *given, **options)
+        watch.now.policy_loss = found[0]
+        return found
 
     def value_loss(*given, **options):
-        loss = original.value_loss(*given, **options)
+        found = original.value_loss(*given, **options)
         now = watch.now
-        fields = {"logprobs": now.logprobs, "policy_loss": now.policy_loss, "value_loss": loss}
+        fields = {"logprobs": now.logprobs, "policy_loss": now.policy_loss, "value_loss": found[0]}
         spread_out = {name: spread(field, now.mask) for name, field in fields.items()}
         watch.note(watch.updates, now.rows, **spread_out)
-        return loss
+        return found
 
     trainer = ours.PPOTrainer
     original = SimpleNamespace(

@@ -1,7 +1,8 @@
 """The losses of PPO: pure functions of tensors.
 
 They return one number per token and leave the averaging to the caller, because the mean is over all
-real tokens of a minibatch, in all its micro-batches and processes.
+real tokens of a minibatch, in all its micro-batches and processes; and where the clip removes the
+gradient, for the share of clipped tokens.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, cliprange: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Clipped surrogate objective, negated (Schulman et al. 2017, equation 7).
 
     ratio = policy / policy at sampling time;
@@ -22,33 +23,20 @@ def policy_loss(
         cliprange: 0.2 in InstructGPT.
 
     Returns:
-        `(N,)` loss per token.
+        `(N,)` loss per token, and bool: whether it is clipped.
 
     >>> policy_loss(torch.tensor([0.5]), torch.tensor([0.0]), torch.tensor([1.0]), cliprange=0.2)
-    tensor([-1.2000])
+    (tensor([-1.2000]), tensor([True]))
     """
-    return torch.maximum(*_surrogates(logprobs, old_logprobs, advantages, cliprange))
-
-
-def policy_clipped(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, cliprange: float
-) -> Tensor:
-    """Where the clip removes the policy's gradient: `(N,)` bool, for policy/clipfrac."""
-    plain, clipped = _surrogates(logprobs, old_logprobs, advantages, cliprange)
-    return clipped > plain
-
-
-def _surrogates(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float
-) -> tuple[Tensor, Tensor]:
-    """-A * ratio, with the ratio unclipped and clipped."""
     ratio = torch.exp(logprobs - old_logprobs)
-    return -advantages * ratio, -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
+    return torch.maximum(plain, clipped), clipped > plain
 
 
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange_value: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Clipped squared error of the value function (as in lm-human-preferences).
 
     loss = 0.5 * max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2).
@@ -58,25 +46,11 @@ def value_loss(
         cliprange_value: c; 0.2.
 
     Returns:
-        `(N,)` loss per token.
+        `(N,)` loss per token, and bool: whether it is clipped.
 
     >>> value_loss(torch.ones(1), torch.zeros(1), torch.ones(1), cliprange_value=0.2)
-    tensor([0.3200])
+    (tensor([0.3200]), tensor([True]))
     """
-    return 0.5 * torch.maximum(*_squared_errors(values, old_values, returns, cliprange_value))
-
-
-def value_clipped(
-    values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange_value: float
-) -> Tensor:
-    """Where the clip removes the value's gradient: `(N,)` bool, for val/clipfrac."""
-    plain, clipped = _squared_errors(values, old_values, returns, cliprange_value)
-    return clipped > plain
-
-
-def _squared_errors(
-    values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float
-) -> tuple[Tensor, Tensor]:
-    """(V - R)^2, with the value unclipped and clipped around the old one."""
-    clipped = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
-    return (values - returns) ** 2, (clipped - returns) ** 2
+    near = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
+    plain, clipped = (values - returns) ** 2, (near - returns) ** 2
+    return 0.5 * torch.maximum(plain, clipped), clipped > plain

@@ -8,7 +8,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trl_instruct.ppo_trainer.advantages import kl_per_token, masked_mean, masked_moments
-from trl_instruct.ppo_trainer.losses import policy_clipped
 from trl_instruct.ppo_trainer.rollouts import Rollout
 
 
@@ -71,17 +70,10 @@ def value_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, Te
 
 
 @torch.no_grad()
-def policy_metrics(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, cliprange: float
-) -> dict[str, Tensor]:
-    """How far the policy is from the one that sampled: `(N,)`; arguments as in `policy_loss`."""
+def policy_metrics(logprobs: Tensor, old_logprobs: Tensor) -> dict[str, Tensor]:
+    """How far the policy is from the one that sampled: `(N,)` each."""
     log_ratio = logprobs - old_logprobs
-    cut = policy_clipped(logprobs, old_logprobs, advantages, cliprange=cliprange)
-    return {
-        "policy/approxkl": 0.5 * log_ratio**2,
-        "policy/clipfrac": cut.float(),
-        "val/ratio": log_ratio.exp(),
-    }
+    return {"policy/approxkl": 0.5 * log_ratio**2, "val/ratio": log_ratio.exp()}
 
 
 def mean_over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from trl_instruct.configs import PPOConfig
 from trl_instruct.generation.logits import join, whole_text
 from trl_instruct.logprobs import entropy, log_distribution, token_logprobs
 from trl_instruct.models.sharding import is_zero3, micro_batch
-from trl_instruct.ppo_trainer.losses import policy_loss, value_clipped, value_loss
+from trl_instruct.ppo_trainer.losses import policy_loss, value_loss
 from trl_instruct.ppo_trainer.metrics import policy_metrics
 from trl_instruct.ppo_trainer.rollouts import Rollout
 
@@ -30,13 +30,16 @@ def ppo_sums(
     del logits  # as large as log_probs, and not needed for the gradient
     logprobs = token_logprobs(log_probs, rollout.completion_ids[mask])
     policy = (logprobs, rollout.logprobs[mask], advantages[mask])
+    loss, clipped = policy_loss(*policy, cliprange=args.cliprange)
     value = (values, rollout.values[mask], returns[mask])
+    squared, value_clipped = value_loss(*value, cliprange_value=args.cliprange_value)
     per_token = {
-        "loss/policy": policy_loss(*policy, cliprange=args.cliprange),
-        "loss/value": value_loss(*value, cliprange_value=args.cliprange_value),
+        "loss/policy": loss,
+        "loss/value": squared,
         "policy/entropy": entropy(log_probs.detach()),
-        "val/clipfrac": value_clipped(*value, cliprange_value=args.cliprange_value).float(),
-        **policy_metrics(*policy, cliprange=args.cliprange),
+        "policy/clipfrac": clipped.float(),
+        "val/clipfrac": value_clipped.float(),
+        **policy_metrics(*policy[:2]),
     }
     return {name: tensor.sum() for name, tensor in per_token.items()}
 
