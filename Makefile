@@ -25,7 +25,7 @@ endif
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-imdb bench-imdb-scratch bench-rm bench-ppo bench-ppo-tiny bench-memory report break check check-data weights test test-unit mutate clean FORCE $(STAGES)
+.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-imdb bench-imdb-scratch bench-rm bench-ppo bench-ppo-tiny bench-memory report break check check-data weights label test test-unit test-browser mutate clean FORCE $(STAGES)
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -65,6 +65,8 @@ earlier = $(foreach stage,$(filter-out $(1),$(STAGES)),\
 tiny_base = $(if $(filter tiny,$(named)),$(if $(filter sft,$(1)),$(wildcard $(call metrics,base))))
 inputs = $(call metrics,$(earlier)) $(tiny_base) $(data)
 forced = $(if $(ARGS),$(if $(filter $(1),$(MAKECMDGOALS)),FORCE))
+# `make candidates label rm`: the reward model of what people said.
+labelled = $(if $(filter rm,$(1)),$(filter label,$(MAKECMDGOALS)))
 
 base: ## stage 0: pre-train the tiny default's base model
 sft: ## stage 1: supervised fine-tuning
@@ -76,15 +78,18 @@ evaluate: ## base, SFT and PPO side by side: win rates, KL, perplexity, fluency,
 define stage_rules
 $(1): install $(call metrics,$(1))
 	@$$(if $$(filter $(1),$$(built)),:,echo "$(1): done and unchanged ($(call folder,$(1)))")
-$(call metrics,$(1)): $(call config,$(1)) $(call inputs,$(1)) $(call forced,$(1)) | install
+$(call metrics,$(1)): $(call config,$(1)) $(call inputs,$(1)) $(call forced,$(1)) $(call labelled,$(1)) | install
 	$$(eval built += $(1))$$(LAUNCH) recipes/$(subst base,pretrain,$(1)).py \
 	  --config $(call config,$(1))$(if $(filter base,$(1)), --output_dir $(call folder,base)) \
-	  --overwrite_output_dir $$(ARGS)
+	  --overwrite_output_dir $(if $(call labelled,$(1)),--dataset_name $(RUN)/labels.db) $$(ARGS)
 endef
 $(foreach stage,$(STAGES),$(eval $(call stage_rules,$(stage))))
 
 $(CONFIGS)/%.yaml:
 	@test -f $@ || { echo "CONFIG=$(CONFIG) has no $*: there is no $@"; exit 1; }
+
+label: $(call metrics,candidates) | install  ## a page on which people rank the candidates; Enter ends it
+	trl-instruct label $(RUN)/candidates $(ARGS)
 
 # With evaluate.yaml, the page has the models side by side, and best of n.
 evaluated = $(if $(wildcard $(CONFIGS)/evaluate.yaml),$(call metrics,evaluate))
@@ -151,9 +156,14 @@ test: install  ## all tests, on all cores
 test-unit: install  ## the quick tests, in less than a minute
 	python -m pytest -m "not slow"
 
+test-browser: install  ## the labelling page in Chromium: 100 rankings, kills, attacks (two minutes)
+	python -m pip install -q -c constraints.txt playwright
+	python -m pytest tests/labels/browser.py -s
+
 mutate: install  ## 250 mutations of the core: a test must fail for each (half an hour)
 	python benchmarks/mutations.py $(ARGS)
 
-clean:  ## remove runs of this CONFIG and caches (the environment stays)
-	rm -rf $(RUN) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove runs of this CONFIG and caches (the environment and labels of people stay)
+	test ! -d $(RUN) || find $(RUN) -mindepth 1 -maxdepth 1 ! -name '*.db*' -exec rm -rf {} +
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

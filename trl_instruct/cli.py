@@ -24,7 +24,7 @@ from trl_instruct.data.preferences import load_either
 from trl_instruct.data.reading import Reading
 from trl_instruct.data.records import prompts_of
 from trl_instruct.diagnosis.page import read_evaluation, report, summary_lines
-from trl_instruct.errors import InputError, harmless, kind_of, refusal
+from trl_instruct.errors import InputError, harmless, kind_of, needs_extra, refusal
 from trl_instruct.evaluation.answers import AnswerOptions, answer_prompts
 from trl_instruct.evaluation.compare import compare
 from trl_instruct.evaluation.evaluate import evaluate
@@ -354,6 +354,15 @@ def merge_command(arguments: list[str]) -> None:
     _tell(f"merged: {merge(options.adapter, options.output_dir, dtype=options.dtype)}")
 
 
+def label_command(arguments: list[str]) -> None:
+    """Open a page on which people rank candidates, or compare checkpoints blindly."""
+    with needs_extra("label"):
+        from trl_instruct.labels.command import add_options, label
+    parser = _Parser([], prog="trl-instruct label", allow_abbrev=False)
+    add_options(parser)
+    label(parser.parse_args(arguments))
+
+
 STAGES: dict[str, Any] = {
     "sft": (sft, configs.SFTConfig),
     "rm": (rm, configs.RewardConfig),
@@ -363,6 +372,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "pretrain": pretrain_command,
     "sft": sft_command,
     "candidates": candidates_command,
+    "label": label_command,
     "rm": rm_command,
     "ppo": ppo_command,
     "check": check_command,

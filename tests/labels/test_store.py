@@ -115,7 +115,8 @@ def test_taking_back_is_an_answer_too(store):
     assert store.undo("7", "x") is None
     assert store.answers() == []
     history = sqlite3.connect(store.address).execute("select action from answers order by number")
-    assert [row[0] for row in history] == ["label", "label", "undo", "label", "undo", "undo"]
+    done = [action for (action,) in history if action != "open"]
+    assert done == ["label", "label", "undo", "label", "undo", "undo"]
 
 
 @pytest.mark.slow

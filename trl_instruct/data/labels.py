@@ -1,8 +1,8 @@
 """What people said about completions: a store of its own, which no stage writes or removes.
 
 Items (a prompt with its K responses) are stored whole, so labels keep their meaning whatever
-becomes of the files that they came from. Answers are only ever added: the latest of a labeler
-counts, and taking one back is an answer too.
+becomes of the files that they came from. Rows are only ever added: what a labeler did last with an
+item counts, be it to open it, to answer, or to take the answer back.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from trl_instruct.errors import InputError
 logger = get_logger(__name__)
 
 RESERVED_FOR = 30 * 60.0  # seconds for which an open item is its labeler's
+OPEN = ("open", "undo")
 MOST_RESPONSES = 9
 METADATA = sql.MetaData()
 # Content is JSON in ASCII: databases differ in what else text may hold.
@@ -44,16 +45,9 @@ ANSWERS = sql.Table(
     sql.Column("id", sql.String(64), unique=True, nullable=False),  # the client's
     sql.Column("item", sql.ForeignKey(ITEMS.c.item), nullable=False),
     sql.Column("labeler", sql.String(64), nullable=False),
-    sql.Column("action", sql.String(8), nullable=False),  # label, skip, undo
+    sql.Column("action", sql.String(8), nullable=False),  # open, label, skip, undo
     sql.Column("content", sql.Text, nullable=False),
     sql.Column("time", sql.Float, nullable=False),  # seconds since 1970
-)
-RESERVED = sql.Table(
-    "reserved",
-    METADATA,
-    sql.Column("item", sql.ForeignKey(ITEMS.c.item), primary_key=True),
-    sql.Column("labeler", sql.String(64), primary_key=True),
-    sql.Column("until", sql.Float, nullable=False),
 )
 # One row: `turns`, which every change updates first, so that changes wait for each other; `token`,
 # with which the page is opened.
@@ -177,27 +171,25 @@ class LabelStore:
         Nobody gets an item that they have labelled or skipped, and at most `labels_per_prompt`
         labelers label an item or have it open. None if nothing is left.
         """
-        now, standing, mine = time.time(), _standing(), RESERVED.c.labeler == labeler
-        labelled = sql.select(standing.c.item, standing.c.labeler)
-        labelled = labelled.where(standing.c.action == "label")
-        opened = sql.select(RESERVED.c.item, RESERVED.c.labeler).where(RESERVED.c.until > now)
-        taken = labelled.union(opened).subquery()
-        counted = sql.select(taken.c.item, sql.func.count().label("count"))
-        others = counted.where(taken.c.labeler != labeler).group_by(taken.c.item).subquery()
-        answered = sql.select(standing.c.item).where(standing.c.labeler == labeler)
-        free = sql.func.coalesce(others.c.count, 0) < labels_per_prompt
+        latest = _latest()
+        open_for = latest.c.action.in_(OPEN) & (latest.c.time > time.time() - RESERVED_FOR)
+        taken = (latest.c.labeler != labeler) & ((latest.c.action == "label") | open_for)
+        counted = sql.select(latest.c.item, sql.func.count().label("count")).where(taken)
+        others = counted.group_by(latest.c.item).subquery()
+        mine = sql.select(latest).where(latest.c.labeler == labeler).subquery()
         query = (
             sql.select(ITEMS)
             .outerjoin(others, others.c.item == ITEMS.c.item)
-            .outerjoin(RESERVED, (RESERVED.c.item == ITEMS.c.item) & mine)
-            .where(ITEMS.c.responses > 1, ITEMS.c.item.not_in(answered), free)
-            .order_by(RESERVED.c.item.is_(None), ITEMS.c.position)
+            .outerjoin(mine, mine.c.item == ITEMS.c.item)
+            .where(ITEMS.c.responses > 1, sql.func.coalesce(mine.c.action, "open").in_(OPEN))
+            .where(sql.func.coalesce(others.c.count, 0) < labels_per_prompt)
+            .order_by(mine.c.item.is_(None), ITEMS.c.position)
         )
         with self._turn() as connection:
             row = connection.execute(query.limit(1)).first()
             if row is None:
                 return None
-            _reserve(connection, row.item, labeler, now + RESERVED_FOR)
+            _write(connection, secrets.token_hex(16), row.item, labeler, "open", "{}")
         return Item.of(row)
 
     def save(
@@ -219,17 +211,15 @@ class LabelStore:
         """
         if action not in ("label", "skip"):
             raise InputError(f"The action is {action!r}; it must be 'label' or 'skip'.")
-        item, standing = self.item(key), _standing()
+        item = self.item(key)
         if action == "label":
             check_label(content, len(item.responses))
-        own = (standing.c.item == key) & (standing.c.labeler == labeler)
         with self._turn() as connection:
             if _answer_of(connection, answer_id):
                 return True
-            if connection.execute(sql.select(standing).where(own)).first():
+            if connection.execute(_standing(labeler).where(ANSWERS.c.item == key)).first():
                 return False
             _write(connection, answer_id, key, labeler, action, json.dumps(dict(content)))
-            connection.execute(_reservation(key, labeler))
         return True
 
     def undo(self, answer_id: str, labeler: str) -> Answer | None:
@@ -241,23 +231,21 @@ class LabelStore:
         Returns:
             The answer that was taken back, or None if there is none.
         """
-        standing = _standing()
-        own = sql.select(standing).where(standing.c.labeler == labeler)
+        own = _standing(labeler).order_by(ANSWERS.c.number.desc())
         with self._turn() as connection:
             found = _answer_of(connection, answer_id)
             if found is None:
-                found = connection.execute(own.order_by(standing.c.number.desc())).first()
+                found = connection.execute(own).first()
                 if found is None:
                     return None
                 _write(connection, answer_id, found.item, labeler, "undo", found.content)
-                _reserve(connection, found.item, labeler, time.time() + RESERVED_FOR)
         return Answer(self.item(found.item), labeler, found.action, json.loads(found.content))
 
     def answers(self) -> list[Answer]:
         """Answers that stand, by item and labeler."""
         items = {item.key: item for item in self.items()}
         with self.engine.connect() as connection:
-            rows = connection.execute(sql.select(_standing())).all()
+            rows = connection.execute(_standing()).all()
         given: dict[str, list[Answer]] = {key: [] for key in items}
         for row in sorted(rows, key=lambda row: row.labeler):
             content = json.loads(row.content)
@@ -331,11 +319,17 @@ def _make_durable(connection: Any, _: Any) -> None:
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _standing() -> sql.Subquery:
-    """The latest answer of each labeler to each item, unless it was taken back."""
+def _latest() -> sql.Subquery:
+    """What each labeler did last with each item."""
     latest = sql.select(sql.func.max(ANSWERS.c.number)).group_by(ANSWERS.c.item, ANSWERS.c.labeler)
-    found = sql.select(ANSWERS).where(ANSWERS.c.number.in_(latest), ANSWERS.c.action != "undo")
-    return found.subquery()
+    return sql.select(ANSWERS).where(ANSWERS.c.number.in_(latest)).subquery()
+
+
+def _standing(labeler: str | None = None) -> sql.Select:
+    """Answers that stand, of one labeler or of all."""
+    latest = sql.select(_latest().c.number)
+    found = sql.select(ANSWERS).where(ANSWERS.c.number.in_(latest), ANSWERS.c.action.not_in(OPEN))
+    return found if labeler is None else found.where(ANSWERS.c.labeler == labeler)
 
 
 def _answer_of(connection: sql.Connection, answer_id: str) -> Any:
@@ -346,12 +340,3 @@ def _write(connection: sql.Connection, answer_id: str, *values: str) -> None:
     names = ("item", "labeler", "action", "content")
     row = dict(zip(names, values, strict=True))
     connection.execute(sql.insert(ANSWERS).values(id=answer_id, time=time.time(), **row))
-
-
-def _reservation(key: str, labeler: str) -> sql.Delete:
-    return sql.delete(RESERVED).where(RESERVED.c.item == key, RESERVED.c.labeler == labeler)
-
-
-def _reserve(connection: sql.Connection, key: str, labeler: str, until: float) -> None:
-    connection.execute(_reservation(key, labeler))
-    connection.execute(sql.insert(RESERVED).values(item=key, labeler=labeler, until=until))

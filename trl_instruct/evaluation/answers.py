@@ -30,13 +30,26 @@ def answer_prompts(
     models: Mapping[str, ModelSource],
     prompts: Sequence[Any],
     sampling: AnswerOptions,
+    **how: Any,
+) -> Iterator[str]:
+    """Lines to print: each model's answers to each prompt; `how` as in `answers_of`."""
+    answers = answers_of(models, prompts, sampling, **how)
+    for row, prompt in enumerate(prompts):
+        yield f"\n> {one_line(prompt)}"
+        yield from shown({name: given[row] for name, given in answers.items()})
+
+
+def answers_of(
+    models: Mapping[str, ModelSource],
+    prompts: Sequence[Any],
+    sampling: AnswerOptions,
     *,
     columns: Mapping[str, Sequence[Any]] | None = None,
     typed: bool = False,
     suffix: str = "",
     chat: bool = True,
-) -> Iterator[str]:
-    """Lines to print: each model's answers to each prompt; one model is loaded at a time.
+) -> dict[str, list[list[str]]]:
+    """Each model's completions of each prompt; one model is loaded at a time.
 
     Args:
         models: checkpoints by name; an adapter's folder, too.
@@ -61,9 +74,7 @@ def answer_prompts(
         with explained(f"seed is {sampling.seed}"):
             set_seed(sampling.seed)
         answers[name] = _complete(source, tokenizer, asked, sampling, columns)
-    for row, prompt in enumerate(prompts):
-        yield f"\n> {one_line(prompt)}"
-        yield from shown({name: given[row] for name, given in answers.items()})
+    return answers
 
 
 def _complete(

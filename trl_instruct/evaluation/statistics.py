@@ -19,6 +19,7 @@ def win_rate(
     baseline_scores: Sequence[float],
     lengths: Sequence[int],
     baseline_lengths: Sequence[int],
+    groups: Sequence[int] | None = None,
 ) -> dict[str, float]:
     """How often a model beats a baseline, raw with its 95 % interval, and at equal length.
 
@@ -27,13 +28,14 @@ def win_rate(
     Args:
         scores, baseline_scores: of B completions by one judge; the higher wins, a tie counts half.
         lengths, baseline_lengths: of the same completions, both in the same unit.
+        groups: the number of each one's prompt, if several judges compared some; None: all differ.
 
     Returns:
         mean, low, high (see `share_interval`) and length_controlled (see `length_controlled`).
     """
     won = wins(scores, baseline_scores)
     longer = torch.tensor(lengths, dtype=torch.float64) - torch.tensor(baseline_lengths)
-    rate = share_interval(won)._asdict()
+    rate = share_interval(won, None if groups is None else torch.tensor(groups))._asdict()
     return {**rate, "length_controlled": length_controlled(won, longer)}
 
 

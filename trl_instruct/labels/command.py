@@ -1,0 +1,155 @@
+"""`trl-instruct label`: candidates, or answers of checkpoints without their names, for people."""
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trl_instruct.console import plural, say
+from trl_instruct.data.conversion import read
+from trl_instruct.data.labels import MOST_RESPONSES, LabelStore
+from trl_instruct.data.orders import ORDERS
+from trl_instruct.data.reading import AS_PUBLISHED
+from trl_instruct.data.records import (
+    check_content,
+    check_prompt,
+    check_records,
+    form_of,
+    prompts_of,
+    require_columns,
+)
+from trl_instruct.data.sources import LABEL_STORE, Record, first_record, iterate
+from trl_instruct.errors import InputError
+from trl_instruct.evaluation.answers import AnswerOptions, answers_of
+from trl_instruct.files import CONFIG_FILE
+from trl_instruct.labels.comparisons import comparison, comparison_lines
+from trl_instruct.labels.server import LabelPage, serve
+from trl_instruct.models.tokenizers import load_tokenizer
+from trl_instruct.recipes.options import named_sources
+
+PORT = 8017
+# What a file may say about the order already: the labeler is not to know.
+HIDDEN = (*ORDERS, "gold_scores", "labeler", "weight")
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """The command's options."""
+    source = "Candidates to rank (a folder or file), or a store of labels to go on with."
+    parser.add_argument("source", nargs="?", help=source)
+    parser.add_argument("--split", default="train", help="Which of them (%(default)s).")
+    store = "Where labels are kept: a file, or a database's address (labels.db beside the folder)."
+    parser.add_argument("--store", help=store)
+    overlap = "How many people label each prompt (%(default)s)."
+    parser.add_argument("--labels_per_prompt", type=int, default=1, help=overlap)
+    questions = "Yes-or-no questions about each answer."
+    parser.add_argument("--questions", nargs="+", default=[], help=questions)
+    parser.add_argument("--host", default="127.0.0.1", help="Address (%(default)s).")
+    parser.add_argument("--port", type=int, default=PORT, help="Its port (%(default)s).")
+    parser.add_argument("--models", nargs="+", help="Checkpoints to compare blindly, or to try.")
+    parser.add_argument("--dataset_name", help="Prompts for the comparison.")
+    length = "Their longest answer, tokens (%(default)s)."
+    parser.add_argument("--response_length", type=int, default=128, help=length)
+    parser.add_argument("--temperature", type=float, default=1.0, help="Above 0 (%(default)s).")
+    parser.add_argument("--stop_strings", nargs="+", help="Texts that end one, besides EOS.")
+    parser.add_argument("--seed", type=int, default=0, help="For sampling (%(default)s).")
+    parser.add_argument("--report", action="store_true", help="Only print what was labelled.")
+
+
+def label(options: Namespace) -> None:
+    """Fill the store with what is new, and serve the page until it is ended.
+
+    Raises:
+        InputError: nothing to label; an option that cannot be used.
+    """
+    if options.labels_per_prompt < 1:
+        raise InputError(f"labels_per_prompt is {options.labels_per_prompt}; at least 1 is needed.")
+    models = named_sources(options.models or [], "models")
+    store = LabelStore(options.store or _address(options, models))
+    if not options.report:
+        _fill(store, options, models)
+        answer = None
+        if models:
+            sampling = _sampling(options)
+
+            def answer(prompt: str) -> dict[str, str]:
+                given = answers_of(models, [prompt], sampling, typed=True)
+                return {name: texts[0][0] for name, texts in given.items()}
+
+        questions = tuple(options.questions)
+        page = LabelPage(store, options.labels_per_prompt, questions, answer)
+        serve(page, options.host, options.port)
+    for line in comparison_lines(store):
+        say(line)
+    told = sum(answer.action == "label" for answer in store.answers())
+    say(f"labels: {told} in {store.address}; for a reward model: rm --dataset_name {store.address}")
+
+
+def _address(options: Namespace, models: Mapping[str, Any]) -> str:
+    """Where labels are kept: beside the folders of stages, in none of them."""
+    if options.source and LABEL_STORE.fullmatch(options.source):
+        return options.source
+    if not options.source and not (models and options.dataset_name):
+        raise InputError(
+            "There is nothing to label: give a folder of candidates, a store of labels, or "
+            "--models and --dataset_name."
+        )
+    path = Path(options.source or next(iter(models.values()))).expanduser()
+    folder = path.parent if options.source and path.is_file() else path
+    if folder == path or (folder / CONFIG_FILE).is_file():
+        folder = folder.parent
+    return str(folder / ("labels.db" if options.source else "comparisons.db"))
+
+
+def _fill(store: LabelStore, options: Namespace, models: Mapping[str, Any]) -> None:
+    """Add what is new to a store, and tell how much that is."""
+    added = 0
+    if options.source and not LABEL_STORE.fullmatch(options.source):
+        added += store.add(_candidates(options.source, options.split), options.split)
+    if models and options.dataset_name:
+        tokenizer = load_tokenizer(next(iter(models.values())))
+        prompts = prompts_of(options.dataset_name, options.split, tokenizer, None, AS_PUBLISHED)
+        columns = prompts[:]
+        answers = answers_of(models, columns["prompt"], _sampling(options), columns=columns)
+        rows = range(len(prompts))
+        added += store.add(
+            comparison(columns["prompt"][row], {name: a[row][0] for name, a in answers.items()})
+            for row in rows
+        )
+    told = len(store.items())
+    if not told:
+        raise InputError(f"{store.address} holds no prompts yet; give a folder of candidates.")
+    say(f"{store.address}: {plural(told, 'prompt')}, {added} of them new")
+
+
+def _candidates(source: str, split: str) -> Iterator[dict[str, Any]]:
+    """Records to rank: without repeated responses, and without any order that they have."""
+    file = Path(source).expanduser() / f"{split}.jsonl"  # of the stage `candidates`
+    given = (str(file), "train") if file.is_file() else (source, split)
+    dataset, where, _ = read(*given, False, "ranking", AS_PUBLISHED)
+    first = first_record(dataset, where)
+    require_columns(first, where, ("prompt", "responses"), "A candidate")
+    form = form_of(first)
+
+    def check(record: Record) -> None:
+        check_prompt(record, form=form)
+        for index, response in enumerate(record["responses"]):
+            check_content(f"responses[{index}]", response)
+        if not 2 <= (count := len(_distinct(record["responses"]))) <= MOST_RESPONSES:
+            raise InputError(f"`responses` has {count} that differ; the page shows 2 to 9.")
+
+    for record in iterate(check_records(dataset, where, check)):
+        kept = {name: value for name, value in record.items() if name not in HIDDEN}
+        yield {**kept, "responses": _distinct(record["responses"])}
+
+
+def _distinct(responses: list[Any]) -> list[Any]:
+    return list({json.dumps(response): response for response in responses}.values())
+
+
+def _sampling(options: Namespace) -> AnswerOptions:
+    names = ("response_length", "temperature", "stop_strings", "seed")
+    for name in ("response_length", "temperature"):
+        if getattr(options, name) <= 0:
+            raise InputError(f"{name} is {getattr(options, name)}; it must be above 0.")
+    return AnswerOptions(**{name: getattr(options, name) for name in names})

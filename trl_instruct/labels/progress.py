@@ -1,0 +1,58 @@
+"""How far the labelers are, and how far they agree."""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from trl_instruct.data.labels import Answer
+
+
+def progress(answers: Sequence[Answer], items: int, labels_per_prompt: int) -> dict[str, Any]:
+    """Counts of items and, per labeler, of labels, skips, median seconds and agreement.
+
+    Args:
+        answers: those that stand.
+        items: how many there are to label.
+        labels_per_prompt: labels that an item needs to be done.
+
+    Returns:
+        `items`, `done`, `agreement` (as `labelers.agreement`, without NaN), and `labelers`, a dict
+        for each.
+    """
+    from trl_instruct.reward_trainer.labelers import Labeled, agreement, reliability  # torch
+
+    ranked = [answer for answer in answers if answer.action == "label"]
+    numbers = {key: number for number, key in enumerate({answer.item.key for answer in ranked})}
+    labeled = [
+        Labeled(numbers[item.key], [*range(len(item.responses))], content["ranks"], 1.0, name, None)
+        for item, name, _, content in ranked
+    ]
+    each = reliability(labeled)
+    found = []
+    for name in sorted({answer.labeler for answer in answers}):
+        own = [answer for answer in answers if answer.labeler == name]
+        labels = [answer.content for answer in own if answer.action == "label"]
+        seconds = [content["seconds"] for content in labels if content.get("seconds") is not None]
+        found.append(
+            {
+                "labeler": name,
+                "labelled": len(labels),
+                "skipped": len(own) - len(labels),
+                "flagged": sum(bool(answer.content.get("flag")) for answer in own),
+                "seconds": statistics.median(seconds) if seconds else None,
+                "agreement": _without_nan(each.get(name)),
+            }
+        )
+    counts = Counter(answer.item.key for answer in ranked).values()
+    done = sum(count >= labels_per_prompt for count in counts)
+    agree = _without_nan(agreement(labeled))
+    return {"items": items, "done": done, "agreement": agree, "labelers": found}
+
+
+def _without_nan(found: dict[str, float] | None) -> dict[str, float | None] | None:
+    """What the page can read; None if nothing was compared."""
+    if not found or "mean" not in found:
+        return None
+    return {name: None if math.isnan(value) else value for name, value in found.items()}

@@ -1,0 +1,264 @@
+"""The page's server: items out, answers in, and nothing for strangers."""
+
+import hmac
+import ipaddress
+import json
+import random
+import re
+import socket
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
+
+from trl_instruct.console import say
+from trl_instruct.data.labels import Item, LabelStore
+from trl_instruct.errors import NOT_AS_EXPECTED, InputError
+from trl_instruct.labels.progress import progress
+
+PAGE = Path(__file__).with_name("page")
+MOST_BYTES = 256 * 1024  # of a request
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+Given = dict[str, Any]
+
+
+class LabelPage:
+    """What the page asks for; where responses came from never leaves it.
+
+    Args:
+        store: the items and answers.
+        labels_per_prompt: how many labelers label an item.
+        questions: yes or no, about each response.
+        answer: a prompt -> the answer of each model by its name; None: nothing to try.
+    """
+
+    def __init__(
+        self,
+        store: LabelStore,
+        labels_per_prompt: int = 1,
+        questions: tuple[str, ...] = (),
+        answer: Callable[[str], dict[str, str]] | None = None,
+    ):
+        self.store, self.labels_per_prompt = store, labels_per_prompt
+        self.questions, self.answer = questions, answer
+        self.one_at_a_time = threading.Lock()
+
+    def next(self, given: Given) -> Given:
+        """The labeler's next item, and what the page must know to show it."""
+        labeler = _labeler(given)
+        item = self.store.next_item(labeler, self.labels_per_prompt)
+        about = {"questions": self.questions, "models": self.answer is not None}
+        return {**about, "item": item and _shown(item, labeler)}
+
+    def save(self, given: Given) -> Given:
+        """Store an answer, then the next item. `saved`: whether the answer counts."""
+        labeler, item = _labeler(given), self.store.item(given["item"])
+        content: Given = {"flag": given.get("flag") is True, "note": str(given.get("note") or "")}
+        if given.get("seconds") is not None:
+            content["seconds"] = round(float(given["seconds"]), 1)
+        if given["action"] == "label":
+            order = _order(item, labeler)
+            places = sorted(range(len(order)), key=order.__getitem__)
+            label = {name: given.get(name) for name in ("ranks", "overall", "checks")}
+            content |= _each(label, lambda values: [values[place] for place in places])
+        saved = self.store.save(_id(given), item.key, labeler, given["action"], content)
+        return {"saved": saved, **self.next(given)}
+
+    def undo(self, given: Given) -> Given:
+        """Take the labeler's latest answer back: its item is open again, with that answer."""
+        labeler = _labeler(given)
+        taken = self.store.undo(_id(given), labeler)
+        if taken is None:
+            return {"item": None}
+        order = _order(taken.item, labeler)
+        content = _each(taken.content, lambda values: [values[index] for index in order])
+        return {"item": _shown(taken.item, labeler), "answer": content}
+
+    def progress(self, _: Given) -> Given:
+        """How far everybody is."""
+        items = sum(len(item.responses) > 1 for item in self.store.items())
+        return progress(self.store.answers(), items, self.labels_per_prompt)
+
+    def ask(self, given: Given) -> Given:
+        """The answers of the models to a typed prompt."""
+        if self.answer is None:
+            raise InputError("There is no model to ask; start with --models.")
+        with self.one_at_a_time:
+            return {"answers": self.answer(str(given["prompt"]))}
+
+
+def _labeler(given: Given) -> str:
+    name = str(given.get("labeler") or "").strip()
+    if not 0 < len(name) <= 40 or not name.isprintable():
+        raise InputError(f"The labeler's name is {name!r}; 1 to 40 printable letters are needed.")
+    return name
+
+
+def _id(given: Given) -> str:
+    if not re.fullmatch(r"[\w-]{8,64}", str(given.get("id"))):
+        raise InputError(f"The answer's id is {given.get('id')!r}; 8 to 64 letters are needed.")
+    return str(given["id"])
+
+
+def _order(item: Item, labeler: str) -> list[int]:
+    """Indices of the responses in the order in which a labeler sees them: always the same."""
+    order = list(range(len(item.responses)))
+    random.Random(f"{labeler}\0{item.key}").shuffle(order)
+    return order
+
+
+def _shown(item: Item, labeler: str) -> Given:
+    """An item as a labeler sees it: no columns, no sources."""
+    responses = [_turns(item.responses[index]) for index in _order(item, labeler)]
+    return {"item": item.key, "prompt": _turns(item.prompt), "responses": responses}
+
+
+def _turns(content: Any) -> list[tuple[str, str]]:
+    """Text, or messages, as (role, text)."""
+    if isinstance(content, str):
+        return [("", content)]
+    return [(m["role"], m.get("content") or json.dumps(m.get("tool_calls"))) for m in content]
+
+
+def _each(content: Given, reorder: Callable[[list], list]) -> Given:
+    """What an answer holds, with each list of one value per response in another order."""
+    found: Given = {}
+    for name, value in content.items():
+        is_list = isinstance(value, list)
+        nested = isinstance(value, dict)
+        found[name] = reorder(value) if is_list else _each(value, reorder) if nested else value
+    return found
+
+
+def label_app(page: LabelPage, port: int, names: tuple[str, ...] = ()) -> Starlette:
+    """The page as an ASGI application, for holders of the store's token.
+
+    Args:
+        port: where it is served; it names the cookie, since a host's ports share their cookies.
+        names: of this machine, besides its IP addresses and localhost, for the Host header.
+    """
+    cookie, token = f"trl-label-{port}", page.store.token
+
+    async def guard(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        response = _refused(request, cookie, token, names) or await call_next(request)
+        response.headers.update(HEADERS)
+        return response
+
+    def index(request: Request) -> Response:
+        response = FileResponse(PAGE / "index.html")
+        response.set_cookie(cookie, token, httponly=True, samesite="strict")
+        return response
+
+    routes = [Route("/", index)]
+    for path in PAGE.iterdir():
+        routes.append(Route(f"/{path.name}", lambda _, path=path: FileResponse(path)))
+    for call in (page.next, page.save, page.undo, page.progress, page.ask):
+        routes.append(Route(f"/api/{call.__name__}", _endpoint(call), methods=["POST"]))
+    return Starlette(routes=routes, middleware=[Middleware(BaseHTTPMiddleware, dispatch=guard)])
+
+
+def _refused(request: Request, cookie: str, token: str, names: tuple[str, ...]) -> Response | None:
+    """The answer to a request that is not from the page itself, with the token; None if it is.
+
+    A Host that is a name of somebody else's is DNS rebinding; a foreign Origin is another site.
+    """
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    given = request.cookies.get(cookie) or ""
+    opens = request.url.path == "/" and request.method == "GET"
+    if opens:
+        given = request.query_params.get("token", given)
+    same_site = request.headers.get("sec-fetch-site", "none") in ("none", "same-origin")
+    if not _is_ours(host, names):
+        return _json(403, {"error": f"The host {host!r} is not this server's."})
+    if not (opens or same_site) or (origin and urlsplit(origin).netloc != host):
+        return _json(403, {"error": "Requests of other sites are refused."})
+    if request.method == "POST" and not origin:
+        return _json(403, {"error": "A request that changes something needs an Origin."})
+    if not hmac.compare_digest(given.encode(), token.encode()):
+        told = "The token is missing or wrong. Open the address that `trl-instruct label` printed."
+        return _json(401, {"error": told})
+    return None
+
+
+def _is_ours(host: str, names: tuple[str, ...]) -> bool:
+    """Whether a Host header names this machine: no site can point an address to itself."""
+    with suppress(ValueError):
+        name = urlsplit(f"//{host}").hostname or ""
+        if name in ("localhost", *names):
+            return True
+        ipaddress.ip_address(name)
+        return True
+    return False
+
+
+def _endpoint(call: Callable[[Given], Given]) -> Callable[[Request], Any]:
+    """A request's JSON in, the answer's out, in a thread; faults of the request are told."""
+
+    async def endpoint(request: Request) -> Response:
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > MOST_BYTES:
+                return _json(413, {"error": f"A request may have {MOST_BYTES:,} bytes."})
+        try:
+            return _json(200, await run_in_threadpool(lambda: call(json.loads(body))))
+        except InputError as error:
+            return _json(422, {"error": str(error)})
+        except NOT_AS_EXPECTED as error:
+            return _json(400, {"error": f"The request is not as the page sends it: {error!r}"})
+
+    return endpoint
+
+
+def _json(status: int, content: Mapping[str, Any]) -> Response:
+    """In ASCII, which any text fits into."""
+    return Response(json.dumps(content), status, media_type="application/json")
+
+
+def serve(page: LabelPage, host: str, port: int) -> None:
+    """Serve the page until Ctrl-C, or Enter in a terminal; its address is printed.
+
+    Raises:
+        InputError: the address is in use, or none of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"No page can be served at {host}, port {port}: {error}") from error
+    port = listening.getsockname()[1]
+    app = label_app(page, port, (host.lower(), socket.gethostname().lower()))
+    quiet: Any = {"log_level": "warning", "access_log": False, "server_header": False}
+    server = uvicorn.Server(uvicorn.Config(app, proxy_headers=False, **quiet))
+
+    def wait_for_enter() -> None:
+        server.should_exit = bool(sys.stdin.readline())
+
+    in_terminal = sys.stdin.isatty()
+    if in_terminal:
+        threading.Thread(target=wait_for_enter, daemon=True).start()
+    shown = f"[{host}]" if ":" in host else host
+    # Not by `say`, which hides tokens.
+    print(f"label: http://{shown}:{port}/?token={page.store.token}", flush=True)
+    say(f"Press {'Enter' if in_terminal else 'Ctrl-C'} when the labelling is done.")
+    with suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])
