@@ -445,9 +445,9 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         "reward_trainer/labelers.py",
         "reward_trainer/test_reward_evaluation.py",
         [
-            ("if names[0] != names[1]:", "if first is not second:"),
-            ("one * other > 0", "one * other < 0"),
-            ("if one and other]", "]"),
+            ("2) if first != second else ()", "2)"),
+            ("float(sign > 0)", "float(sign < 0)"),
+            ("for sign in signs if sign)", "for sign in signs)"),
             ("len(rankings) < 2", "len(rankings) < 1"),
             ("for name in names:", "for name in names[:1]:"),
         ],
@@ -509,7 +509,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         "evaluation/test_win_rate.py evaluation/test_best_of_n.py evaluation/test_fluency.py",
         [
             ("((above - below).sign() + 1) / 2", "(above > below).double()"),
-            ("share_interval(won)", "share_interval(1 - won)"),
+            ("share_interval(won, None", "share_interval(1 - won, None"),
             ("- torch.tensor(baseline_lengths)", "+ torch.tensor(baseline_lengths)"),
             ("torch.tanh(longer / spread)", "longer / spread"),
             ("+ penalty @ weights", "- penalty @ weights"),

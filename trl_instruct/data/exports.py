@@ -105,7 +105,7 @@ def _task(record: Record, tool: str, kind: str) -> dict[str, Any]:
         {"from_name": tag, "to_name": about, "type": kind, "value": value}
         for tag, about, value in given[kind]
     ]
-    user = labeler and {"id": str(labeler), "email": str(labeler)}
+    user = None if labeler is None else {"id": str(labeler), "email": str(labeler)}
     return {"data": held, "annotations": [{"completed_by": user, "result": results}]}
 
 

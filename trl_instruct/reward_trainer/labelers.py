@@ -62,12 +62,13 @@ def _compared(labeled: Sequence[Labeled]) -> Iterator[tuple[int, tuple[Any, Any]
     by_prompt = defaultdict(list)
     for one in labeled:
         if one.labeler is not None:
-            by_prompt[one.prompt].append(one)
+            ranks = dict(zip(one.responses, one.ranks, strict=True))
+            by_prompt[one.prompt].append((one.labeler, ranks))
     for prompt, rankings in by_prompt.items():
-        for first, second in combinations(rankings, 2):
-            names = first.labeler, second.labeler
-            if names[0] != names[1]:
-                yield from ((prompt, names, alike) for alike in _alike(first, second))
+        for (first, mine), (second, theirs) in combinations(rankings, 2):
+            shared = combinations(mine.keys() & theirs.keys(), 2) if first != second else ()
+            signs = [(mine[a] - mine[b]) * (theirs[a] - theirs[b]) for a, b in shared]
+            yield from ((prompt, (first, second), float(sign > 0)) for sign in signs if sign)
 
 
 def _share(compared: Sequence[tuple[int, float]]) -> dict[str, float] | None:
@@ -76,15 +77,3 @@ def _share(compared: Sequence[tuple[int, float]]) -> dict[str, float] | None:
         return None
     prompts, alike = map(torch.tensor, zip(*compared, strict=True))
     return {**share_interval(alike, prompts)._asdict(), "pairs": len(compared)}
-
-
-def _alike(first: Labeled, second: Labeled) -> list[float]:
-    """For each pair that both rank strictly, whether they agree."""
-    ranks = dict(zip(second.responses, second.ranks, strict=True))
-    shared = [
-        (rank, ranks[response])
-        for response, rank in zip(first.responses, first.ranks, strict=True)
-        if response in ranks
-    ]
-    both = [(a - b, x - y) for (a, x), (b, y) in combinations(shared, 2)]
-    return [float(one * other > 0) for one, other in both if one and other]

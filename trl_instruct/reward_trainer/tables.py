@@ -51,8 +51,7 @@ def render(metrics: dict[str, Any], figure: Path) -> str:
         rows.append(("shift", f"{metrics['shift']:+.3f}", told))
     lines = table(rows)
     if "accuracy" in metrics:
-        held_out = f"{metrics['eval_prompts']:,} held-out prompts, {_pairs(metrics)}"
-        lines.insert(0, f"{held_out}; figure: {figure}\n")
+        lines.insert(0, f"{_sizes(metrics)}; figure: {figure}\n")
     return "\n".join([*lines, *_labelers(metrics)])
 
 
@@ -77,7 +76,7 @@ def plot(evaluation: RewardEvaluation, path: Path) -> None:
     figure = Figure(figsize=(11, 8), layout="constrained")
     panels = figure.subplots(2, 2)
     figure.suptitle(
-        f"Reward model on {metrics['eval_prompts']:,} held-out prompts, {_pairs(metrics)}: "
+        f"Reward model on {_sizes(metrics)}: "
         f"accuracy {show_metric(metrics, 'accuracy')}, log-loss {metrics['log_loss']:.3f}"
     )
     plot_accuracy(panels[0, 0], metrics, "by_k", "K, responses in the ranking")
@@ -144,8 +143,8 @@ def _floor(metrics: Mapping[str, Any]) -> str:
     return f"perfect: {floor:.3f}, up to {high:.3f}"
 
 
-def _pairs(metrics: dict[str, Any]) -> str:
-    return f"{metrics['eval_pairs']:,} comparisons"
+def _sizes(metrics: dict[str, Any]) -> str:
+    return f"{metrics['eval_prompts']:,} held-out prompts, {metrics['eval_pairs']:,} comparisons"
 
 
 def _short(count: int) -> str:
