@@ -174,6 +174,7 @@ def test_every_stage_has_help(stage, capsys):
     told = capsys.readouterr().out
     own = {"serve-reward": "--port", "generate": "--prompt_suffix", "evaluate": "--best_of_n"}
     own |= {"report": "--evaluation", "merge": "--dtype", "export": "--rating_order"}
+    own |= {"label": "--labels_per_prompt"}
     known = own.get(stage, "--learning_rate")
     assert known in told and "%%" not in told
 

@@ -27,6 +27,7 @@ from trl_instruct.labels.server import LabelPage, serve
 page = LabelPage(LabelStore(sys.argv[1]), questions=("rude?",))
 serve(page, "127.0.0.1", int(sys.argv[2]))
 """
+expect.set_options(timeout=30_000)  # a busy machine
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
