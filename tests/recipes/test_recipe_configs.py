@@ -3,6 +3,7 @@ architecture, and rows in the data sets' published shapes. No option, column or 
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,9 @@ ULTRAFEEDBACK = rows_of(
         ],
     }
 )
+ALPACA = rows_of(lambda q, good, _: {"instruction": q, "input": "", "output": good})
 HUB = {
+    ("yahma/alpaca-cleaned", "train"): ALPACA,
     ("trl-lib/tldr", "train validation test"): TLDR,
     ("trl-lib/tldr-preference", "train validation"): TLDR_PAIRS,
     ("HuggingFaceH4/no_robots", "train test"): NO_ROBOTS,
@@ -109,10 +112,21 @@ def pretrained(kind, folder, chat):
     tokenizer.save_pretrained(folder)
 
 
+def brevity(prompts, completions, output, **columns):
+    """The judge of smollm2-hub, without its model: it reads the reference answers."""
+    assert all(answer.startswith("Answer") for answer in output)
+    return [-len(completion) for completion in completions]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, kind",
-    [("pythia-tldr", "gpt_neox"), ("qwen3-hh", "qwen3"), ("smollm2-ultrafeedback", "llama")],
+    [
+        ("pythia-tldr", "gpt_neox"),
+        ("qwen3-hh", "qwen3"),
+        ("smollm2-ultrafeedback", "llama"),
+        ("smollm2-hub", "llama"),
+    ],
 )
 def test_three_steps_of_each_stage(tmp_path, monkeypatch, name, kind):
     monkeypatch.setattr(sources, "load_dataset", load_dataset)
@@ -127,8 +141,10 @@ def test_three_steps_of_each_stage(tmp_path, monkeypatch, name, kind):
             **SAMPLING,
         },
     }
-    if name == "smollm2-ultrafeedback":
+    if name.startswith("smollm2"):
         given["rm"]["eval_size"] = 0.2  # of 12 prompts instead of 64 thousand
+    if name == "smollm2-hub":
+        given["ppo"]["gold"] = f"{Path(__file__).parent / 'test_recipe_configs.py'}:brevity"
     for stage, options in given.items():
         options = {**QUICK, **options, "output_dir": tmp_path / stage}
         flags = [f"--{option}={value}" for option, value in options.items()]
@@ -147,3 +163,15 @@ def test_what_a_recipe_says(file):
     assert "Command: make" in head and "Hardware: " in head
     output_dir = yaml.safe_load(file.read_text(encoding="utf-8"))["output_dir"]
     assert output_dir.startswith(f"runs/{file.parent.name}/")
+
+
+def test_one_recipe_with_and_without_the_hub():
+    """smollm2 and smollm2-hub differ in the names of models and data, and what follows from it."""
+    names = re.compile("model_name_or_path|dataset_name|split|output_dir|path|file|max_length")
+    for stage in ("sft", "rm", "ppo"):
+        here, hub = (
+            yaml.safe_load((CONFIGS / name / f"{stage}.yaml").read_text(encoding="utf-8"))
+            for name in ("smollm2", "smollm2-hub")
+        )
+        assert here.keys() == hub.keys()
+        assert all(names.search(key) for key in here if here[key] != hub[key])

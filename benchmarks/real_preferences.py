@@ -1,0 +1,192 @@
+"""Reward models of SmolLM2-135M on real preferences, beside "longer wins" and TRL's RewardTrainer.
+
+python benchmarks/real_preferences.py ../shared/data [SET ...]      # about an hour on two CPU cores
+
+Three sets: long answers compared by people (K = 4, length helps nobody), instructions ranked by
+GPT-4 (AlpacaEval, K = 4 to 9), dialogues with two replies compared by people (HH). A part of the
+prompts is held out. Both trainers start from the same weights with the same LoRA, and see the same
+pairs equally often; both are measured by `evaluate_reward`. The model comes from `make weights`.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+from trl_instruct import load_pairs, load_rankings, rankings_to_pairs, rm, split_by_prompt
+from trl_instruct.data.preferences import as_rankings
+from trl_instruct.reward_trainer.evaluation import evaluate_reward
+from trl_instruct.rewards.reward_model import RewardModel
+
+ROOT = Path(__file__).parents[1]
+RUNS = ROOT / "runs" / "bench" / "real_preferences"
+MODEL = ROOT / "runs" / "weights" / "smollm2-135m"
+CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+LORA: dict[str, Any] = {"lora_r": 16, "lora_alpha": 32, "lora_target_modules": "all-linear"}
+# Of each set: its file, the most characters of a response and the most responses of a ranking that
+# are kept (what fits into an hour), how a prompt is written, and the passes over the pairs.
+SETS: dict[str, dict[str, Any]] = {
+    "people's answers": {
+        "file": "qa_feedback_human_rankings_train",
+        "characters": 1000,
+        "responses": 4,
+        "prompt": CHAT,
+        "passes": 2,
+    },
+    "AlpacaEval": {
+        "file": "alpacaeval_gpt4judge_rankings_train",
+        "characters": 400,
+        "responses": 4,
+        "prompt": CHAT,
+        "passes": 1,
+    },
+    "HH, helpful": {
+        "file": "hh_helpful_pairs_train",
+        "characters": 400,
+        "responses": 2,
+        "prompt": "{}",
+        "passes": 1,
+    },
+}
+TRAINING: dict[str, Any] = {
+    "max_length": 512,
+    "gradient_checkpointing": False,
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 5,
+    "logging_steps": 10,
+    "use_cpu": True,
+    "bf16": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "seed": 0,
+}
+# Comparisons of an optimizer step, nearly: rankings differ.
+PAIRS_A_STEP = 32
+
+
+def kept(folder: Path, given: dict[str, Any]) -> Dataset:
+    """The set's rankings of short enough responses, at most so many of each."""
+    path = folder / f"{given['file']}.jsonl.gz"
+    data = as_rankings(load_pairs(path)) if given["responses"] == 2 else load_rankings(path)
+
+    def shorten(record: dict[str, Any]) -> dict[str, Any]:
+        rows = [
+            row for row, text in enumerate(record["responses"]) if len(text) <= given["characters"]
+        ]
+        rows = rows[: given["responses"]]
+        prompt = given["prompt"].format(record["prompt"])
+        responses = [record["responses"][row] for row in rows]
+        return {
+            "prompt": prompt,
+            "responses": responses,
+            "ranks": [record["ranks"][row] for row in rows],
+        }
+
+    data = data.map(shorten).filter(lambda r: len(r["responses"]) > 1 and len(r["prompt"]) < 600)
+    return data.select_columns(["prompt", "responses", "ranks"])
+
+
+def ours(train: Dataset, test: Dataset, folder: Path, passes: int) -> dict[str, Any]:
+    """Train with `rm`; what it measured, and the seconds of training alone."""
+    pairs = len(rankings_to_pairs(train)) / len(train)
+    size = max(1, round(PAIRS_A_STEP / pairs / 2))
+    result = rm(
+        str(MODEL),
+        train,
+        folder,
+        eval_dataset=test,
+        dtype="bfloat16",
+        use_peft=True,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=2,
+        num_train_epochs=passes,
+        overwrite_output_dir=True,
+        **LORA,
+        **TRAINING,
+    )
+    return result.metrics
+
+
+def stock(train: Dataset, test: Dataset, folder: Path, passes: int) -> dict[str, Any]:
+    """Train with TRL's RewardTrainer on the same pairs, and measure as `rm` does."""
+    set_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        MODEL, num_labels=1, dtype=torch.bfloat16
+    )
+    lora = {name.removeprefix("lora_"): value for name, value in LORA.items()}
+    trainer = trl.RewardTrainer(
+        model=model,
+        args=trl.RewardConfig(
+            str(folder),
+            per_device_train_batch_size=PAIRS_A_STEP // 4,
+            gradient_accumulation_steps=4,
+            num_train_epochs=passes,
+            **TRAINING,
+        ),
+        train_dataset=rankings_to_pairs(train),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **lora),
+    )
+    seconds = trainer.train().metrics["train_runtime"]
+    reward = RewardModel(trainer.model, tokenizer)
+    return {**evaluate_reward(reward, test, tokenizer).metrics, "train_runtime": seconds}
+
+
+def row(name: str, trainer: str, metrics: dict[str, Any]) -> str:
+    """One line of the table."""
+    cells = [name, trainer, f"{metrics['eval_prompts']} / {metrics['eval_pairs']:,}"]
+    for what in ("accuracy", "length_accuracy", "above_length"):
+        mean, low, high = (metrics[f"{what}{end}"] for end in ("", "_low", "_high"))
+        cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
+    error, floor = metrics["calibration_error"], metrics["calibration_floor"]
+    cells += [f"{metrics['log_loss']:.3f}", f"{error:.3f} ({floor:.3f})"]
+    cells += [f"{metrics['length_correlation']:+.2f}", f"{metrics['train_runtime']:.0f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+HEADER = (
+    *("preferences", "trainer", "held-out prompts / pairs", "accuracy (95 %)"),
+    *("longer answer wins (95 %)", "above that (95 %)", "log-loss"),
+    *("calibration error (a perfect model)", "score and length", "seconds of training"),
+)
+
+
+def main() -> None:
+    """Measure the sets; print and save the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("data", type=Path, help="folder of the real data")
+    parser.add_argument("sets", nargs="*", help=f"some of {', '.join(SETS)}; default: all")
+    parser.add_argument("--trainers", nargs="+", default=["ours", "TRL"], choices=["ours", "TRL"])
+    given = parser.parse_args()
+    chosen = {name: SETS[name] for name in given.sets or SETS}
+    for needed in (MODEL, *(given.data / f"{s['file']}.jsonl.gz" for s in chosen.values())):
+        if not needed.exists():
+            sys.exit(
+                f"Missing {needed}: not measured. Run make weights, or give the data's folder."
+            )
+    rows = {}
+    for name, options in chosen.items():
+        train, test = split_by_prompt(kept(given.data, options), 0.2)
+        for trainer in given.trainers:
+            function = ours if trainer == "ours" else stock
+            folder = RUNS / options["file"] / trainer.lower()
+            rows[name, trainer] = function(train, test, folder, options["passes"])
+            print(row(name, trainer, rows[name, trainer]), flush=True)
+    print(f"\n| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
+    print("\n".join(row(*names, metrics) for names, metrics in rows.items()))
+    saved = {" / ".join(names): metrics for names, metrics in rows.items()}
+    RUNS.with_suffix(".json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
