@@ -172,7 +172,7 @@ def test_every_stage_has_help(stage, capsys):
         cli.main([stage, "--help"])
     assert stopped.value.code == 0
     told = capsys.readouterr().out
-    own = {"serve-reward": "--port", "generate": "--prompt_suffix", "evaluate": "--best_of_n"}
+    own = {"serve-reward": "--port", "evaluate": "--best_of_n"}
     own |= {"report": "--evaluation", "merge": "--dtype", "export": "--rating_order"}
     own |= {"label": "--labels_per_prompt"}
     known = own.get(stage, "--learning_rate")
@@ -318,7 +318,8 @@ def test_ppo_without_a_reward(given, tmp_path, capsys):
 
 def test_candidates_without_prompts_or_policy(tmp_path, saved_policy, capsys):
     out = {"output_dir": tmp_path / "c"}
-    assert "No model was given" in fails(capsys, "candidates", *flags(out))
+    arguments = {**out, "dataset_name": "tiny:prompts"}
+    assert "No model was given" in fails(capsys, "candidates", *flags(arguments))
     arguments = {**out, "model_name_or_path": saved_policy}
     assert "No dataset was given" in fails(capsys, "candidates", *flags(arguments))
     assert not (tmp_path / "c").exists()
@@ -366,7 +367,9 @@ def test_a_full_disk_behind_a_librarys_error(monkeypatch, capsys, inner, outer, 
     assert told in fails(capsys, "sft")
 
 
-@pytest.mark.parametrize("script", sorted({*cli.COMMANDS} - {"export", "merge", "serve-reward"}))
+@pytest.mark.parametrize(
+    "script", sorted({*cli.COMMANDS} - {"export", "label", "merge", "serve-reward"})
+)
 def test_the_scripts_are_the_commands(script):
     text = (ROOT / "recipes" / f"{script}.py").read_text()
     assert f'main(["{script}", *sys.argv[1:]])' in text

@@ -7,7 +7,7 @@ clone, for `accelerate launch`.
 import os
 import sys
 import traceback
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -22,17 +22,14 @@ from trl_instruct.console import say
 from trl_instruct.data.exports import FORMATS, export
 from trl_instruct.data.preferences import load_either
 from trl_instruct.data.reading import Reading
-from trl_instruct.data.records import prompts_of
 from trl_instruct.diagnosis.page import read_evaluation, report, summary_lines
 from trl_instruct.errors import InputError, harmless, kind_of, needs_extra, refusal
-from trl_instruct.evaluation.answers import AnswerOptions, answer_prompts
 from trl_instruct.evaluation.compare import compare
 from trl_instruct.evaluation.evaluate import evaluate
 from trl_instruct.models.load import merge
-from trl_instruct.models.tokenizers import load_tokenizer
-from trl_instruct.option_checks import check_refused, line_breaks
+from trl_instruct.option_checks import check_refused
 from trl_instruct.recipes.candidates import candidates
-from trl_instruct.recipes.chain import check_format, read_chain, remember_reading
+from trl_instruct.recipes.chain import read_chain
 from trl_instruct.recipes.options import (
     Config,
     check_names,
@@ -205,21 +202,17 @@ def _add_dtype(parser: ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", help="Weights' dtype (%(default)s).")
 
 
-def _add_reading(parser: ArgumentParser) -> None:
-    parser.add_argument("--dataset_train_split", default="train", help="Its split (%(default)s).")
-    parser.add_argument("--columns", nargs="+", help="As in `ppo`.")
-    parser.set_defaults(on_bad_record="error", faults=None, remembered=False)
-
-
 def export_command(arguments: list[str]) -> None:
     """Write rankings as records or pairs, or for Label Studio or Argilla."""
     parser = _Parser([], prog="trl-instruct export", allow_abbrev=False)
     parser.add_argument("dataset_name", help="Rankings or pairs, as `rm` reads them.")
     parser.add_argument("output_file", type=Path, help="A new file, .jsonl or for a tool .json.")
     parser.add_argument("--to", choices=FORMATS, required=True, help="What it holds.")
-    _add_reading(parser)
+    parser.add_argument("--dataset_train_split", default="train", help="Its split (%(default)s).")
+    parser.add_argument("--columns", nargs="+", help="As in `rm`.")
     parser.add_argument("--rating_order", nargs="+", help="As in `rm`.")
-    parser.set_defaults(prompt_template=None, prompt_suffix=None)
+    unused = {"prompt_template": None, "prompt_suffix": None, "faults": None}
+    parser.set_defaults(on_bad_record="error", remembered=False, **unused)
     options = parser.parse_args(arguments)
     given = options.dataset_name, options.dataset_train_split, Reading.of(options)
     _tell(export(load_either(*given, options.rating_order), options.output_file, options.to))
@@ -245,54 +238,6 @@ def _tell_diagnosis(name: str, folder: StageResult) -> None:
         for line in summary_lines({name: read_chain(folder)[name]}):
             say(line)
         say(f"report: {report(folder)}")
-
-
-def generate_command(arguments: list[str]) -> None:
-    """Let checkpoints answer prompts side by side."""
-    parser = _Parser([], prog="trl-instruct generate", allow_abbrev=False)
-    name = "Checkpoints: `name=source`, or a folder or Hub id, named by its last part."
-    parser.add_argument("--models", nargs="+", required=True, help=name)
-    parser.add_argument("--prompts", nargs="+", help="Texts.")
-    parser.add_argument("--dataset_name", help="Records with prompts, instead.")
-    _add_reading(parser)
-    parser.add_argument("--opening_length", type=int, help="As in `ppo`.")
-    parser.add_argument("--prompt_template", type=line_breaks, help="As in `ppo`.")
-    suffix = "As in `ppo`; also of typed text if there is no chat template."
-    parser.add_argument("--prompt_suffix", type=line_breaks, help=suffix)
-    text = "Continue typed text unchanged, even if there is a chat template."
-    parser.add_argument("--text", action="store_true", help=text)
-    parser.add_argument("--num_completions", type=int, default=1, help="Per prompt (%(default)s).")
-    length = "Longest completion, tokens (%(default)s)."
-    parser.add_argument("--response_length", type=int, default=128, help=length)
-    parser.add_argument("--temperature", type=float, default=1.0, help="Above 0 (%(default)s).")
-    parser.add_argument("--stop_strings", nargs="+", help="Texts that end one, besides EOS.")
-    parser.add_argument("--seed", type=int, default=0, help="For sampling (%(default)s).")
-    _add_dtype(parser)
-    options = parser.parse_args(arguments)
-    for name in ("num_completions", "response_length", "temperature"):
-        if getattr(options, name) <= 0:
-            raise InputError(f"{name} is {getattr(options, name)}; it must be above 0.")
-    _generate(options, named_sources(options.models, "models"))
-
-
-def _generate(options: Namespace, models: dict[str, str]) -> None:
-    sampling = AnswerOptions(**{name: getattr(options, name) for name in AnswerOptions._fields})
-    if bool(options.prompts) == bool(options.dataset_name):
-        both = "were both given" if options.prompts else "are both missing"
-        raise InputError(f"prompts and dataset_name {both}; give one of them.")
-    remember_reading(options, *models.values())
-    if options.dataset_name:
-        tokenizer = load_tokenizer(next(iter(models.values())))
-        given = options.dataset_name, options.dataset_train_split, tokenizer, options.opening_length
-        prompts = prompts_of(*given, Reading.of(options))
-        for source in models.values():
-            check_format(prompts, tokenizer, model=source)
-        lines = answer_prompts(models, prompts["prompt"][:], sampling, columns=prompts[:])
-    else:
-        typed: Any = {"suffix": options.prompt_suffix or "", "chat": not options.text}
-        lines = answer_prompts(models, options.prompts, sampling, typed=True, **typed)
-    for line in lines:
-        say(line)
 
 
 def rm_command(arguments: list[str]) -> None:
@@ -378,7 +323,6 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "check": check_command,
     "evaluate": evaluate_command,
     "report": report_command,
-    "generate": generate_command,
     "export": export_command,
     "merge": merge_command,
     "serve-reward": serve_reward_command,

@@ -482,31 +482,6 @@ def command_cases(world: Path) -> Iterator[Case]:
         "merge of nothing": ["merge"],
         "merge into a file": ["merge", world / "adapter", world / "texts.jsonl"],
         "merge of a model": ["merge", world / "policy", "out"],
-        "generate of nothing": ["generate"],
-        "generate from a file": ["generate", "--models", world / "texts.jsonl", "--prompts", "a"],
-        "generate of a name twice": ["generate", "--models", "a=x", "a=y", "--prompts", "b"],
-        "generate, length 0": [
-            *("generate", "--models", world / "policy", "--prompts", "a"),
-            *("--response_length", "0"),
-        ],
-        "generate, NaN": [
-            *("generate", "--models", world / "policy", "--prompts", "a", "--temperature", "nan"),
-        ],
-        "generate, tiny temperature": [
-            *("generate", "--models", world / "policy", "--prompts", "a"),
-            *("--response_length", "2", "--temperature", "1e-320"),
-        ],
-        "generate, an empty prompt": ["generate", "--models", world / "policy", "--prompts", ""],
-        "generate beyond the context": [
-            *("generate", "--models", world / "policy", "--prompts", "a"),
-            *("--response_length", "100000"),
-        ],
-        "generate in no such dtype": [
-            *("generate", "--models", world / "policy", "--prompts", "a", "--dtype", "float7"),
-        ],
-        "generate, a huge seed": [
-            *("generate", "--models", world / "policy", "--prompts", "a", "--seed", str(2**70)),
-        ],
         "serve nothing": ["serve-reward"],
         "serve a file": ["serve-reward", "--reward_model_path", world / "texts.jsonl"],
         "serve on no port": ["serve-reward", "--reward_model_path", "tiny", "--port", "99999999"],

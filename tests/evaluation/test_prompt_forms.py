@@ -1,4 +1,4 @@
-"""candidates, evaluate and generate take prompts in every form that ppo takes."""
+"""candidates and evaluate take prompts in every form that ppo takes."""
 
 import json
 
@@ -65,7 +65,6 @@ def test_prompts_of_a_file(form, policy, tmp_path, asked, monkeypatch):
     commands = {
         "candidates": ["--model_name_or_path", policy, *stage, "c"],
         "evaluate": ["--models", policy, *stage, "e", "--best_of_n", "1"],
-        "generate": ["--models", policy, *given, "--response_length", "3"],
     }
     for command, arguments in commands.items():
         asked.clear()

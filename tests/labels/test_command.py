@@ -130,6 +130,18 @@ def test_checkpoints_are_compared_and_tried(tmp_path, served, policy, tokenizer,
     assert "labels: 0 in" in capsys.readouterr().out
 
 
+def test_prompts_are_written_as_the_first_model_was_trained(tmp_path, served, policy, tokenizer):
+    policy.save_pretrained(tmp_path / "sft")
+    tokenizer.save_pretrained(tmp_path / "sft")
+    (tmp_path / "sft" / "config.yaml").write_text("prompt_suffix: '?'\n")
+    (tmp_path / "sft" / "metrics.json").write_text('{"stage": "sft"}')
+    write(tmp_path / "prompts.jsonl", [{"prompt": "Q"}])
+    data = ["--dataset_name", str(tmp_path / "prompts.jsonl"), "--response_length", "4"]
+    cli.main(["label", "--models", str(tmp_path / "sft"), *data])
+    (item,) = served[0].store.items()
+    assert item.prompt == "Q?"
+
+
 @pytest.mark.slow
 def test_no_stage_touches_labels(tmp_path, policy, tokenizer):
     store = LabelStore(tmp_path / "labels.db")

@@ -42,7 +42,7 @@ class Reading:
 
     @classmethod
     def of(cls, config: Any, *, strict: bool = True) -> Reading:
-        """How a stage's config, or the options of `generate`, say to read files."""
+        """How a stage's config, or the options of a command, say to read files."""
         names = ("prompt_template", "prompt_suffix", "on_bad_record", "faults")
         same: Any = {name: getattr(config, name) for name in names}
         columns = dict(column.partition("=")[::2] for column in config.columns or ())

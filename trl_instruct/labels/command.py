@@ -10,7 +10,7 @@ from trl_instruct.console import plural, say
 from trl_instruct.data.conversion import read
 from trl_instruct.data.labels import MOST_RESPONSES, LabelStore
 from trl_instruct.data.orders import ORDERS
-from trl_instruct.data.reading import AS_PUBLISHED
+from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.data.records import (
     check_content,
     check_prompt,
@@ -21,11 +21,12 @@ from trl_instruct.data.records import (
 )
 from trl_instruct.data.sources import LABEL_STORE, Record, first_record, iterate
 from trl_instruct.errors import InputError
-from trl_instruct.evaluation.answers import AnswerOptions, answers_of
 from trl_instruct.files import CONFIG_FILE
+from trl_instruct.labels.answers import AnswerOptions, answers_of
 from trl_instruct.labels.comparisons import comparison, comparison_lines
 from trl_instruct.labels.server import LabelPage, serve
 from trl_instruct.models.tokenizers import load_tokenizer
+from trl_instruct.recipes.chain import remember_reading
 from trl_instruct.recipes.options import named_sources
 
 PORT = 8017
@@ -54,6 +55,9 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--stop_strings", nargs="+", help="Texts that end one, besides EOS.")
     parser.add_argument("--seed", type=int, default=0, help="For sampling (%(default)s).")
     parser.add_argument("--report", action="store_true", help="Only print what was labelled.")
+    as_trained = ("columns", "prompt_template", "prompt_suffix")
+    parser.set_defaults(on_bad_record="error", faults=None, remembered=False)
+    parser.set_defaults(**dict.fromkeys(as_trained))
 
 
 def label(options: Namespace) -> None:
@@ -65,6 +69,7 @@ def label(options: Namespace) -> None:
     if options.labels_per_prompt < 1:
         raise InputError(f"labels_per_prompt is {options.labels_per_prompt}; at least 1 is needed.")
     models = named_sources(options.models or [], "models")
+    remember_reading(options, *models.values())
     store = LabelStore(options.store or _address(options, models))
     if not options.report:
         _fill(store, options, models)
@@ -73,8 +78,8 @@ def label(options: Namespace) -> None:
             sampling = _sampling(options)
 
             def answer(prompt: str) -> dict[str, str]:
-                given = answers_of(models, [prompt], sampling, typed=True)
-                return {name: texts[0][0] for name, texts in given.items()}
+                given = answers_of(models, [prompt], sampling, typed=Reading.of(options))
+                return {name: text for name, (text,) in given.items()}
 
         questions = tuple(options.questions)
         page = LabelPage(store, options.labels_per_prompt, questions, answer)
@@ -108,13 +113,12 @@ def _fill(store: LabelStore, options: Namespace, models: Mapping[str, Any]) -> N
         added += store.add(_candidates(options.source, options.split), options.split)
     if models and options.dataset_name:
         tokenizer = load_tokenizer(next(iter(models.values())))
-        prompts = prompts_of(options.dataset_name, options.split, tokenizer, None, AS_PUBLISHED)
-        columns = prompts[:]
+        given = options.dataset_name, options.split, tokenizer, None, Reading.of(options)
+        columns = prompts_of(*given)[:]
         answers = answers_of(models, columns["prompt"], _sampling(options), columns=columns)
-        rows = range(len(prompts))
         added += store.add(
-            comparison(columns["prompt"][row], {name: a[row][0] for name, a in answers.items()})
-            for row in rows
+            comparison(prompt, {name: texts[row] for name, texts in answers.items()})
+            for row, prompt in enumerate(columns["prompt"])
         )
     told = len(store.items())
     if not told:

@@ -1,6 +1,8 @@
 """A judge that nothing is trained on: how much an answer says what the reference answer says."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModel, AutoTokenizer
@@ -17,9 +19,9 @@ class Likeness:
     column `completion`, or `output` as in Alpaca's files; prompts without one are not judged.
     """
 
-    model = None
+    model: Any = None
 
-    def embed(self, texts):
+    def embed(self, texts: list[str]) -> torch.Tensor:
         """Mean of the last hidden states of each text's tokens, of length 1: `(len(texts), H)`."""
         rows = self.tokenizer(texts, truncation=True, padding=True, return_tensors="pt")
         with torch.no_grad():
@@ -28,10 +30,17 @@ class Likeness:
         means = (states * mask).sum(dim=1) / mask.sum(dim=1)
         return torch.nn.functional.normalize(means, dim=1)
 
-    def __call__(self, prompts, completions, completion=None, output=None, **columns):
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion: Sequence[str] | None = None,
+        output: Sequence[str] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
         references = completion or output
         if references is None:
-            return [None] * len(completions)
+            return [None for _ in completions]
         if self.model is None:
             self.model = AutoModel.from_pretrained(MODEL).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(MODEL)
