@@ -127,8 +127,9 @@ def order_by_keys(page, row):
 
 def shown_ranks(page):
     """What the labeler sees: each answer's place."""
-    cards = page.locator(".card").all()
-    return {c.locator(".text p").inner_text(): int(c.locator(".place").inner_text()) for c in cards}
+    both = """(cards) => cards.map((card) => [card.querySelector(".text").innerText,
+        Number(card.querySelector(".place").innerText)])"""
+    return dict(page.locator(".card").evaluate_all(both))
 
 
 def test_a_hundred_rankings_survive_three_kills(server, labeler, tokenizer, policy, tmp_path):

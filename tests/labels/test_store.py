@@ -146,13 +146,15 @@ def test_a_kill_loses_nothing_that_was_saved(tmp_path):
 
 def test_labels_are_rankings_for_the_reward_model(store, tmp_path, caplog):
     store.add([{"prompt": "T", "responses": ["a", "b"], "topic": "t"}], "test")
+    store.add([{"prompt": "Q9", "responses": ["a", "b", "c"], "number": 0}])
     label(store, "x", "1", labels_per_prompt=2)
     label(store, "y", "2", labels_per_prompt=2)
-    item = store.next_item("x")
+    item = store.items()[-1]
     more = {"overall": [7, None, 1], "checks": {"harmful?": [True, False, False]}, "note": "hm"}
     store.save("3", item.key, "x", "label", {"ranks": [3, 1, 2], **more, "flag": False})
     rankings = load_rankings(store.address)
-    assert "2 of 5 prompts labelled, by 2 labelers" in caplog.text.replace("of 4", "of 5")
+    assert "2 of 5 prompts labelled, by 2 labelers" in caplog.text
+    assert rankings["number"] == [None, None, 0]  # a column of the item
     assert rankings["labeler"] == ["x", "y", "x"]
     assert rankings["ranks"] == [[2, 1, 2], [2, 1, 2], [3, 1, 2]]
     assert rankings["overall"] == [None, None, [7, None, 1]]

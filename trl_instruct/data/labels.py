@@ -27,6 +27,7 @@ logger = get_logger(__name__)
 RESERVED_FOR = 30 * 60.0  # seconds for which an open item is its labeler's
 OPEN = ("open", "undo")
 MOST_RESPONSES = 9
+OPTIONAL = ("overall", "checks", "seconds", "flag", "note")  # of a label
 METADATA = sql.MetaData()
 # Content is JSON in ASCII: databases differ in what else text may hold.
 ITEMS = sql.Table(
@@ -112,8 +113,8 @@ class LabelStore:
                 self.engine = sql.create_engine(self.address, pool_pre_ping=True)
             if self.engine.dialect.name == "sqlite":
                 sql.event.listen(self.engine, "connect", _make_durable)
-            with self.engine.begin() as connection:
-                for table in METADATA.sorted_tables:
+            for table in METADATA.sorted_tables:  # another process may do the same
+                with suppress(IntegrityError), self.engine.begin() as connection:
                     connection.execute(sql.schema.CreateTable(table, if_not_exists=True))
             state = {"one": 1, "turns": 0, "token": secrets.token_urlsafe(24)}
             with suppress(IntegrityError), self.engine.begin() as connection:
@@ -273,17 +274,13 @@ class LabelStore:
         if not found:
             told = f"none of {splits.count(split)} prompts is labelled"
             raise InputError(f"{self.address}: {told}; `trl-instruct label` shows them.")
-        shown, by = (
-            len({id(record["responses"]) for record in found}),
-            {r["labeler"] for r in found},
-        )
-        logger.warning(
-            "%s: %d of %s labelled, by %s",
-            *(self.address, shown, plural(splits.count(split), "prompt")),
-            plural(len(by), "labeler"),
-        )
-        used = {name for record in found for name, value in record.items() if value not in UNUSED}
-        return [{name: record.get(name) for name in sorted(used)} for record in found]
+        labelled = len({id(record["responses"]) for record in found})
+        prompts = plural(splits.count(split), "prompt")
+        by = plural(len({record["labeler"] for record in found}), "labeler")
+        logger.warning("%s: %d of %s labelled, by %s", self.address, labelled, prompts, by)
+        names = {name: None for record in found for name in record}
+        unused = [n for n in OPTIONAL if not any(record.get(n) for record in found)]
+        return [{n: record.get(n) for n in names if n not in unused} for record in found]
 
     @contextmanager
     def _turn(self) -> Iterator[sql.Connection]:
@@ -291,9 +288,6 @@ class LabelStore:
         with self.engine.begin() as connection:
             connection.execute(sql.update(STATE).values(turns=STATE.c.turns + 1))
             yield connection
-
-
-UNUSED: tuple[Any, ...] = (None, "", False, [], {})
 
 
 def check_label(content: Mapping[str, Any], count: int) -> None:
