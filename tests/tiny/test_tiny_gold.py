@@ -3,7 +3,7 @@ import random
 import pytest
 
 from trl_instruct.tiny import Task, explain, flawed_reply, gold_score, good_reply, sample_task
-from trl_instruct.tiny.words import (
+from trl_instruct.tiny.lexicon import (
     CATEGORIES,
     CHATTER,
     JUNK,

@@ -7,9 +7,9 @@ from itertools import combinations
 import pytest
 
 from trl_instruct.tiny import Task, flawed_reply, good_reply, sample_task, split
+from trl_instruct.tiny.lexicon import CATEGORIES, CATEGORY_OF, CHATTER, NOUNS, TONES
 from trl_instruct.tiny.splits import END_OF_TEXT as EOS
 from trl_instruct.tiny.splits import SHARES, SIZES, owner
-from trl_instruct.tiny.words import CATEGORIES, CATEGORY_OF, CHATTER, NOUNS, TONES
 from trl_instruct.tiny.world import FORMATS, WORDINGS
 
 BOUQUET = Task("list", groups=(("flower", 2), ("city", 1)), tone="politely")

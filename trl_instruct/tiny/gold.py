@@ -7,17 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from trl_instruct.tiny.words import (
-    CATEGORIES,
-    CATEGORY_OF,
-    NOUNS,
-    PLACES,
-    PREPOSITIONS,
-    TONES,
-    VERBS,
-    phrase,
-    with_article,
-)
+from trl_instruct.tiny import lexicon
+from trl_instruct.tiny.lexicon import phrase, with_article
 from trl_instruct.tiny.world import Task
 
 PENALTIES = {"junk": 0.2, "repetition": 0.2, "ending": 0.25, "superfluous": 0.2}
@@ -31,28 +22,29 @@ def _any_of(texts: list[str]) -> str:
     return "(?:" + "|".join(sorted(map(re.escape, texts), key=lambda t: (-len(t), t))) + ")"
 
 
-_CATEGORY = {noun.lower(): category for noun, category in CATEGORY_OF.items()}
-_TONE_OF = {opening.lower(): tone for tone, openings in TONES.items() for opening in openings}
+_CATEGORY = {noun.lower(): category for noun, category in lexicon.CATEGORY_OF.items()}
+_TONE_OF = {text.lower(): tone for tone, texts in lexicon.TONES.items() for text in texts}
 _OPENING = re.compile(rf"(?<!\w){_any_of(list(_TONE_OF))}")
 _WORD = re.compile(r"[^\W\d_]+")
 _STRANGE = re.compile(r"[^a-z ,.!\n-]+")
 
-_ITEM = _any_of([phrase(noun).lower() for noun in NOUNS])
+_ITEM = _any_of([phrase(noun).lower() for noun in lexicon.NOUNS])
 _ITEMS = rf"{_ITEM}(?:(?:, {_ITEM})* and {_ITEM})?"
-_PREPOSITION = _any_of(list(PREPOSITIONS))
-_PLACE = rf"(?: {_PREPOSITION} the {_any_of(list(PLACES))})?"
-_KIND = _any_of([with_article(category) for category in CATEGORIES])
+_PREPOSITION = _any_of(lexicon.PREPOSITIONS)
+_PLACE = rf"(?: {_PREPOSITION} the {_any_of(lexicon.PLACES)})?"
+_KIND = _any_of([with_article(category) for category in lexicon.CATEGORIES])
 _BODIES = {
     "list": re.compile(rf"(?: |^){_ITEMS}{_PLACE}\.?"),
     "dashes": re.compile(rf"(?:\n|^)- {_ITEM}(?:\n- {_ITEM})*{_PLACE}\.?"),
-    "sentence": re.compile(rf"(?: |^){_ITEM} {_any_of(list(VERBS))} {_ITEMS}{_PLACE}\.?"),
+    "sentence": re.compile(rf"(?: |^){_ITEM} {_any_of(lexicon.VERBS)} {_ITEMS}{_PLACE}\.?"),
     "answer": re.compile(rf"(?: |^)(?:yes|no), because ({_ITEM}) is ({_KIND})\.?"),
 }
 _GLUE = ("a", "an", "the", "and", "is")
 """Words that any reply may repeat."""
 _WORLD = frozenset(
-    [*_CATEGORY, *PLACES, *PREPOSITIONS, *VERBS, *CATEGORIES, *_GLUE, "yes", "no", "because"]
-    + [word for opening in _TONE_OF for word in _WORD.findall(opening)]
+    {*_CATEGORY, *lexicon.CATEGORIES, *lexicon.PLACES, *lexicon.PREPOSITIONS, *lexicon.VERBS}
+    | {*_GLUE, "yes", "no", "because"}
+    | {word for opening in _TONE_OF for word in _WORD.findall(opening)}
 )
 
 
@@ -166,7 +158,7 @@ def _superfluous(task: Task, text: str, words: list[str], num_openings: int) -> 
     foreign = {word for word in words if word in _CATEGORY and _CATEGORY[word] not in asked}
     items = max(0, len(foreign) - missing)
     replaced = bool(task.word) and task.word not in words
-    places = max(0, sum(word in PLACES and word != task.word for word in words) - replaced)
+    places = max(0, sum(word in lexicon.PLACES and word != task.word for word in words) - replaced)
     sentences = text.rstrip(".").count(".")
     too_long = max(0, len(words) - _most_words(task)) // 3
     return openings + items + places + sentences + too_long

@@ -5,39 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from trl_instruct.tiny.words import (
-    CATEGORIES,
-    CATEGORY_OF,
-    CHATTER,
-    JUNK,
-    NOUNS,
-    PLACES,
-    PREPOSITIONS,
-    QUESTION_NOUNS,
-    TONES,
-    VERBS,
-    capitalized,
-    join_and,
-    phrase,
-    with_article,
-)
+from trl_instruct.tiny import lexicon
+from trl_instruct.tiny.lexicon import capitalized, join_and, phrase, with_article
 from trl_instruct.tiny.world import Task
-
-FLAW_RATES = {
-    "category": 0.02,
-    "count": 0.03,
-    "tone": 0.3,
-    "word": 0.25,
-    "place": 0.2,
-    "format": 0.22,
-    "answer": 0.04,
-    "reason": 0.03,
-    "repeat": 0.03,
-    "junk": 0.2,
-    "extra": 0.4,
-    "ending": 0.3,
-}
-"""How often a flawed reply breaks each constraint; ``category`` and ``count`` are per group."""
 
 
 @dataclass(frozen=True)
@@ -63,25 +33,27 @@ def good_reply(task: Task, rng: random.Random) -> str:
 
 
 def flawed_reply(task: Task, rng: random.Random) -> str:
-    """A reply that breaks each constraint at its rate in ``FLAW_RATES``."""
+    """A reply that breaks each constraint at its rate of world.yaml."""
     draft = _good_draft(task, rng)
     if task.format == "answer":
         draft = _spoil_answer(task, draft, rng)
     else:
         draft = _spoil_items(task, draft, rng)
     if _hit("tone", rng):
-        others = [opening for openings in TONES.values() for opening in openings]
+        others = [opening for openings in lexicon.TONES.values() for opening in openings]
         draft = replace(draft, opening=rng.choice(others) if rng.random() < 0.5 else "")
     return _spoil_text(_render(draft, rng), rng)
 
 
 def _good_draft(task: Task, rng: random.Random) -> _Draft:
-    opening = rng.choice(TONES[task.tone]) if task.tone else ""
+    opening = rng.choice(lexicon.TONES[task.tone]) if task.tone else ""
     if task.format == "answer":
         reason = (task.noun, task.true_category)
         return _Draft("answer", opening=opening, answer=task.answer, reason=reason)
     items = [
-        noun for category, count in task.groups for noun in rng.sample(CATEGORIES[category], count)
+        noun
+        for category, count in task.groups
+        for noun in rng.sample(lexicon.CATEGORIES[category], count)
     ]
     return _Draft(task.format, opening=opening, items=tuple(items), word=task.word)
 
@@ -94,7 +66,7 @@ def _render(draft: _Draft, rng: random.Random) -> str:
     else:
         body = _items_text(draft.format, [phrase(noun) for noun in draft.items], rng)
         if draft.word:
-            body += f" {rng.choice(PREPOSITIONS)} the {draft.word}"
+            body += f" {rng.choice(lexicon.PREPOSITIONS)} the {draft.word}"
     if not draft.opening.endswith(","):
         body = capitalized(body)
     gap = "\n" if draft.format == "dashes" else " "
@@ -105,28 +77,28 @@ def _items_text(reply_format: str, phrases: list[str], rng: random.Random) -> st
     if reply_format == "dashes":
         return "\n".join(f"- {text}" for text in phrases)
     if reply_format == "sentence" and len(phrases) > 1:
-        return f"{phrases[0]} {rng.choice(VERBS)} {join_and(phrases[1:])}"
+        return f"{phrases[0]} {rng.choice(lexicon.VERBS)} {join_and(phrases[1:])}"
     return join_and(phrases)
 
 
 def _hit(flaw: str, rng: random.Random) -> bool:
-    return rng.random() < FLAW_RATES[flaw]
+    return rng.random() < lexicon.WORLD["flaw_rates"][flaw]
 
 
 def _spoil_items(task: Task, draft: _Draft, rng: random.Random) -> _Draft:
     items = []
     for category, count in task.groups:
         wanted = count + rng.choice((-1, 1)) if _hit("count", rng) else count
-        group = rng.sample(CATEGORIES[category], wanted)
+        group = rng.sample(lexicon.CATEGORIES[category], wanted)
         if group and _hit("category", rng):
-            group[rng.randrange(len(group))] = rng.choice(NOUNS)
+            group[rng.randrange(len(group))] = rng.choice(lexicon.NOUNS)
         items += group
-    items = items or [rng.choice(NOUNS)]
+    items = items or [rng.choice(lexicon.NOUNS)]
     if _hit("repeat", rng):
         items.insert(rng.randrange(len(items) + 1), rng.choice(items))
     word, reply_format = draft.word, draft.format
     if _hit("word" if word else "place", rng):
-        word = "" if word else rng.choice(PLACES)
+        word = "" if word else rng.choice(lexicon.PLACES)
     if _hit("format", rng):
         reply_format = rng.choice([f for f in ("list", "dashes", "sentence") if f != reply_format])
     return replace(draft, items=tuple(items), word=word, format=reply_format)
@@ -137,20 +109,24 @@ def _spoil_answer(task: Task, draft: _Draft, rng: random.Random) -> _Draft:
     if _hit("answer", rng):
         answer = "no" if answer == "yes" else "yes"
     if _hit("reason", rng):
-        other_noun = rng.choice(QUESTION_NOUNS)
-        wrong_category = rng.choice([c for c in CATEGORIES if c != task.true_category])
-        wrongs = ("", ""), (other_noun, CATEGORY_OF[other_noun]), (task.noun, wrong_category)
+        other_noun = rng.choice(lexicon.QUESTION_NOUNS)
+        wrong_category = rng.choice([c for c in lexicon.CATEGORIES if c != task.true_category])
+        wrongs = (
+            ("", ""),
+            (other_noun, lexicon.CATEGORY_OF[other_noun]),
+            (task.noun, wrong_category),
+        )
         reason = rng.choice(wrongs)
     return replace(draft, answer=answer, reason=reason)
 
 
 def _spoil_text(text: str, rng: random.Random) -> str:
     if _hit("extra", rng):
-        text += " " + rng.choice(CHATTER)
+        text += " " + rng.choice(lexicon.CHATTER)
     if _hit("junk", rng):
         spaces = [i for i, letter in enumerate(text) if letter == " "] or [len(text)]
         place = rng.choice(spaces)
-        text = f"{text[:place]} {rng.choice(JUNK)}{text[place:]}"
+        text = f"{text[:place]} {rng.choice(lexicon.JUNK)}{text[place:]}"
     if _hit("ending", rng):
         spaces = [i for i, letter in enumerate(text) if letter == " "]
         text = text[: rng.choice(spaces)] if spaces and rng.random() < 0.5 else text[:-1]

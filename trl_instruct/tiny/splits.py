@@ -9,25 +9,12 @@ from collections.abc import Iterator
 from datasets import Dataset
 
 from trl_instruct.tiny.gold import reader_remark
+from trl_instruct.tiny.lexicon import WORLD
 from trl_instruct.tiny.replies import flawed_reply, good_reply
 from trl_instruct.tiny.world import Task, sample_task
 
-SIZES = {
-    "pretraining": 48_000,
-    "demonstrations": 80,
-    "rankings": 6_000,
-    "prompts": 4_000,
-    "validation": 300,
-    "test": 500,
-}
-SHARES = {
-    "pretraining": 40,
-    "demonstrations": 5,
-    "rankings": 25,
-    "prompts": 20,
-    "validation": 5,
-    "test": 5,
-}
+SIZES: dict[str, int] = {name: part["size"] for name, part in WORLD["splits"].items()}
+SHARES: dict[str, int] = {name: part["share"] for name, part in WORLD["splits"].items()}
 """Percent of all instructions that belong to each split."""
 
 GOOD_SHARE = 0.05

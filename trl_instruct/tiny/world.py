@@ -6,41 +6,14 @@ import json
 import random
 from dataclasses import asdict, dataclass
 
-from trl_instruct.tiny.words import (
-    CATEGORIES,
-    CATEGORY_OF,
-    COUNTS,
-    PLACES,
-    QUESTION_NOUNS,
-    TONES,
-    join_and,
-    phrase,
-    plural,
-    with_article,
-)
+from trl_instruct.tiny import lexicon
+from trl_instruct.tiny.lexicon import join_and, phrase, plural, with_article
 
-FORMATS = ("list", "dashes", "sentence", "answer")
-FORMAT_WEIGHTS = (38, 26, 31, 5)
-
-INSTRUCTIONS: dict[str, tuple[str, ...]] = {
-    "list": ("Name {groups}{tone}.", "Tell me {groups}{tone}.", "Think of {groups}{tone}."),
-    "dashes": (
-        "List {groups}{tone}, one a line.",
-        "Write down {groups}{tone}, one a line.",
-        "Make a list of {groups}{tone}, one a line.",
-    ),
-    "sentence": (
-        "Write a sentence with {groups}{tone}.",
-        "Make a sentence with {groups}{tone}.",
-        "Tell me a sentence with {groups}{tone}.",
-    ),
-    "answer": (
-        "Is {noun} {category}? Answer with a reason{tone}.",
-        "Tell me if {noun} is {category}{tone}, and why.",
-        "Say whether {noun} is {category}{tone}, and why.",
-    ),
-}
-WORD_CLAUSES = ("Use the word {word}.", "Include the word {word}.", "Mention the {word}.")
+INSTRUCTIONS: dict[str, list[str]] = lexicon.WORLD["instructions"]
+FORMATS = list(INSTRUCTIONS)
+FORMAT_WEIGHTS = [lexicon.WORLD["format_weights"][name] for name in FORMATS]
+COUNTS: dict[int, str] = lexicon.WORLD["counts"]
+WORD_CLAUSES: list[str] = lexicon.WORLD["word_clauses"]
 WORDINGS = len(WORD_CLAUSES)
 """How many paraphrases every instruction has."""
 
@@ -112,7 +85,7 @@ class Task:
     @property
     def true_category(self) -> str:
         """The true category of the noun asked about."""
-        return CATEGORY_OF[self.noun]
+        return lexicon.CATEGORY_OF[self.noun]
 
     @property
     def answer(self) -> str:
@@ -127,7 +100,7 @@ def _group_text(category: str, count: int) -> str:
 def sample_task(rng: random.Random) -> Task:
     """Sample a task; only the rng decides which."""
     (task_format,) = rng.choices(FORMATS, FORMAT_WEIGHTS)
-    tone = rng.choice(tuple(TONES)) if rng.random() < TONE_SHARE else ""
+    tone = rng.choice(tuple(lexicon.TONES)) if rng.random() < TONE_SHARE else ""
     wording = rng.randrange(WORDINGS)
     if task_format == "answer":
         return _sample_question(tone, wording, rng)
@@ -136,20 +109,20 @@ def sample_task(rng: random.Random) -> Task:
         groups = _sample_groups(1, rng)
     # A single group with neither tone nor word would give half the score for the format alone.
     needs_word = len(groups) == 1 and not tone
-    word = rng.choice(PLACES) if needs_word or rng.random() < WORD_SHARE else ""
+    word = rng.choice(lexicon.PLACES) if needs_word or rng.random() < WORD_SHARE else ""
     return Task(task_format, groups=groups, tone=tone, word=word, wording=wording)
 
 
 def _sample_question(tone: str, wording: int, rng: random.Random) -> Task:
-    noun = rng.choice(QUESTION_NOUNS)
-    category = CATEGORY_OF[noun]
+    noun = rng.choice(lexicon.QUESTION_NOUNS)
+    category = lexicon.CATEGORY_OF[noun]
     if rng.random() < 0.5:
-        category = rng.choice([other for other in CATEGORIES if other != category])
+        category = rng.choice([other for other in lexicon.CATEGORIES if other != category])
     return Task("answer", tone=tone, noun=noun, category=category, wording=wording)
 
 
 def _sample_groups(size: int, rng: random.Random) -> tuple[tuple[str, int], ...]:
     """One to three items of one category, or one of each of two categories."""
-    categories = rng.sample(tuple(CATEGORIES), size)
+    categories = rng.sample(tuple(lexicon.CATEGORIES), size)
     counts = SINGLE_COUNTS if size == 1 else (1,)
     return tuple((category, rng.choice(counts)) for category in categories)

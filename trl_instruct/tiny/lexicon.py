@@ -1,0 +1,63 @@
+"""The words of the tiny world: everything a reply may say, from world.yaml."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+WORLD: dict[str, Any] = yaml.safe_load(
+    Path(__file__).with_name("world.yaml").read_text(encoding="utf-8")
+)
+CATEGORIES: dict[str, list[str]] = {
+    name: nouns.split() for name, nouns in WORLD["categories"].items()
+}
+CATEGORY_OF = {noun: category for category, nouns in CATEGORIES.items() for noun in nouns}
+NOUNS = list(CATEGORY_OF)
+QUESTION_NOUNS = [nouns[0] for nouns in CATEGORIES.values()]
+TONES: dict[str, list[str]] = WORLD["tones"]
+PLACES, PREPOSITIONS, VERBS, JUNK = (
+    WORLD[name].split() for name in ("places", "prepositions", "verbs", "junk")
+)
+CHATTER: list[str] = WORLD["chatter"]
+
+
+def with_article(word: str) -> str:
+    """The indefinite article and a word.
+
+    >>> with_article("owl"), with_article("rose")
+    ('an owl', 'a rose')
+    """
+    return f"{'an' if word[0] in 'aeio' else 'a'} {word}"
+
+
+def phrase(noun: str) -> str:
+    """A noun as replies write it.
+
+    >>> phrase("owl"), phrase("rose"), phrase("Rome")
+    ('an owl', 'a rose', 'Rome')
+    """
+    return noun if CATEGORY_OF[noun] in WORLD["without_article"] else with_article(noun)
+
+
+def plural(category: str) -> str:
+    """The plural of a category.
+
+    >>> plural("city"), plural("rose")
+    ('cities', 'roses')
+    """
+    return category[:-1] + "ies" if category.endswith("y") else category + "s"
+
+
+def join_and(phrases: list[str]) -> str:
+    """The phrases as an English enumeration.
+
+    >>> join_and(["a rose", "a lily", "Rome"])
+    'a rose, a lily and Rome'
+    """
+    *rest, last = phrases
+    return f"{', '.join(rest)} and {last}" if rest else last
+
+
+def capitalized(text: str) -> str:
+    """The text with its first letter capitalized."""
+    return text[:1].upper() + text[1:]
