@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from trl_instruct.data import shapes
 from trl_instruct.data import tool_exports as tools
@@ -39,57 +42,16 @@ UNPAIRED = Shape(
 ARGILLA = Shape("Argilla's table", "", tools.argilla_table)
 RATED = Shape("rated pairs", "", shapes.rated_pairs, says="equal ratings are a tie")
 HH = Shape("HH-RLHF", "", shapes.implicit_pairs)
-# Shapes whose columns say more about replies than ours do. The first that fits is read.
-JUDGED = (
-    Shape(
-        *("Argilla's records", "fields responses", tools.argilla),
-        says="drafts and answers look alike in this export",
-    ),
-    Shape("Label Studio's JSON", "data annotations", tools.label_studio, "data.prompt"),
-    Shape("Label Studio's JSON_MIN", "annotator annotation_id", tools.label_studio_min, "prompt"),
-    Shape("OASST trees", "message_tree_id prompt.role", shapes.oasst_tree),
-    Shape("OASST messages", "message_id parent_id role", shapes.oasst_messages, "message_tree_id"),
-    Shape(
-        *("UltraFeedback", "instruction completions[].response", shapes.ultrafeedback),
-        says="scores: overall_score, else fine-grained_score",
-    ),
-    Shape("Nectar", "prompt answers[].rank", shapes.nectar),
-    Shape("distilabel ratings", "instruction generations ratings", shapes.distilabel_ratings),
-    Shape("distilabel's QualityScorer", "instruction responses scores", shapes.distilabel_quality),
-    Shape("distilabel's PairRM", "input candidates ranks", shapes.distilabel_pairrm),
-    Shape("RewardBench 2", "prompt chosen[] rejected[]", shapes.reward_bench),
-    Shape(
-        *("HelpSteer2's attributes", "prompt response helpfulness", shapes.helpsteer2_attributes),
-        *("prompt", None, "scores: helpfulness, unless columns names another"),
-    ),
-    Shape("HelpSteer2", "response_1 response_2 preference_strength", shapes.helpsteer2),
-    Shape("HelpSteer3", "context response1 response2 overall_preference", shapes.helpsteer3),
-    Shape("PKU-SafeRLHF", "response_0 response_1 better_response_id", shapes.pku_safe),
-    Shape("PKU-SafeRLHF", "response_0 response_1 safer_response_id", shapes.pku_safe),
-    Shape("WebGPT comparisons", "question answer_0 answer_1 score_0", shapes.webgpt),
-    Shape("TL;DR comparisons", "info summaries choice", shapes.tldr),
-    Shape("SHP", "history human_ref_a human_ref_b labels", shapes.shp),
-    Shape("Chatbot Arena", "conversation_a conversation_b winner", shapes.arena),
-    Shape("TRL's stepwise supervision", "prompt completions[] labels[]", shapes.stepwise),
-    Shape("Argilla's pairs", "chosen_response rejected_response", shapes.argilla_pairs),
-    Shape("ms-swift's pairs", "messages rejected_response|rejected_messages", shapes.swift_pairs),
-    Shape("ShareGPT pairs", "conversations chosen rejected", shapes.sharegpt_pairs),
-    Shape("ShareGPT pairs", "messages chosen.role rejected.role", shapes.sharegpt_pairs),
-    Shape("OpenRLHF's pairs", "context_messages chosen rejected", shapes.prompted_pairs),
-)
-# Shapes of files without our column `prompt`.
-PLAIN = (
-    Shape("Alpaca pairs", "instruction|input|question chosen rejected", shapes.prompted_pairs),
-    Shape("pairs without a prompt", "chosen rejected", shapes.implicit_pairs, None, "prompt"),
-    Shape("messages", "messages", shapes.dialogue, None, "prompt"),
-    Shape("ShareGPT", "conversations", shapes.sharegpt),
-    Shape("Alpaca", "instruction output|response", shapes.alpaca),
-    Shape("OpenRLHF's demonstrations", "question response", shapes.openrlhf),
-    Shape("OpenRLHF's demonstrations", "input output", shapes.openrlhf),
-    Shape("OpenRLHF's prompts", "context_messages", shapes.openrlhf_prompts, None, "prompt"),
-    Shape("Alpaca's prompts", "instruction", shapes.alpaca, None, "prompt"),
-    Shape("OpenRLHF's prompts", "input", shapes.openrlhf_prompts, None, "prompt"),
-)
+
+
+def _listed(group: str) -> list[Shape]:
+    """The shapes of one part of shapes.yaml, in its order."""
+    text = Path(__file__).with_name("shapes.yaml").read_text(encoding="utf-8")
+    readers = {**vars(tools), **vars(shapes)}
+    return [Shape(**{**e, "read": readers[e["read"]]}) for e in yaml.safe_load(text)[group]]
+
+
+JUDGED, PLAIN = _listed("judged"), _listed("plain")
 
 
 def shape_of(first: Record, kind: str) -> Shape | None:

@@ -256,9 +256,8 @@ def _load_file(path: Path, builder: str, split: str, streaming: bool, where: Sou
         raise InputError(f"{where.name}: no split {split!r}; a single file has only 'train'.")
     _check_start(path, builder, where)
     options = CSV_OPTIONS if builder == "csv" else {}
-    load = partial(
-        load_dataset, builder, data_files={"train": str(path)}, split=split, streaming=streaming
-    )
+    files = {"train": str(path)}
+    load = partial(load_dataset, builder, data_files=files, split=split, streaming=streaming)
     try:
         try:
             dataset = load(**options)
@@ -319,31 +318,29 @@ def _file_fault(error: Exception, path: Path, builder: str, where: Source) -> In
 
 def _parse_json(where: Source, path: Path) -> None:
     """Parse a JSON or JSON Lines file; raise an `InputError` for the first bad line."""
+    in_lines = _holds_json_lines(path)
     with _open_text(path) as file:
-        in_lines = _holds_json_lines(path)
-        parts = enumerate(file, start=1) if in_lines else [(0, file.read())]
-        for number, text in parts:
-            if not text.strip():
-                continue
-            text = text.rstrip()
-            try:
-                value = json.loads(text)
-            except json.JSONDecodeError as error:
-                line = number or error.lineno
-                raise InputError(
-                    f"{where.name}, line {line}: malformed JSON ({error.msg}, column "
-                    f"{error.colno}): {text.splitlines()[error.lineno - 1].strip()[:60]!r}"
-                ) from None
-            place = f"{where.name}, line {number}" if number else where.name
-            try:
-                json.dumps(value, ensure_ascii=False).encode()
-            except UnicodeEncodeError as error:  # "\ud83d", whose second half was cut off
-                half = error.object[error.start].encode("unicode_escape").decode()
-                raise InputError(
-                    f"{place}: {half} is half of a surrogate pair, not text; remove it."
-                ) from None
-            if in_lines and not isinstance(value, dict):
-                raise InputError(f"{place}: {kind_of(value)}; each line needs a JSON object.")
+        for number, text in enumerate(file if in_lines else [file.read()], start=1):
+            if text.strip():
+                _parse_value(text.rstrip(), where.name, number if in_lines else 0)
+
+
+def _parse_value(text: str, name: str, number: int) -> None:
+    """Parse a line, an object, or with number 0 a whole file, anything; InputError if it is bad."""
+    place = f"{name}, line {number}" if number else name
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        shown = text.splitlines()[error.lineno - 1].strip()[:60]
+        fault = f"malformed JSON ({error.msg}, column {error.colno}): {shown!r}"
+        raise InputError(f"{name}, line {number or error.lineno}: {fault}") from None
+    except UnicodeEncodeError as error:  # "\ud83d", whose second half was cut off
+        half = error.object[error.start].encode("unicode_escape").decode()
+        fault = f"{half} is half of a surrogate pair, not text; remove it."
+        raise InputError(f"{place}: {fault}") from None
+    if number and not isinstance(value, dict):
+        raise InputError(f"{place}: {kind_of(value)}; each line needs a JSON object.")
 
 
 def _holds_json_lines(path: Path) -> bool:
@@ -379,10 +376,8 @@ def _decode_cells(dataset: AnyDataset, where: Source) -> AnyDataset:
             try:
                 found[column] = None if cell is None else json.loads(cell)
             except json.JSONDecodeError as error:
-                place = where.where(row)
-                raise InputError(
-                    f"{place}: `{column}` is {kind_of(cell)}; a JSON list is needed ({error})."
-                ) from None
+                fault = f"`{column}` is {kind_of(cell)}; a JSON list is needed ({error})."
+                raise InputError(f"{where.where(row)}: {fault}") from None
             if column in ("scores", "ratings") and isinstance(found[column], list):
                 found[column] = [float(v) if type(v) is int else v for v in found[column]]
         return found
