@@ -59,6 +59,10 @@ STATE = sql.Table(
     sql.Column("turns", sql.Integer, nullable=False),
     sql.Column("token", sql.String(64), nullable=False),
 )
+# What each labeler did last with each item, and the answers that stand.
+_LAST = sql.select(sql.func.max(ANSWERS.c.number)).group_by(ANSWERS.c.item, ANSWERS.c.labeler)
+LATEST = sql.select(ANSWERS).where(ANSWERS.c.number.in_(_LAST)).subquery("latest")
+STANDING = sql.select(LATEST).where(LATEST.c.action.not_in(OPEN))
 
 
 class Item(NamedTuple):
@@ -172,12 +176,12 @@ class LabelStore:
         Nobody gets an item that they have labelled or skipped, and at most `labels_per_prompt`
         labelers label an item or have it open. None if nothing is left.
         """
-        latest = _latest()
-        open_for = latest.c.action.in_(OPEN) & (latest.c.time > time.time() - RESERVED_FOR)
-        taken = (latest.c.labeler != labeler) & ((latest.c.action == "label") | open_for)
-        counted = sql.select(latest.c.item, sql.func.count().label("count")).where(taken)
-        others = counted.group_by(latest.c.item).subquery()
-        mine = sql.select(latest).where(latest.c.labeler == labeler).subquery()
+        latest = LATEST.c
+        open_for = latest.action.in_(OPEN) & (latest.time > time.time() - RESERVED_FOR)
+        taken = (latest.labeler != labeler) & ((latest.action == "label") | open_for)
+        counted = sql.select(latest.item, sql.func.count().label("count")).where(taken)
+        others = counted.group_by(latest.item).subquery()
+        mine = sql.select(LATEST).where(latest.labeler == labeler).subquery()
         query = (
             sql.select(ITEMS)
             .outerjoin(others, others.c.item == ITEMS.c.item)
@@ -218,7 +222,8 @@ class LabelStore:
         with self._turn() as connection:
             if _answer_of(connection, answer_id):
                 return True
-            if connection.execute(_standing(labeler).where(ANSWERS.c.item == key)).first():
+            own = STANDING.where(LATEST.c.labeler == labeler, LATEST.c.item == key)
+            if connection.execute(own).first():
                 return False
             _write(connection, answer_id, key, labeler, action, json.dumps(dict(content)))
         return True
@@ -232,26 +237,23 @@ class LabelStore:
         Returns:
             The answer that was taken back, or None if there is none.
         """
-        own = _standing(labeler).order_by(ANSWERS.c.number.desc())
+        own = STANDING.where(LATEST.c.labeler == labeler).order_by(LATEST.c.number.desc())
         with self._turn() as connection:
             found = _answer_of(connection, answer_id)
-            if found is None:
-                found = connection.execute(own).first()
-                if found is None:
-                    return None
+            if found is None and (found := connection.execute(own).first()):
                 _write(connection, answer_id, found.item, labeler, "undo", found.content)
+        if found is None:
+            return None
         return Answer(self.item(found.item), labeler, found.action, json.loads(found.content))
 
     def answers(self) -> list[Answer]:
         """Answers that stand, by item and labeler."""
         items = {item.key: item for item in self.items()}
         with self.engine.connect() as connection:
-            rows = connection.execute(_standing()).all()
-        given: dict[str, list[Answer]] = {key: [] for key in items}
-        for row in sorted(rows, key=lambda row: row.labeler):
-            content = json.loads(row.content)
-            given[row.item].append(Answer(items[row.item], row.labeler, row.action, content))
-        return [answer for answers in given.values() for answer in answers]
+            rows = connection.execute(STANDING).all()
+        places = {key: place for place, key in enumerate(items)}
+        rows = sorted(rows, key=lambda row: (places[row.item], row.labeler))
+        return [Answer(items[r.item], r.labeler, r.action, json.loads(r.content)) for r in rows]
 
     def records(self, split: str = "train") -> list[dict[str, Any]]:
         """The labels of a split as ranking records, one per labeler and item.
@@ -311,19 +313,6 @@ def _is_list_of(values: Any, known: Iterable[Any], count: int) -> bool:
 def _make_durable(connection: Any, _: Any) -> None:
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
-
-
-def _latest() -> sql.Subquery:
-    """What each labeler did last with each item."""
-    latest = sql.select(sql.func.max(ANSWERS.c.number)).group_by(ANSWERS.c.item, ANSWERS.c.labeler)
-    return sql.select(ANSWERS).where(ANSWERS.c.number.in_(latest)).subquery()
-
-
-def _standing(labeler: str | None = None) -> sql.Select:
-    """Answers that stand, of one labeler or of all."""
-    latest = sql.select(_latest().c.number)
-    found = sql.select(ANSWERS).where(ANSWERS.c.number.in_(latest), ANSWERS.c.action.not_in(OPEN))
-    return found if labeler is None else found.where(ANSWERS.c.labeler == labeler)
 
 
 def _answer_of(connection: sql.Connection, answer_id: str) -> Any:

@@ -7,18 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from trl_instruct.console import plural, say
+from trl_instruct.data import records
 from trl_instruct.data.conversion import read
 from trl_instruct.data.labels import MOST_RESPONSES, LabelStore
 from trl_instruct.data.orders import ORDERS
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
-from trl_instruct.data.records import (
-    check_content,
-    check_prompt,
-    check_records,
-    form_of,
-    prompts_of,
-    require_columns,
-)
 from trl_instruct.data.sources import LABEL_STORE, Record, first_record, iterate
 from trl_instruct.errors import InputError
 from trl_instruct.files import CONFIG_FILE
@@ -114,7 +107,7 @@ def _fill(store: LabelStore, options: Namespace, models: Mapping[str, Any]) -> N
     if models and options.dataset_name:
         tokenizer = load_tokenizer(next(iter(models.values())))
         given = options.dataset_name, options.split, tokenizer, None, Reading.of(options)
-        columns = prompts_of(*given)[:]
+        columns = records.prompts_of(*given)[:]
         answers = answers_of(models, columns["prompt"], _sampling(options), columns=columns)
         added += store.add(
             comparison(prompt, {name: texts[row] for name, texts in answers.items()})
@@ -132,17 +125,17 @@ def _candidates(source: str, split: str) -> Iterator[dict[str, Any]]:
     given = (str(file), "train") if file.is_file() else (source, split)
     dataset, where, _ = read(*given, False, "ranking", AS_PUBLISHED)
     first = first_record(dataset, where)
-    require_columns(first, where, ("prompt", "responses"), "A candidate")
-    form = form_of(first)
+    records.require_columns(first, where, ("prompt", "responses"), "A candidate")
+    form = records.form_of(first)
 
     def check(record: Record) -> None:
-        check_prompt(record, form=form)
+        records.check_prompt(record, form=form)
         for index, response in enumerate(record["responses"]):
-            check_content(f"responses[{index}]", response)
+            records.check_content(f"responses[{index}]", response)
         if not 2 <= (count := len(_distinct(record["responses"]))) <= MOST_RESPONSES:
             raise InputError(f"`responses` has {count} that differ; the page shows 2 to 9.")
 
-    for record in iterate(check_records(dataset, where, check)):
+    for record in iterate(records.check_records(dataset, where, check)):
         kept = {name: value for name, value in record.items() if name not in HIDDEN}
         yield {**kept, "responses": _distinct(record["responses"])}
 

@@ -79,7 +79,7 @@ class LabelPage:
             order = _order(item, labeler)
             places = sorted(range(len(order)), key=order.__getitem__)
             label = {name: given.get(name) for name in ("ranks", "overall", "checks")}
-            content |= _each(label, lambda values: [values[place] for place in places])
+            content |= _reordered(label, places)
         saved = self.store.save(_id(given), item.key, labeler, given["action"], content)
         return {"saved": saved, **self.next(given)}
 
@@ -89,8 +89,7 @@ class LabelPage:
         taken = self.store.undo(_id(given), labeler)
         if taken is None:
             return {"item": None}
-        order = _order(taken.item, labeler)
-        content = _each(taken.content, lambda values: [values[index] for index in order])
+        content = _reordered(taken.content, _order(taken.item, labeler))
         return {"item": _shown(taken.item, labeler), "answer": content}
 
     def progress(self, _: Given) -> Given:
@@ -139,14 +138,11 @@ def _turns(content: Any) -> list[tuple[str, str]]:
     return [(m["role"], m.get("content") or json.dumps(m.get("tool_calls"))) for m in content]
 
 
-def _each(content: Given, reorder: Callable[[list], list]) -> Given:
+def _reordered(content: Any, order: list[int]) -> Any:
     """What an answer holds, with each list of one value per response in another order."""
-    found: Given = {}
-    for name, value in content.items():
-        is_list = isinstance(value, list)
-        nested = isinstance(value, dict)
-        found[name] = reorder(value) if is_list else _each(value, reorder) if nested else value
-    return found
+    if isinstance(content, dict):
+        return {name: _reordered(value, order) for name, value in content.items()}
+    return [content[place] for place in order] if isinstance(content, list) else content
 
 
 def label_app(page: LabelPage, port: int, names: tuple[str, ...] = ()) -> Starlette:
@@ -203,10 +199,7 @@ def _is_ours(host: str, names: tuple[str, ...]) -> bool:
     """Whether a Host header names this machine: no site can point an address to itself."""
     with suppress(ValueError):
         name = urlsplit(f"//{host}").hostname or ""
-        if name in ("localhost", *names):
-            return True
-        ipaddress.ip_address(name)
-        return True
+        return name in ("localhost", *names) or bool(ipaddress.ip_address(name))
     return False
 
 
