@@ -2,8 +2,6 @@
 prompts that a record holds twice, as many published files do: in `prompt` and in its replies.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import islice

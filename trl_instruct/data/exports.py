@@ -3,8 +3,6 @@
 Our own readers read all of them back. The tools hold texts, each labeler's order, and the labeler.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from itertools import combinations

@@ -1,7 +1,5 @@
 """The order of a ranking's responses: dense ranks from `ranks`, `scores`, `ratings` or the list."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from numbers import Real

@@ -1,7 +1,5 @@
 """Pairs in TRL's preference format: from rankings, and from pairs files."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from functools import partial

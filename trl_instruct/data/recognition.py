@@ -1,7 +1,5 @@
 """Which published shape a file has, told by its columns."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple

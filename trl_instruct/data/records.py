@@ -3,8 +3,6 @@
 An `InputError` names the source, the line (or row) and the field at fault.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any

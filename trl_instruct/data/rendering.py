@@ -6,8 +6,6 @@ these too: if a tokenizer would merge the prompt's last letters with the complet
 completion is tokenised after the prompt's own tokens.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Mapping, Sequence

@@ -7,8 +7,6 @@ tells the shapes apart, `conversion.py` sorts out what a reading cannot use (an 
 docs/bring_your_data.md has the sources.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 An answer is one labeler's ranking. Suggestions and predictions are a machine's: not read.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The gold scorer: how well a completion does what its task asks, judged from the text alone."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable

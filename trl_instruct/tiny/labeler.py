@@ -1,7 +1,5 @@
 """The simulated labeler: ranks by the gold score as noisily as people rank."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

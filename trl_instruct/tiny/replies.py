@@ -1,7 +1,5 @@
 """Replies of the tiny world: good ones, and flawed ones as on the web."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """The data of the tiny world: six splits that share no instruction."""
 
-from __future__ import annotations
-
 import random
 import zlib
 from collections.abc import Iterator
