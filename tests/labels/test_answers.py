@@ -5,10 +5,11 @@ from transformers import AutoModelForCausalLM
 
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.errors import InputError
+from trl_instruct.generation.sampling import Sampling
 from trl_instruct.labels import answers
-from trl_instruct.labels.answers import AnswerOptions, answers_of
+from trl_instruct.labels.answers import answers_of
 
-QUICK = AnswerOptions(response_length=4)
+QUICK = Sampling(response_length=4)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,7 @@ def test_models_answer_side_by_side(folders):
 
 def test_the_seed(folders):
     models = {"plain": folders / "plain"}
-    one, same, other = (
-        answers_of(models, ["Q: "] * 3, AnswerOptions(4, seed=seed)) for seed in (1, 1, 2)
-    )
+    one, same, other = (answers_of(models, ["Q: "] * 3, QUICK, seed=seed) for seed in (1, 1, 2))
     assert one == same != other
 
 

@@ -15,18 +15,11 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from trl.scripts.utils import DatasetConfig
 
 from trl_instruct.console import get_logger, plural
+from trl_instruct.data import sources
 from trl_instruct.data.orders import dense_ranks
 from trl_instruct.data.reading import Reading, rename
 from trl_instruct.data.recognition import Shape, shape_of
-from trl_instruct.data.sources import (
-    AnyDataset,
-    Record,
-    Source,
-    first_record,
-    iterate,
-    load_records,
-    map_records,
-)
+from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, iterate
 from trl_instruct.errors import InputError, explained, kind_of
 
 logger = get_logger(__name__)
@@ -56,7 +49,7 @@ def read(
             records; a row that its shape does not explain.
     """
     where = Source.of(source, split)
-    dataset = rename(load_records(source, split, streaming), where, reading)
+    dataset = rename(sources.load_records(source, split, streaming), where, reading)
     first = _typical_record(dataset, where)
     shape = shape_of(first, kind)
     if shape is not None:
@@ -67,7 +60,7 @@ def read(
             return {"prompt": reading.prompt_of(record)}
 
     if reading.writes_prompts() and ("prompt" in first or reading.prompt_template):
-        dataset = map_records(dataset, with_prompt, with_indices=True)
+        dataset = sources.map_records(dataset, with_prompt, with_indices=True)
     elif "prompt" in first and (unread := [n for n in BESIDE_PROMPT if _is_unread(first, n)]):
         logger.warning(
             "%s: `%s` stands beside `prompt` and is not read; --prompt_template '{%s}\\n{prompt}' "

@@ -116,7 +116,7 @@ def load_records(source: Any, split: str = "train", streaming: bool = False) -> 
     elif isinstance(source, DatasetConfig):
         dataset = _load_configured(source, split, streaming, where)
     elif isinstance(source, str) and source.startswith("tiny:"):
-        dataset = _load_tiny(source.removeprefix("tiny:"), streaming)
+        dataset = _load_tiny(source.removeprefix("tiny:"))
     elif isinstance(source, (str, PathLike)):
         dataset = _load_path(source, split, streaming, where)
     else:
@@ -125,7 +125,8 @@ def load_records(source: Any, split: str = "train", streaming: bool = False) -> 
             "Hub id or a datasets.Dataset; a list of dicts becomes one with Dataset.from_list."
         )
     first_record(dataset, where)
-    return dataset
+    is_whole = isinstance(dataset, Dataset) and isinstance(source, (str, PathLike))
+    return dataset.to_iterable_dataset() if streaming and is_whole else dataset
 
 
 def first_record(dataset: AnyDataset, source: Source) -> dict[str, Any]:
@@ -164,14 +165,13 @@ def name_of(dataset: Any) -> str | None:
     return fspath(dataset) if isinstance(dataset, (str, PathLike)) else None
 
 
-def _load_tiny(name: str, streaming: bool) -> AnyDataset:
+def _load_tiny(name: str) -> AnyDataset:
     from trl_instruct.tiny import split  # builds the world only when needed
 
     try:
-        dataset = split(name)
+        return split(name)
     except ValueError as error:
         raise InputError(f"tiny:{name}: {error}") from error
-    return dataset.to_iterable_dataset() if streaming else dataset
 
 
 def _load_path(
@@ -179,7 +179,7 @@ def _load_path(
 ) -> AnyDataset:
     path = Path(fspath(source)).expanduser()
     if LABEL_STORE.fullmatch(str(source)) and ("://" in str(source) or path.is_file()):
-        return _load_labels(str(source), split, streaming)
+        return _load_labels(str(source), split)
     if path.is_dir():
         return _load_folder(path, split, streaming, where)
     builder = next((kind for end, kind in BUILDERS.items() if path.name.lower().endswith(end)), "")
@@ -193,12 +193,11 @@ def _load_path(
     return _load_named(DatasetConfig(str(source)), split, streaming, where)
 
 
-def _load_labels(address: str, split: str, streaming: bool) -> AnyDataset:
+def _load_labels(address: str, split: str) -> AnyDataset:
     """What people labelled so far, in a store that `trl-instruct label` fills."""
     with needs_extra("label"):
         from trl_instruct.data.labels import LabelStore
-    dataset = Dataset.from_list(LabelStore(address).records(split))
-    return dataset.to_iterable_dataset() if streaming else dataset
+    return Dataset.from_list(LabelStore(address).records(split))
 
 
 def _load_configured(
@@ -241,8 +240,7 @@ def _load_folder(path: Path, split: str, streaming: bool, where: Source) -> AnyD
     except (ValueError, LookupError, TypeError, DatasetGenerationError) as error:
         cause = error.__cause__ or error
         raise InputError(f"{where.name}: split {split!r} could not be loaded: {cause}") from error
-    dataset = _take_split(saved, split, where) if isinstance(saved, DatasetDict) else saved
-    return dataset.to_iterable_dataset() if streaming else dataset
+    return _take_split(saved, split, where) if isinstance(saved, DatasetDict) else saved
 
 
 def _take_split(splits: Mapping[str, AnyDataset], split: str, where: Source) -> AnyDataset:

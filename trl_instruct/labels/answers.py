@@ -1,7 +1,7 @@
 """Answers of checkpoints to the same prompts, for people to compare."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from accelerate import PartialState
 from transformers import set_seed
@@ -15,20 +15,12 @@ from trl_instruct.models.properties import ModelSource
 from trl_instruct.models.tokenizers import load_tokenizer
 
 
-class AnswerOptions(NamedTuple):
-    """Sampling options as in `generation.sampling.generate`, and the seed."""
-
-    response_length: int = 128
-    temperature: float = 1.0
-    stop_strings: Sequence[str] | None = None
-    seed: int = 0
-
-
 def answers_of(
     models: Mapping[str, ModelSource],
     prompts: Sequence[Any],
-    sampling: AnswerOptions,
+    sampling: Sampling,
     *,
+    seed: int = 0,
     columns: Mapping[str, Sequence[Any]] | None = None,
     typed: Reading | None = None,
 ) -> dict[str, list[str]]:
@@ -36,6 +28,7 @@ def answers_of(
 
     Args:
         models: checkpoints by name; an adapter's folder, too.
+        seed: set anew for each of them.
         prompts: texts or lists of messages as in records, or typed texts.
         columns: the other columns of the records, which the chat template may read.
         typed: how typed prompts are written; None: they are records. If it leaves them as they are,
@@ -46,8 +39,6 @@ def answers_of(
             context.
     """
     answers = {}
-    lengths = sampling.response_length, None
-    options = Sampling(*lengths, sampling.stop_strings, sampling.temperature)
     for name, source in models.items():
         tokenizer = load_tokenizer(source)
         asked = list(prompts)
@@ -55,11 +46,11 @@ def answers_of(
             asked = [typed.prompt_of({"prompt": text}) for text in prompts]
         elif typed is not None and tokenizer.chat_template is not None:
             asked = [[{"role": "user", "content": text}] for text in prompts]
-        with explained(f"seed is {sampling.seed}"):
-            set_seed(sampling.seed)
+        with explained(f"seed is {seed}"):
+            set_seed(seed)
         policy = load_policy(source, ModelConfig(dtype="float32")).to(PartialState().device)
         given = {**(columns or {}), "prompt": asked}
-        token_lists, _ = prompt_tokens(given, tokenizer, policy, options)
-        several = sample_several(policy, tokenizer, token_lists, 1, options)
+        token_lists, _ = prompt_tokens(given, tokenizer, policy, sampling)
+        several = sample_several(policy, tokenizer, token_lists, 1, sampling)
         answers[name] = [completion.text for (completion,) in several]
     return answers

@@ -15,7 +15,8 @@ from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.data.sources import LABEL_STORE, Record, first_record, iterate
 from trl_instruct.errors import InputError
 from trl_instruct.files import CONFIG_FILE
-from trl_instruct.labels.answers import AnswerOptions, answers_of
+from trl_instruct.generation.sampling import Sampling
+from trl_instruct.labels.answers import answers_of
 from trl_instruct.labels.comparisons import comparison, comparison_lines
 from trl_instruct.labels.server import LabelPage, serve
 from trl_instruct.models.tokenizers import load_tokenizer
@@ -71,7 +72,7 @@ def label(options: Namespace) -> None:
             sampling = _sampling(options)
 
             def answer(prompt: str) -> dict[str, str]:
-                given = answers_of(models, [prompt], sampling, typed=Reading.of(options))
+                given = answers_of(models, [prompt], typed=Reading.of(options), **sampling)
                 return {name: text for name, (text,) in given.items()}
 
         questions = tuple(options.questions)
@@ -108,7 +109,7 @@ def _fill(store: LabelStore, options: Namespace, models: Mapping[str, Any]) -> N
         tokenizer = load_tokenizer(next(iter(models.values())))
         given = options.dataset_name, options.split, tokenizer, None, Reading.of(options)
         columns = records.prompts_of(*given)[:]
-        answers = answers_of(models, columns["prompt"], _sampling(options), columns=columns)
+        answers = answers_of(models, columns["prompt"], columns=columns, **_sampling(options))
         added += store.add(
             comparison(prompt, {name: texts[row] for name, texts in answers.items()})
             for row, prompt in enumerate(columns["prompt"])
@@ -144,9 +145,9 @@ def _distinct(responses: list[Any]) -> list[Any]:
     return list({json.dumps(response): response for response in responses}.values())
 
 
-def _sampling(options: Namespace) -> AnswerOptions:
-    names = ("response_length", "temperature", "stop_strings", "seed")
+def _sampling(options: Namespace) -> dict[str, Any]:
     for name in ("response_length", "temperature"):
         if getattr(options, name) <= 0:
             raise InputError(f"{name} is {getattr(options, name)}; it must be above 0.")
-    return AnswerOptions(**{name: getattr(options, name) for name in names})
+    given = options.response_length, None, options.stop_strings, options.temperature
+    return {"sampling": Sampling(*given), "seed": options.seed}
