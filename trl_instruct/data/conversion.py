@@ -3,8 +3,6 @@
 What a file does not give is counted, with the reason, in one line. Several datasets become one.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -132,7 +130,7 @@ def _typical_record(dataset: AnyDataset, source: Source) -> dict[str, Any]:
 
 
 def _convert(
-    dataset: AnyDataset, where: Source, shape: Shape, counts: _Counts, reading: Reading
+    dataset: AnyDataset, where: Source, shape: Shape, counts: "_Counts", reading: Reading
 ) -> tuple[AnyDataset, Source]:
     """The records that a file of a published shape gives; what it does not give is told."""
     options: dict[str, Any] = {"where": where, "shape": shape, "counts": counts, "reading": reading}
@@ -161,7 +159,7 @@ def _streamed(rows: IterableDataset, **options: Any) -> Iterator[dict[str, Any]]
 
 
 def _records(
-    rows: Iterable[Record], *, where: Source, shape: Shape, counts: _Counts, reading: Reading
+    rows: Iterable[Record], *, where: Source, shape: Shape, counts: "_Counts", reading: Reading
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """What the rows give, each record with the number of its (first) row."""
     for number, members in _grouped(rows, shape.group):

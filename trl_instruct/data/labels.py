@@ -5,8 +5,6 @@ becomes of the files that they came from. Rows are only ever added: what a label
 item counts, be it to open it, to answer, or to take the answer back.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import secrets
@@ -75,7 +73,7 @@ class Item(NamedTuple):
     columns: dict[str, Any]
 
     @classmethod
-    def of(cls, row: Any) -> Item:
+    def of(cls, row: Any) -> "Item":
         """The item of a row of `ITEMS`."""
         columns = json.loads(row.content)
         return cls(row.item, row.split, columns.pop("prompt"), columns.pop("responses"), columns)

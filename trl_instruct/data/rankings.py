@@ -1,7 +1,5 @@
 """Rankings of K responses: ranks, scores, ratings and plain order become one canonical form."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections import Counter
@@ -70,7 +68,7 @@ class RankingCounts:
         k, without = len(ranking.responses), int(strict == 0)
         self.update(RankingCounts(1, k, strict, ties, ranking.duplicates, without))
 
-    def update(self, other: RankingCounts) -> None:
+    def update(self, other: "RankingCounts") -> None:
         """Add other counts."""
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))

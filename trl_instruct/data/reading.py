@@ -3,8 +3,6 @@
 `conversion.py` reads published shapes; all loaders read through its `read`.
 """
 
-from __future__ import annotations
-
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -41,7 +39,7 @@ class Reading:
     found: list[Source] | None = None
 
     @classmethod
-    def of(cls, config: Any, *, strict: bool = True) -> Reading:
+    def of(cls, config: Any, *, strict: bool = True) -> "Reading":
         """How a stage's config, or the options of a command, say to read files."""
         names = ("prompt_template", "prompt_suffix", "on_bad_record", "faults")
         same: Any = {name: getattr(config, name) for name in names}
@@ -86,7 +84,7 @@ class Reading:
         """Where the records of the last source lie."""
         return self.found[-1] if self.found else Source("the data")
 
-    def of_another(self) -> Reading:
+    def of_another(self) -> "Reading":
         """The same for another source, which need not have the columns."""
         return replace(self, strict=False, found=[])
 

@@ -1,7 +1,5 @@
 """Where records come from: a dataset, a file, a folder, the Hub, the embedded tiny world."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import re
@@ -60,7 +58,7 @@ class Source:
     rows: tuple[int, ...] | None = None  # the file's row of each record, if they differ
 
     @classmethod
-    def of(cls, source: Any, split: str = "train") -> Source:
+    def of(cls, source: Any, split: str = "train") -> "Source":
         if isinstance(source, DatasetConfig):
             return cls.of(source.path, split)
         if not isinstance(source, (str, PathLike)):
@@ -70,7 +68,7 @@ class Source:
         path = Path(fspath(source)).expanduser()
         return cls(str(source), path if path.is_file() and _holds_json_lines(path) else None)
 
-    def narrowed(self, rows: Sequence[int]) -> Source:
+    def narrowed(self, rows: Sequence[int]) -> "Source":
         """The source of some of its records, which then count from 0."""
         return replace(self, rows=tuple(self.rows[row] if self.rows else row for row in rows))
 

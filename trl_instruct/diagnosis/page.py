@@ -1,7 +1,5 @@
 """One page that says how the stages went: diagnosis, table, figures, completions."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

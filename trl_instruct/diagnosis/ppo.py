@@ -1,7 +1,5 @@
 """Findings of a PPO run: its own logs against thresholds."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterator, Sequence

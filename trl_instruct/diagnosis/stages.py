@@ -1,7 +1,5 @@
 """Findings of SFT and the reward model: their measurements against thresholds."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial

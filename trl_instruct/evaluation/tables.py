@@ -1,7 +1,5 @@
 """Checkpoints side by side in tables and a figure."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

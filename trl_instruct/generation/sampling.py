@@ -1,7 +1,5 @@
 """Prompts -> completions: tokenised, cut to fit, sampled from the policy, decoded."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -75,7 +73,7 @@ class Sampling(NamedTuple):
     batch_size: int = 64
 
     @classmethod
-    def of(cls, config: Any, batch_size: int = 64) -> Sampling:
+    def of(cls, config: Any, batch_size: int = 64) -> "Sampling":
         """The options of a stage's config."""
         lengths = config.response_length, config.max_prompt_length
         return cls(*lengths, config.stop_strings, config.temperature, batch_size)

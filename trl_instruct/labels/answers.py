@@ -28,8 +28,8 @@ def answers_of(
 
     Args:
         models: checkpoints by name; an adapter's folder, too.
-        seed: set anew for each of them.
         prompts: texts or lists of messages as in records, or typed texts.
+        seed: set anew for each model.
         columns: the other columns of the records, which the chat template may read.
         typed: how typed prompts are written; None: they are records. If it leaves them as they are,
             they become messages where there is a chat template.

@@ -1,7 +1,5 @@
 """LoRA adapters: create one, continue from one, start a reward model from a policy's."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import hashlib
@@ -54,7 +52,7 @@ class Adapter:
     base: str
 
     @classmethod
-    def read(cls, folder: str | os.PathLike) -> Adapter:
+    def read(cls, folder: str | os.PathLike) -> "Adapter":
         """The adapter in a folder; InputError if its config is broken, or base or weights lack."""
         path = os.fspath(folder)
         broken = f"{os.path.join(path, CONFIG)!r} is not an adapter's config as peft writes it"

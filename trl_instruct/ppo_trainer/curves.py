@@ -1,7 +1,5 @@
 """What a PPO run shows: a completion now and then, and its curves at the end."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from collections.abc import Mapping, Sequence

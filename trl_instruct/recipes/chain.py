@@ -1,7 +1,5 @@
 """The chain of stages that led to a folder: config, metrics and logs of each."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

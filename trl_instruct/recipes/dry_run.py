@@ -3,8 +3,6 @@
 `trl-instruct check STAGE` ends there: `config.faults` is then a list, and nothing is trained.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Iterable, Sequence, Sized

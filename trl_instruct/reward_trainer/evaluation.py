@@ -1,7 +1,5 @@
 """A reward model on held-out rankings: accuracy, best of K, calibration, length."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import defaultdict
@@ -90,7 +88,7 @@ class Comparisons(NamedTuple):
         known = self.where(~self.gold.isnan())
         return known.accuracy(known.gold).mean if len(known.gold) else None
 
-    def where(self, chosen: Tensor) -> Comparisons:
+    def where(self, chosen: Tensor) -> "Comparisons":
         """The pairs that a mask or index selects."""
         return Comparisons(*(field[chosen] for field in self))
 

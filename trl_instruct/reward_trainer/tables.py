@@ -1,7 +1,5 @@
 """The evaluation of a reward model as a short table and a figure."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The instructions of the tiny world: what a task asks, its text, and how tasks are drawn."""
 
-from __future__ import annotations
-
 import json
 import random
 from dataclasses import asdict, dataclass
@@ -55,9 +53,10 @@ class Task:
     @property
     def prompt(self) -> str:
         """The instruction; a byte-level tokenizer always splits after its final newline."""
+        groups = [f"{COUNTS[n]} {name if n == 1 else plural(name)}" for name, n in self.groups]
         blanks = {
             "tone": self.tone and f", {self.tone}",
-            "groups": self.groups and join_and([_group_text(*group) for group in self.groups]),
+            "groups": self.groups and join_and(groups),
         }
         if self.noun:
             blanks |= {"noun": phrase(self.noun), "category": with_article(self.category)}
@@ -71,7 +70,7 @@ class Task:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Task:
+    def from_json(cls, text: str) -> "Task":
         """The task that :meth:`to_json` wrote.
 
         >>> task = Task("list", groups=(("bird", 3),), tone="sadly")
@@ -91,10 +90,6 @@ class Task:
     def answer(self) -> str:
         """The right answer to a question: "yes" or "no"."""
         return "yes" if self.category == self.true_category else "no"
-
-
-def _group_text(category: str, count: int) -> str:
-    return f"{COUNTS[count]} {category if count == 1 else plural(category)}"
 
 
 def sample_task(rng: random.Random) -> Task:
