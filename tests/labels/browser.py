@@ -217,7 +217,8 @@ def test_an_order_that_nobody_touched_is_asked_about(server, labeler):
     expect(page.locator("#state")).to_contain_text("Save again if it is right")
     assert server.store.answers() == []
     page.keyboard.press("Enter")
-    expect(page.locator("#far span")).to_contain_text("1 of 2 · you 1")
+    expect(page.locator("#prompt")).to_contain_text("number 1")
+    assert [answer.labeler for answer in server.store.answers()] == ["anna"]
 
 
 def test_undo_skip_flag_note_and_a_draft_over_a_reload(server, labeler):
