@@ -223,12 +223,9 @@ def split_by_prompt(
     (4, 2, set())
     """
     if isinstance(dataset, IterableDataset):
-        raise InputError(
-            "split_by_prompt needs all rows at once: load the data with streaming=False."
-        )
-    records.require_columns(
-        dataset.column_names, Source.of(dataset), ("prompt",), "A split by prompt"
-    )
+        raise InputError("split_by_prompt needs all rows at once: load the data without streaming.")
+    found, where = dataset.column_names, Source.of(dataset)
+    records.require_columns(found, where, ("prompt",), "A split by prompt")
     keys = [_digest(seed, prompt_key(prompt)) for prompt in iterate(dataset, "prompt")]
     prompts = sorted(set(keys))
     wanted = test_size if isinstance(test_size, int) else round(test_size * len(prompts))

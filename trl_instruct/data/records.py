@@ -155,12 +155,10 @@ def load_texts(
         if not isinstance(record.get("text"), str):
             raise InputError(f"`text` is {kind_of(record.get('text'))}; text is needed.")
 
-    def has_text(record: Record, row: int) -> bool:
-        return bool(record["text"].strip())
-
     dataset = check_records(dataset, where, check, reading)
     where = (reading.found or [where])[-1]
-    kept = reading.keep(dataset, has_text, where, "all {} rows have an empty `text`.")
+    none = "all {} rows have an empty `text`."
+    kept = reading.keep(dataset, lambda record, _: bool(record["text"].strip()), where, none)
     if isinstance(dataset, IterableDataset):
         logger.info("%s: streaming; rows without text are left out as they come", where.name)
     elif dropped := len(dataset) - len(kept):

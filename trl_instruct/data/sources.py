@@ -13,14 +13,8 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from datasets import (
-    Dataset,
-    DatasetDict,
-    IterableDataset,
-    IterableDatasetDict,
-    load_dataset,
-    load_from_disk,
-)
+import datasets
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from trl.scripts.utils import DatasetConfig
 
@@ -107,12 +101,12 @@ def load_records(source: Any, split: str = "train", streaming: bool = False) -> 
     1
     """
     where = Source.of(source, split)
-    if isinstance(source, (DatasetDict, IterableDatasetDict)):
+    if isinstance(source, (DatasetDict, datasets.IterableDatasetDict)):
         dataset = _take_split(source, split, where)
     elif isinstance(source, (Dataset, IterableDataset)):
         dataset = source
     elif isinstance(source, DatasetConfig):
-        dataset = _load_configured(source, split, streaming, where)
+        dataset = _load_entry(source, split, streaming, where)
     elif isinstance(source, str) and source.startswith("tiny:"):
         dataset = _load_tiny(source.removeprefix("tiny:"))
     elif isinstance(source, (str, PathLike)):
@@ -172,9 +166,7 @@ def _load_tiny(name: str) -> AnyDataset:
         raise InputError(f"tiny:{name}: {error}") from error
 
 
-def _load_path(
-    source: str | PathLike[str], split: str, streaming: bool, where: Source
-) -> AnyDataset:
+def _load_path(source: str | PathLike, split: str, streaming: bool, where: Source) -> AnyDataset:
     path = Path(fspath(source)).expanduser()
     if LABEL_STORE.fullmatch(str(source)) and ("://" in str(source) or path.is_file()):
         return _load_labels(str(source), split)
@@ -198,9 +190,7 @@ def _load_labels(address: str, split: str) -> AnyDataset:
     return Dataset.from_list(LabelStore(address).records(split))
 
 
-def _load_configured(
-    config: DatasetConfig, split: str, streaming: bool, where: Source
-) -> AnyDataset:
+def _load_entry(config: DatasetConfig, split: str, streaming: bool, where: Source) -> AnyDataset:
     """What TRL's config of one dataset names."""
     if config.name or config.data_files or config.data_dir:
         dataset = _load_named(config, split, streaming, where)
@@ -231,7 +221,7 @@ def _load_folder(path: Path, split: str, streaming: bool, where: Source) -> AnyD
     try:
         if not was_saved:
             return load_dataset(str(path), split=split, streaming=streaming)
-        saved = load_from_disk(str(path))
+        saved = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:
         known = "whole saved dataset" if was_saved else f"data file ({', '.join(BUILDERS)})"
         raise InputError(f"{where.name}: the folder holds no {known}.") from error

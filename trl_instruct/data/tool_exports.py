@@ -63,14 +63,9 @@ def _rankings(given: Mapping[str, Any], answers: Iterable[Answer]) -> list[Any]:
                 f"`{question}` ranks {', '.join(map(str, names))}, but the fields are "
                 f"{', '.join(fields)}. Say which is which, for each: --columns OPTION=FIELD."
             )
-        found.append(
-            {
-                "prompt": _text(fields, names, "prompt"),
-                "responses": [fields[name] for name in names],
-                "ranks": [option.get("rank", place) for place, option in enumerate(options, 1)],
-                "labeler": _name(user),
-            }
-        )
+        prompt, texts = _text(fields, names, "prompt"), [fields[name] for name in names]
+        ranks = [option.get("rank", place) for place, option in enumerate(options, 1)]
+        found.append({"prompt": prompt, "responses": texts, "ranks": ranks, "labeler": _name(user)})
     ranked = any(isinstance(record, dict) for record in found)
     for labeler, stars in rated.items():
         if ranked or len(stars) < 2:

@@ -127,10 +127,7 @@ def _visible(query: Tensor, key: Tensor, query_place: Tensor, key_place: Tensor)
 
 
 def sharing_pays(
-    shared: Sequence[int],
-    separate: Sequence[int],
-    hidden_size: int,
-    skips_hidden: bool = False,
+    shared: Sequence[int], separate: Sequence[int], hidden_size: int, skips_hidden: bool = False
 ) -> bool:
     """Whether shared rows are less work than one row per response.
 

@@ -120,9 +120,7 @@ def reader_remark(task: Task, reply: str) -> str:
 def _check_items(task: Task, body: str, words: list[str]) -> dict[str, bool]:
     """A group is met by as many items of its category as asked, even if one comes twice."""
     named, different = _named(words), _named(set(words))
-    report = {
-        category: different[category] <= count <= named[category] for category, count in task.groups
-    }
+    report = {kind: different[kind] <= count <= named[kind] for kind, count in task.groups}
     if task.word:
         place = rf"\b{_PREPOSITION} the {task.word}\b"
         report["word"] = re.search(place, body) is not None
@@ -140,10 +138,8 @@ def _check_answer(task: Task, body: str, words: list[str]) -> dict[str, bool]:
     answers = [word for word in words if word in ("yes", "no")]
     reply = _BODIES["answer"].fullmatch(body)
     truth = (phrase(task.noun).lower(), with_article(task.true_category))
-    return {
-        "answer": answers == [task.answer] == words[:1],
-        "reason": reply is not None and reply.groups() == truth,
-    }
+    is_right = answers == [task.answer] == words[:1]
+    return {"answer": is_right, "reason": reply is not None and reply.groups() == truth}
 
 
 def _superfluous(task: Task, text: str, words: list[str], num_openings: int) -> int:

@@ -5,19 +5,15 @@ from typing import Any
 
 import yaml
 
-WORLD: dict[str, Any] = yaml.safe_load(
-    Path(__file__).with_name("world.yaml").read_text(encoding="utf-8")
-)
-CATEGORIES: dict[str, list[str]] = {
-    name: nouns.split() for name, nouns in WORLD["categories"].items()
-}
+_TEXT = Path(__file__).with_name("world.yaml").read_text(encoding="utf-8")
+WORLD: dict[str, Any] = yaml.safe_load(_TEXT)
+CATEGORIES: dict[str, list[str]] = {k: nouns.split() for k, nouns in WORLD["categories"].items()}
 CATEGORY_OF = {noun: category for category, nouns in CATEGORIES.items() for noun in nouns}
 NOUNS = list(CATEGORY_OF)
 QUESTION_NOUNS = [nouns[0] for nouns in CATEGORIES.values()]
 TONES: dict[str, list[str]] = WORLD["tones"]
-PLACES, PREPOSITIONS, VERBS, JUNK = (
-    WORLD[name].split() for name in ("places", "prepositions", "verbs", "junk")
-)
+PLACES, PREPOSITIONS = WORLD["places"].split(), WORLD["prepositions"].split()
+VERBS, JUNK = WORLD["verbs"].split(), WORLD["junk"].split()
 CHATTER: list[str] = WORLD["chatter"]
 
 

@@ -48,11 +48,9 @@ def _good_draft(task: Task, rng: random.Random) -> _Draft:
     if task.format == "answer":
         reason = (task.noun, task.true_category)
         return _Draft("answer", opening=opening, answer=task.answer, reason=reason)
-    items = [
-        noun
-        for category, count in task.groups
-        for noun in rng.sample(lexicon.CATEGORIES[category], count)
-    ]
+    items: list[str] = []
+    for category, count in task.groups:
+        items += rng.sample(lexicon.CATEGORIES[category], count)
     return _Draft(task.format, opening=opening, items=tuple(items), word=task.word)
 
 
@@ -107,13 +105,9 @@ def _spoil_answer(task: Task, draft: _Draft, rng: random.Random) -> _Draft:
     if _hit("answer", rng):
         answer = "no" if answer == "yes" else "yes"
     if _hit("reason", rng):
-        other_noun = rng.choice(lexicon.QUESTION_NOUNS)
+        other = rng.choice(lexicon.QUESTION_NOUNS)
         wrong_category = rng.choice([c for c in lexicon.CATEGORIES if c != task.true_category])
-        wrongs = (
-            ("", ""),
-            (other_noun, lexicon.CATEGORY_OF[other_noun]),
-            (task.noun, wrong_category),
-        )
+        wrongs = ("", ""), (other, lexicon.CATEGORY_OF[other]), (task.noun, wrong_category)
         reason = rng.choice(wrongs)
     return replace(draft, answer=answer, reason=reason)
 

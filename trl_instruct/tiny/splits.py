@@ -54,9 +54,8 @@ def split(name: str) -> Dataset:
     rng = random.Random(f"tiny world, {name}")
     tasks = _tasks(name, rng)
     if name == "pretraining":
-        return Dataset.from_dict(
-            {"text": [_document(next(tasks), rng) for _ in range(SIZES[name])]}
-        )
+        texts = [_document(next(tasks), rng) for _ in range(SIZES[name])]
+        return Dataset.from_dict({"text": texts})
     unique: dict[str, Task] = {}
     while len(unique) < SIZES[name]:
         task = next(tasks)

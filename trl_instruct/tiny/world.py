@@ -54,10 +54,7 @@ class Task:
     def prompt(self) -> str:
         """The instruction; a byte-level tokenizer always splits after its final newline."""
         groups = [f"{COUNTS[n]} {name if n == 1 else plural(name)}" for name, n in self.groups]
-        blanks = {
-            "tone": self.tone and f", {self.tone}",
-            "groups": self.groups and join_and(groups),
-        }
+        blanks = {"tone": self.tone and f", {self.tone}", "groups": groups and join_and(groups)}
         if self.noun:
             blanks |= {"noun": phrase(self.noun), "category": with_article(self.category)}
         text = INSTRUCTIONS[self.format][self.wording].format(**blanks)
