@@ -99,6 +99,8 @@ class LabelStore:
         address: a file, which SQLite makes, or the address of a server, in SQLAlchemy's notation:
             `postgresql+psycopg://me@host/labels`.
 
+    `token` opens the page: the same for all sessions, so that open pages outlive a restart.
+
     Raises:
         InputError: the file is no such database, or the server cannot be reached.
     """
@@ -121,18 +123,14 @@ class LabelStore:
             state = {"one": 1, "turns": 0, "token": secrets.token_urlsafe(24)}
             with suppress(IntegrityError), self.engine.begin() as connection:
                 connection.execute(sql.insert(STATE).values(**state))
+            with self.engine.connect() as connection:
+                self.token: str = connection.execute(sql.select(STATE.c.token)).scalar_one()
         except (SQLAlchemyError, ImportError, OSError) as error:
             told = str(error).splitlines()[0]
             raise InputError(
                 f"{self.address!r} cannot be used as a store of labels: {told}. Give a new file, "
                 "the store of an earlier session, or a database's address in SQLAlchemy's notation."
             ) from error
-
-    @property
-    def token(self) -> str:
-        """What opens the page: the same for all sessions, so that open pages outlive a restart."""
-        with self.engine.connect() as connection:
-            return connection.execute(sql.select(STATE.c.token)).scalar_one()
 
     def add(self, records: Iterable[Mapping[str, Any]], split: str = "train") -> int:
         """Add items that are not there yet; returns their number.

@@ -75,8 +75,7 @@ def label(options: Namespace) -> None:
                 given = answers_of(models, [prompt], typed=Reading.of(options), **sampling)
                 return {name: text for name, (text,) in given.items()}
 
-        questions = tuple(options.questions)
-        page = LabelPage(store, options.labels_per_prompt, questions, answer)
+        page = LabelPage(store, options.labels_per_prompt, tuple(options.questions), answer)
         serve(page, options.host, options.port)
     for line in comparison_lines(store):
         say(line)

@@ -85,11 +85,8 @@ def explain(task: Task, completion: str) -> dict[str, bool | float]:
     start = _OPENING.match(text)
     body = text[start.end() :] if start else text
     words = _WORD.findall(_OPENING.sub(" ", text))
-    report: dict[str, bool | float] = {}
-    if task.format == "answer":
-        report |= _check_answer(task, body, words)
-    else:
-        report |= _check_items(task, body, words)
+    check = _check_answer if task.format == "answer" else _check_items
+    report: dict[str, bool | float] = {**check(task, body, words)}
     if task.tone:
         shown = [_TONE_OF[opening] for opening in openings]
         report["tone"] = start is not None and shown == [task.tone] and bool(words)

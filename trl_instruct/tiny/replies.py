@@ -32,11 +32,8 @@ def good_reply(task: Task, rng: random.Random) -> str:
 
 def flawed_reply(task: Task, rng: random.Random) -> str:
     """A reply that breaks each constraint at its rate of world.yaml."""
-    draft = _good_draft(task, rng)
-    if task.format == "answer":
-        draft = _spoil_answer(task, draft, rng)
-    else:
-        draft = _spoil_items(task, draft, rng)
+    spoil = _spoil_answer if task.format == "answer" else _spoil_items
+    draft = spoil(task, _good_draft(task, rng), rng)
     if _hit("tone", rng):
         others = [opening for openings in lexicon.TONES.values() for opening in openings]
         draft = replace(draft, opening=rng.choice(others) if rng.random() < 0.5 else "")
