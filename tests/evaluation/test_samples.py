@@ -8,6 +8,7 @@ from trl_instruct.configs import EvaluateConfig
 from trl_instruct.errors import InputError
 from trl_instruct.evaluation.measurement import Subject, measure
 from trl_instruct.generation.sampling import generate
+from trl_instruct.generation.token_sampling import Sampling
 from trl_instruct.padding import unpadded
 
 
@@ -48,7 +49,7 @@ def test_samples_hold_scores_lengths_and_the_kl_of_each_completion(
     asked = tokenizer(prompts)["input_ids"]
     set_seed(0)
     stops = [256, *range(32)]
-    tokens, _, _ = generate(policy, asked, max_new_tokens=6, eos_token_ids=stops, batch_size=3)
+    tokens, _, _ = generate(policy, asked, Sampling(6, batch_size=3), eos_token_ids=stops)
     assert unpadded(tokens, result.sampled.completion_lengths) == result.sampled.ids
     for row, width in enumerate(lengths):
         ids = torch.tensor([asked[row] + tokens[row, :width].tolist()])

@@ -14,13 +14,15 @@ from trl_instruct.generation.sampling import (
     generate,
     unused_sampling,
 )
+from trl_instruct.generation.token_sampling import Sampling
 from trl_instruct.logprobs import entropy, log_distribution, token_logprobs
 
 
 def sample(model, prompts, **options):
-    options = {"max_new_tokens": 1, "eos_token_ids": [256], "batch_size": 4096, **options}
+    fields = {"response_length": 1, "batch_size": 4096, **options}
+    sampling = Sampling(**{name: fields.pop(name) for name in Sampling._fields if name in fields})
     torch.manual_seed(0)
-    return generate(model, prompts, **options)
+    return generate(model, prompts, sampling, **{"eos_token_ids": [256], **fields})
 
 
 @pytest.mark.parametrize(
@@ -32,7 +34,7 @@ def sample(model, prompts, **options):
 )
 def test_stop_strings_that_cannot_work(policy, given, message):
     with pytest.raises(InputError, match=message):
-        generate(policy, [[5]], max_new_tokens=2, eos_token_ids=[0], **given)
+        generate(policy, [[5]], Sampling(2, **given), eos_token_ids=[0])
 
 
 @pytest.mark.slow
@@ -67,7 +69,7 @@ def test_completions_stop_at_any_eos_given_and_belong_to_their_prompts(policy):
     stops = [256, *range(64)]
     prompts = [[70 + 9 * n] * n for n in (7, 1, 4, 2, 6, 3, 5)]
     tokens, lengths, ended = sample(
-        policy, prompts, max_new_tokens=6, eos_token_ids=stops, batch_size=2
+        policy, prompts, response_length=6, eos_token_ids=stops, batch_size=2
     )
     assert tokens.shape == (7, 6)
     assert len(set(lengths.tolist())) > 1
@@ -146,7 +148,7 @@ def test_a_stop_string_ends_a_completion_with_its_last_token(policy, tokenizer):
     stops = ["a", "zq"]
     prompts = [tokenizer(text)["input_ids"] for text in ["za z"] * 400]
     tokens, lengths, ended = sample(
-        policy, prompts, max_new_tokens=30, stop_strings=stops, tokenizer=tokenizer, batch_size=64
+        policy, prompts, response_length=30, stop_strings=stops, tokenizer=tokenizer, batch_size=64
     )
     seen = set()
     for row, length, end in zip(tokens.tolist(), lengths.tolist(), ended.tolist(), strict=True):
@@ -179,7 +181,7 @@ def test_a_stop_string_over_several_tokens(make_policy, tokenizer):
 
     policy.lm_head = Cycle()
     sampled = sample(
-        policy, [[5], [6, 7]], max_new_tokens=9, stop_strings=["yxy"], tokenizer=tokenizer
+        policy, [[5], [6, 7]], response_length=9, stop_strings=["yxy"], tokenizer=tokenizer
     )
     assert sampled[1].tolist() == [4, 4] and sampled[2].all()
     assert decode(*sampled, tokenizer, ["yxy"]) == ["x", "x"]
@@ -189,7 +191,7 @@ def test_a_special_token_as_a_stop_string(policy, tokenizer):
     tokens, lengths, ended = sample(
         policy,
         [[5]] * 300,
-        max_new_tokens=20,
+        response_length=20,
         stop_strings=["<pad>"],
         tokenizer=tokenizer,
     )

@@ -6,7 +6,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from trl_instruct.errors import InputError
 from trl_instruct.generation.sampling import generate
-from trl_instruct.generation.token_sampling import Draw, caches_rows
+from trl_instruct.generation.token_sampling import Draw, Sampling, caches_rows
 
 KINDS = ["llama", "gpt2", "gpt_neox", "opt", "qwen3", "falcon_h1", "lfm2", "mamba", "rwkv"]
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12], [13], [14, 15, 16]]
@@ -46,8 +46,9 @@ def alone(policy, prompt, stops=STOPS):
 
 def likeliest(policy, prompts, **options):
     """At temperature 0 (nearly) the sampler is a function of its prompt."""
-    options = {"max_new_tokens": LENGTH, "eos_token_ids": STOPS, "temperature": 1e-4, **options}
-    tokens, lengths, _ = generate(policy, prompts, **options)
+    fields = {"response_length": LENGTH, "temperature": 1e-4, "eos_token_ids": STOPS, **options}
+    sampling = Sampling(**{name: fields.pop(name) for name in Sampling._fields if name in fields})
+    tokens, lengths, _ = generate(policy, prompts, sampling, **fields)
     return [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
 
 
@@ -115,7 +116,7 @@ def rows_and_tokens(policy):
 def test_a_prompt_is_read_once_for_all_its_completions(policy):
     policy.config.use_cache = False  # as trainers save it
     shapes = rows_and_tokens(policy)
-    likeliest(policy, [[5, 6, 7, 8], [9, 10, 11, 12]], copies=4, max_new_tokens=1)
+    likeliest(policy, [[5, 6, 7, 8], [9, 10, 11, 12]], copies=4, response_length=1)
     assert shapes == [(2, 3), (8, 1)]
 
 

@@ -157,7 +157,7 @@ def watch_theirs(monkeypatch, watch):
 def watch_ours(monkeypatch, watch):
     """Take what passes between the phases of our trainer."""
 
-    def generate(policy, prompts, **options):
+    def generate(policy, prompts, sampling, **options):
         ids = watch.sample([watch.rows[tuple(prompt)] for prompt in prompts])
         return ids, *completion_lengths(ids, [EOS])
 

@@ -10,13 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl_instruct.configs import PPOConfig
 from trl_instruct.data.rendering import completion_texts, render_prompts
 from trl_instruct.errors import InputError
-from trl_instruct.generation.token_sampling import (
-    NEVER,
-    DrawOptions,
-    draw,
-    plain_sampling,
-    reads_padding,
-)
+from trl_instruct.generation import token_sampling
+from trl_instruct.generation.token_sampling import NEVER, Sampling
 from trl_instruct.models.properties import context_length, evaluating
 from trl_instruct.option_checks import check_stop_strings
 from trl_instruct.padding import completion_lengths, left_padded_mask, unpadded
@@ -63,22 +58,6 @@ def fit_prompts(
     return [tokens[-max_prompt_length:] for tokens in token_lists], cut
 
 
-class Sampling(NamedTuple):
-    """How completions of prompts are sampled: limits as in `fit_prompts`, options of `generate`."""
-
-    response_length: int
-    max_prompt_length: int | None = None
-    stop_strings: Sequence[str] | None = None
-    temperature: float = 1.0
-    batch_size: int = 64
-
-    @classmethod
-    def of(cls, config: Any, batch_size: int = 64) -> "Sampling":
-        """The options of a stage's config."""
-        lengths = config.response_length, config.max_prompt_length
-        return cls(*lengths, config.stop_strings, config.temperature, batch_size)
-
-
 def prompt_tokens(
     columns: Mapping[str, Sequence[Any]],
     tokenizer: PreTrainedTokenizerBase,
@@ -112,14 +91,11 @@ def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple
 def generate(
     policy: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
     *,
-    max_new_tokens: int,
     eos_token_ids: list[int],
-    stop_strings: Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    temperature: float = 1.0,
     copies: int = 1,
-    batch_size: int = 64,
     progress: Callable[[int], Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample completions of each prompt from the policy's full distribution.
@@ -127,13 +103,10 @@ def generate(
     Args:
         policy: the model; its own sampling settings (top_p, ...) are ignored.
         prompts: R token lists.
-        max_new_tokens: C, the longest completion.
+        sampling: its batch size does not count if the policy `reads_padding`.
         eos_token_ids: tokens that end a completion.
-        stop_strings: texts that end a completion; the token that completes one is kept.
         tokenizer: the policy's, needed for stop strings.
-        temperature: above 0.
         copies: completions per prompt, in adjacent rows of the result.
-        batch_size: completions per batch of prompts of similar length; 1 if `reads_padding`.
         progress: called after each batch with its number of completions.
 
     Returns:
@@ -143,27 +116,28 @@ def generate(
     Raises:
         InputError: an empty stop string, or stop strings without the tokenizer.
     """
-    check_stop_strings(stop_strings)
-    if stop_strings and tokenizer is None:
+    check_stop_strings(sampling.stop_strings)
+    batch_size = sampling.batch_size
+    if sampling.stop_strings and tokenizer is None:
         raise InputError("stop_strings need the tokenizer, which reads them. Give tokenizer=.")
-    if reads_padding(policy):
+    if token_sampling.reads_padding(policy):
         # Even for prompts of equal length: RWKV's cached states mix the rows of a batch
         # (transformers 5.23), and a batch without the cache is slower than single rows.
         batch_size = 1
     if copies > batch_size:
         prompts, copies = [prompt for prompt in prompts for _ in range(copies)], 1
-    blank = torch.full((len(prompts), copies, max_new_tokens), eos_token_ids[0])
+    blank = torch.full((len(prompts), copies, sampling.response_length), eos_token_ids[0])
     completions = blank.to(policy.device)
     stopped = torch.full_like(completions[..., 0], NEVER)
-    sampling = DrawOptions(max_new_tokens, eos_token_ids, stop_strings, tokenizer, temperature)
+    given: Any = {"eos_token_ids": eos_token_ids, "tokenizer": tokenizer, "copies": copies}
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     at_once = batch_size // copies
-    with evaluating(policy), plain_sampling(policy):
+    with evaluating(policy), token_sampling.plain_sampling(policy):
         for start in range(0, len(prompts), at_once):
             rows = by_length[start : start + at_once]
             ids, lengths = pad_prompts([prompts[row] for row in rows], policy.device)
             mask = left_padded_mask(lengths, ids.shape[1])
-            drawn, ends = draw(policy, ids, mask, copies, sampling)
+            drawn, ends = token_sampling.draw(policy, ids, mask, sampling, **given)
             completions[rows] = drawn.view(len(rows), copies, -1)
             stopped[rows] = ends.view(len(rows), copies)
             if progress is not None:
@@ -188,17 +162,9 @@ def complete(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, list[str]]:
     """What `generate`, which takes the options, returns for lists of tokens; and the texts."""
-    drawn = generate(
-        policy,
-        prompts,
-        max_new_tokens=sampling.response_length,
-        eos_token_ids=eos_token_ids(policy, tokenizer),
-        stop_strings=sampling.stop_strings,
-        tokenizer=tokenizer,
-        temperature=sampling.temperature,
-        batch_size=sampling.batch_size,
-        **options,
-    )
+    ends = eos_token_ids(policy, tokenizer)
+    given = policy, prompts, sampling
+    drawn = generate(*given, eos_token_ids=ends, tokenizer=tokenizer, **options)
     return *drawn, decode(*drawn, tokenizer, sampling.stop_strings)
 
 

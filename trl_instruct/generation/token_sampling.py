@@ -6,18 +6,9 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import (
-    Cache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trl_instruct.errors import InputError
@@ -31,13 +22,13 @@ ENOUGH = 0.25
 
 
 @contextlib.contextmanager
-def plain_sampling(model: PreTrainedModel) -> Iterator[None]:
+def plain_sampling(model: transformers.PreTrainedModel) -> Iterator[None]:
     """Hide a model's own generation_config: `generate` would take top_p, repetition_penalty etc.
     from it, and the log-probabilities would no longer be those of the sampler."""
     holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
     own = [holder.generation_config for holder in holders]
     for holder in holders:
-        holder.generation_config = GenerationConfig()
+        holder.generation_config = transformers.GenerationConfig()
     try:
         yield
     finally:
@@ -45,7 +36,7 @@ def plain_sampling(model: PreTrainedModel) -> Iterator[None]:
             holder.generation_config = config
 
 
-class Draw(LogitsProcessor):
+class Draw(transformers.LogitsProcessor):
     """Leaves one token of each row, drawn from the softmax of its logits / temperature.
 
     One random number per row picks from the cumulative distribution. torch.multinomial, as in
@@ -65,7 +56,7 @@ class Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
-class StopStrings(StoppingCriteria):
+class StopStrings(transformers.StoppingCriteria):
     """Ends a completion once its text contains one of the strings, and records its length then.
 
     Unlike transformers' own `stop_strings` it reads only the completion, not the prompt.
@@ -78,7 +69,7 @@ class StopStrings(StoppingCriteria):
     def __init__(
         self,
         strings: Sequence[str],
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: transformers.PreTrainedTokenizerBase,
         rows: int,
         width: int,
         device: torch.device,
@@ -98,7 +89,7 @@ class StopStrings(StoppingCriteria):
         return self.lengths <= count
 
 
-class EnoughEnded(StoppingCriteria):
+class EnoughEnded(transformers.StoppingCriteria):
     """Ends all rows once a quarter of them have ended, so that `draw` can drop these.
 
     Args:
@@ -117,19 +108,37 @@ class EnoughEnded(StoppingCriteria):
         return ended | (ended.float().mean() >= ENOUGH)
 
 
-class DrawOptions(NamedTuple):
-    """How tokens are drawn: arguments of `sampling.generate`."""
+class Sampling(NamedTuple):
+    """How completions of prompts are sampled.
 
-    max_new_tokens: int
-    eos_token_ids: list[int]
-    stop_strings: Sequence[str] | None
-    tokenizer: Any
-    temperature: float
+    response_length: C, the longest completion; max_prompt_length: as in `fit_prompts`;
+    stop_strings: texts that end a completion; the token that completes one is kept; temperature:
+    above 0; batch_size: completions per batch of prompts of similar length.
+    """
+
+    response_length: int
+    max_prompt_length: int | None = None
+    stop_strings: Sequence[str] | None = None
+    temperature: float = 1.0
+    batch_size: int = 64
+
+    @classmethod
+    def of(cls, config: Any, batch_size: int = 64) -> "Sampling":
+        """The options of a stage's config."""
+        lengths = config.response_length, config.max_prompt_length
+        return cls(*lengths, config.stop_strings, config.temperature, batch_size)
 
 
 @torch.no_grad()
 def draw(
-    policy: PreTrainedModel, ids: Tensor, mask: Tensor, copies: int, sampling: DrawOptions
+    policy: transformers.PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    sampling: Sampling,
+    *,
+    eos_token_ids: list[int],
+    tokenizer: Any,
+    copies: int,
 ) -> tuple[Tensor, Tensor]:
     """Sample `copies` completions of each prompt.
 
@@ -147,16 +156,31 @@ def draw(
     by_rows = caches_rows(policy)
     cache = read_prompts(policy, ids, mask, copies) if by_rows and copies > 1 else None
     ids, mask = ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0)
-    width, longest, strings = ids.shape[1], sampling.max_new_tokens, sampling.stop_strings
-    eos = torch.tensor(sampling.eos_token_ids, device=ids.device)
+    width, longest, strings = ids.shape[1], sampling.response_length, sampling.stop_strings
+    eos = torch.tensor(eos_token_ids, device=ids.device)
     drawn = eos[:1].repeat(len(ids), longest)
     rows = torch.arange(len(ids), device=ids.device)
     stopped = torch.full_like(rows, NEVER)
     while True:
-        reader = sampling.tokenizer, len(rows), width, ids.device
+        reader = tokenizer, len(rows), width, ids.device
         stops = [StopStrings(strings, *reader)] if strings else []
         ending = [*stops, EnoughEnded(eos, stops)] if by_rows else stops
-        output = _continue(policy, ids, mask, cache, sampling, width, ending)
+        settings = transformers.GenerationConfig(
+            max_new_tokens=width + longest - ids.shape[1],
+            do_sample=False,  # greedy: takes the one token that Draw leaves
+            eos_token_id=eos_token_ids,
+            pad_token_id=eos_token_ids[0],
+            return_dict_in_generate=True,
+        )
+        output: Any = policy.generate(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            past_key_values=cache,
+            generation_config=settings,
+            logits_processor=transformers.LogitsProcessorList([Draw(sampling.temperature)]),
+            stopping_criteria=transformers.StoppingCriteriaList(ending),
+            synced_gpus=False,  # processes make different numbers of calls; each has all weights
+        )
         new, length = output.sequences[:, ids.shape[1] :], output.sequences.shape[1] - width
         drawn[rows, ids.shape[1] - width : length] = new
         for stop in stops:
@@ -172,34 +196,9 @@ def draw(
     return drawn, stopped
 
 
-def _continue(
-    policy: PreTrainedModel,
-    ids: Tensor,
-    mask: Tensor,
-    cache: Cache | None,
-    sampling: DrawOptions,
-    width: int,
-    ending: list[StoppingCriteria],
-) -> Any:
-    """One call of transformers' `generate`; the first `width` tokens of `ids` are the prompts."""
-    return policy.generate(
-        input_ids=ids,
-        attention_mask=mask.long(),
-        past_key_values=cache,
-        generation_config=GenerationConfig(
-            max_new_tokens=width + sampling.max_new_tokens - ids.shape[1],
-            do_sample=False,  # greedy: takes the one token that Draw leaves
-            eos_token_id=sampling.eos_token_ids,
-            pad_token_id=sampling.eos_token_ids[0],
-            return_dict_in_generate=True,
-        ),
-        logits_processor=LogitsProcessorList([Draw(sampling.temperature)]),
-        stopping_criteria=StoppingCriteriaList(ending),
-        synced_gpus=False,  # processes make different numbers of calls; each has all weights
-    )
-
-
-def read_prompts(policy: PreTrainedModel, ids: Tensor, mask: Tensor, copies: int) -> Cache | None:
+def read_prompts(
+    policy: transformers.PreTrainedModel, ids: Tensor, mask: Tensor, copies: int
+) -> transformers.Cache | None:
     """The policy's cache of each prompt without its last token, repeated `copies` times.
 
     Arguments as in `draw`. None for prompts of one token.
@@ -219,7 +218,7 @@ _caches_rows: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def reads_padding(model: PreTrainedModel) -> bool:
+def reads_padding(model: transformers.PreTrainedModel) -> bool:
     """Whether padding before a sequence changes the model's output for it.
 
     The model is tried once, since no class name tells: recurrent ones may leave masked tokens out
@@ -239,7 +238,7 @@ def reads_padding(model: PreTrainedModel) -> bool:
     return _reads_padding[backbone]
 
 
-def _last_state(backbone: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
+def _last_state(backbone: transformers.PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
     positions = position_ids(mask.bool())
     arguments = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
     output = backbone(**accepted(backbone, **arguments, use_cache=False))
@@ -247,7 +246,7 @@ def _last_state(backbone: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> T
 
 
 @torch.no_grad()
-def caches_rows(model: PreTrainedModel) -> bool:
+def caches_rows(model: transformers.PreTrainedModel) -> bool:
     """Whether the cache can be cut to some of its rows: it holds only keys and values of each text.
 
     The model is tried once. Recurrent states cannot be cut, nor can caches that hold them beside
@@ -262,7 +261,7 @@ def caches_rows(model: PreTrainedModel) -> bool:
             output = backbone(**accepted(backbone, input_ids=ids, use_cache=True))
         cache = getattr(output, "past_key_values", None)
         # Subclasses do not count: they may hold more, and leave it uncut.
-        _caches_rows[backbone] = isinstance(cache, Cache) and all(
+        _caches_rows[backbone] = isinstance(cache, transformers.Cache) and all(
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
         )
     return _caches_rows[backbone]

@@ -17,6 +17,7 @@ from transformers.trainer_utils import TrainOutput
 
 from trl_instruct.configs import PPOConfig
 from trl_instruct.generation.sampling import eos_token_ids, generate, pad_prompts, prompt_tokens
+from trl_instruct.generation.token_sampling import Sampling
 from trl_instruct.models import sharding
 from trl_instruct.models.load import reference_of
 from trl_instruct.models.properties import evaluating, model_name
@@ -179,26 +180,23 @@ class PPOTrainer(IterationTrainer):
         """Sample completions of these prompts, with log-probabilities and values; no scores yet."""
         prompts = [self.prompts[row] for row in rows]
         model = self.accelerator.unwrap_model(self.model)
-        options: dict[str, Any] = {
-            "temperature": self.args.temperature,
-            "batch_size": self.args.local_rollout_forward_batch_size,
-        }
+        size = self.args.local_rollout_forward_batch_size
+        sampling = Sampling.of(self.args, size)
         with sharding.gathered_weights(self.accelerator, self.model_wrapped):
             with self.accelerator.autocast():
                 completions, lengths, ended = generate(
                     self.policy,
                     prompts,
-                    max_new_tokens=self.args.response_length,
+                    sampling,
                     eos_token_ids=self.eos_token_ids,
-                    stop_strings=self.args.stop_strings,
                     tokenizer=self.processing_class,
-                    **options,
                 )
             tokens = (*pad_prompts(prompts, completions.device), completions, lengths, ended)
             blank = torch.zeros(completions.shape, device=completions.device)  # not known yet
             rollout = Rollout(*tokens, blank, blank, blank, scores=blank[:, 0])
             with evaluating(model), self.accelerator.autocast():
-                return with_logprobs(rollout, model, self.ref_model, **options)
+                given = rollout, model, self.ref_model
+                return with_logprobs(*given, temperature=self.args.temperature, batch_size=size)
 
     def score(self, rollout: Rollout, rows: Sequence[int]) -> Rollout:
         """The rollout with the reward's score of each completion, adjusted for a missing EOS.
