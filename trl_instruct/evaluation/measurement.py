@@ -150,7 +150,7 @@ def _sample_all(
         sampled, own, _, _ = found[name]
         kl = None
         if subject.tokenizers[name].get_vocab() == vocabulary:
-            logprobs = sequence_logprobs(reference, sampled, subject.sampling)
+            logprobs = sequence_logprobs(reference, sampled[:4], subject.sampling)
             kl = (torch.tensor(own) - logprobs).tolist()
         found[name] = found[name]._replace(kl=kl)
     several: list[Completion] = []
@@ -172,7 +172,7 @@ def _measure(
     sampled = sample(*given, subject.prompts, subject.sampling, seed=seed, progress=progress)
     own = [0.0] * len(sampled.texts)
     if name != subject.reference:
-        own = sequence_logprobs(policy, sampled, subject.sampling).tolist()
+        own = sequence_logprobs(policy, sampled[:4], subject.sampling).tolist()
     loss = None
     if subject.demonstrations is not None:
         size = subject.sampling.batch_size
@@ -203,21 +203,26 @@ def sample(
 
 
 @torch.no_grad()
-def sequence_logprobs(model: PreTrainedModel, sampled: Sampled, sampling: Sampling) -> Tensor:
+def sequence_logprobs(
+    model: PreTrainedModel, tokens: tuple[Tensor, ...], sampling: Sampling, progress: Progress = int
+) -> Tensor:
     """Log-probability of each completion, `(B,)` nats, float32 on CPU.
 
     Args:
         model: any language model with the same vocabulary.
+        tokens: the first four fields of `Sampled`.
         sampling: the logits are divided by its temperature.
+        progress: called with the number of completions of each finished batch.
     """
-    fields = [field.to(model.device) for field in sampled[:4]]
-    summed = torch.zeros(len(sampled.texts))
-    lengths = sampled.prompt_lengths + sampled.completion_lengths
+    fields = [field.to(model.device) for field in tokens]
+    summed = torch.zeros(len(fields[0]))
+    lengths = tokens[1] + tokens[3]
     with evaluating(model):
         for rows in similar_lengths(lengths.tolist(), sampling.batch_size):
             part = (field[rows] for field in fields)
             logprobs = completion_logprobs(model, *part, temperature=sampling.temperature)
             summed[rows] = logprobs.sum(dim=1).cpu()
+            progress(len(rows))
     return summed
 
 
@@ -255,14 +260,13 @@ def shown_samples(
     return shown
 
 
-@torch.no_grad()
 def completion_loss(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     demonstrations: Dataset,
     *,
     batch_size: int = 64,
-    progress: Callable[[int], Any] | None = None,
+    progress: Progress = int,
 ) -> float:
     """Mean -log p(token) over all completion tokens of the demonstrations, EOS included, nats.
 
@@ -277,21 +281,13 @@ def completion_loss(
     Raises:
         InputError: a prompt fills the context; messages without a chat template.
     """
-    context = context_length(policy)
-    rows = demonstration_tokens(demonstrations, tokenizer, context)
-    batches = similar_lengths([len(prompt) + len(ids) for prompt, ids in rows], batch_size)
-    total, tokens = 0.0, 0
-    with evaluating(policy):
-        for chosen in batches:
-            prompts, completions = zip(*(rows[row] for row in chosen), strict=True)
-            lengths = torch.tensor([len(ids) for ids in completions], device=policy.device)
-            ids = pad_rows(list(completions), 0).to(policy.device)
-            given = (*pad_prompts(prompts, policy.device), ids, lengths)
-            total -= completion_logprobs(policy, *given, temperature=1.0).double().sum().item()
-            tokens += int(lengths.sum())
-            if progress is not None:
-                progress(len(prompts))
-    return total / tokens
+    rows = demonstration_tokens(demonstrations, tokenizer, context_length(policy))
+    prompts, completions = zip(*rows, strict=True)
+    lengths = torch.tensor([len(ids) for ids in completions])
+    tokens = (*pad_prompts(prompts, lengths.device), pad_rows(list(completions), 0), lengths)
+    sampling = Sampling(int(lengths.max()), batch_size=batch_size)
+    logprobs = sequence_logprobs(policy, tokens, sampling, progress)
+    return -(logprobs.double().sum() / lengths.sum()).item()
 
 
 def demonstration_tokens(
