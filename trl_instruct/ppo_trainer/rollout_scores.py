@@ -9,28 +9,16 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from trl_instruct.configs import PPOConfig
-from trl_instruct.rewards.function import (
-    COUNTED,
-    Columns,
-    RewardError,
-    RewardFunction,
-    as_text,
-    call_reward,
-    counts_of,
-    load_states,
-    parts_of,
-    states_of,
-    try_reward,
-)
+from trl_instruct.rewards import function
 
 SHOWN = 80
 
 
 def rollout_scores(
-    reward: RewardFunction,
+    reward: function.RewardFunction,
     prompts: Sequence[Any],
     completions: Sequence[Any],
-    columns: Columns,
+    columns: function.Columns,
     *,
     rows: Sequence[int],
     skip: bool,
@@ -48,32 +36,34 @@ def rollout_scores(
         RewardError: in every process, if the reward failed in one (`skip`: on every completion).
         InputError: the reward takes other parameters.
     """
-    before, given = states_of(reward), (reward, prompts, completions, columns)
+    before, given = function.states_of(reward), (reward, prompts, completions, columns)
     faults: Mapping[Any, str] = {}
     if skip:
-        scores, faults = try_reward(*given)
+        scores, faults = function.try_reward(*given)
     else:
         try:
-            scores = call_reward(*given)
-        except RewardError as error:
+            scores = function.call_reward(*given)
+        except function.RewardError as error:
             scores, faults = [], {error.row: error.fault}
     told = [_told(fault, row, prompts, rows) for row, fault in faults.items()]
     everywhere = gather_object([(len(rows), told)])
     found = [sentence for _, sentences in everywhere for sentence in sentences]
     if found and (not skip or len(found) == sum(count for count, _ in everywhere)):
-        load_states(reward, before)
-        raise RewardError(f"{found[0]}, and {len(found) - 1} more" if found[1:] else found[0])
-    for part in parts_of(reward):
+        function.load_states(reward, before)
+        raise function.RewardError(
+            f"{found[0]}, and {len(found) - 1} more" if found[1:] else found[0]
+        )
+    for part in function.parts_of(reward):
         if hasattr(part, "merge"):
             part.merge(gather_object([part.state_dict()]))
     return scores, len(found)
 
 
 def mean_score(
-    judge: RewardFunction,
+    judge: function.RewardFunction,
     prompts: Sequence[Any],
     completions: Sequence[Any],
-    columns: Columns,
+    columns: function.Columns,
     *,
     rows: Sequence[int],
     where: str,
@@ -86,7 +76,7 @@ def mean_score(
     given = (judge, prompts, completions, columns)
     try:
         scores, failed = rollout_scores(*given, rows=rows, skip=True)
-    except RewardError as error:
+    except function.RewardError as error:
         warnings.warn(f"{where}: {error}", stacklevel=2)
         return None, 0
     everywhere = torch.tensor([score for part in gather_object([scores]) for score in part])
@@ -105,15 +95,15 @@ def without_eos(scores: Tensor, ended: Tensor, args: PPOConfig) -> Tensor:
     return scores
 
 
-def reward_counts(reward: RewardFunction) -> dict[str, int]:
+def reward_counts(reward: function.RewardFunction) -> dict[str, int]:
     """Counts (`truncated`, `unparsable`) of a reward's parts, summed over all processes."""
-    everywhere = gather_object(counts_of(reward))
-    return {name: sum(part.get(name, 0) for part in everywhere) for name in COUNTED}
+    everywhere = gather_object(function.counts_of(reward))
+    return {name: sum(part.get(name, 0) for part in everywhere) for name in function.COUNTED}
 
 
 def _told(fault: str, row: int | None, prompts: Sequence[Any], rows: Sequence[int]) -> str:
     if row is None:
         return fault
-    text = as_text(prompts[row])
+    text = function.as_text(prompts[row])
     shown = text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
     return f"{fault} (prompt {rows[row] + 1} of the dataset: {shown!r})"

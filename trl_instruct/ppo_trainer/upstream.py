@@ -35,13 +35,7 @@ from trl_instruct.models.properties import accepted, unwrapped
 from trl_instruct.padding import left_padded_mask, unpadded
 from trl_instruct.ppo_trainer.roles import check_roles
 from trl_instruct.ppo_trainer.rollouts import disable_dropout_and_rescaling
-from trl_instruct.rewards.function import (
-    RewardFunction,
-    as_completions,
-    call_reward,
-    parts_of,
-    tell_tokenizer,
-)
+from trl_instruct.rewards import function
 from trl_instruct.rewards.reward_model import RewardModel
 from trl_instruct.scalar_head import score_head, shift_of
 
@@ -75,12 +69,12 @@ class RewardModule(nn.Module):
 
     base_model_prefix = "backbone"
 
-    def __init__(self, reward: RewardFunction, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, reward: function.RewardFunction, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         self.reward = reward
         self.tokenizer = tokenizer
-        tell_tokenizer(reward, tokenizer)
-        models = [getattr(part, "model", None) for part in parts_of(reward)]
+        function.tell_tokenizer(reward, tokenizer)
+        models = [getattr(part, "model", None) for part in function.parts_of(reward)]
         # Registered, so they move to the device with this module.
         self.models = nn.ModuleList(m for m in models if isinstance(m, nn.Module))
         self.score = nn.Identity()
@@ -129,7 +123,9 @@ class RewardModule(nn.Module):
         names = [name for name in prompts[0].record if name not in ("prompt", "input_ids")]
         columns = {name: [prompt.record[name] for prompt in prompts] for name in names}
         columns["completion_ids"] = unpadded(own, counts)
-        given = call_reward(self.reward, asked, as_completions(asked, texts), columns)
+        given = function.call_reward(
+            self.reward, asked, function.as_completions(asked, texts), columns
+        )
         scores = torch.tensor(given, device=input_ids.device).view(-1, 1, 1)
         hidden = scores.expand(-1, input_ids.shape[1], 1)
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=(hidden,))
@@ -162,7 +158,7 @@ class UpstreamTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase,
         model: PreTrainedModel,
         ref_model: PreTrainedModel | None,
-        reward_model: RewardFunction | PreTrainedModel,
+        reward_model: function.RewardFunction | PreTrainedModel,
         train_dataset: Dataset,
         value_model: PreTrainedModel,
         callbacks: list[TrainerCallback] | None = None,

@@ -16,13 +16,7 @@ from transformers import (
 from trl import ModelConfig
 
 from trl_instruct.configs import RewardConfig
-from trl_instruct.data.preferences import (
-    Preferences,
-    as_rankings,
-    count_pairs,
-    load_preferences,
-    most_responses,
-)
+from trl_instruct.data import preferences
 from trl_instruct.data.records import form_of
 from trl_instruct.data.rendering import Rendered, render_all
 from trl_instruct.data.sources import Record, iterate
@@ -30,18 +24,11 @@ from trl_instruct.errors import InputError
 from trl_instruct.models.adapters import CLASSIFIER
 from trl_instruct.models.load import load_reward_model
 from trl_instruct.models.properties import ModelSource
+from trl_instruct.recipes import stage
 from trl_instruct.recipes.chain import remember_reading
 from trl_instruct.recipes.dry_run import tell_lengths, tell_records
 from trl_instruct.recipes.memory import Work, memory_table
 from trl_instruct.recipes.options import data_of, held_out_of, named_source, stage_options
-from trl_instruct.recipes.stage import (
-    StageResult,
-    StageRun,
-    check_chat_template,
-    fit_together,
-    run_stage,
-    starting_point,
-)
 from trl_instruct.reward_trainer.evaluation import evaluate_reward, numbered
 from trl_instruct.reward_trainer.labelers import reliability
 from trl_instruct.reward_trainer.tables import FIGURE, plot, render
@@ -62,7 +49,7 @@ def rm(
     model_config: ModelConfig | None = None,
     callbacks: list[TrainerCallback] | None = None,
     **options: Any,
-) -> StageResult:
+) -> stage.StageResult:
     """Stage 2: train a reward model from rankings (InstructGPT 3.5, C.2).
 
     All C(K,2) comparisons of a ranking, ties dropped, are one batch element.
@@ -97,9 +84,9 @@ def rm(
         )
     remember_reading(config, model)
     test = held_out_of(dataset, eval_dataset, config)
-    with run_stage("rm", config, model_config) as run:
-        base, tokenizer = starting_point(run, model, processing_class)
-        data = load_preferences(
+    with stage.run_stage("rm", config, model_config) as run:
+        base, tokenizer = stage.starting_point(run, model, processing_class)
+        data = preferences.load_preferences(
             data_of(dataset, config),
             test and test[0],
             named_source(demonstrations, config, "demonstrations_name"),
@@ -107,15 +94,15 @@ def rm(
             fits=partial(_check_rendering, tokenizer=tokenizer),
         )
         run.say(str(data.counts))
-        check_chat_template(data.train, tokenizer, config)
+        stage.check_chat_template(data.train, tokenizer, config)
         trust: Any = {"trust_remote_code": config.trust_remote_code}
         classifier = load_reward_model(base, model_config, fresh_head=True, **trust)
-        fit_together(config, classifier, tokenizer)
+        stage.fit_together(config, classifier, tokenizer)
         trainer = _trainer(run, classifier, tokenizer, data, callbacks)
         _check_overlong(trainer, run)
         if run.dry:
             _tell(run, data, tokenizer)
-        rows = config.per_device_train_batch_size * most_responses(data.train)
+        rows = config.per_device_train_batch_size * preferences.most_responses(data.train)
         batch = Work(rows, config.max_length or 0, predicted=0)
         run.say(memory_table({"reward model": trainer.model}, [batch], config))
         output = run.train(trainer, {"loss": "loss", "accuracy": "accuracy"})
@@ -124,7 +111,7 @@ def rm(
             run.files.put_in_place()  # a failure to measure it does not lose it
         metrics = {
             "train_loss": output.training_loss,
-            "pairs": count_pairs(data.train),
+            "pairs": preferences.count_pairs(data.train),
             "overlong": trainer.overlong,
             "truncated": trainer.truncated,
             "data": asdict(data.counts),
@@ -138,10 +125,10 @@ def rm(
 
 
 def _trainer(
-    run: StageRun,
+    run: stage.StageRun,
     classifier: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: Preferences,
+    data: preferences.Preferences,
     callbacks: list[TrainerCallback] | None,
 ) -> RankingRewardTrainer:
     """The trainer; with eval_strategy it measures the held-out rankings, and may stop early."""
@@ -174,19 +161,21 @@ def _check_rendering(record: Record, *, tokenizer: PreTrainedTokenizerBase) -> N
     render_all(record["prompt"], replies, tokenizer, record)
 
 
-def _tell(run: StageRun, data: Preferences, tokenizer: PreTrainedTokenizerBase) -> None:
+def _tell(
+    run: stage.StageRun, data: preferences.Preferences, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Show the first response of the first rankings, and the lengths of all."""
 
     def rendered(record: Record) -> list[Rendered]:
         return render_all(record["prompt"], record["responses"], tokenizer, record)
 
-    rankings = as_rankings(data.train)
+    rankings = preferences.as_rankings(data.train)
     tell_records(run, (rendered(record)[0] for record in rankings), tokenizer)
     lengths = [len(row.ids) for record in iterate(rankings) for row in rendered(record)]
     tell_lengths(run, "prompts with responses", lengths, run.config.max_length)
 
 
-def _check_overlong(trainer: RankingRewardTrainer, run: StageRun) -> None:
+def _check_overlong(trainer: RankingRewardTrainer, run: stage.StageRun) -> None:
     """Tell how much was too long for the trainer; InputError if nothing else is left."""
     if not len(trainer.train_dataset):
         raise InputError(
@@ -200,7 +189,9 @@ def _check_overlong(trainer: RankingRewardTrainer, run: StageRun) -> None:
         run.say(f"{trainer.truncated} prompts lose their beginning to fit into max_length")
 
 
-def _measure(run: StageRun, reward: RewardModel, data: Preferences) -> dict[str, Any]:
+def _measure(
+    run: stage.StageRun, reward: RewardModel, data: preferences.Preferences
+) -> dict[str, Any]:
     """Shift and held-out evaluation of the trained model; the figure goes into the folder."""
     metrics: dict[str, Any] = {}
     if data.demonstrations is not None:
@@ -211,7 +202,7 @@ def _measure(run: StageRun, reward: RewardModel, data: Preferences) -> dict[str,
             save_beside_adapter(reward.model, run.new)
     if data.held_out is not None:
         evaluation = evaluate_reward(reward, data.held_out, reward.tokenizer)
-        everybody = numbered(as_rankings(data.train), data.held_out).rankings
+        everybody = numbered(preferences.as_rankings(data.train), data.held_out).rankings
         metrics |= {**evaluation.metrics, "labelers": reliability(everybody)}
         metrics["train_accuracy"] = _train_accuracy(run, reward, data)
         if run.is_main:
@@ -221,12 +212,14 @@ def _measure(run: StageRun, reward: RewardModel, data: Preferences) -> dict[str,
     return metrics
 
 
-def _train_accuracy(run: StageRun, reward: RewardModel, data: Preferences) -> float:
+def _train_accuracy(
+    run: stage.StageRun, reward: RewardModel, data: preferences.Preferences
+) -> float:
     """Accuracy on as many training rankings as are held out; it exceeds theirs by what the model
     has memorised. NaN if none of the rankings has a winner."""
     assert data.held_out is not None
     shown = data.train.shuffle(seed=run.config.seed)
-    shown = as_rankings(shown.select(range(min(len(shown), len(data.held_out)))))
-    if not count_pairs(shown):
+    shown = preferences.as_rankings(shown.select(range(min(len(shown), len(data.held_out)))))
+    if not preferences.count_pairs(shown):
         return math.nan
     return evaluate_reward(reward, shown, reward.tokenizer).metrics["accuracy"]

@@ -19,19 +19,12 @@ from trl_instruct.generation.sampling import eos_token_ids
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource, context_length
 from trl_instruct.models.resuming import ResumableTrainer
+from trl_instruct.recipes import stage
 from trl_instruct.recipes.chain import remember_reading
 from trl_instruct.recipes.dry_run import SHOWN, tell_lengths, tell_records
 from trl_instruct.recipes.memory import Work, memory_table
 from trl_instruct.recipes.options import data_of, held_out_of, stage_options
 from trl_instruct.recipes.pretrain import tiny_base
-from trl_instruct.recipes.stage import (
-    StageResult,
-    StageRun,
-    check_chat_template,
-    fit_together,
-    run_stage,
-    starting_point,
-)
 from trl_instruct.rewards.load import TINY
 
 
@@ -50,7 +43,7 @@ def sft(
     model_config: ModelConfig | None = None,
     callbacks: list[TrainerCallback] | None = None,
     **options: Any,
-) -> StageResult:
+) -> stage.StageResult:
     """Stage 1: fine-tune a language model on demonstrations (InstructGPT 3.5, C.1).
 
     The loss counts the completion's tokens only.
@@ -90,11 +83,11 @@ def sft(
     held_out = None if test is None else load_demonstrations(*test, reading=others)
     config.eval_on_start = config.eval_on_start or held_out is not None
     if isinstance(model, str) and model == TINY:
-        model = _tiny_base(StageRun("sft", config, model_config))
-    with run_stage("sft", config, model_config) as run:
-        base, tokenizer = starting_point(run, model, processing_class)
+        model = _tiny_base(stage.StageRun("sft", config, model_config))
+    with stage.run_stage("sft", config, model_config) as run:
+        base, tokenizer = stage.starting_point(run, model, processing_class)
         policy = load_policy(base, model_config, trust_remote_code=config.trust_remote_code)
-        fit_together(config, policy, tokenizer)
+        stage.fit_together(config, policy, tokenizer)
         form = form_of(first_record(demonstrations, Source.of(demonstrations)))
         given = tokenizer, config
         demonstrations, truncated = render_demonstrations(demonstrations, *given, reading)
@@ -125,7 +118,7 @@ def sft(
         return run.finish(trainer, metrics)
 
 
-def _tiny_base(run: StageRun) -> StageResult:
+def _tiny_base(run: stage.StageRun) -> stage.StageResult:
     """The embedded base model, beside the stage's folder; trained if it is missing."""
     run.check_folder()
     run.files.unlock()
@@ -135,7 +128,7 @@ def _tiny_base(run: StageRun) -> StageResult:
     return tiny_base(folder, seed=run.config.seed)
 
 
-def _tell(run: StageRun, rendered: AnyDataset, tokenizer: PreTrainedTokenizerBase) -> None:
+def _tell(run: stage.StageRun, rendered: AnyDataset, tokenizer: PreTrainedTokenizerBase) -> None:
     """Show the first demonstrations with their loss mask, and the lengths of all."""
     if isinstance(rendered, IterableDataset) or "input_ids" not in rendered.column_names:
         run.say("the trainer itself renders the demonstrations: they are not shown")
@@ -149,7 +142,10 @@ def _tell(run: StageRun, rendered: AnyDataset, tokenizer: PreTrainedTokenizerBas
 
 
 def _check_ending(
-    run: StageRun, rendered: Dataset, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    run: stage.StageRun,
+    rendered: Dataset,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Refuse, or tell of, a chat template whose replies end with no EOS of the model.
 
@@ -189,7 +185,7 @@ def render_demonstrations(
         InputError: messages without a chat template, or that it refuses; a prompt that leaves no
             room for its completion; assistant_only_loss beside completion_only_loss.
     """
-    check_chat_template(dataset, tokenizer, config)
+    stage.check_chat_template(dataset, tokenizer, config)
     is_text = isinstance(first_record(dataset, Source.of(dataset))["prompt"], str)
     if config.assistant_only_loss and config.completion_only_loss is not False:
         raise InputError(
