@@ -21,7 +21,7 @@ from transformers.trainer_callback import ExportableState
 
 from trl_instruct.errors import InputError
 from trl_instruct.files import write_manifest
-from trl_instruct.models.checkpoints import (
+from trl_instruct.models.resuming import (
     all_checkpoints,
     check_resumable,
     find_checkpoint,

@@ -26,8 +26,8 @@ from trl import ModelConfig
 
 from trl_instruct import cli
 from trl_instruct.errors import InputError
-from trl_instruct.models.checkpoints import all_checkpoints
 from trl_instruct.models.load import load_policy
+from trl_instruct.models.resuming import all_checkpoints
 from trl_instruct.recipes import ppo as ppo_recipe
 from trl_instruct.recipes import rm as rm_recipe
 from trl_instruct.recipes import sft as sft_recipe

@@ -17,8 +17,7 @@ from trl import ModelConfig
 from trl_instruct.cli import main
 from trl_instruct.configs import PPOConfig, PretrainConfig, RewardConfig, SFTConfig
 from trl_instruct.errors import InputError
-from trl_instruct.models.checkpoints import all_checkpoints
-from trl_instruct.models.resuming import MAY_CHANGE, check_same_run
+from trl_instruct.models.resuming import MAY_CHANGE, all_checkpoints, check_same_run
 from trl_instruct.recipes.ppo import ppo
 from trl_instruct.recipes.pretrain import pretrain
 from trl_instruct.recipes.rm import rm

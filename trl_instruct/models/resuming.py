@@ -1,4 +1,4 @@
-"""Runs that are resumed: whole checkpoints, the same options, the figures of the whole run."""
+"""Runs that are resumed: from which checkpoint, the same options, the figures of the whole run."""
 
 import dataclasses
 import hashlib
@@ -10,17 +10,24 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from trl_instruct import files
+from trl_instruct.console import get_logger
 from trl_instruct.errors import InputError, redact
-from trl_instruct.files import nulls_as_nan, read_json, write_json, write_manifest
-from trl_instruct.models.checkpoints import RUN_FILE, all_checkpoints, find_checkpoint, is_finished
+from trl_instruct.files import read_json, write_json
 
+logger = get_logger(__name__)
+
+PPO_STATE = "ppo_state.json"
+RUN_FILE = "run.json"  # of any checkpoint: what a `ResumableTrainer` remembers
+AUTO = "auto"  # resume_from_checkpoint: go on if there is a whole checkpoint, else begin
 # The options that a resumed run may change: docs/resume.md says what then happens.
 MAY_CHANGE = """
 learning_rate value_learning_rate num_train_epochs max_steps total_episodes
@@ -34,6 +41,92 @@ torch_empty_cache_steps ddp_timeout local_rank do_* trust_remote_code
 """
 # What a Trainer, or TRL's, has counted since the run began.
 COUNTS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a checkpoint was written to its end: its manifest comes last."""
+    return (folder / files.MANIFEST_FILE).is_file()
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a stage's folder, complete or not, sorted by step."""
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    numbered = [(path.name.rpartition("-")[2], path) for path in found]
+    return [path for step, path in sorted((int(s), p) for s, p in numbered if s.isdigit())]
+
+
+def find_checkpoint(folder: Path, checkpoint: str | bool) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` names; all processes call it.
+
+    Args:
+        folder: the stage's.
+        checkpoint: a checkpoint's folder; True for the last whole one; AUTO for that, or None if
+            there is none.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    found = [_find(folder, checkpoint) if PartialState().is_main_process else None]
+    path, fault = broadcast_object_list(found)[0]
+    if fault is not None:
+        raise InputError(fault)
+    return path
+
+
+def _find(folder: Path, checkpoint: str | bool) -> tuple[Path | None, str | None]:
+    """The checkpoint, or None and why there is none."""
+    named = None if checkpoint in (True, AUTO) else Path(str(checkpoint))
+    if named is not None and named.is_dir():
+        fault = fault_of(named)
+        advice = "Resume from an earlier one, or set resume_from_checkpoint to true: the last whole"
+        told = f"The checkpoint {str(named)!r} cannot be resumed from: {fault}. {advice} one."
+        return (named, None) if fault is None else (None, told)
+    for path in reversed(all_checkpoints(folder) if named is None else []):
+        if (fault := fault_of(path)) is None:
+            return path, None
+        logger.warning("%s is passed over: %s.", path, fault)
+    if checkpoint == AUTO:
+        return None, None
+    return None, (
+        f"resume_from_checkpoint is {checkpoint!r}, but there is no whole checkpoint at "
+        f"{str(named or folder)!r}. Give the folder of one (.../checkpoint-<step>), or leave the "
+        "option out to start afresh."
+    )
+
+
+def fault_of(folder: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from; None if all its files are as they were written."""
+    if (folder / files.METRICS_FILE).is_file():
+        return "it is the result of a stage, not a checkpoint; those are its folders checkpoint-*"
+    if not is_finished(folder):
+        return (
+            "it is incomplete: the run ended while writing it (or an older version of "
+            f"trl-instruct wrote it, without {files.MANIFEST_FILE})"
+        )
+    try:
+        fault, names = files.damage(folder), files.read_manifest(folder)
+    except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
+        return f"its {files.MANIFEST_FILE} is damaged ({type(error).__name__})"
+    needed = RUN_FILE in names and any(name.startswith("rng_state") for name in names)
+    if fault is None and not needed:
+        return "save_only_model left out what a resumed run needs"
+    return fault
+
+
+def check_resumable(checkpoint: Path, stage: str, *, adapter: bool) -> None:
+    """InputError if a checkpoint is not of this stage, or not an adapter's as the run is."""
+    run = read_json(checkpoint / RUN_FILE)["run"]
+    if run.get("stage", stage) != stage:
+        raise InputError(
+            f"The checkpoint {str(checkpoint)!r} was written by {run['stage']}, not by {stage}. "
+            f"Resume from one of {stage}'s, or choose another output_dir."
+        )
+    if run.get("use_peft", adapter) != adapter:
+        held, needed = ("a full model", "is") if adapter else ("an adapter", "is not")
+        raise InputError(
+            f"The checkpoint {str(checkpoint)!r} holds {held}, but use_peft {needed} set. Resume "
+            "with the options of the run that wrote it."
+        )
 
 
 class ResumableTrainer(Trainer):
@@ -117,7 +210,7 @@ class ResumableTrainer(Trainer):
         self._initial_global_step = 0  # the mean loss is over all steps
         if "loss" in before:  # since the last log
             self._tr_loss: Any = self._tr_loss + before["loss"]
-        for name, values in nulls_as_nan(before.get("metrics", {})).items():
+        for name, values in files.nulls_as_nan(before.get("metrics", {})).items():
             self._metrics["train"][name] = values
 
     def _counts(self) -> dict[str, Any]:
@@ -173,7 +266,7 @@ class ResumableTrainer(Trainer):
         if args.should_save:
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # pickled; resuming reads none
             write_json(folder / RUN_FILE, {"run": self.run(), "counts": counts})
-            write_manifest(folder)
+            files.write_manifest(folder)
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(folder.parent), limit, best, use_mtime=True)
         self.saved_step = step

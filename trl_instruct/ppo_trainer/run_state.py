@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from trl_instruct.files import read_json, write_json
-from trl_instruct.models.checkpoints import PPO_STATE, load_weights
+from trl_instruct.models.resuming import PPO_STATE
 from trl_instruct.rewards.function import load_states, states_of
 
 VALUE, EMA = "value_model", "ema.safetensors"
@@ -34,6 +36,15 @@ def load_models(trainer: Any, checkpoint: Path) -> None:
     """Load the weights of policy and value model from a checkpoint."""
     load_weights(trainer.policy, checkpoint)
     load_weights(trainer.value_model, checkpoint / VALUE)
+
+
+def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """Load into a model, or its adapter, the weights that its `save_pretrained` wrote."""
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, load_peft_weights(str(folder)))
+    else:
+        saved = type(model).from_pretrained(folder, config=model.config, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
 
 
 def load_rest(trainer: Any, checkpoint: Path) -> None:

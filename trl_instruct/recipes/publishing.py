@@ -13,7 +13,7 @@ from trl_instruct.configs import StageConfig
 from trl_instruct.console import in_markdown
 from trl_instruct.errors import located, redact
 from trl_instruct.files import CONFIG_FILE, listed_files
-from trl_instruct.models.checkpoints import PPO_STATE, all_checkpoints
+from trl_instruct.models.resuming import PPO_STATE, all_checkpoints
 from trl_instruct.recipes.options import option_errors
 
 # What only resuming needs, or nobody: the pickled arguments, the value model, PPO's progress.

@@ -21,7 +21,7 @@ from trl_instruct.files import (
     write_json,
 )
 from trl_instruct.models.adapters import FINGERPRINT
-from trl_instruct.models.checkpoints import all_checkpoints, is_finished
+from trl_instruct.models.resuming import all_checkpoints, is_finished
 from trl_instruct.scalar_head import SHIFT_FILE
 
 BASE = "base"  # subfolder of a LoRA stage, for a base model that has no other folder
