@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from trl_instruct.evaluation.tables import plot_intervals
 from trl_instruct.ppo_trainer.curves import FAINT, LINE, PANELS, plot_line, plot_panel
 from trl_instruct.recipes.chain import FinishedStage
 from trl_instruct.reward_trainer.tables import plot_accuracy, plot_calibration
 
+WORDS = yaml.safe_load(Path(__file__).with_name("figures.yaml").read_text(encoding="utf-8"))
 COLOURS = ("#888888", LINE, FAINT, "#009e73")
 MOST_POINTS = 1000
 
@@ -39,59 +43,32 @@ def figures(chain: Mapping[str, FinishedStage], evaluation: Mapping[str, Any]) -
 
 def _results(chain: Mapping[str, FinishedStage], evaluation: Mapping[str, Any]) -> Iterator[Figure]:
     if "ppo" in chain and chain["ppo"].curve("objective/kl"):
-        yield _figure(
-            "Reward against KL",
-            "Each iteration of PPO: its score, and how far the policy is from the reference. "
-            "Best-of-n of the SFT model is what the reward model allows without any training.",
-            lambda axes: _plot_frontier(axes, chain["ppo"], evaluation.get("best_of_n")),
-        )
+        best_of_n = evaluation.get("best_of_n")
+        yield _figure(**WORDS["frontier"], plot=_plot_frontier, given=(chain["ppo"], best_of_n))
     if evaluation.get("judges"):
-        yield _figure(
-            "Scores on held-out prompts",
-            "Mean and 95 % interval by each judge.",
-            lambda axes: _plot_scores(axes, evaluation),
-        )
-        yield _figure(
-            "Score against length",
-            "One point per completion. If the cloud only moves to the right, only the length grew.",
-            lambda axes: _plot_lengths(axes, evaluation),
-        )
+        yield _figure(**WORDS["scores"], plot=_plot_scores, given=(evaluation,))
+        yield _figure(**WORDS["lengths"], plot=_plot_lengths, given=(evaluation,))
 
 
 def _sft(run: FinishedStage) -> Iterator[Figure]:
     if run.curve("loss"):
-        yield _figure(
-            "SFT: loss",
-            "Nats per completion token: in training, and held out (base and fine-tuned).",
-            lambda axes: _plot_sft(axes, run),
-        )
+        yield _figure(**WORDS["sft"], plot=_plot_sft, given=(run,))
 
 
 def _rm(run: FinishedStage) -> Iterator[Figure]:
     if run.curve("accuracy"):
-        yield _figure(
-            "Reward model: training",
-            "Loss and accuracy on each batch before the model is trained on it.",
-            lambda axes: _plot_lines(axes, run, loss=LINE, accuracy=FAINT),
-        )
+        colours = {"loss": LINE, "accuracy": FAINT}
+        yield _figure(**WORDS["rm"], plot=_plot_lines, given=(run, colours))
     if "accuracy" in run.metrics:
-        label = "difference of the two ranks"
-        yield _figure(
-            "Reward model: accuracy by difference of rank",
-            "Held-out pairs. People, too, find responses of similar quality hard to tell apart.",
-            lambda axes: plot_accuracy(axes, run.metrics, "by_distance", label),
-        )
-        yield _figure(
-            "Reward model: calibration",
-            "How often the higher score wins, against how often the difference predicts it.",
-            lambda axes: plot_calibration(axes, run.metrics),
-        )
+        by_distance = run.metrics, "by_distance", "difference of the two ranks"
+        yield _figure(**WORDS["rm_accuracy"], plot=plot_accuracy, given=by_distance)
+        yield _figure(**WORDS["rm_calibration"], plot=plot_calibration, given=(run.metrics,))
 
 
 def _ppo(run: FinishedStage) -> Iterator[Figure]:
     for panel in PANELS:
         if run.curve(panel[1]):
-            yield _figure(f"PPO: {panel[0]}", "", plot_panel, run.logs, *panel)
+            yield _figure(f"PPO: {panel[0]}", "", plot_panel, (run.logs, *panel))
 
 
 def _plot_frontier(axes: Any, run: FinishedStage, best_of_n: Mapping[str, Any] | None) -> None:
@@ -136,10 +113,10 @@ def _plot_sft(axes: Any, run: FinishedStage) -> None:
         held_out = [(0, run.metrics["base_loss"]), *held_out]
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o:", color=FAINT, label="held out")
-    _plot_lines(axes, run, loss=LINE)
+    _plot_lines(axes, run, {"loss": LINE})
 
 
-def _plot_lines(axes: Any, run: FinishedStage, **colours: str) -> None:
+def _plot_lines(axes: Any, run: FinishedStage, colours: Mapping[str, str]) -> None:
     for name, colour in colours.items():
         if points := run.curve(name):
             plot_line(axes, points, color=colour, label=name)
@@ -147,7 +124,7 @@ def _plot_lines(axes: Any, run: FinishedStage, **colours: str) -> None:
     axes.legend(fontsize="small")
 
 
-def _figure(title: str, caption: str, plot: Callable[..., Any], *given: Any) -> Figure:
+def _figure(title: str, caption: str, plot: Callable[..., Any], given: Sequence[Any]) -> Figure:
     import matplotlib
     from matplotlib.figure import Figure as Canvas  # takes a second; needs no screen
 
