@@ -14,7 +14,8 @@ from trl import ModelConfig
 from trl_instruct import cli
 from trl_instruct.errors import InputError
 from trl_instruct.files import write_manifest
-from trl_instruct.models.load import check_finished, load_reward_model, merge
+from trl_instruct.models.load import load_reward_model, merge
+from trl_instruct.models.properties import check_finished
 from trl_instruct.recipes.ppo import ppo
 from trl_instruct.recipes.rm import rm
 from trl_instruct.recipes.sft import sft

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, get_peft_config
 
 from trl_instruct.errors import NOT_AS_EXPECTED, InputError, explained, summary
-from trl_instruct.models.properties import model_name
+from trl_instruct.models.properties import check_finished, model_name
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT = "base_fingerprint.txt"  # which base an adapter was trained over
@@ -53,8 +53,11 @@ class Adapter:
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> "Adapter":
-        """The adapter in a folder; InputError if its config is broken, or base or weights lack."""
+        """The adapter in a folder; InputError if its stage has not finished, its config is broken,
+        or base or weights lack.
+        """
         path = os.fspath(folder)
+        check_finished(Path(path))
         broken = f"{os.path.join(path, CONFIG)!r} is not an adapter's config as peft writes it"
         with explained(broken):
             config = peft.PeftConfig.from_pretrained(path)

@@ -25,9 +25,8 @@ from trl import ModelConfig, get_quantization_config
 from trl_instruct import scalar_head
 from trl_instruct.console import quiet_libraries, quiet_loading
 from trl_instruct.errors import InputError
-from trl_instruct.files import CONFIG_FILE, METRICS_FILE, listed_files
-from trl_instruct.models import adapters
-from trl_instruct.models.properties import ModelSource, is_nameless, load_fault, unwrapped
+from trl_instruct.models import adapters, properties
+from trl_instruct.models.properties import ModelSource, check_finished, is_nameless, unwrapped
 from trl_instruct.models.tokenizers import load_tokenizer
 
 HEAD = "score.weight"
@@ -55,7 +54,6 @@ def load_policy(
         return source
     if not adapters.is_adapter(source):
         return _load(source, AutoModelForCausalLM, model_config, trust_remote_code)
-    check_finished(Path(source))
     adapter = adapters.Adapter.read(source)
     adapter.check_task(adapters.POLICY)
     if not keeps_adapter(model_config):
@@ -122,7 +120,6 @@ def _adapter_classifier(
     source: str | os.PathLike, model_config: ModelConfig, fresh_head: bool, trust_remote_code: bool
 ) -> PreTrainedModel:
     """A reward model from a reward model's adapter folder; with a fresh head, from any."""
-    check_finished(Path(source))
     adapter = adapters.Adapter.read(source)
     if not fresh_head:
         adapter.check_task(adapters.CLASSIFIER)
@@ -186,9 +183,10 @@ def _load(
                 path, attn_implementation=attention, output_loading_info=True, **hub, **arguments
             )
         except Exception as error:  # whatever a config.json or weights make the libraries raise
+            fault = properties.load_fault(path, error)
             raise InputError(
-                f"No model could be loaded from {path!r}: {load_fault(path, error)} Give a Hub id, "
-                "a folder saved with save_pretrained, or the result of an earlier stage."
+                f"No model could be loaded from {path!r}: {fault} Give a Hub id, a folder saved "
+                "with save_pretrained, or the result of an earlier stage."
             ) from error
     missing = sorted(set(info["missing_keys"]) - {may_lack})
     if missing:
@@ -247,14 +245,6 @@ def _dtype(model_config: ModelConfig) -> Any:
     return dtype
 
 
-def check_finished(folder: Path) -> None:
-    """InputError if the folder's stage has not finished."""
-    if CONFIG_FILE in listed_files(folder) and not (folder / METRICS_FILE).is_file():
-        raise InputError(
-            f"The stage in {str(folder)!r} has not finished: there is no {METRICS_FILE}. Finish it."
-        )
-
-
 def merge(
     adapter: str | os.PathLike, output_dir: str | os.PathLike, *, dtype: str = "float32"
 ) -> Path:
@@ -278,10 +268,9 @@ def merge(
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"output_dir {str(folder)!r} is not empty. Choose a new or empty folder.")
-    check_finished(Path(adapter))
+    found = adapters.Adapter.read(adapter)
     tokenizer = load_tokenizer(adapter)
-    model = merged(adapters.Adapter.read(adapter), ModelConfig(dtype=dtype))
-    model.save_pretrained(folder)
+    merged(found, ModelConfig(dtype=dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from trl_instruct.errors import InputError, summary
+from trl_instruct.files import CONFIG_FILE, METRICS_FILE, listed_files
 
 ModelSource: TypeAlias = str | os.PathLike | PreTrainedModel
 
@@ -81,6 +82,14 @@ def model_name(source: ModelSource | None) -> str:
 def is_nameless(source: ModelSource) -> bool:
     """Whether the source is a model in memory that was not loaded from anywhere."""
     return isinstance(source, PreTrainedModel | PeftModel) and not source.config._name_or_path
+
+
+def check_finished(folder: Path) -> None:
+    """InputError if the folder's stage has not finished."""
+    if CONFIG_FILE in listed_files(folder) and not (folder / METRICS_FILE).is_file():
+        raise InputError(
+            f"The stage in {str(folder)!r} has not finished: there is no {METRICS_FILE}. Finish it."
+        )
 
 
 def load_fault(path: str, error: Exception) -> str:

@@ -18,7 +18,7 @@ from trl import ModelConfig
 
 from trl_instruct.errors import InputError
 from trl_instruct.models.adapters import CLASSIFIER, Adapter, is_adapter, with_lora
-from trl_instruct.models.load import base_of, check_finished, load_policy
+from trl_instruct.models.load import base_of, load_policy
 from trl_instruct.models.properties import ModelSource, model_name
 from trl_instruct.scalar_head import read_beside_adapter, register_scalar_head
 
@@ -45,7 +45,6 @@ class SharedBase:
             self.name = model_name(source)
             self.model = load_policy(source, model_config, trust_remote_code=trust_remote_code)
         else:
-            check_finished(Path(self.adapter.folder))
             self.name = self.adapter.base
             kind = AutoModelForCausalLM
             self.model = base_of(self.adapter, model_config, kind, trust_remote_code)
@@ -66,7 +65,6 @@ class SharedBase:
 
     def classifier(self, adapter: Adapter) -> PeftModel:
         """The reward model of an adapter over this base, with its head and shift, to train."""
-        check_finished(Path(adapter.folder))
         adapter.check_base()
         adapter.check_task(CLASSIFIER)
         model = adapter.on(classifier_around(view_of(self.model)))

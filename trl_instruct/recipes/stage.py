@@ -32,8 +32,8 @@ from trl_instruct.data.sources import AnyDataset, Source, first_record
 from trl_instruct.errors import NOT_AS_EXPECTED, InputError, explained, summary
 from trl_instruct.files import CONFIG_FILE, MANIFEST_FILE, METRICS_FILE, write_json
 from trl_instruct.models import adapters, tokenizers
-from trl_instruct.models.load import check_finished, merge_in_place, needs_base
-from trl_instruct.models.properties import ModelSource, context_length, model_name
+from trl_instruct.models.load import merge_in_place, needs_base
+from trl_instruct.models.properties import ModelSource, check_finished, context_length, model_name
 from trl_instruct.models.resuming import AUTO, check_resumable, check_weights, find_checkpoint
 from trl_instruct.models.sharding import check_saving
 from trl_instruct.recipes.dry_run import DryRunEnd, plan_of
