@@ -1,7 +1,6 @@
 """What the stages achieved: base, SFT and PPO side by side on held-out prompts."""
 
 import os
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from trl_instruct.console import one_line, say, table
 from trl_instruct.data.reading import Reading
 from trl_instruct.data.records import prompts_of
 from trl_instruct.errors import InputError, located
-from trl_instruct.evaluation.measurement import ModelMeasurement, Subject, measure, shown_samples
+from trl_instruct.evaluation.evaluate import measured_evaluation
+from trl_instruct.evaluation.measurement import Subject
 from trl_instruct.files import CONFIG_FILE, list_too, write_json
-from trl_instruct.intervals import mean_interval, show_interval
+from trl_instruct.intervals import show_interval
 from trl_instruct.models.tokenizers import load_tokenizer
 from trl_instruct.recipes.chain import FinishedStage, read_chain
 from trl_instruct.recipes.options import resolve
@@ -84,10 +84,7 @@ def compare(
     prompts = prompts_of(*data, config.opening_length, Reading.of(config, strict=False))
     tokenizers = dict.fromkeys(models, tokenizer)
     subject = Subject(how, ModelConfig(), models, tokenizers, prompts, one_seed=True)
-    measured = measure(subject, rewards).models
-    summary = _summary(chain, measured)
-    trained = {name: model for name, model in measured.items() if name != "base"}
-    summary["samples"] = shown_samples(subject.prompts["prompt"][:SHOWN_SAMPLES], trained)
+    summary = _summary(chain, measured_evaluation(subject, rewards))
     path = Path(summary_file or folder / "summary.json")
     write_json(path, summary)
     list_too(path)
@@ -131,29 +128,25 @@ def _danger(name: str, source: str | None, chain: Mapping[str, FinishedStage]) -
     return None if folders & {inside, *inside.parents} else "which lies in no folder of its stages"
 
 
-def _summary(
-    chain: Mapping[str, FinishedStage], measured: Mapping[str, ModelMeasurement]
-) -> dict[str, Any]:
+def _summary(chain: Mapping[str, FinishedStage], evaluation: dict[str, Any]) -> dict[str, Any]:
+    models = evaluation["models"]
     summary: dict[str, Any] = {
-        judge: {name: mean_interval(m.scores[judge])._asdict() for name, m in measured.items()}
-        for judge in measured["ppo"].scores
+        judge: {name: model["scores"][judge] for name, model in models.items()}
+        for judge in evaluation["judges"]
     }
     # Only a reward model trained by `rm` has metrics.
-    reward_metrics = chain["rm"].metrics if "rm" in chain else {}
-    for what in ("accuracy", "ceiling"):
-        if what in reward_metrics:
-            summary["rm"][what] = reward_metrics[what]
-    kl, sampled = measured["ppo"].kl, {name: m.sampled for name, m in measured.items()}
-    summary["kl"] = None if kl is None else statistics.fmean(kl)
-    summary["length"] = {n: s.completion_lengths.double().mean().item() for n, s in sampled.items()}
-    summary["ended"] = {n: s.ended.double().mean().item() for n, s in sampled.items()}
-    summary["prompts"] = len(sampled["ppo"].texts)
+    known = chain["rm"].metrics if "rm" in chain else {}
+    summary["rm"] |= {what: known[what] for what in ("accuracy", "ceiling") if what in known}
+    summary |= {"kl": models["ppo"]["kl"], "prompts": evaluation["prompts"]}
+    for what in ("length", "ended"):
+        summary[what] = {name: model[what] for name, model in models.items()}
     seconds = {name: run.metrics["seconds"] for name, run in chain.items()}
     if "pretrain" in seconds:
         seconds = {"base": seconds.pop("pretrain"), **seconds}
     summary["seconds"] = {**seconds, "total": round(sum(seconds.values()), 1)}
     summary["seed"] = chain["ppo"].config.get("seed", 42)
-    return summary
+    shown = evaluation["samples"][:SHOWN_SAMPLES]
+    return {**summary, "samples": [{k: s[k] for k in ("prompt", "sft", "ppo")} for s in shown]}
 
 
 def render(summary: dict[str, Any]) -> str:

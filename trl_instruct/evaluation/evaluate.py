@@ -107,7 +107,7 @@ def evaluate(
         run.begin()
         if not run.is_main:
             return StageResult(run.folder)
-        evaluation = _evaluation(subject, rewards)
+        evaluation = measured_evaluation(subject, rewards)
         evaluation["reward_models"] = {
             name: {what: metrics[what] for what in ("accuracy", "ceiling") if what in metrics}
             for name, judge in judges.items()
@@ -171,7 +171,7 @@ def _tokenizers(
     return tokenizers
 
 
-def _evaluation(subject: Subject, rewards: dict[str, RewardFunction]) -> dict[str, Any]:
+def measured_evaluation(subject: Subject, rewards: dict[str, RewardFunction]) -> dict[str, Any]:
     """The content of evaluation.json, except `reward_models`."""
     drawn = len(subject.prompts) * (len(subject.models) + subject.several)
     read = len(subject.models) * len(subject.demonstrations or ())
