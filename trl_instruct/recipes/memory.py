@@ -45,11 +45,6 @@ class Estimate(NamedTuple):
     optimizer: int
     activations: int
 
-    @property
-    def total(self) -> int:
-        """All together."""
-        return sum(self)
-
 
 def holdings(roles: Mapping[str, nn.Module | None]) -> list[Holding]:
     """What each role's model holds (nothing if None); first, what several roles share."""
@@ -148,7 +143,7 @@ def memory_table(roles: Mapping[str, nn.Module | None], works: Sequence[Work], a
     ]
     parts = ", ".join(f"{name} {_mb(size)}" for name, size in needed._asdict().items())
     passes = " or ".join(f"{work.rows} x {work.length} tokens" for work in works)
-    total = f"about {_mb(needed.total)} MB at {passes}: {parts}"
+    total = f"about {_mb(sum(needed))} MB at {passes}: {parts}"
     if torch.cuda.is_available():
         total += f"; {_mb(torch.cuda.mem_get_info()[0])} MB are free"
     return "\n".join([line.rstrip() for line in ["memory", *shown, total]])
