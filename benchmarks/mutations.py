@@ -171,6 +171,11 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         ],
     ),
     (
+        "ppo_trainer/trainer.py",
+        "rewards/test_reward_faults.py -k judge",
+        [("everywhere.nanmean()", "everywhere.mean()")],
+    ),
+    (
         "ppo_trainer/rollouts.py",
         f"ppo_trainer/test_rollouts.py test_reward_shift.py rewards/test_reward_faults.py {TRAINER}"
         " -k 'test_rollouts or skipped or values_predict or given_reference'",
@@ -194,7 +199,6 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
             ("scores - args.missing_eos_penalty", "scores + args.missing_eos_penalty"),
             ("ended | scores.isnan()", "ended"),
             ("ended | scores.isnan(), scores, args", "~ended, scores, args"),
-            ("everywhere.nanmean()", "everywhere.mean()"),
             ("            part.merge(", "            (lambda states: None)("),
         ],
     ),

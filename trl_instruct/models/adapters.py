@@ -238,12 +238,10 @@ def float32_head(model: PreTrainedModel) -> PreTrainedModel:
         head = head.modules_to_save[head.active_adapter]
         if head.weight.dtype is not torch.float32:
             head.to(torch.float32)
-            head.register_forward_pre_hook(_as_float32)
+            head.register_forward_pre_hook(
+                lambda _, given: tuple(hidden.to(torch.float32) for hidden in given)
+            )
     return model
-
-
-def _as_float32(head: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(hidden.to(torch.float32) for hidden in given)
 
 
 def trained_weights(model: nn.Module) -> dict[nn.Parameter, Tensor]:

@@ -57,7 +57,12 @@ class IterationTrainer(ResumableTrainer):
         exported = [c for c in callbacks if isinstance(c, ExportableState)]
         self.state = TrainerState(stateful_callbacks=exported)
         if checkpoint is not None:
-            self._load_progress(checkpoint)
+            self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            self._load_callback_state()
+            self._load_optimizer_and_scheduler(str(checkpoint))
+            load_shards(self.accelerator, self.model_wrapped, checkpoint)
+            self._load_scaler(str(checkpoint))
+            self._load_rng_state(str(checkpoint))
         self.state.is_local_process_zero = self.is_local_process_zero()
         self.state.is_world_process_zero = self.is_world_process_zero()
         self.state.max_steps = self.num_iterations
@@ -80,14 +85,6 @@ class IterationTrainer(ResumableTrainer):
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             scheduler.step()
         return scheduler
-
-    def _load_progress(self, checkpoint: Path) -> None:
-        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        self._load_callback_state()
-        self._load_optimizer_and_scheduler(str(checkpoint))
-        load_shards(self.accelerator, self.model_wrapped, checkpoint)
-        self._load_scaler(str(checkpoint))
-        self._load_rng_state(str(checkpoint))
 
     def begin_iteration(self) -> None:
         """Remember what sampling and scoring change, and call the callbacks."""

@@ -1,6 +1,5 @@
 """Scores of a rollout in all processes: a failure in one is known in all."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,30 +58,6 @@ def rollout_scores(
     return scores, len(found)
 
 
-def mean_score(
-    judge: function.RewardFunction,
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    columns: function.Columns,
-    *,
-    rows: Sequence[int],
-    where: str,
-) -> tuple[float | None, int]:
-    """Mean score of all processes' completions, and how many the judge failed on.
-
-    If it fails on all of them, it warns (the warning begins with `where`) and the mean is None.
-    Other arguments are as in `rollout_scores`.
-    """
-    given = (judge, prompts, completions, columns)
-    try:
-        scores, failed = rollout_scores(*given, rows=rows, skip=True)
-    except function.RewardError as error:
-        warnings.warn(f"{where}: {error}", stacklevel=2)
-        return None, 0
-    everywhere = torch.tensor([score for part in gather_object([scores]) for score in part])
-    return float(everywhere.nanmean()), failed
-
-
 def without_eos(scores: Tensor, ended: Tensor, args: PPOConfig) -> Tensor:
     """The scores `(B,)` with `missing_eos_penalty` and `missing_eos_score` applied.
 
@@ -93,12 +68,6 @@ def without_eos(scores: Tensor, ended: Tensor, args: PPOConfig) -> Tensor:
     if args.missing_eos_score is not None:
         scores = torch.where(ended | scores.isnan(), scores, args.missing_eos_score)
     return scores
-
-
-def reward_counts(reward: function.RewardFunction) -> dict[str, int]:
-    """Counts (`truncated`, `unparsable`) of a reward's parts, summed over all processes."""
-    everywhere = gather_object(function.counts_of(reward))
-    return {name: sum(part.get(name, 0) for part in everywhere) for name in function.COUNTED}
 
 
 def _told(fault: str, row: int | None, prompts: Sequence[Any], rows: Sequence[int]) -> str:

@@ -32,12 +32,6 @@ def save_rest(trainer: Any, folder: Path, value_state: dict[str, Tensor] | None)
     write_json(folder / PPO_STATE, progress)
 
 
-def load_models(trainer: Any, checkpoint: Path) -> None:
-    """Load the weights of policy and value model from a checkpoint."""
-    load_weights(trainer.policy, checkpoint)
-    load_weights(trainer.value_model, checkpoint / VALUE)
-
-
 def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
     """Load into a model, or its adapter, the weights that its `save_pretrained` wrote."""
     if isinstance(model, PeftModel):

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -38,7 +40,7 @@ from trl_instruct.ppo_trainer.metrics import check_finite, iteration_metrics, me
 from trl_instruct.ppo_trainer.micro_batch import add_ptx_gradient, ppo_sums
 from trl_instruct.ppo_trainer.ptx import PretrainingRows, pretraining_rows
 from trl_instruct.ppo_trainer.roles import check_roles, place_frozen
-from trl_instruct.ppo_trainer.rollout_scores import mean_score, rollout_scores, without_eos
+from trl_instruct.ppo_trainer.rollout_scores import rollout_scores, without_eos
 from trl_instruct.ppo_trainer.rollouts import (
     PolicyAndValue,
     Rollout,
@@ -47,7 +49,7 @@ from trl_instruct.ppo_trainer.rollouts import (
     prompt_batches,
     with_logprobs,
 )
-from trl_instruct.ppo_trainer.run_state import load_models, load_rest, save_rest
+from trl_instruct.ppo_trainer.run_state import VALUE, load_rest, load_weights, save_rest
 from trl_instruct.rewards.function import RewardError, RewardFunction, as_completions
 from trl_instruct.rewards.reward_model import RewardModel
 
@@ -228,10 +230,16 @@ class PPOTrainer(IterationTrainer):
         """objective/gold, from a reward that is not trained on; if it fails, the run continues."""
         if self.gold is None:
             return {}
-        given, step = self.reward_inputs(rollout, rows), self.state.global_step + 1
-        mean, failed = mean_score(self.gold, *given, rows=rows, where=f"Iteration {step}, gold")
-        metrics = {} if mean is None else {"objective/gold": mean}
-        return metrics | ({"objective/gold_failed": failed} if failed else {})
+        given = self.reward_inputs(rollout, rows)
+        try:
+            scores, failed = rollout_scores(self.gold, *given, rows=rows, skip=True)
+        except RewardError as error:
+            told = f"Iteration {self.state.global_step + 1}, gold: {error}"
+            warnings.warn(told, stacklevel=2)
+            return {}
+        everywhere = torch.tensor([score for part in gather_object([scores]) for score in part])
+        mean = float(everywhere.nanmean())
+        return {"objective/gold": mean} | ({"objective/gold_failed": failed} if failed else {})
 
     def rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Per-token rewards including the KL penalty, and the KL itself: each `(B, C)`."""
@@ -319,7 +327,8 @@ class PPOTrainer(IterationTrainer):
         """Start the run, or resume it from a checkpoint."""
         checkpoint = self.remember(resume_from_checkpoint)
         if checkpoint is not None:
-            load_models(self, checkpoint)
+            load_weights(self.policy, checkpoint)
+            load_weights(self.value_model, checkpoint / VALUE)
         if self.args.ema_decay is not None:
             self.average = MovingAverage(self.policy, self.args.ema_decay)
         if checkpoint is not None:

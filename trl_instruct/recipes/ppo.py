@@ -1,8 +1,10 @@
 """Stage 3, PPO: load -> train -> save."""
 
 import os
+from collections import Counter
 from typing import Any
 
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -19,7 +21,6 @@ from trl_instruct.models.properties import ModelSource
 from trl_instruct.models.tokenizers import check_vocabulary
 from trl_instruct.ppo_trainer import curves
 from trl_instruct.ppo_trainer.roles import Roles, load_roles
-from trl_instruct.ppo_trainer.rollout_scores import reward_counts
 from trl_instruct.ppo_trainer.trainer import PPOTrainer
 from trl_instruct.ppo_trainer.upstream import upstream_trainer
 from trl_instruct.recipes.chain import check_format, remember_reading
@@ -28,7 +29,7 @@ from trl_instruct.recipes.memory import Work, memory_table
 from trl_instruct.recipes.options import data_of, named_source, option_errors, stage_options
 from trl_instruct.recipes.publishing import without_secrets
 from trl_instruct.recipes.stage import StageResult, StageRun, run_stage, starting_point
-from trl_instruct.rewards.function import parts_of
+from trl_instruct.rewards.function import counts_of, parts_of
 from trl_instruct.rewards.load import Reward, load_reward
 
 
@@ -155,8 +156,10 @@ def _tell_before(run: StageRun, roles: Roles, trainer: Any) -> None:
 
 
 def _counted(run: StageRun, roles: Roles) -> dict[str, int]:
-    """Counts of texts that the reward had to cut or could not parse."""
-    counts = {name: count for name, count in reward_counts(roles.reward).items() if count}
+    """Counts of texts that the reward, in any process, had to cut or could not parse."""
+    counts: Counter[str] = Counter()
+    for part in gather_object(counts_of(roles.reward)):
+        counts += Counter(part)
     for name, count in counts.items():
         run.say(f"{count} of the texts for the reward were {name}")
     return {f"reward_{name}": count for name, count in counts.items()}
