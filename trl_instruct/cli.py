@@ -223,9 +223,10 @@ def report_command(arguments: list[str]) -> None:
     parser = _Parser([], prog="trl-instruct report", allow_abbrev=False)
     parser.add_argument("folder", help="Result of sft, rm or ppo.")
     parser.add_argument("--evaluation", help="The JSON that evaluate saved.")
+    parser.add_argument("--comparisons", help="The store that label --models filled.")
     parser.add_argument("--output_file", help="Default: report.html in the folder.")
     options = parser.parse_args(arguments)
-    path = report(options.folder, evaluation=options.evaluation, output_file=options.output_file)
+    path = report(**vars(options))
     evaluation = read_evaluation(options.evaluation)
     for line in summary_lines(read_chain(options.folder), evaluation):
         say(line)

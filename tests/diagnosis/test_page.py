@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from trl_instruct import InputError, report
+from trl_instruct.data.labels import LabelStore
 from trl_instruct.diagnosis.page import read_evaluation, summary_lines
+from trl_instruct.labels.comparisons import comparison
 from trl_instruct.recipes.chain import read_chain
 
 pytestmark = pytest.mark.slow  # whole pages with figures
@@ -109,6 +111,26 @@ def test_the_page_has_diagnosis_table_figures_and_completions(ppo_folder, evalua
     shown = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
     assert {"Reward against KL", "Score against length", "SFT: loss"} <= set(shown)
     assert len(shown) == len(set(shown)) == 10
+
+
+def test_what_people_said_about_checkpoints(ppo_folder, tmp_path):
+    store = LabelStore(tmp_path / "comparisons.db")
+    store.add([comparison("Q", {"sft": "a", EVIL: "b"})])
+    path = report(ppo_folder, comparisons=tmp_path / "comparisons.db")
+    assert "no blind labels" in path.read_text(encoding="utf-8")
+    (item,) = store.items()
+    store.save("number-1", item.key, "anna", "label", {"ranks": [2, 1]})
+    text = report(ppo_folder, comparisons=tmp_path / "comparisons.db").read_text(encoding="utf-8")
+    page = Page(text)
+    assert "1 blind label; the same answer: 0 prompts" in page.text
+    assert "preferred to sft (95 %)" in page.text and EVIL in page.text
+    assert "1.000 [" in page.text and "<script" not in text
+
+
+def test_a_store_that_is_not_there_is_not_made(ppo_folder, tmp_path):
+    with pytest.raises(InputError, match="no such file. Run label --models first."):
+        report(ppo_folder, comparisons=tmp_path / "none.db")
+    assert not (tmp_path / "none.db").exists()
 
 
 def test_texts_of_models_are_shown_and_never_run(ppo_folder, evaluation):

@@ -12,7 +12,7 @@ from trl_instruct.diagnosis.figures import figures
 from trl_instruct.diagnosis.finding import WORDS, Finding
 from trl_instruct.diagnosis.ppo import diagnose_ppo
 from trl_instruct.diagnosis.stages import diagnose_rm, diagnose_sft
-from trl_instruct.errors import InputError, explained
+from trl_instruct.errors import InputError, explained, needs_extra
 from trl_instruct.evaluation.tables import tables
 from trl_instruct.files import list_too, nulls_as_nan, read_json, written_at_once
 from trl_instruct.recipes.chain import FinishedStage, read_chain
@@ -26,6 +26,7 @@ def report(
     folder: str | os.PathLike,
     *,
     evaluation: str | os.PathLike | None = None,
+    comparisons: str | os.PathLike | None = None,
     output_file: str | os.PathLike | None = None,
 ) -> Path:
     """Write one self-contained HTML page on a finished stage and those it came from.
@@ -36,6 +37,7 @@ def report(
     Args:
         folder: output folder of `sft`, `rm` or `ppo`.
         evaluation: the JSON that `evaluate` saved: models side by side, best-of-n, completions.
+        comparisons: the store of blind comparisons that `label --models` filled.
         output_file: default: report.html in the folder.
 
     Returns:
@@ -43,12 +45,13 @@ def report(
 
     Raises:
         InputError: no finished stage in the folder, or a damaged one; a file that is not an
-            evaluation; a place that cannot be written to.
+            evaluation, or no store of comparisons; a place that cannot be written to.
     """
     chain, compared = read_chain(folder), read_evaluation(evaluation)
+    people = read_comparisons(comparisons)
     path = Path(output_file or Path(folder) / REPORT)
     with explained(f"{os.fspath(folder)!r}, a stage before it or the evaluation is damaged"):
-        text = _page(f"How {Path(folder)} was made", chain, compared)
+        text = _page(f"How {Path(folder)} was made", chain, compared, people)
     try:
         with written_at_once(path) as file:
             file.write(text)
@@ -58,7 +61,12 @@ def report(
     return path
 
 
-def _page(title: str, chain: Mapping[str, FinishedStage], evaluation: dict[str, Any]) -> str:
+def _page(
+    title: str,
+    chain: Mapping[str, FinishedStage],
+    evaluation: dict[str, Any],
+    people: tuple[str, list[list[str]]] | None,
+) -> str:
     findings = diagnose(chain)
     page = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     return page.render(
@@ -70,6 +78,7 @@ def _page(title: str, chain: Mapping[str, FinishedStage], evaluation: dict[str, 
         key_figures=key_figures,
         tables=tables(evaluation) if evaluation else [],
         prompts=evaluation.get("prompts"),
+        people=people,
         figures=figures(chain, evaluation),
         samples=_samples(evaluation),
     )
@@ -129,6 +138,20 @@ def read_evaluation(path: str | os.PathLike | None) -> dict[str, Any]:
     if not isinstance(content, dict) or not {"models", "judges", "points"} <= set(content):
         raise InputError(f"evaluation {str(file)!r} is not what `evaluate` saves.")
     return {**content, "models": nulls_as_nan(content["models"])}
+
+
+def read_comparisons(store: str | os.PathLike | None) -> tuple[str, list[list[str]]] | None:
+    """What people said about checkpoints, as a line and a table; None if no store is given."""
+    if store is None:
+        return None
+    if "://" not in os.fspath(store) and not Path(store).is_file():
+        raise InputError(
+            f"comparisons {os.fspath(store)!r}: no such file. Run label --models first."
+        )
+    with needs_extra("label"):
+        from trl_instruct.data.labels import LabelStore
+        from trl_instruct.labels.comparisons import comparison_rows
+    return comparison_rows(LabelStore(os.fspath(store)))
 
 
 def _samples(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -22,20 +22,28 @@ def comparison(prompt: Any, answers: Mapping[str, str]) -> dict[str, Any]:
 
 
 def comparison_lines(store: LabelStore) -> Iterator[str]:
-    """A table: how often people prefer each model to the first, and how they rate it.
+    """What `comparison_rows` tells, as lines."""
+    told, rows = comparison_rows(store)
+    if rows:
+        yield told
+        yield from table(rows)
+
+
+def comparison_rows(store: LabelStore) -> tuple[str, list[list[str]]]:
+    """How often people prefer each model to the first, and how they rate it: a line and a table.
 
     A tie counts half, and so does a prompt that all models answer with the same words: nobody is
     asked about it. Several labels of a prompt are one group for the interval. "Equal length" is in
-    letters.
+    letters. Without labels there are no rows.
     """
     compared = [item for item in store.items() if "sources" in item.columns]
     labels = [answer for answer in store.answers() if answer.action == "label"]
     given = [(a.item, a.content) for a in labels if "sources" in a.item.columns]
     if not given:
-        return
+        return "no blind labels", []
     same = [item for item in compared if len(item.responses) == 1]
     given += [(item, {"ranks": [1]}) for item in same]
-    yield f"{plural(len(given) - len(same), 'blind label')}; the same answer: {len(same)} prompts"
+    told = f"{plural(len(given) - len(same), 'blind label')}; the same answer: {len(same)} prompts"
     models = [name for names in compared[0].columns["sources"] for name in names]
     numbers = {item.key: number for number, item in enumerate(compared)}
     groups = [numbers[item.key] for item, _ in given]
@@ -59,4 +67,4 @@ def comparison_lines(store: LabelStore) -> Iterator[str]:
             rate = win_rate(*both, groups=groups)
             won = [show_interval(rate), f"{rate['length_controlled']:.3f}"]
         rows.append([name, *won, rated])
-    yield from table(rows)
+    return told, rows
