@@ -62,7 +62,7 @@ class StageConfig(_Mixin):
     overwrite_output_dir: bool = _option(False, "Replace the run that output_dir holds.")
     trust_remote_code: bool = _option(False, "Let models and tokenizers run code from the Hub.")
     merge_adapter: bool = _option(False, "Save a merged full model; checkpoints keep the adapter.")
-    bf16: bool | None = _option(None, "bfloat16 mixed precision; default: on accelerators with it.")
+    bf16: bool | None = _option(None, "bfloat16 mixed precision; default: if an accelerator has it")
 
     def __post_init__(self) -> None:
         option_checks.check_finite(self)
@@ -159,7 +159,9 @@ class RewardConfig(StageConfig, trl.RewardConfig):
     rating_order: list[str] | None = _option(None, "Rating labels, best first: good ok fair poor.")
     leave_out_labelers: list[str] | None = _option(None, "Do not use these labelers' rankings.")
     truncate_prompt: bool = _option(
-        False, "Cut prompts from the left, rather than leave out responses beyond max_length."
+        False,
+        "Cut prompts from the left if a response would exceed max_length, rather than leave it "
+        "out. Responses are never cut.",
     )
 
     def __post_init__(self) -> None:
@@ -182,7 +184,7 @@ class SamplingConfig(StageConfig):
     max_prompt_length: int | None = _option(
         None, "Longer prompts lose their beginning, and are counted; default: they are an error."
     )
-    temperature: float = _option(1.0, "Sampling temperature (C.4: 1); divides logits, KL's too.")
+    temperature: float = _option(1.0, "Sampling temperature (C.4: 1); divides the KL's logits too")
     stop_strings: list[str] | None = _option(
         None, "Texts that end a completion, besides EOS; rewards do not see them."
     )
@@ -262,7 +264,9 @@ class PPOConfig(SamplingConfig, TrainingArguments):
     ptx_max_length: int = _option(512, "Tokens in a row of pretraining text.")
     ptx_rows_per_episode: int = _option(8, "Rows of pretraining text per episode (C.4: 8).")
     ema_decay: float | None = _option(
-        None, "Save a moving average of the weights with this decay per step (C.4: 0.992), if any."
+        None,
+        "Save a moving average of the weights, with this decay per optimizer step (C.4: 0.992), "
+        "if any.",
     )
     cliprange: float = _option(0.2, "Clip of the importance ratio (C.4: 0.2).")
     cliprange_value: float = _option(0.2, "Clip of the value's change.")
@@ -330,7 +334,7 @@ class CandidatesConfig(SamplingConfig, TrainingArguments):
 
     per_device_eval_batch_size: int = _option(64, "Completions per forward pass.")
     num_candidates: int = _option(4, "K, completions per prompt (the paper's labelers saw 4 to 9).")
-    gold: str | None = _option(None, "A noisy simulated labeler's reward (`tiny`); default: people")
+    gold: str | None = _option(None, "Simulated labeler's reward, with noise; default: people.")
 
 
 @dataclass
