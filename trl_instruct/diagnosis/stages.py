@@ -79,8 +79,10 @@ def _rm_against_length(metrics: Mapping[str, Any]) -> Iterator[Finding]:
         f"{gain:+.3f} more accurate than 'the {'longer' if longer else 'shorter'} answer wins' "
         f"(at least {low:+.3f}, 95 %); correlation of score and length {correlation:+.2f}"
     )
-    if low <= 0 or abs(correlation) > MOST_LENGTH:
+    if abs(correlation) > MOST_LENGTH or (low <= 0 and abs(correlation) > MUCH_LENGTH):
         yield _found("rm", "rm_is_length", figure)
+    elif low <= 0:
+        yield _found("rm", "rm_below_length", figure)
     elif abs(correlation) > MUCH_LENGTH:
         yield _found("rm", "rm_follows_length", figure)
 
