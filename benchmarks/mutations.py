@@ -305,7 +305,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
             ("torch.minimum(lengths, stopped)", "lengths"),
             ("ended | (stopped < NEVER)", "ended"),
             ("ids[: length - end])", "ids[:length])"),
-            ("return min((text.index(string)", "return max((text.index(string)"),
+            ("ends = [min((t.index(s)", "ends = [max((t.index(s)"),
             ("[tokenizer.eos_token_id, *own]", "[tokenizer.eos_token_id]"),
             ("completions[rows] = drawn", "completions[start : start + len(rows)] = drawn"),
         ],

@@ -208,16 +208,12 @@ def decode(
         return texts
     # The token that completes a stop string may also hold the last letters before it.
     whole = completion_texts([row for row, _ in rows], tokenizer)
-    ends = [_first_of(stop_strings, text) for text in whole]
+    # Where the first of the strings begins in each text, or None.
+    ends = [min((t.index(s) for s in stop_strings if s in t), default=None) for t in whole]
     return [
         text if end is None else full[:end]
         for text, full, end in zip(texts, whole, ends, strict=True)
     ]
-
-
-def _first_of(strings: Sequence[str], text: str) -> int | None:
-    """Index where the first of the strings begins in the text, or None."""
-    return min((text.index(string) for string in strings if string in text), default=None)
 
 
 def unused_sampling(policy: PreTrainedModel) -> dict[str, Any]:
