@@ -245,10 +245,14 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         ],
     ),
     (
+        "ppo_trainer/trainer.py",
+        RESUME,
+        [("            load_weights(self.value_model, checkpoint / VALUE)\n", "")],
+    ),
+    (
         "ppo_trainer/run_state.py",
         RESUME,
         [
-            ("    load_weights(trainer.value_model, checkpoint / VALUE)\n", ""),
             ('        trainer.pretraining.load_state(progress["ptx"])\n', "        pass\n"),
             ("        trainer.average.load(checkpoint / EMA)\n", "        pass\n"),
             ('        trainer.kl_coef = progress["kl_coef"]', "        pass"),

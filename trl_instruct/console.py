@@ -111,9 +111,9 @@ def get_logger(name: str) -> logging.Logger:
     return logger
 
 
-def say(text: str, file: TextIO | None = None) -> None:
-    """Print text from anywhere, redacted and `printable`, as all that the package prints."""
-    tqdm.write(printable(redact(text)), file=file)  # above a progress bar
+def say(text: str, file: TextIO | None = None, *, secret: bool = False) -> None:
+    """Print text from anywhere, redacted unless its secret is to be told, and `printable`."""
+    tqdm.write(printable(text if secret else redact(text)), file=file)  # above a progress bar
     (file or sys.stdout).flush()
 
 

@@ -15,7 +15,7 @@ from trl_instruct.data.conversion import REWARD_ARGUMENTS, mixed, read
 from trl_instruct.data.orders import is_number
 from trl_instruct.data.reading import AS_PUBLISHED, Reading, rename
 from trl_instruct.data.rendering import render_prompt
-from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, map_records
+from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, iterate, map_records
 from trl_instruct.errors import InputError, kind_of
 
 logger = get_logger(__name__)
@@ -84,27 +84,27 @@ def load_demonstrations(
 
 def _trimmed(dataset: AnyDataset, where: Source, first: Record) -> AnyDataset:
     """Dialogues that end with a reply and begin with a question, contents in one part."""
-    features, changed = dataset.features, 0
+    features, streamed = dataset.features, isinstance(dataset, IterableDataset)
     in_parts = any(
         isinstance(message, Mapping) and isinstance(message.get("content"), list)
         for message in first["messages"] or ()
     )
     if in_parts:
-        streamed = isinstance(dataset, IterableDataset)
         features = None if streamed else Features({**features, "messages": List(MESSAGE)})
 
     def trim(record: Record, row: int) -> dict[str, Any]:
-        nonlocal changed
         with where.located(row):
-            trimmed = dialogues.trim_dialogue(record)
-        changed += trimmed["messages"] != record["messages"]
-        return trimmed
+            return dialogues.trim_dialogue(record)
 
-    trimmed = map_records(dataset, trim, with_indices=True, features=features)
-    if changed and not in_parts and isinstance(dataset, Dataset):
-        what = "what stands before the first question or after the last reply"
-        logger.warning("%s: %d dialogues lose %s", where.name, changed, what)
-    return trimmed
+    if not streamed:
+        talks = enumerate(iterate(dataset, "messages"))
+        changed = sum(trim({"messages": talk}, row)["messages"] != talk for row, talk in talks)
+        if not changed:
+            return dataset
+        if not in_parts:
+            what = "what stands before the first question or after the last reply"
+            logger.warning("%s: %d dialogues lose %s", where.name, changed, what)
+    return map_records(dataset, trim, with_indices=True, features=features)
 
 
 def load_prompts(

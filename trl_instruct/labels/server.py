@@ -250,8 +250,7 @@ def serve(page: LabelPage, host: str, port: int) -> None:
     if in_terminal:
         threading.Thread(target=wait_for_enter, daemon=True).start()
     shown = f"[{host}]" if ":" in host else host
-    # Not by `say`, which hides tokens.
-    print(f"label: http://{shown}:{port}/?token={page.store.token}", flush=True)
+    say(f"label: http://{shown}:{port}/?token={page.store.token}", secret=True)
     say(f"Press {'Enter' if in_terminal else 'Ctrl-C'} when the labelling is done.")
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listening])
