@@ -83,8 +83,8 @@ class StageConfig(_Mixin):
         )
         super().__post_init__()
         for name in ("prompt_template", "prompt_suffix"):
-            if getattr(self, name) is not None:
-                setattr(self, name, option_checks.line_breaks(getattr(self, name)))
+            if (text := getattr(self, name)) is not None:
+                setattr(self, name, text.replace("\\n", "\n"))  # a shell types no line break
         if self.datasets and (self.dataset_name or self.dataset_config):
             raise InputError("datasets and dataset_name were both given; use one of them.")
         option_checks.check_training(self)

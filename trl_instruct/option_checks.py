@@ -84,11 +84,6 @@ def has_bf16() -> bool:
     return torch.accelerator.is_available()
 
 
-def line_breaks(text: str) -> str:
-    """Line breaks for the `\\n` that is typed in a shell."""
-    return text.replace("\\n", "\n")
-
-
 def check_stop_strings(stop_strings: Sequence[str] | None) -> None:
     """InputError for an empty stop string: every completion would end at once."""
     if stop_strings and not all(stop_strings):

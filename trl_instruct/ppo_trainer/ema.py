@@ -17,22 +17,20 @@ class MovingAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.model, self.decay = model, decay
-        self.average = {name: w.detach().float().clone() for name, w in self._weights()}
-
-    def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, w) for name, w in self.model.named_parameters() if w.requires_grad)
+        self.decay = decay
+        self.weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
+        self.average = {name: w.detach().float().clone() for name, w in self.weights.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Update the average after an optimizer step."""
-        for name, weight in self._weights():
+        for name, weight in self.weights.items():
             self.average[name].lerp_(weight.float(), 1 - self.decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the model has the averaged weights."""
-        trained = {name: weight.detach().clone() for name, weight in self._weights()}
+        trained = {name: weight.detach().clone() for name, weight in self.weights.items()}
         self._put(self.average)
         try:
             yield
@@ -41,7 +39,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def _put(self, values: dict[str, Tensor]) -> None:
-        for name, weight in self._weights():
+        for name, weight in self.weights.items():
             weight.copy_(values[name])
 
     def save(self, path: Path) -> None:

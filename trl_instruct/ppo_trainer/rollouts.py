@@ -126,9 +126,6 @@ def prompt_batches(
 class PolicyAndValue(nn.Module):
     """The two trained models as one module, for the optimizer and `Accelerator.prepare`."""
 
-    policy: PreTrainedModel
-    value: ValueModel
-
     def __init__(self, policy: PreTrainedModel, value: ValueModel):
         super().__init__()
         self.policy = policy
@@ -143,14 +140,11 @@ class PolicyAndValue(nn.Module):
             logits = completion_logits(self.policy, sequences)
         if not with_values:
             return logits, None
-        if self.one_trunk and seen:
+        # The value model may be a head on the policy: then one pass gives both.
+        one_trunk = self.value.model.base_model is self.policy.base_model
+        if one_trunk and seen:
             return logits, at_states(self.value.read(seen[-1]), sequences)
         return logits, state_values(self.value, sequences)
-
-    @property
-    def one_trunk(self) -> bool:
-        """Whether the value model is a head on the policy, so that one pass gives both."""
-        return self.value.model.base_model is self.policy.base_model
 
     @property
     def _no_split_modules(self) -> list[str]:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import trl
@@ -48,11 +48,6 @@ OUTSIDE = {
 UNREAD = {"data_seed", "resume_from_checkpoint", "max_grad_norm", "metric_for_best_model"}
 
 
-class _Prompt(NamedTuple):
-    record: Mapping[str, Any]
-    ids: Tensor  # padded with 0 to the width of its batch, as TRL passes it on
-
-
 class RewardModule(nn.Module):
     """Wraps any reward as the `nn.Module` that TRL's PPOTrainer expects as its reward model.
 
@@ -78,7 +73,8 @@ class RewardModule(nn.Module):
         # Registered, so they move to the device with this module.
         self.models = nn.ModuleList(m for m in models if isinstance(m, nn.Module))
         self.score = nn.Identity()
-        self.pending: deque[_Prompt] = deque()
+        # Record and ids, padded with 0 to the width of their batch, as TRL passes them on.
+        self.pending: deque[tuple[Mapping[str, Any], Tensor]] = deque()
 
     @property
     def backbone(self) -> "RewardModule":
@@ -100,7 +96,7 @@ class RewardModule(nn.Module):
         pad = self.tokenizer.pad_token_id
         padded = torch.where(left_padded_mask(lengths, ids.shape[1]), ids, pad)
         shown = padded.masked_fill(padded == pad, 0)
-        self.pending.extend(_Prompt(row, ids) for row, ids in zip(rows, shown, strict=True))
+        self.pending.extend(zip(rows, shown, strict=True))
         return {"input_ids": padded}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **unused: Any) -> BaseModelOutput:
@@ -113,15 +109,14 @@ class RewardModule(nn.Module):
         Raises:
             InputError: these are not the next rows from `collate`; the reward fails.
         """
-        prompts = self._remembered(input_ids.cpu())
-        width = len(prompts[0].ids)
-        asked = [prompt.record["prompt"] for prompt in prompts]
+        records, width = self._remembered(input_ids.cpu())
+        asked = [record["prompt"] for record in records]
         own, counts = input_ids[:, width:], attention_mask[:, width:].bool().cumprod(dim=1).sum(1)
         last = own.gather(1, (counts - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
         ended = (counts > 0) & (last == self.tokenizer.eos_token_id)
         texts = decode(own, counts, ended, self.tokenizer)
-        names = [name for name in prompts[0].record if name not in ("prompt", "input_ids")]
-        columns = {name: [prompt.record[name] for prompt in prompts] for name in names}
+        names = [name for name in records[0] if name not in ("prompt", "input_ids")]
+        columns = {name: [record[name] for record in records] for name in names}
         columns["completion_ids"] = unpadded(own, counts)
         given = function.call_reward(
             self.reward, asked, function.as_completions(asked, texts), columns
@@ -130,20 +125,20 @@ class RewardModule(nn.Module):
         hidden = scores.expand(-1, input_ids.shape[1], 1)
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=(hidden,))
 
-    def _remembered(self, input_ids: Tensor) -> list[_Prompt]:
-        """The next remembered prompts; InputError if they are not those of these rows."""
+    def _remembered(self, input_ids: Tensor) -> tuple[list[Mapping[str, Any]], int]:
+        """The next records and their prompts' width; InputError if these rows are not theirs."""
         count = min(len(input_ids), len(self.pending))
         prompts = [self.pending.popleft() for _ in range(count)]
         if count < len(input_ids) or any(
-            not torch.equal(ids[: len(prompt.ids)], prompt.ids)
-            for ids, prompt in zip(input_ids, prompts, strict=True)
+            not torch.equal(ids[: len(prompt)], prompt)
+            for ids, (_, prompt) in zip(input_ids, prompts, strict=True)
         ):
             raise InputError(
                 "A RewardModule got rows to score that its collate did not make. Pass "
                 "data_collator=module.collate to PPOTrainer, one module per trainer, without an "
                 "eval_dataset."
             )
-        return prompts
+        return [record for record, _ in prompts], len(prompts[0][1])
 
 
 class UpstreamTrainer(Trainer):

@@ -5,7 +5,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -136,7 +135,7 @@ def _from_file(reward: str) -> RewardFunction:
         raise InputError(f"Reward {reward!r}: there is no file {file} (looked in {Path.cwd()}).")
     spec = importlib.util.spec_from_file_location(f"trl_instruct_reward_{Path(file).stem}", file)
     assert spec is not None and spec.loader is not None  # the name ends in .py
-    module: ModuleType = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses, among others, look it up there
     try:
         spec.loader.exec_module(module)

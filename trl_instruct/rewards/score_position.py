@@ -93,8 +93,9 @@ def separate_scores(
         input_ids, attention_mask: `(R, T)`.
     """
     columns = score_positions(input_ids, attention_mask, pad_token_of(bare))
+    tokens = {"input_ids": input_ids, "attention_mask": attention_mask}
     with scores_at(bare, columns, input_ids.shape[1]):
-        outputs = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        outputs = model(**tokens, **accepted(unwrapped(bare), use_cache=False))
     return outputs.logits.squeeze(-1), outputs
 
 
@@ -118,9 +119,6 @@ def batched_logits(
         lengths = torch.tensor([len(row) for row in batch])
         ids = pad_rows(batch, filler).to(model.device)
         mask = right_padded_mask(lengths, ids.shape[1]).long().to(ids.device)
-        columns = score_positions(ids, mask, pad_token_of(model))
-        with scores_at(model, columns, ids.shape[1]):
-            arguments = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-            output = model(**accepted(model, **arguments))
+        _, output = separate_scores(model, model, ids, mask)
         logits[chosen] = output.logits.float().cpu()
     return logits
