@@ -144,7 +144,8 @@ def test_three_steps_of_each_stage(tmp_path, monkeypatch, name, kind):
     if name.startswith("smollm2"):
         given["rm"]["eval_size"] = 0.2  # of 12 prompts instead of 64 thousand
     if name == "smollm2-hub":
-        given["ppo"]["gold"] = f"{Path(__file__).parent / 'test_recipe_configs.py'}:brevity"
+        given["ppo"]["gold"] = f"{__file__}:brevity"
+        given["ppo"]["summary_file"] = tmp_path / "ppo" / "summary.json"
     for stage, options in given.items():
         options = {**QUICK, **options, "output_dir": tmp_path / stage}
         flags = [f"--{option}={value}" for option, value in options.items()]
