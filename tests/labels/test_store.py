@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -153,6 +154,7 @@ def test_labels_are_rankings_for_the_reward_model(store, tmp_path, caplog):
     more = {"overall": [7, None, 1], "checks": {"harmful?": [True, False, False]}, "note": "hm"}
     store.save("3", item.key, "x", "label", {"ranks": [3, 1, 2], **more, "flag": False})
     rankings = load_rankings(store.address)
+    assert load_rankings(Path(store.address).parent)[:] == rankings[:]
     assert "2 of 5 prompts labelled, by 2 labelers" in caplog.text
     assert rankings["number"] == [None, None, 0]  # a column of the item
     assert rankings["labeler"] == ["x", "y", "x"]

@@ -88,9 +88,9 @@ def load_records(source: Any, split: str = "train", streaming: bool = False) -> 
     Args:
         source: a `datasets.Dataset` or `IterableDataset` (returned unchanged), a `DatasetDict`,
             `"tiny:<split>"` (the embedded world), a local .json, .jsonl, .json.gz, .jsonl.gz, .csv
-            or .parquet file, a store of labels (labels.db, or a database's address), a local
-            folder, the id of a dataset on the Hub, or TRL's `DatasetConfig`, with the name of a
-            subset, data files, or columns to keep.
+            or .parquet file, a store of labels (labels.db, its folder, or a database's address), a
+            local folder, the id of a dataset on the Hub, or TRL's `DatasetConfig`, with the name of
+            a subset, data files, or columns to keep.
         split: which split; a single file has only "train" (slices like `"train[:100]"` work).
         streaming: return an `IterableDataset`, which reads rows on demand.
 
@@ -168,6 +168,8 @@ def _load_tiny(name: str) -> AnyDataset:
 
 def _load_path(source: str | PathLike, split: str, streaming: bool, where: Source) -> AnyDataset:
     path = Path(fspath(source)).expanduser()
+    if (path / "labels.db").is_file():
+        source = path = path / "labels.db"
     if LABEL_STORE.fullmatch(str(source)) and ("://" in str(source) or path.is_file()):
         return _load_labels(str(source), split)
     if path.is_dir():
