@@ -103,8 +103,7 @@ def kind_of(value: Any) -> str:
 def located(place: str | Callable[[], str]) -> Iterator[None]:
     """Put a place, such as "Prompt 3", in front of an `InputError` raised inside.
 
-    Args:
-        place: text, or a function that looks it up, called only on an error.
+    The place is text, or a function that looks it up, called only on an error.
 
     >>> with located("Prompt 3"):
     ...     raise InputError("`prompt` is empty.")

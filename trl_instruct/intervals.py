@@ -44,14 +44,12 @@ def share_interval(
     linearised variance of a ratio over groups. Few groups say little about v: it is multiplied by
     c(groups) / c(values), c(k) = t^2 k / (k - 1) at k - 1 degrees of freedom. With one 0 or 1 per
     group, n is their number. A v below that of independent 0s and 1s (ties, luck) is drawn towards
-    it, as by one more group. If all values are 0, or all are 1, a group counts as one value.
+    it, as by one more group. If all values are 0, or all are 1, a group counts as one value. With
+    fewer than two groups, low and high are NaN.
 
     Args:
         values, weights: `(N,)`; weights None: all 1.
         groups: `(N,)` number of each value's group; None: all values are independent.
-
-    Returns:
-        low and high are NaN if there are fewer than two groups.
 
     >>> [round(number, 2) for number in share_interval(torch.ones(5))]
     [1.0, 0.57, 1.0]

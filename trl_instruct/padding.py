@@ -14,13 +14,7 @@ from torch.utils.data import Sampler
 
 
 def left_padded_mask(lengths: Tensor, width: int) -> Tensor:
-    """Mask of sequences at the right end of their row (prompts).
-
-    Args:
-        lengths: `(B,)` number of real tokens in each row.
-
-    Returns:
-        `(B, width)` bool.
+    """Mask `(B, width)` of sequences, of lengths `(B,)`, at the right end of their row (prompts).
 
     >>> left_padded_mask(torch.tensor([1, 3]), 3).int().tolist()
     [[0, 0, 1], [1, 1, 1]]
@@ -40,13 +34,7 @@ def right_padded_mask(lengths: Tensor, width: int) -> Tensor:
 
 
 def position_ids(mask: Tensor) -> Tensor:
-    """Position of each token among the real tokens of its row; padding gets 0.
-
-    Args:
-        mask: `(B, T)` bool, True on real tokens.
-
-    Returns:
-        `(B, T)` int64.
+    """Position of each token among the real tokens of its row, `(B, T)` int64; padding gets 0.
 
     >>> position_ids(torch.tensor([[False, True, True], [True, True, False]])).tolist()
     [[0, 0, 1], [0, 1, 0]]
@@ -55,13 +43,7 @@ def position_ids(mask: Tensor) -> Tensor:
 
 
 def padding_before(mask: Tensor) -> Tensor:
-    """Columns before each row's first real token.
-
-    Args:
-        mask: `(B, T)` bool or 0 / 1.
-
-    Returns:
-        `(B,)` int64.
+    """Columns before each row's first real token, `(B,)` int64, by a mask `(B, T)`, bool or 0 / 1.
 
     >>> padding_before(torch.tensor([[0, 0, 1], [1, 1, 0]])).tolist()
     [2, 0]
@@ -70,11 +52,9 @@ def padding_before(mask: Tensor) -> Tensor:
 
 
 def roll_rows(values: Tensor, columns: Tensor) -> Tensor:
-    """Roll each row to the left by its own number of columns; what leaves re-enters at the right.
+    """Roll each row of `(B, T, ...)` to the left by its own number of columns `(B,)`.
 
-    Args:
-        values: `(B, T, ...)`.
-        columns: `(B,)`; a negative number moves to the right.
+    What leaves re-enters at the right; a negative number moves to the right.
 
     >>> roll_rows(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([1, -1])).tolist()
     [[2, 3, 1], [6, 4, 5]]
@@ -87,13 +67,8 @@ def roll_rows(values: Tensor, columns: Tensor) -> Tensor:
 def completion_lengths(completion_ids: Tensor, eos_token_ids: list[int]) -> tuple[Tensor, Tensor]:
     """Length of each sampled completion, including its first EOS, and whether it has one.
 
-    Tokens after the first EOS are filler and ignored, whatever their value.
-
-    Args:
-        completion_ids: `(B, C)` sampled tokens, filler after the first EOS.
-
-    Returns:
-        lengths `(B,)` int64 in 1..C and ended `(B,)` bool.
+    From `(B, C)` ids come `(B,)` int64 in 1..C and `(B,)` bool. Tokens after the first EOS are
+    filler and ignored, whatever their value.
 
     >>> completion_lengths(torch.tensor([[5, 2, 2], [5, 6, 7]]), [2])
     (tensor([2, 3]), tensor([ True, False]))
@@ -158,10 +133,7 @@ def length_batches(
 class LengthBatchSampler(Sampler[int]):
     """The rows of a dataset in the order of `length_batches`, a new one in every epoch.
 
-    Args:
-        lengths: tokens in each row.
-        batch_size: rows computed at the same time over all processes.
-        seed: the same in all processes.
+    `batch_size` counts the rows of all processes together; `seed` is the same in all of them.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int):

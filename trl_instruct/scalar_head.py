@@ -165,8 +165,7 @@ def keep_shift(model: PreTrainedModel, shift: float, std: float) -> None:
 def forget_shift(model: PreTrainedModel) -> None:
     """Remove the shift of a head that was replaced."""
     for name in (SHIFT, STD):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
+        vars(model.config).pop(name, None)
 
 
 def save_beside_adapter(model: PreTrainedModel, folder: Path) -> None:

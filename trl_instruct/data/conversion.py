@@ -89,10 +89,8 @@ def mixed(load: Callable[..., AnyDataset], entries: Sequence[Any], streaming: bo
     """Datasets, each read as its own shape, one after the other.
 
     Each `fraction` is a share of the result, as in TRL: no dataset is repeated, and the first rows
-    of each are taken. Columns that not all of them have are null in the others.
-
-    Args:
-        load: loads one entry: `load(entry, split, streaming)`.
+    of each are taken. Columns that not all of them have are null in the others. An entry is loaded
+    by `load(entry, split, streaming)`.
 
     Raises:
         InputError: as `load`; text and messages mixed; a fraction for some of them only.

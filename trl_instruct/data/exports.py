@@ -29,10 +29,8 @@ def export(rows: Dataset, path: Path, to: str) -> str:
     """Write rankings or pairs, from `load_either`, to a new file: JSON Lines, or a tool's JSON.
 
     A tool gets a task a ranking; as pairwise, a task for each pair that has a winner. A rating is
-    the number of ranks from the worst up, whose rating is 1. `to` is one of `FORMATS`.
-
-    Returns:
-        A line that tells what the file holds, and what it does not.
+    the number of ranks from the worst up, whose rating is 1. `to` is one of `FORMATS`. Returns a
+    line that tells what the file holds, and what it does not.
 
     Raises:
         InputError: the file exists or has another ending; no pair has a winner, or all rankings

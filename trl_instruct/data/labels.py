@@ -227,11 +227,8 @@ class LabelStore:
     def undo(self, answer_id: str, labeler: str) -> Answer | None:
         """Take back a labeler's latest answer that stands, whose item is open again for them.
 
-        Args:
-            answer_id: of the taking back, made by the client.
-
-        Returns:
-            The answer that was taken back, or None if there is none.
+        `answer_id` is of the taking back, made by the client. Returns the answer; None if there is
+        none.
         """
         own = STANDING.where(LATEST.c.labeler == labeler).order_by(LATEST.c.number.desc())
         with self._turn() as connection:

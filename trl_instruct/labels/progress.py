@@ -12,14 +12,8 @@ from trl_instruct.data.labels import Answer
 def progress(answers: Sequence[Answer], items: int, labels_per_prompt: int) -> dict[str, Any]:
     """Counts of items and, per labeler, of labels, skips, median seconds and agreement.
 
-    Args:
-        answers: those that stand.
-        items: how many there are to label.
-        labels_per_prompt: labels that an item needs to be done.
-
-    Returns:
-        `items`, `done`, `agreement` (as `labelers.agreement`, without NaN), and `labelers`, a dict
-        for each.
+    Of the `items`, `done` are those with `labels_per_prompt` labels. Only answers that stand are
+    given. `agreement` is as `labelers.agreement`, without NaN; `labelers` holds a dict for each.
     """
     from trl_instruct.reward_trainer.labelers import Labeled, agreement, reliability  # torch
 

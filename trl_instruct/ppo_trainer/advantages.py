@@ -5,13 +5,7 @@ from torch import Tensor
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the values where the mask is True; every token has the same weight.
-
-    Args:
-        values, mask: `(B, T)`, float and bool.
-
-    Returns:
-        scalar; 0 if the mask is False everywhere.
+    """Mean of the values `(B, T)` where the mask `(B, T)` is True, all tokens alike; 0 if nowhere.
 
     >>> masked_mean(torch.tensor([[1.0, 3.0, 100.0]]), torch.tensor([[True, True, False]]))
     tensor(2.)
@@ -20,13 +14,9 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance of the values where the mask is True.
+    """Mean and unbiased variance of the values `(B, T)` where the mask `(B, T)` is True.
 
-    Args:
-        values, mask: `(B, T)`, float and bool.
-
-    Returns:
-        Two scalars. The variance of a single value is 0.
+    The variance of a single value is 0.
 
     >>> masked_moments(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
     (tensor(2.), tensor(2.))
@@ -43,16 +33,13 @@ def masked_whiten(
     shift_mean: bool = True,
     moments: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Values scaled to variance 1 over the real tokens and shifted to mean 0.
+    """Values scaled to variance 1 over the real tokens and shifted to mean 0; others are 0.
 
     Args:
         values, mask: `(B, T)`, float and bool.
         shift_mean: False keeps the mean (used for rewards, whose sign carries meaning).
         moments: mean and unbiased variance (as in lm-human-preferences and TRL) over all
             processes; default: those of the values.
-
-    Returns:
-        `(B, T)`; 0 where the mask is False.
 
     >>> masked_whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]])).tolist()
     [[-0.7071067690849304, 0.7071067690849304, 0.0]]
@@ -65,7 +52,7 @@ def masked_whiten(
 
 
 def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -> Tensor:
-    """Estimate of KL(policy || ref_policy) at each sampled token.
+    """Estimate of KL(policy || ref_policy) at each sampled token: `(B, C)` nats.
 
     With r = ref(token) / policy(token) and tokens sampled from the policy:
     k1 = -log r (unbiased, may be negative: clamping it would bias it);
@@ -76,9 +63,6 @@ def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1
     Args:
         logprobs, ref_logprobs: `(B, C)` log-probabilities of the sampled tokens, nats.
         estimator: "k1" or "k3".
-
-    Returns:
-        `(B, C)` nats.
 
     Raises:
         ValueError: unknown estimator.
@@ -95,7 +79,7 @@ def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1
 
 
 def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, *, kl_coef: float) -> Tensor:
-    """Reward of each token: the KL penalty everywhere, the score at the last token.
+    """Reward of each token, `(B, C)`: the KL penalty everywhere, the score at the last; 0 after it.
 
     R(x, y) = r(x, y) - beta * log(policy(y|x) / ref(y|x)), InstructGPT equation 2, spread over
     the tokens: each token bears its own penalty; the last one (EOS included) gets the score.
@@ -105,9 +89,6 @@ def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, *, kl_coef: float
         kl: `(B, C)` per-token KL, nats.
         lengths: `(B,)` completion lengths, EOS included.
         kl_coef: beta.
-
-    Returns:
-        `(B, C)`, 0 after the last token.
 
     >>> token_rewards(torch.tensor([1.0]), torch.tensor([[0.5, 0.5, 9.0]]), torch.tensor([2]),
     ...               kl_coef=0.1)

@@ -52,10 +52,8 @@ def show_samples(
 ) -> None:
     """Print the first completion; log all of them to the trackers that have tables.
 
-    Args:
-        step, steps: this iteration, counted from 1, and the number of iterations.
-        columns: prompt, completion and score of some episodes.
-        trackers: `report_to` of the training arguments.
+    `step` of `steps` counts iterations from 1; `columns` are prompt, completion and score of some
+    episodes; `trackers` is `report_to` of the training arguments.
     """
     prompt, completion, score = (columns[n][0] for n in ("prompt", "completion", "score"))
     say(sample_text(step, steps, prompt, completion, score))

@@ -1,8 +1,8 @@
 """The losses of PPO: pure functions of tensors.
 
-They return one number per token and leave the averaging to the caller, because the mean is over all
-real tokens of a minibatch, in all its micro-batches and processes; and where the clip removes the
-gradient, for the share of clipped tokens.
+They return `(N,)` each: the loss per token, and bool, whether the clip removes its gradient. The
+averaging is the caller's, because the mean is over all real tokens of a minibatch, in all its
+micro-batches and processes.
 """
 
 import torch
@@ -21,9 +21,6 @@ def policy_loss(
         logprobs, old_logprobs: `(N,)` log-probabilities of the tokens, now and at sampling time.
         advantages: `(N,)`.
         cliprange: 0.2 in InstructGPT.
-
-    Returns:
-        `(N,)` loss per token, and bool: whether it is clipped.
 
     >>> policy_loss(torch.tensor([0.5]), torch.tensor([0.0]), torch.tensor([1.0]), cliprange=0.2)
     (tensor([-1.2000]), tensor([True]))
@@ -44,9 +41,6 @@ def value_loss(
     Args:
         values, old_values, returns: `(N,)` values now and at sampling time, and returns.
         cliprange_value: c; 0.2.
-
-    Returns:
-        `(N,)` loss per token, and bool: whether it is clipped.
 
     >>> value_loss(torch.ones(1), torch.zeros(1), torch.ones(1), cliprange_value=0.2)
     (tensor([0.3200]), tensor([True]))

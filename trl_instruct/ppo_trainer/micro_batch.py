@@ -47,16 +47,13 @@ def ppo_sums(
 def ptx_loss(model: nn.Module, ids: Tensor, *, with_values: bool = False) -> Tensor:
     """-log policy(x) of pretraining text: the mean over all tokens except the first of each row.
 
-    The paper leaves open whether its expectation is over texts or tokens; with a mean per token,
-    gamma_ptx does not depend on the length of the rows.
+    A scalar, nats per token. The paper leaves open whether its expectation is over texts or tokens;
+    with a mean per token, gamma_ptx does not depend on the length of the rows.
 
     Args:
         model: as in `ppo_sums`.
         ids: `(B, T)`, full rows.
         with_values: run the value model too and ignore its values (ZeRO-3 needs that).
-
-    Returns:
-        scalar, nats per token.
     """
     logits, values = model(whole_text(ids), with_values=with_values)
     log_probs = log_distribution(logits, temperature=1.0)
@@ -69,14 +66,12 @@ def add_ptx_gradient(
 ) -> Tensor:
     """Add gamma_ptx times the pretraining gradient to the buffer that PPO's gradient is added to.
 
-    The processes exchange gradients later, after PPO's.
+    The processes exchange gradients later, after PPO's. Returns this process's mean loss, nats per
+    token.
 
     Args:
         model: as in `ppo_sums`.
         rows: `(R, T)` token ids of this process.
-
-    Returns:
-        this process's mean loss, nats per token.
     """
     total = torch.zeros((), device=accelerator.device)
     # If a step's first backward pass skips a weight, ZeRO-3 (DeepSpeed 0.19) adds that weight's

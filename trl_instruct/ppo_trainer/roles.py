@@ -156,29 +156,28 @@ def _over(
 def _full_value_model(
     source: Any, model: ModelSource, policy: PreTrainedModel, **trust: bool
 ) -> PreTrainedModel:
-    """A full-size value model: from a reward model, or from the policy with a head of zeros."""
-    if isinstance(source, RewardModel):
-        _check_trainable(source.model)
-        return copy.deepcopy(source.model).float().requires_grad_(True)
+    """A full-size value model: from a reward model, or from the policy with a head of zeros.
+
+    InputError if the reward model is quantised.
+    """
     if source != FROM_POLICY:
-        value = load_reward_model(source, ModelConfig(), **trust)
-        _check_trainable(value)
+        judge = source.model if isinstance(source, RewardModel) else None
+        value = judge or load_reward_model(source, ModelConfig(), **trust)
+        if is_quantized(value):
+            raise InputError(
+                "The reward model's weights have 8 or 4 bits, and a value model that starts from "
+                "them could not train. Set value_model_path to `policy` or an unquantised reward "
+                "model's folder, or give the folder of an adapter over the policy's base as the "
+                "reward."
+            )
+        if judge is not None:
+            return copy.deepcopy(judge).float().requires_grad_(True)
         return value if isinstance(source, nn.Module) else value.requires_grad_(True)
     plain = not isinstance(policy, PeftModel) and not is_quantized(policy)
     start = policy if plain else model
     value = load_reward_model(start, ModelConfig(), fresh_head=True, **trust)
     score_head(value).weight.data.zero_()
     return value
-
-
-def _check_trainable(model: nn.Module) -> None:
-    """InputError if a value model would start from quantised weights."""
-    if is_quantized(model):
-        raise InputError(
-            "The reward model's weights have 8 or 4 bits, and a value model that starts from them "
-            "could not train. Set value_model_path to `policy` or an unquantised reward model's "
-            "folder, or give the folder of an adapter over the policy's base as the reward."
-        )
 
 
 def _insist(base: SharedBase, roles: Roles) -> None:

@@ -84,8 +84,7 @@ class RewardModule(nn.Module):
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Make a left-padded batch for TRL's PPOTrainer and remember its prompts.
 
-        Args:
-            rows: `prompt` (text or messages; InputError if missing), `input_ids`, other columns.
+        Rows have `prompt` (text or messages; InputError if missing), `input_ids`, other columns.
         """
         if "prompt" not in rows[0]:
             raise InputError(

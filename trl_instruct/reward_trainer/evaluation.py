@@ -196,10 +196,8 @@ def calibration(pairs: Comparisons) -> list[dict[str, float]]:
     """How often the response that the model prefers wins, against how often the model expects it.
 
     It expects a win with probability sigmoid(|r_a - r_b|) for scores r, between one half and 1.
-    Pairs are sorted by it and cut into up to 10 bins of equal size, each of at least 30 pairs.
-
-    Returns:
-        Per bin: mean expected rate, observed rate (95 % interval), number of pairs.
+    Pairs are sorted by it and cut into up to 10 bins of equal size, each of at least 30 pairs; of
+    each bin: mean expected rate, observed rate (95 % interval), number of pairs.
     """
     bins, result = _bins(pairs), []
     for number in bins.unique():
@@ -247,13 +245,8 @@ def within_prompt_correlation(
 
     Over all prompts it would also measure whether prompts that ask for long answers get higher
     scores, which no comparison shows. So ranks within a prompt (equal values share the mean rank),
-    less their mean, are correlated over all prompts.
-
-    Args:
-        scores, lengths, prompts: one value per distinct response.
-
-    Returns:
-        Between -1 and 1; NaN if scores or lengths never differ within a prompt.
+    less their mean, are correlated over all prompts. All arguments have one value per distinct
+    response. The result is NaN if scores or lengths never differ within a prompt.
 
     >>> within_prompt_correlation([1.0, 2.0, 9.0, 8.0], [10, 20, 1, 2], [0, 0, 1, 1])
     0.0

@@ -28,8 +28,7 @@ def agreement(labeled: Sequence[Labeled]) -> dict[str, float] | None:
     from one person. No bound for the model: one that knows what most labelers think agrees with one
     of them more often than two of them agree (InstructGPT: labelers 72.6 %, model 72.4 %).
 
-    Returns:
-        mean, low, high (95 %) and the number of comparisons; None if there are none.
+    Returns mean, low, high (95 %) and the number of comparisons; None if there are none.
     """
     return _share([(prompt, alike) for prompt, _, alike in _compared(labeled)])
 

@@ -34,7 +34,7 @@ def pair_weights(ranks: Tensor, weights: Tensor | None = None, *, ties: str = "d
 
 
 def pair_loss(chosen: Tensor, rejected: Tensor, weights: Tensor, *, center: float = 0.0) -> Tensor:
-    """Loss of a reward model on comparisons (InstructGPT 3.5, equation 1).
+    """Loss of a reward model on comparisons, a scalar (InstructGPT 3.5, equation 1).
 
     - sum of weight * (log sigmoid(r_w - r_l) - center * (r_w + r_l)^2); the second term keeps the
     scores around 0 (Eisenstein et al. 2023, equation 2).
@@ -43,9 +43,6 @@ def pair_loss(chosen: Tensor, rejected: Tensor, weights: Tensor, *, center: floa
         chosen, rejected: r_w and r_l, scores of the better and the worse response.
         weights: of the comparisons; the three shapes must broadcast.
         center: TRL's `center_rewards_coefficient`.
-
-    Returns:
-        scalar.
     """
     losses = center * (chosen + rejected) ** 2 - logsigmoid(chosen - rejected)
     return (weights * losses).sum()

@@ -19,8 +19,7 @@ MASKED = (None, "eager", "sdpa", "flex_attention")  # None: no attention, or its
 def token_scores(model: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Each forward pass inside adds its tokens' hidden states `(R, T, H)` and scores `(R, T)`.
 
-    Args:
-        model: a sequence classifier, not wrapped for training.
+    The model is a sequence classifier, not wrapped for training.
     """
     seen: list[tuple[Tensor, Tensor]] = []
 

@@ -17,11 +17,7 @@ MOST_POINTS, MOST_LABELERS = 3000, 20
 
 
 def render(metrics: dict[str, Any], figure: Path) -> str:
-    """The metrics of `rm` as plain-text tables; a missing metric has no row.
-
-    Args:
-        figure: path of the figure, for the first line.
-    """
+    """The metrics of `rm` as plain-text tables, and where the figure is; no metric, no row."""
     rows = []
     if "accuracy" in metrics:
         rows += [

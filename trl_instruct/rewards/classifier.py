@@ -61,8 +61,7 @@ class ClassifierReward:
         self.context = min(limit for limit in limits if limit is not None)
         self.weights = _weights({labels: 1.0} if isinstance(labels, str) else labels, model)
         self.measure, self.with_prompt, self.batch_size = measure, with_prompt, batch_size
-        given = labels if isinstance(labels, str) else dict(labels)
-        self.__name__ = f"{model_name(model)} {given}"
+        self.__name__ = f"{model_name(model)} {labels}"
         self.truncated = 0
 
     def to(self, device: torch.device) -> None:

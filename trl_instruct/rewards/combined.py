@@ -18,10 +18,7 @@ from trl_instruct.rewards.function import (
 
 
 class WeightedSum:
-    """The weighted sum of the scores of all rewards that apply, as in TRL.
-
-    Args:
-        weights: one per reward; default 1 each.
+    """The weighted sum of the scores of all rewards that apply, as in TRL; default weights are 1.
 
     Raises:
         InputError: no rewards, or a wrong number of weights.

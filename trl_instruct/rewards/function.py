@@ -98,10 +98,8 @@ def try_reward(
     """Scores of a reward function that may fail on some completions.
 
     A call that fails as a whole is repeated for one completion at a time. Arguments and InputError
-    as in `call_reward`.
-
-    Returns:
-        B floats, NaN where it failed; the faults, by the completion's index.
+    as in `call_reward`. Returns B floats, NaN where it failed; the faults, by the completion's
+    index.
     """
     call = _Call(reward, prompts, completions, _wanted(reward, columns))
     count, before = len(completions), _Memory(reward)
@@ -265,10 +263,7 @@ def _awaited(answer: Awaitable[Any]) -> Any:
 
 
 def within(seconds: float, call: Callable[[], Result]) -> Result:
-    """What a call returns; TimeoutError if it takes longer.
-
-    Python cannot end the call: its thread goes on until the process ends.
-    """
+    """What a call returns; TimeoutError if it takes longer (see `TimeLimit`)."""
     answer: Future[Result] = Future()
 
     def run() -> None:

@@ -55,8 +55,7 @@ class RewardModel:
     ) -> tuple[float, float]:
         """Set the shift at which these demonstrations score 0 on average (InstructGPT 3.5).
 
-        Returns:
-            The mean and standard deviation of the model's scores without a shift.
+        Returns the mean and standard deviation of the model's scores without a shift.
         """
         scores = [score + self.shift for score in self(prompts, completions, **columns)]
         mean, std = statistics.fmean(scores), statistics.pstdev(scores)
