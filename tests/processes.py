@@ -27,9 +27,9 @@ from trl_instruct.scalar_head import score_head
 ITERATIONS = 2
 
 
-def prepared(policy, prompts, *, max_new_tokens, eos_token_ids, **options):
+def prepared(policy, prompts, sampling, *, eos_token_ids, **options):
     """The same completion for a prompt in every process: 1 to C tokens, some without EOS."""
-    rows = []
+    max_new_tokens, rows = sampling.response_length, []
     for prompt in prompts:
         generator = torch.Generator().manual_seed(sum(prompt))
         rows.append(torch.randint(97, 123, (max_new_tokens,), generator=generator))
