@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset
-from peft import LoraConfig
+from real_rankings import MEASURED, cells_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from trl import ModelConfig, get_peft_config
 
 from trl_instruct import load_pairs, load_rankings, rankings_to_pairs, rm, split_by_prompt
 from trl_instruct.data.preferences import as_rankings
@@ -104,7 +105,7 @@ def ours(train: Dataset, test: Dataset, folder: Path, passes: int) -> dict[str, 
         train,
         folder,
         eval_dataset=test,
-        dtype="bfloat16",
+        dtype="float32",
         use_peft=True,
         per_device_train_batch_size=size,
         gradient_accumulation_steps=2,
@@ -113,7 +114,9 @@ def ours(train: Dataset, test: Dataset, folder: Path, passes: int) -> dict[str, 
         **LORA,
         **TRAINING,
     )
-    return result.metrics
+    state = json.loads((result.path / "trainer_state.json").read_text(encoding="utf-8"))
+    (seconds,) = (log["train_runtime"] for log in state["log_history"] if "train_runtime" in log)
+    return {**result.metrics, "train_runtime": seconds}
 
 
 def stock(train: Dataset, test: Dataset, folder: Path, passes: int) -> dict[str, Any]:
@@ -121,9 +124,10 @@ def stock(train: Dataset, test: Dataset, folder: Path, passes: int) -> dict[str,
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForSequenceClassification.from_pretrained(
-        MODEL, num_labels=1, dtype=torch.bfloat16
+        MODEL, num_labels=1, dtype=torch.float32
     )
-    lora = {name.removeprefix("lora_"): value for name, value in LORA.items()}
+    lora = get_peft_config(ModelConfig(use_peft=True, lora_task_type="SEQ_CLS", **LORA))
+    lora.modules_to_save = ["score"]
     trainer = trl.RewardTrainer(
         model=model,
         args=trl.RewardConfig(
@@ -135,7 +139,7 @@ def stock(train: Dataset, test: Dataset, folder: Path, passes: int) -> dict[str,
         ),
         train_dataset=rankings_to_pairs(train),
         processing_class=tokenizer,
-        peft_config=LoraConfig(task_type="SEQ_CLS", modules_to_save=["score"], **lora),
+        peft_config=lora,
     )
     seconds = trainer.train().metrics["train_runtime"]
     reward = RewardModel(trainer.model, tokenizer)
@@ -144,21 +148,11 @@ def stock(train: Dataset, test: Dataset, folder: Path, passes: int) -> dict[str,
 
 def row(name: str, trainer: str, metrics: dict[str, Any]) -> str:
     """One line of the table."""
-    cells = [name, trainer, f"{metrics['eval_prompts']} / {metrics['eval_pairs']:,}"]
-    for what in ("accuracy", "length_accuracy", "above_length"):
-        mean, low, high = (metrics[f"{what}{end}"] for end in ("", "_low", "_high"))
-        cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
-    error, floor = metrics["calibration_error"], metrics["calibration_floor"]
-    cells += [f"{metrics['log_loss']:.3f}", f"{error:.3f} ({floor:.3f})"]
-    cells += [f"{metrics['length_correlation']:+.2f}", f"{metrics['train_runtime']:.0f}"]
+    cells = [name, trainer, *cells_of(metrics), f"{metrics['train_runtime']:.0f}"]
     return "| " + " | ".join(cells) + " |"
 
 
-HEADER = (
-    *("preferences", "trainer", "held-out prompts / pairs", "accuracy (95 %)"),
-    *("longer answer wins (95 %)", "above that (95 %)", "log-loss"),
-    *("calibration error (a perfect model)", "score and length", "seconds of training"),
-)
+HEADER = ("preferences", "trainer", *MEASURED, "seconds of training")
 
 
 def main() -> None:

@@ -51,11 +51,11 @@ REWARD: dict[str, Any] = {
     "learning_rate": 1e-3,
     "num_train_epochs": 1,
 }
-HEADER = (
-    *("rankings", "held-out prompts / pairs", "accuracy (95 %)", "longer answer wins (95 %)"),
-    *("above that (95 %)", "log-loss", "calibration error (a perfect model)"),
-    *("score and length", "seconds"),
+MEASURED = (
+    *("held-out prompts / pairs", "accuracy (95 %)", "longer answer wins (95 %)"),
+    *("above that (95 %)", "log-loss", "calibration error (a perfect model)", "score and length"),
 )
+HEADER = ("rankings", *MEASURED, "seconds")
 COMMON: dict[str, Any] = {
     "use_cpu": True,
     "save_strategy": "no",
@@ -94,15 +94,20 @@ def measure(folder: Path, name: str) -> dict[str, Any]:
     return {**result.metrics, "set": name, "seconds": round(time.perf_counter() - started, 1)}
 
 
-def row(metrics: dict[str, Any]) -> str:
-    """One line of the table."""
-    cells = [metrics["set"], f"{metrics['eval_prompts']} / {metrics['eval_pairs']:,}"]
+def cells_of(metrics: dict[str, Any]) -> list[str]:
+    """What was measured of a reward model, as cells under `MEASURED`."""
+    cells = [f"{metrics['eval_prompts']} / {metrics['eval_pairs']:,}"]
     for what in ("accuracy", "length_accuracy", "above_length"):
         mean, low, high = (metrics[f"{what}{end}"] for end in ("", "_low", "_high"))
         cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}]")
     error, floor = metrics["calibration_error"], metrics["calibration_floor"]
     cells += [f"{metrics['log_loss']:.3f}", f"{error:.3f} ({floor:.3f})"]
-    cells += [f"{metrics['length_correlation']:+.2f}", f"{metrics['seconds']:.0f}"]
+    return [*cells, f"{metrics['length_correlation']:+.2f}"]
+
+
+def row(metrics: dict[str, Any]) -> str:
+    """One line of the table."""
+    cells = [metrics["set"], *cells_of(metrics), f"{metrics['seconds']:.0f}"]
     return "| " + " | ".join(cells) + " |"
 
 
