@@ -69,10 +69,10 @@ def read(
 
 
 def mixture_of(entries: Sequence[Any]) -> list[DatasetConfig]:
-    """The datasets that a config lists: `path`, `name`, `data_files`, `split`, `columns`, `fraction`.
+    """The datasets that a config lists, each by the fields of TRL's `DatasetConfig`.
 
     InputError for an entry without a path, or with another key.
-    """  # noqa: E501
+    """
     mixture = []
     for entry in entries:
         with explained(f"datasets has the entry {kind_of(entry)}; a path and options are needed"):

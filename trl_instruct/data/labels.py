@@ -158,6 +158,12 @@ class LabelStore:
             rows = connection.execute(sql.select(ITEMS).order_by(ITEMS.c.position))
             return [Item.of(row) for row in rows]
 
+    def count(self) -> int:
+        """Number of the items that are to be labelled: with more than one response."""
+        to_label = sql.select(sql.func.count()).where(ITEMS.c.responses > 1)
+        with self.engine.connect() as connection:
+            return connection.execute(to_label).scalar_one()
+
     def item(self, key: str) -> Item:
         """One item; InputError if there is none of that key."""
         with self.engine.connect() as connection:
@@ -241,12 +247,12 @@ class LabelStore:
 
     def answers(self) -> list[Answer]:
         """Answers that stand, by item and labeler."""
-        items = {item.key: item for item in self.items()}
+        standing = STANDING.subquery()
+        given = standing.c.labeler, standing.c.action, standing.c.content.label("answer")
+        query = sql.select(ITEMS, *given).join(standing, standing.c.item == ITEMS.c.item)
         with self.engine.connect() as connection:
-            rows = connection.execute(STANDING).all()
-        places = {key: place for place, key in enumerate(items)}
-        rows = sorted(rows, key=lambda row: (places[row.item], row.labeler))
-        return [Answer(items[r.item], r.labeler, r.action, json.loads(r.content)) for r in rows]
+            rows = connection.execute(query.order_by(ITEMS.c.position, standing.c.labeler)).all()
+        return [Answer(Item.of(r), r.labeler, r.action, json.loads(r.answer)) for r in rows]
 
     def records(self, split: str = "train") -> list[dict[str, Any]]:
         """The labels of a split as ranking records, one per labeler and item.
@@ -257,22 +263,23 @@ class LabelStore:
         Raises:
             InputError: no such split, or nobody has labelled any of it.
         """
-        splits = [item.split for item in self.items()]
+        with self.engine.connect() as connection:
+            splits = connection.execute(sql.select(ITEMS.c.split)).scalars().all()
         if split not in splits:
             known = ", ".join(sorted(set(splits))) or "none"
             raise InputError(f"{self.address}: no split {split!r}; there are {known}.")
-        found = []
+        found, labelled = [], set()
         for item, labeler, action, content in self.answers():
             if action == "label" and item.split == split:
                 own = {"prompt": item.prompt, "responses": item.responses, "labeler": labeler}
                 found.append({**item.columns, **content, **own})
+                labelled.add(item.key)
         if not found:
             told = f"none of {splits.count(split)} prompts is labelled"
             raise InputError(f"{self.address}: {told}; `trl-instruct label` shows them.")
-        labelled = len({id(record["responses"]) for record in found})
         prompts = plural(splits.count(split), "prompt")
         by = plural(len({record["labeler"] for record in found}), "labeler")
-        logger.warning("%s: %d of %s labelled, by %s", self.address, labelled, prompts, by)
+        logger.warning("%s: %d of %s labelled, by %s", self.address, len(labelled), prompts, by)
         names = {name: None for record in found for name in record}
         unused = [n for n in OPTIONAL if not any(record.get(n) for record in found)]
         return [{n: record.get(n) for n in names if n not in unused} for record in found]

@@ -202,8 +202,10 @@ def _measure(
             save_beside_adapter(reward.model, run.new)
     if data.held_out is not None:
         evaluation = evaluate_reward(reward, data.held_out, reward.tokenizer)
-        everybody = numbered(preferences.as_rankings(data.train), data.held_out).rankings
-        metrics |= {**evaluation.metrics, "labelers": reliability(everybody)}
+        both = preferences.as_rankings(data.train), data.held_out
+        named = any("labeler" in rankings.column_names for rankings in both)
+        labelers = reliability(numbered(*both).rankings) if named else {}
+        metrics |= {**evaluation.metrics, "labelers": labelers}
         metrics["train_accuracy"] = _train_accuracy(run, reward, data)
         if run.is_main:
             plot(evaluation, run.new / FIGURE)
