@@ -46,7 +46,8 @@ def candidates(split: str, count: int) -> list[dict]:
     path = RUNS / f"{split}.jsonl"
     if not path.exists():
         prompts = load_records(f"tiny:{split}").select(range(count))
-        sample_candidates(POLICY, prompts, path, response_length=24, gold="tiny", batch_size=512)
+        options = {"response_length": 24, "per_device_eval_batch_size": 512, "seed": 0}
+        sample_candidates(POLICY, prompts, path, gold="tiny", **options)
     return [json.loads(line) for line in path.open(encoding="utf-8")]
 
 

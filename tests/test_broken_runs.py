@@ -53,7 +53,8 @@ def world(tmp_path_factory):
             num_candidates=4,
             response_length=24,
             gold=load_reward("tiny"),
-            batch_size=256,
+            per_device_eval_batch_size=256,
+            seed=0,
         )
     return folder
 

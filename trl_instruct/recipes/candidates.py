@@ -1,5 +1,6 @@
 """Between stages 1 and 2: sample K completions per prompt for a labeler to rank."""
 
+import copy
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from trl import ModelConfig
 
 from trl_instruct.configs import CandidatesConfig
 from trl_instruct.console import progress_bar
-from trl_instruct.data.reading import AS_PUBLISHED, Reading
+from trl_instruct.data.reading import Reading
 from trl_instruct.data.records import prompts_of
 from trl_instruct.errors import InputError
 from trl_instruct.files import written_at_once
@@ -53,14 +54,13 @@ def candidates(config: CandidatesConfig, model_config: ModelConfig) -> StageResu
         run.begin()
         if not run.is_main:
             return StageResult(run.folder)
-        same = "num_candidates response_length opening_length max_prompt_length temperature"
-        same += " stop_strings gold seed trust_remote_code"
-        options: Any = {name: getattr(config, name) for name in same.split()}
-        options |= {"model_config": model_config, "batch_size": config.per_device_eval_batch_size}
         metrics = {}
         for name, (source, split) in sources.items():
-            options |= {"split": split, "reading": Reading.of(config, strict=name == "train")}
-            counts = sample_candidates(policy, source, run.new / f"{name}.jsonl", **options)
+            own = copy.copy(config)
+            own.datasets, own.dataset_config, own.dataset_train_split = None, None, split
+            own.remembered |= name == "test"  # it need not have the columns of the other
+            given: Any = {"config": own, "model_config": model_config}
+            counts = sample_candidates(policy, source, run.new / f"{name}.jsonl", **given)
             metrics[name] = counts
             told = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items())
             run.say(f"{run.folder / name}.jsonl: {told}")
@@ -72,21 +72,12 @@ def sample_candidates(
     prompts: Any,
     output_file: str | os.PathLike,
     *,
-    num_candidates: int = 4,
-    response_length: int = 53,
-    opening_length: int | None = None,
-    max_prompt_length: int | None = None,
-    temperature: float = 1.0,
-    stop_strings: Sequence[str] | None = None,
     gold: Any = None,
     labeler: Labeler | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
-    split: str = "train",
     processing_class: PreTrainedTokenizerBase | None = None,
+    config: CandidatesConfig | None = None,
     model_config: ModelConfig | None = None,
-    reading: Reading = AS_PUBLISHED,
-    trust_remote_code: bool = False,
+    **options: Any,
 ) -> dict[str, int]:
     """Sample K completions per prompt into a file for ranking (InstructGPT 3.5).
 
@@ -96,21 +87,14 @@ def sample_candidates(
 
     Args:
         policy: usually the SFT model.
+        prompts: prompts, or with `opening_length` texts; named as in `sft`.
         output_file: a .jsonl path.
-        num_candidates: K; the paper's labelers saw 4 to 9.
-        response_length: longest completion, tokens.
-        opening_length: of each `text`, this many first tokens are its prompt; None: `prompt` is.
-        max_prompt_length: longer prompts lose their beginning; None: they are an error.
-        stop_strings: texts that end a completion, besides EOS; they are cut off.
         gold: the reward that the simulated labeler uses, as in `load_reward`.
         labeler: gold scores of one prompt's candidates -> its own scores; default: gaussian noise
             at which two labelers agree on 73 % of pairs.
-        seed: for sampling and labeler.
-        batch_size: completions per forward pass.
         processing_class: the policy's tokenizer, if it is not in the policy's folder.
-        model_config: how to load the policy: dtype, `load_in_8bit`, ...
-        reading: names of columns, the prompts' template, what to do with a faulty record.
-        trust_remote_code: whether models from the Hub may run their own code.
+        config, model_config, options: as in `sft`, with `CandidatesConfig`: num_candidates,
+            response_length, seed, ...
 
     Returns:
         Counts: prompts, prompts_cut (at max_prompt_length), responses, empty (completions without
@@ -121,35 +105,37 @@ def sample_candidates(
         InputError: num_candidates below 2, bad prompts, no policy, a tokenizer without EOS, or an
             output_file in which people have filled in ranks.
     """
-    if num_candidates < 2:
-        raise InputError(f"num_candidates is {num_candidates}; a ranking needs at least 2.")
-    if temperature <= 0:
-        raise InputError(f"temperature is {temperature}; to sample, it must be above 0.")
-    _check_unranked(Path(output_file))
-    trust: Any = {"trust_remote_code": trust_remote_code}
+    config, model_config = stage_options(
+        CandidatesConfig, config, model_config, None, prompts, options, trains=False
+    )
+    count, size = config.num_candidates, config.per_device_eval_batch_size
+    if count < 2:
+        raise InputError(f"num_candidates is {count}; a ranking needs at least 2.")
+    path, reading = Path(output_file), Reading.of(config)
+    _check_unranked(path)
+    trust: Any = {"trust_remote_code": config.trust_remote_code}
     own = processing_class or load_tokenizer(policy, **trust)
     tokenizer = check_tokenizer(own, model_name(policy))
-    model = load_policy(policy, model_config or ModelConfig(), **trust).to(PartialState().device)
-    records = prompts_of(prompts, split, tokenizer, opening_length, reading)
+    model = load_policy(policy, model_config, **trust).to(PartialState().device)
+    source = data_of(prompts, config), config.dataset_train_split
+    records = prompts_of(*source, tokenizer, config.opening_length, reading)
     check_format(records, tokenizer, policy=policy)
-    lengths = response_length, max_prompt_length
-    sampling = Sampling(*lengths, stop_strings, temperature, batch_size)
+    sampling = Sampling.of(config, size)
     records = fitting(records, tokenizer, model, reading, sampling)
     token_lists, cut = prompt_tokens(records[:], tokenizer, model, sampling)
+    gold = config.gold if gold is None else gold
     if gold is not None:
-        gold = load_reward(gold, tokenizer, batch_size=batch_size, **trust)
+        gold = load_reward(gold, tokenizer, batch_size=size, **trust)
         place_on(gold, model.device)
-        labeler = labeler or SimulatedLabeler(seed=seed).label
-    set_seed(seed)
+        labeler = labeler or SimulatedLabeler(seed=config.seed).label
+    set_seed(config.seed)
     counts = {"prompts": len(records), "prompts_cut": cut}
     counts |= dict.fromkeys(("responses", "empty", "duplicates", "prompts_left_out"), 0)
-    total = len(records) * num_candidates
     with (
-        progress_bar("candidates", total, unit="text") as bar,
-        written_at_once(Path(output_file)) as file,
+        progress_bar("candidates", len(records) * count, unit="text") as bar,
+        written_at_once(path) as file,
     ):
-        given = model, tokenizer, token_lists, num_candidates
-        several = sample_several(*given, sampling, bar.update)
+        several = sample_several(model, tokenizer, token_lists, count, sampling, bar.update)
         for record, drawn in zip(records, several, strict=True):
             ranking = _ranking(record, drawn, gold, labeler, counts)
             if ranking is not None:
