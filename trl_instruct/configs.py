@@ -24,7 +24,7 @@ class StageConfig(_Mixin):
     """Options of every stage: where the data are, what may be overwritten, ..."""
 
     # Options that would be ignored, and names that a user may take for options: why not.
-    REFUSED: ClassVar[dict[str, str]] = option_checks.NO_STAGE_HAS
+    REFUSED: ClassVar[dict[str, str]] = option_checks.refused_by("all")
     # With a list, a dry run: faulty records are told there, and nothing is trained.
     faults: ClassVar[list[str] | None] = None
     # Whether the columns are those of an earlier stage; some files may not have them.
@@ -94,7 +94,9 @@ class StageConfig(_Mixin):
 class PretrainConfig(StageConfig, TrainingArguments):
     """Stage 0: a small base model from scratch, on any text, with any architecture."""
 
-    REFUSED: ClassVar[dict[str, str]] = option_checks.NO_STAGE_HAS | option_checks.PRETRAIN_HAS_NOT
+    REFUSED: ClassVar[dict[str, str]] = option_checks.refused_by("pretrain") | dict.fromkeys(
+        vars(trl.ModelConfig()), "architecture and architecture_kwargs make the model."
+    )
 
     architecture: str = _option("llama", "Model type of transformers: llama, gpt2, gpt_neox, ...")
     architecture_kwargs: dict[str, Any] | str | None = _option(
@@ -114,7 +116,7 @@ class PretrainConfig(StageConfig, TrainingArguments):
 class SFTConfig(StageConfig, trl.SFTConfig):
     """Stage 1, supervised fine-tuning (InstructGPT C.1)."""
 
-    REFUSED: ClassVar[dict[str, str]] = option_checks.NO_STAGE_HAS | option_checks.SFT_HAS_NOT
+    REFUSED: ClassVar[dict[str, str]] = option_checks.refused_by("sft")
 
     learning_rate: float = _option(9.65e-6, "Peak learning rate (C.1: 9.65e-6 for 1.3B and 6B).")
     num_train_epochs: float = _option(16.0, "Passes over the demonstrations (C.1: 16).")
@@ -127,10 +129,7 @@ class SFTConfig(StageConfig, trl.SFTConfig):
 class RewardConfig(StageConfig, trl.RewardConfig):
     """Stage 2, the reward model (InstructGPT 3.5, C.2)."""
 
-    REFUSED: ClassVar[dict[str, str]] = option_checks.NO_STAGE_HAS | dict.fromkeys(
-        ("label_smoothing_factor", "average_tokens_across_devices"),
-        "the loss is the paper's, averaged as average_over says.",
-    )
+    REFUSED: ClassVar[dict[str, str]] = option_checks.refused_by("rm")
 
     learning_rate: float = _option(9e-6, "Peak learning rate (C.2: 9e-6; +-50 % does not matter).")
     num_train_epochs: float = _option(1.0, "Passes over the rankings (C.2: 1; more overfits).")
@@ -205,7 +204,7 @@ class PPOConfig(SamplingConfig, TrainingArguments):
     The defaults are the paper's 512 = 8 x 64, one epoch.
     """
 
-    REFUSED: ClassVar[dict[str, str]] = option_checks.NO_STAGE_HAS | option_checks.PPO_HAS_NOT
+    REFUSED: ClassVar[dict[str, str]] = option_checks.refused_by("ppo")
 
     engine: Literal["trl_instruct", "trl"] = _option("trl_instruct", "trl: TRL 1.12's PPOTrainer.")
     reward_model_path: list[str] | None = _option(
@@ -341,11 +340,7 @@ class CandidatesConfig(SamplingConfig, TrainingArguments):
 class EvaluateConfig(SamplingConfig, TrainingArguments):
     """After the stages: checkpoints side by side on held-out prompts."""
 
-    REFUSED: ClassVar[dict[str, str]] = option_checks.NO_STAGE_HAS | {
-        "model_name_or_path": "list the checkpoints in models.",
-        "eval_dataset_name": "the held-out prompts are dataset_name.",
-        "dataset_test_split": "the held-out prompts are dataset_name; dataset_train_split.",
-    }
+    REFUSED: ClassVar[dict[str, str]] = option_checks.refused_by("evaluate")
 
     dataset_name: str | None = _option(
         None, "Held-out prompts: a Hub id, a local json / jsonl(.gz) / csv / parquet, tiny:<split>."

@@ -3,68 +3,25 @@
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers.utils import is_liger_kernel_available
-from trl import ModelConfig
 
 from trl_instruct.errors import InputError
 
+# By what they are good for, names of options (separated by blanks).
+TABLES = yaml.safe_load(
+    (Path(__file__).parent / "recipes" / "options.yaml").read_text(encoding="utf-8")
+)
 
-def _by_name(names: dict[str, str]) -> dict[str, str]:
-    return {name: reason for reason, listed in names.items() for name in listed.split()}
 
-
-# Options that a stage would ignore, and names that a user may take for options, by the reason why
-# they are refused. Those of transformers and TRL that are not here have their effect.
-NO_STAGE_HAS = _by_name(
-    {
-        "SIGTERM saves a checkpoint anyway.": "enable_jit_checkpoint",
-        "the weights that are saved would be rounded; use bf16.": "bf16_full_eval fp16_full_eval",
-        "it is for a compute_metrics function, which no stage has.": "batch_eval_metrics "
-        "include_for_metrics eval_do_concat_batches eval_accumulation_steps prediction_loss_only",
-        "a stage knows its columns and their lengths.": "label_names length_column_name",
-        "the folder is published once, when it is whole.": "hub_always_push",
-        "a stage trains; `evaluate` measures checkpoints.": "do_predict",
-        "the model is loaded as dtype, attn_implementation, ... say.": "model_init_kwargs",
-    }
-)
-_EVALUATION = "eval_strategy eval_steps eval_delay eval_on_start eval_use_gather_object "
-PRETRAIN_HAS_NOT = _by_name(
-    {
-        "architecture and architecture_kwargs make the model.": " ".join(vars(ModelConfig())),
-        "stage 0 trains all weights and holds nothing out.": _EVALUATION
-        + "eval_dataset_name dataset_test_split load_best_model_at_end merge_adapter",
-    }
-)
-SFT_HAS_NOT = _by_name(
-    {
-        "sft prepares its rows itself, as columns says.": "dataset_text_field dataset_kwargs",
-        "sft trains a CAUSAL_LM.": "lora_task_type",
-    }
-)
-PPO_HAS_NOT = _by_name(
-    {
-        "gold judges each iteration; the result is compared on eval_dataset_name.": _EVALUATION
-        + "per_device_eval_batch_size",
-        "save_strategy: best keeps the best policy.": "load_best_model_at_end",
-        "PPO has a loop, losses and batches of its own.": "label_smoothing_factor debug "
-        "neftune_noise_alpha average_tokens_across_devices logging_nan_inf_filter "
-        "auto_find_batch_size torch_empty_cache_steps skip_memory_metrics ignore_data_skip "
-        "include_num_input_tokens_seen train_sampling_strategy remove_unused_columns "
-        "dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context "
-        "dataloader_num_workers dataloader_persistent_workers dataloader_prefetch_factor",
-        "PPO calls parts of its models.": "torch_compile torch_compile_backend torch_compile_mode "
-        "use_liger_kernel liger_kernel_config parallelism_config",
-        "the policy is a CAUSAL_LM, the value model a SEQ_CLS.": "lora_task_type",
-        "the policy is model_name_or_path.": "sft_model_path",
-        "completions end at EOS, and at stop_strings.": "stop_token stop_token_id",
-        "PPO weighs each sampled token by the policy's own probability; use temperature.": (
-            "top_p top_k min_p typical_p repetition_penalty no_repeat_ngram_size"
-        ),
-    }
-)
+def refused_by(stage: str) -> dict[str, str]:
+    """Why a stage refuses an option, by the option's name; `all` are those that no stage has."""
+    reasons = TABLES["refused"]["all"] | TABLES["refused"][stage]
+    return {name: reason for reason, names in reasons.items() for name in names.split()}
 
 
 def check_refused(refused: Mapping[str, str], options: Any) -> None:

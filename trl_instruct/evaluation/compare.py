@@ -17,19 +17,13 @@ from trl_instruct.evaluation.measurement import Subject
 from trl_instruct.files import CONFIG_FILE, list_too, write_json
 from trl_instruct.intervals import show_interval
 from trl_instruct.models.tokenizers import load_tokenizer
+from trl_instruct.option_checks import TABLES
 from trl_instruct.recipes.chain import FinishedStage, read_chain
 from trl_instruct.recipes.options import resolve
 from trl_instruct.rewards.function import reward_name
 from trl_instruct.rewards.load import is_address, is_python, load_reward
 
 SHOWN_SAMPLES = 5
-# Options of `ppo` that are read in a config.
-READ = (
-    *("model_name_or_path", "reward_model_path", "reward_weights", "gold", "eval_dataset_name"),
-    *("dataset_test_split", "columns", "prompt_template", "prompt_suffix", "on_bad_record"),
-    *("opening_length", "response_length", "max_prompt_length", "stop_strings", "temperature"),
-    *("seed", "local_rollout_forward_batch_size"),
-)
 
 
 def compare(
@@ -96,11 +90,12 @@ def compare(
 def _options(chain: Mapping[str, FinishedStage], passed: dict[str, Any]) -> tuple[PPOConfig, str]:
     """The options of `ppo`, and the SFT policy: what was passed, else what its config may name."""
     folder, given = chain["ppo"].folder, chain["ppo"].config
+    known = TABLES["compared"].split()
     with located(str(folder / CONFIG_FILE)):
         for name in ("model_name_or_path", "reward_model_path", "eval_dataset_name"):
             if given.get(name) is None and passed.get(name) is None:
                 raise InputError(f"it names no {name}, which compare needs.")
-        named = {n: given[n] for n in READ if n in given and passed.get(n) is None}
+        named = {n: given[n] for n in known if n in given and passed.get(n) is None}
         config, model_config = resolve(PPOConfig, None, None, named)
         for name in passed:
             source = named.get(name)

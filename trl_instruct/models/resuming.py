@@ -22,23 +22,14 @@ from trl_instruct import files
 from trl_instruct.console import get_logger
 from trl_instruct.errors import InputError, redact
 from trl_instruct.files import read_json, write_json
+from trl_instruct.option_checks import TABLES
 
 logger = get_logger(__name__)
 
 PPO_STATE = "ppo_state.json"
 RUN_FILE = "run.json"  # of any checkpoint: what a `ResumableTrainer` remembers
 AUTO = "auto"  # resume_from_checkpoint: go on if there is a whole checkpoint, else begin
-# The options that a resumed run may change: docs/resume.md says what then happens.
-MAY_CHANGE = """
-learning_rate value_learning_rate num_train_epochs max_steps total_episodes
-kl_coef adaptive_kl_* target_kl datasets dataset_* columns
-logging_* log_* report_to run_name project trackio_* disable_tqdm skip_memory_metrics
-num_sample_generations gold summary_file
-eval_* per_device_eval_batch_size demonstrations_name early_stopping_patience
-output_dir overwrite_output_dir resume_from_checkpoint save_* merge_adapter push_to_hub hub_*
-dataloader_num_workers dataloader_p* gradient_checkpointing* activation_checkpointing*
-torch_empty_cache_steps ddp_timeout local_rank do_* trust_remote_code
-"""
+MAY_CHANGE: str = TABLES["may_change"]  # options of a resumed run, as patterns
 # What a Trainer, or TRL's, has counted since the run began.
 COUNTS = ("_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
 

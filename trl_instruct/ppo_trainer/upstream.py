@@ -32,20 +32,13 @@ from trl_instruct.configs import PPOConfig, StageConfig
 from trl_instruct.errors import InputError
 from trl_instruct.generation.sampling import decode, pad_prompts, prompt_tokens
 from trl_instruct.models.properties import accepted, unwrapped
+from trl_instruct.option_checks import TABLES
 from trl_instruct.padding import left_padded_mask, unpadded
 from trl_instruct.ppo_trainer.roles import check_roles
 from trl_instruct.ppo_trainer.rollouts import disable_dropout_and_rescaling
 from trl_instruct.rewards import function
 from trl_instruct.rewards.reward_model import RewardModel
 from trl_instruct.scalar_head import score_head, shift_of
-
-# Our options that matter only before or after the training itself.
-OUTSIDE = {
-    *("engine", "gold", "summary_file", "opening_length", "max_prompt_length"),
-    *("value_model_path", "share_base", "reward_weights"),
-}
-# Options of TrainingArguments that TRL's PPOTrainer accepts but ignores.
-UNREAD = {"data_seed", "resume_from_checkpoint", "max_grad_norm", "metric_for_best_model"}
 
 
 class RewardModule(nn.Module):
@@ -215,7 +208,8 @@ def upstream_trainer(config: PPOConfig) -> type[UpstreamTrainer]:
     kinds = (StageConfig, TrainingArguments, module.PPOConfig)
     known = {f.name for kind in kinds for f in fields(kind)}
     defaults = {f.name: f.default for f in fields(config)}
-    missing = (set(defaults) - known - OUTSIDE) | UNREAD
+    missing = set(defaults) - known - {*TABLES["trl_outside"].split()}
+    missing |= {*TABLES["trl_unread"].split()}
     set_ones = [
         f"{name} ({getattr(config, name)!r})"
         for name in sorted(missing)

@@ -24,19 +24,10 @@ from trl_instruct.data.conversion import mixture_of
 from trl_instruct.data.sources import name_of
 from trl_instruct.errors import REDACTED, InputError, kind_of, redact
 from trl_instruct.models.adapters import DECIDED
-from trl_instruct.option_checks import check_finite, check_refused
+from trl_instruct.option_checks import TABLES, check_finite, check_refused
 
 Config = TypeVar("Config", bound=StageConfig)
 
-# Secrets, options for one machine or call, and second names that newer transformers added.
-NOT_SAVED = {
-    "hub_token",
-    "accelerator_config",
-    "overwrite_output_dir",
-    "resume_from_checkpoint",
-    "activation_checkpointing",
-    "activation_checkpointing_kwargs",
-}
 # Options of ModelConfig that have no effect without another.
 NEEDED_FOR = {
     "use_peft": [*DECIDED, "lora_modules_to_save"],
@@ -202,7 +193,7 @@ def save_config(path: Path, config: StageConfig, model_config: ModelConfig) -> N
     resolved = {
         name: value
         for name, value in values.items()
-        if name not in NOT_SAVED
+        if name not in TABLES["not_saved"].split()
         and value != []
         and (
             value != own[name]
