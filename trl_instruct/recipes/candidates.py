@@ -56,10 +56,10 @@ def candidates(config: CandidatesConfig, model_config: ModelConfig) -> StageResu
             return StageResult(run.folder)
         metrics = {}
         for name, (source, split) in sources.items():
-            own = copy.copy(config)
+            own: Any = copy.copy(config)
             own.datasets, own.dataset_config, own.dataset_train_split = None, None, split
             own.remembered |= name == "test"  # it need not have the columns of the other
-            given: Any = {"config": own, "model_config": model_config}
+            given = {"config": own, "model_config": model_config}
             counts = sample_candidates(policy, source, run.new / f"{name}.jsonl", **given)
             metrics[name] = counts
             told = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items())
