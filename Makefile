@@ -25,7 +25,7 @@ endif
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-real bench-imdb bench-imdb-scratch bench-rm bench-ppo bench-ppo-tiny bench-memory report break check check-data weights label test test-unit test-browser mutate clean FORCE $(STAGES)
+.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-real bench-imdb bench-imdb-scratch bench-rm bench-ppo bench-ppo-tiny bench-memory report break check check-data weights label test test-unit test-browser mutate docs clean FORCE $(STAGES)
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -154,6 +154,13 @@ check: install  ## format, lint, types, import contracts
 	mypy
 	lint-imports
 
+docs:  ## the documentation site in site/, strict: no broken link, no missing page
+	@test .venv-docs/installed -nt docs/requirements.txt || { echo "installing into .venv-docs (once)"; \
+	  $(PYTHON) -m venv .venv-docs && .venv-docs/bin/python -m pip install -q -r docs/requirements.txt \
+	    && touch .venv-docs/installed; }
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet --strict
+	@echo "site/index.html"
+
 # A file stays in one process: its tests share models.
 AT_ONCE = -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
@@ -172,5 +179,5 @@ mutate: install  ## 250 mutations of the core: a test must fail for each (half a
 
 clean:  ## remove runs of this CONFIG and caches (the environment and labels of people stay)
 	test ! -d $(RUN) || find $(RUN) -mindepth 1 -maxdepth 1 ! -name '*.db*' -exec rm -rf {} +
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -148,14 +148,31 @@ def test_every_option_that_cites_the_paper_stands_on_the_page():
     assert cited <= {reference.partition(" = ")[0] for reference in REFERENCES}
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", *(f"docs/{p.name}" for p in PAGE.parent.glob("*.md"))]
-)
-def test_links_lead_to_files(page):
+PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
+
+
+def slugs(text: str) -> set[str]:
+    """Names of a page's headings, as the site and the forges make them, and of its API entries."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    plain = [re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings]
+    return {re.sub(r"[-\s]+", "-", heading) for heading in plain} | set(
+        re.findall(r"^::: ([\w.]+)", text, re.MULTILINE)
+    )
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page):
     path = ROOT / page
-    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8"))
-    local = [link for link in links if "://" not in link]
-    assert [link for link in local if not (path.parent / link).exists()] == []
+    text = path.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    broken = []
+    for link in links:
+        name, _, heading = link.partition("#")
+        target = path.parent / name if name else path
+        if not target.exists() or (heading and heading not in slugs(target.read_text("utf-8"))):
+            broken.append(link)
+    assert broken == []
 
 
 def test_the_readme_lists_the_package():
