@@ -29,7 +29,6 @@ NEEDS = {
 }
 GIVES = {"demonstration": "completion", "ranking": "responses", "prompt": "prompt"}
 BLANK: tuple[Any, ...] = (None, "", [], {})
-BESIDE_PROMPT = ("instruction", "input", "system", "context")
 REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
 
 
@@ -59,11 +58,11 @@ def read(
 
     if reading.writes_prompts() and ("prompt" in first or reading.prompt_template):
         dataset = sources.map_records(dataset, with_prompt, with_indices=True)
-    elif "prompt" in first and (unread := [n for n in BESIDE_PROMPT if _is_unread(first, n)]):
+    elif "prompt" in first and (unread := _unread(first)):
         logger.warning(
             "%s: `%s` stands beside `prompt` and is not read; --prompt_template '{%s}\\n{prompt}' "
             "would join them",
-            *(where.name, unread[0], unread[0]),
+            *(where.name, unread, unread),
         )
     return dataset, where, None
 
@@ -111,10 +110,13 @@ def mixed(load: Callable[..., AnyDataset], entries: Sequence[Any], streaming: bo
         return concatenate_datasets(parts)
 
 
-def _is_unread(first: Record, name: str) -> bool:
-    """Whether a text column that others join to the prompt is not in it."""
-    value, prompt = first.get(name), first.get("prompt")
-    return isinstance(value, str) and bool(value.strip()) and value.strip() not in str(prompt)
+def _unread(first: Record) -> str | None:
+    """A text column that others join to the prompt, if it has text that is not in it."""
+    for name in sources.NAMES["beside_prompt"].split():
+        value = first.get(name)
+        if isinstance(value, str) and value.strip() and value.strip() not in str(first["prompt"]):
+            return name
+    return None
 
 
 def _typical_record(dataset: AnyDataset, source: Source) -> dict[str, Any]:

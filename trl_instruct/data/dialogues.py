@@ -10,18 +10,13 @@ from typing import Any
 from datasets import IterableDataset
 
 from trl_instruct.console import get_logger
-from trl_instruct.data.sources import AnyDataset, Record, Source, iterate, map_records
+from trl_instruct.data.sources import NAMES, AnyDataset, Record, Source, iterate, map_records
 from trl_instruct.errors import InputError, kind_of
 
 logger = get_logger(__name__)
 
 TURN = "\n\nAssistant:"
-ROLES = {
-    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
-    **{"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant"},
-    # As LLaMA-Factory and open-instruct read them.
-    **{"function_call": "assistant", "observation": "tool", "bing": "system"},
-}
+ROLES: dict[str, str] = NAMES["roles"]
 
 
 def messages_of(field: str, turns: Any) -> list[dict[str, str]]:

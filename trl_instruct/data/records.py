@@ -21,14 +21,6 @@ from trl_instruct.errors import InputError, kind_of
 logger = get_logger(__name__)
 
 MESSAGE = {"role": Value("string"), "content": Value("string")}
-ALIASES = {
-    "prompt": ("instruction", "question", "input", "query", "prompts"),
-    "completion": ("output", "answer", "response", "completions"),
-    "responses": ("completions", "candidates", "outputs", "answers", "response"),
-    "chosen": ("preferred", "winner", "accepted", "better"),
-    "rejected": ("dispreferred", "loser", "worse"),
-    "text": ("content", "document", "review", "texts"),
-}
 
 
 def load_demonstrations(
@@ -353,7 +345,7 @@ def require_columns(
 def _advice(found: Collection[str], missing: Sequence[str]) -> str:
     """What to do about missing columns. Several that may hold one field are to be joined."""
     for column in missing:
-        known = (column, *ALIASES.get(column, ()))
+        known = (column, *sources.NAMES["aliases"].get(column, "").split())
         held = [name for name in found if name.strip().lower() in known]
         if len(held) > 1:
             return f"Join {' and '.join(f'`{name}`' for name in held)} into `{column}`."

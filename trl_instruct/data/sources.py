@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
+import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from trl.scripts.utils import DatasetConfig
@@ -30,12 +31,8 @@ BUILDERS = {
     **{".csv": "csv", ".parquet": "parquet"},
 }
 LABEL_STORE = re.compile(r".*\.(db|sqlite)|(sqlite|postgresql|mysql|mariadb)(\+\w+)?://.*", re.I)
-TEXT_CELLS = (
-    *("prompt", "completion", "chosen", "rejected", "text", "labeler"),
-    *("instruction", "input", "output", "question", "answer", "response"),
-)
-LIST_CELLS = ("messages", "responses", "ranks", "scores", "ratings")
-# Text stays text: pandas would read the answer "NA" as a missing value and "007" as 7.
+NAMES = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
+TEXT_CELLS, LIST_CELLS = NAMES["text_cells"].split(), NAMES["list_cells"].split()
 CSV_OPTIONS: dict[str, Any] = {
     "keep_default_na": False,
     "na_values": [""],
