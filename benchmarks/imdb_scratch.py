@@ -205,7 +205,7 @@ def row(name: str, model: ModelMeasurement) -> dict[str, Any]:
         cells[f"{judge}, log-odds"] = mean_interval(scores)
         cells[f"{judge}, positive"] = share_interval(torch.tensor(scores) > 0)
     cells["KL, nats"] = mean_interval(model.kl)
-    cells["tokens"] = mean_interval(model.sampled.completion_lengths.tolist())
+    cells["tokens"] = mean_interval([len(completion.ids) for completion in model.sampled])
     return cells
 
 
@@ -224,7 +224,7 @@ def samples_table(prompts: list[str], before: ModelMeasurement, after: ModelMeas
     lines = ["| opening | before | after |", "|---|---|---|"]
     for index, prompt in enumerate(prompts):
         told = [
-            f"{inert(m.sampled.texts[index])} ({m.scores['judge'][index]:+.1f})"
+            f"{inert(m.sampled[index].text)} ({m.scores['judge'][index]:+.1f})"
             for m in (before, after)
         ]
         lines.append(f"| {inert(prompt)} | {told[0]} | {told[1]} |")

@@ -5,16 +5,15 @@ import importlib.util
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features, Value
 
 import trl_instruct
 from trl_instruct import cli
 from trl_instruct.data import sources
+from trl_instruct.generation.sampling import Completion
 from trl_instruct.rewards.classifier import ClassifierReward
 
 ROOT = Path(__file__).parents[1]
@@ -125,9 +124,9 @@ def test_the_twin_runs(benchmark, tmp_path, monkeypatch):
 
 def test_the_tables(benchmark):
     said = ["a *b* | c", "<br>\nd\x1b"]
-    sampled = SimpleNamespace(texts=said, completion_lengths=torch.tensor([4, 4]))
+    sampled = [Completion(text, [0] * 4, True) for text in said]
     before, after = (
-        benchmark.ModelMeasurement(sampled, [0.5, 1.5], {"judge": scores}, None)
+        benchmark.ModelMeasurement([], sampled, [0.5, 1.5], {"judge": scores}, None)
         for scores in ([1.0, -1.0], [2.0, 2.0])
     )
     lines = benchmark.table([benchmark.row("x", before), benchmark.row("y", after)]).splitlines()

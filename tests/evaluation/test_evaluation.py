@@ -324,12 +324,10 @@ def test_the_kl_is_to_the_reference_over_own_samples(folders, tmp_path, monkeypa
 
     monkeypatch.setattr(measurement, "sample", keep)
     found = run(folders, tmp_path / "e", judges={}).metrics["models"]["two"]["kl"]
-    sampled = kept[str(folders["two"])]
+    prompts, sampled = kept[str(folders["two"])]
     total = 0.0
     for row in range(8):
-        begin, end = int(sampled.prompt_lengths[row]), int(sampled.completion_lengths[row])
-        prompt = sampled.prompt_ids[row, -begin:]
-        ids = torch.cat([prompt, sampled.completion_ids[row, :end]]).unsqueeze(0)
+        begin, ids = len(prompts[row]), torch.tensor([prompts[row] + sampled[row].ids])
         for sign, name in ((1, "two"), (-1, "one")):
             with torch.no_grad():
                 model = load_policy(folders[name], ModelConfig()).eval()

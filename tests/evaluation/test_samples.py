@@ -41,16 +41,16 @@ def test_samples_hold_scores_lengths_and_the_kl_of_each_completion(
     samples, policy, make_policy, tokenizer, prompts
 ):
     result = samples(per_device_eval_batch_size=3)
-    assert result.scores["length"] == [len(text) for text in result.sampled.texts]
+    assert result.scores["length"] == [len(one.text) for one in result.sampled]
     assert result.scores["number"] == list(range(16))
-    lengths = result.sampled.completion_lengths.tolist()
+    lengths = [len(one.ids) for one in result.sampled]
     assert result.scores["tokens"] == lengths
-    assert {True, False} == set(result.sampled.ended.tolist())
+    assert {True, False} == {one.ended for one in result.sampled}
     asked = tokenizer(prompts)["input_ids"]
     set_seed(0)
     stops = [256, *range(32)]
     tokens, _, _ = generate(policy, asked, Sampling(6, batch_size=3), eos_token_ids=stops)
-    assert unpadded(tokens, result.sampled.completion_lengths) == result.sampled.ids
+    assert unpadded(tokens, torch.tensor(lengths)) == [one.ids for one in result.sampled]
     for row, width in enumerate(lengths):
         ids = torch.tensor([asked[row] + tokens[row, :width].tolist()])
         both = []
@@ -63,7 +63,7 @@ def test_samples_hold_scores_lengths_and_the_kl_of_each_completion(
 
 def test_samples_repeat_with_their_seed(samples):
     one, again, other = (samples(seed=seed) for seed in (1, 1, 2))
-    assert one.sampled.texts == again.sampled.texts != other.sampled.texts
+    assert one.sampled == again.sampled != other.sampled
     assert (one.kl, one.scores) == (again.kl, again.scores)
 
 
@@ -85,7 +85,7 @@ def test_a_long_prompt_is_cut_from_the_left_as_in_ppo(samples):
     """The end of the prompt is what the policy then sees: the same completions."""
     long, short = {"prompt": ["x" * 5000 + "What?"]}, {"prompt": ["xxxWhat?"]}
     cut = samples(rows=long, max_prompt_length=8)
-    assert cut.sampled.texts == samples(rows=short).sampled.texts
+    assert cut.sampled == samples(rows=short).sampled
     with pytest.raises(InputError, match="max_prompt_length"):
         samples(rows=long)
 
@@ -96,4 +96,4 @@ def test_one_seed_for_all_models_or_each_its_own(policy, tokenizer, prompts, one
     config, rows = EvaluateConfig(response_length=6), Dataset.from_dict({"prompt": prompts})
     given = (config, ModelConfig(), models, dict.fromkeys(models, tokenizer), rows)
     found = measure(Subject(*given, one_seed=one_seed), {}).models
-    assert (found["one"].sampled.texts == found["other"].sampled.texts) is one_seed
+    assert (found["one"].sampled == found["other"].sampled) is one_seed

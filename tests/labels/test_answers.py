@@ -5,8 +5,8 @@ from transformers import AutoModelForCausalLM
 
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.errors import InputError
+from trl_instruct.evaluation import measurement
 from trl_instruct.generation.sampling import Sampling
-from trl_instruct.labels import answers
 from trl_instruct.labels.answers import answers_of
 
 QUICK = Sampling(response_length=4)
@@ -30,13 +30,13 @@ def folders(tmp_path_factory, make_policy, tokenizer, chat_tokenizer):
 def asked(monkeypatch):
     """The token lists that were sampled from, in order."""
     seen = []
-    original = answers.sample_several
+    original = measurement.complete
 
     def keep(policy, tokenizer, prompts, *arguments, **options):
         seen.extend(tokenizer.decode(tokens) for tokens in prompts)
         return original(policy, tokenizer, prompts, *arguments, **options)
 
-    monkeypatch.setattr(answers, "sample_several", keep)
+    monkeypatch.setattr(measurement, "complete", keep)
     return seen
 
 

@@ -192,7 +192,7 @@ def measured_evaluation(subject: Subject, rewards: dict[str, RewardFunction]) ->
         "models": {name: _numbers(subject, name, models) for name in models},
         "best_of_n": best_of,
         "points": {
-            name: {"lengths": m.sampled.completion_lengths.tolist(), "scores": m.scores}
+            name: {"lengths": [len(one.ids) for one in m.sampled], "scores": m.scores}
             for name, m in models.items()
         },
         "samples": shown_samples(subject.prompts["prompt"][:SAVED_SAMPLES], models),
@@ -201,14 +201,15 @@ def measured_evaluation(subject: Subject, rewards: dict[str, RewardFunction]) ->
 
 def _numbers(subject: Subject, name: str, models: Mapping[str, ModelMeasurement]) -> dict[str, Any]:
     """The entry of one model in evaluation.json."""
-    sampled, kl, scores, loss = models[name]
-    spoken = subject.tokenizers[subject.baseline](sampled.texts, add_special_tokens=False)
+    _, sampled, kl, scores, loss = models[name]
+    texts = [completion.text for completion in sampled]
+    spoken = subject.tokenizers[subject.baseline](texts, add_special_tokens=False)
     numbers = {
         "path": redact(name_of(subject.models[name])),
         "scores": {judge: mean_interval(s)._asdict() for judge, s in scores.items()},
         "kl": None if kl is None else statistics.fmean(kl),
-        "length": sampled.completion_lengths.double().mean().item(),
-        "ended": sampled.ended.double().mean().item(),
+        "length": statistics.fmean(len(completion.ids) for completion in sampled),
+        "ended": statistics.fmean(completion.ended for completion in sampled),
         "repetition": repetition(spoken["input_ids"]),
         "distinct_1": distinct(spoken["input_ids"], 1),
         "distinct_2": distinct(spoken["input_ids"], 2),
@@ -218,7 +219,7 @@ def _numbers(subject: Subject, name: str, models: Mapping[str, ModelMeasurement]
     if name != subject.baseline:
         baseline = models[subject.baseline]
         # In characters, as in AlpacaEval, since tokenizers may differ.
-        letters = [list(map(len, texts)) for texts in (sampled.texts, baseline.sampled.texts)]
+        letters = [[len(one.text) for one in drawn] for drawn in (sampled, baseline.sampled)]
         numbers["win_rate"] = {
             judge: win_rate(own, baseline.scores[judge], *letters) for judge, own in scores.items()
         }

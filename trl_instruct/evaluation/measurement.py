@@ -13,7 +13,7 @@ from trl import ModelConfig
 from trl_instruct.configs import EvaluateConfig
 from trl_instruct.data.rendering import render
 from trl_instruct.data.sources import iterate
-from trl_instruct.errors import InputError
+from trl_instruct.errors import InputError, explained
 from trl_instruct.generation.logits import completion_logprobs
 from trl_instruct.generation.sampling import (
     Completion,
@@ -25,31 +25,11 @@ from trl_instruct.generation.sampling import (
 )
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource, context_length, evaluating
-from trl_instruct.padding import pad_rows, similar_lengths, unpadded
+from trl_instruct.padding import pad_rows, similar_lengths
 from trl_instruct.rewards.function import RewardFunction, as_completions, call_reward, place_on
 
 JUDGED_AT_ONCE = 512
 Progress: TypeAlias = Callable[[int], Any]
-
-
-class Sampled(NamedTuple):
-    """One completion for each of B prompts, as tokens and as text.
-
-    prompt_ids `(B, P)`, prompt_lengths `(B,)`, completion_ids `(B, C)`, completion_lengths `(B,)`,
-    ended `(B,)`: as in `Rollout`, on CPU.
-    """
-
-    prompt_ids: Tensor
-    prompt_lengths: Tensor
-    completion_ids: Tensor
-    completion_lengths: Tensor
-    ended: Tensor
-    texts: list[str]
-
-    @property
-    def ids(self) -> list[list[int]]:
-        """Tokens of each completion, including those that ended it."""
-        return unpadded(self.completion_ids, self.completion_lengths)
 
 
 class Subject(NamedTuple):
@@ -93,11 +73,13 @@ class Subject(NamedTuple):
 class ModelMeasurement(NamedTuple):
     """One model's completions and their measurements.
 
-    kl: to the reference, nats per completion, B numbers; None if their vocabularies differ.
-    scores: B numbers by judge. loss: on the demonstrations, nats per token.
+    prompts: their tokens. sampled: a completion of each. kl: to the reference, nats per completion,
+    B numbers; None if their vocabularies differ. scores: B numbers by judge. loss: on the
+    demonstrations, nats per token.
     """
 
-    sampled: Sampled
+    prompts: list[list[int]]
+    sampled: list[Completion]
     kl: list[float] | None
     scores: dict[str, list[float]]
     loss: float | None
@@ -128,8 +110,7 @@ def measure(
     for judge, reward in rewards.items():
         place_on(reward, PartialState().device)
         for model in models.values():
-            drawn = list(map(Completion, model.sampled.texts, model.sampled.ids))
-            model.scores[judge] = _judge(prompts, drawn, reward, progress)
+            model.scores[judge] = _judge(prompts, model.sampled, reward, progress)
         if several:
             flat = _judge(repeated, several, reward, progress)
             table[judge] = torch.tensor(flat, dtype=torch.float64).view(-1, copies)
@@ -147,10 +128,11 @@ def _sample_all(
     found[last] = _measure(subject, last, reference, progress)
     vocabulary = subject.tokenizers[subject.reference].get_vocab()
     for name in others:
-        sampled, own, _, _ = found[name]
+        prompts, sampled, own, *_ = found[name]
         kl = None
         if subject.tokenizers[name].get_vocab() == vocabulary:
-            logprobs = sequence_logprobs(reference, sampled[:4], subject.sampling)
+            ids = [completion.ids for completion in sampled]
+            logprobs = sequence_logprobs(reference, prompts, ids, subject.sampling)
             kl = (torch.tensor(own) - logprobs).tolist()
         found[name] = found[name]._replace(kl=kl)
     several: list[Completion] = []
@@ -169,58 +151,68 @@ def _measure(
     given = policy, subject.tokenizers[name]
     # With one seed, related models often sample the same tokens.
     seed = subject.config.seed + (0 if subject.one_seed else list(subject.models).index(name))
-    sampled = sample(*given, subject.prompts, subject.sampling, seed=seed, progress=progress)
-    own = [0.0] * len(sampled.texts)
+    how: Any = {"seed": seed, "progress": progress}
+    prompts, sampled = sample(*given, subject.prompts[:], subject.sampling, **how)
+    own = [0.0] * len(sampled)
     if name != subject.reference:
-        own = sequence_logprobs(policy, sampled[:4], subject.sampling).tolist()
+        ids = [completion.ids for completion in sampled]
+        own = sequence_logprobs(policy, prompts, ids, subject.sampling).tolist()
     loss = None
     if subject.demonstrations is not None:
         size = subject.sampling.batch_size
         loss = completion_loss(*given, subject.demonstrations, batch_size=size, progress=progress)
-    return ModelMeasurement(sampled, own, {}, loss)
+    return ModelMeasurement(prompts, sampled, own, {}, loss)
 
 
 def sample(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Dataset,
+    columns: Mapping[str, Sequence[Any]],
     sampling: Sampling,
     *,
     seed: int,
-    progress: Progress,
-) -> Sampled:
-    """One sampled completion per prompt; options as in `generate`.
+    progress: Progress = int,
+) -> tuple[list[list[int]], list[Completion]]:
+    """The tokens of each prompt, and one sampled completion of it.
+
+    Args:
+        columns: as in `prompt_tokens`.
+        progress: as in `generate`.
 
     Raises:
         InputError: a prompt is empty or does not fit into the context.
     """
-    set_seed(seed)
-    token_lists, _ = prompt_tokens(prompts[:], tokenizer, policy, sampling)
-    given = policy, tokenizer, token_lists, sampling
-    ids, lengths, ended, texts = complete(*given, progress=progress)
-    asked = pad_prompts(token_lists, torch.device("cpu"))
-    return Sampled(*asked, ids.cpu(), lengths.cpu(), ended.cpu(), texts)
+    with explained(f"seed is {seed}"):
+        set_seed(seed)
+    token_lists, _ = prompt_tokens(columns, tokenizer, policy, sampling)
+    return token_lists, complete(policy, tokenizer, token_lists, sampling, progress=progress)
 
 
 @torch.no_grad()
 def sequence_logprobs(
-    model: PreTrainedModel, tokens: tuple[Tensor, ...], sampling: Sampling, progress: Progress = int
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    completions: Sequence[list[int]],
+    sampling: Sampling,
+    progress: Progress = int,
 ) -> Tensor:
     """Log-probability of each completion, `(B,)` nats, float32 on CPU.
 
     Args:
         model: any language model with the same vocabulary.
-        tokens: the first four fields of `Sampled`.
+        prompts, completions: B lists of tokens each.
         sampling: the logits are divided by its temperature.
         progress: called with the number of completions of each finished batch.
     """
-    fields = [field.to(model.device) for field in tokens]
-    summed = torch.zeros(len(fields[0]))
-    lengths = tokens[1] + tokens[3]
+    summed = torch.zeros(len(prompts))
+    lengths = [len(row) for row in map(list.__add__, prompts, completions)]
     with evaluating(model):
-        for rows in similar_lengths(lengths.tolist(), sampling.batch_size):
-            part = (field[rows] for field in fields)
-            logprobs = completion_logprobs(model, *part, temperature=sampling.temperature)
+        for rows in similar_lengths(lengths, sampling.batch_size):
+            asked = pad_prompts([prompts[row] for row in rows], model.device)
+            own = [completions[row] for row in rows]
+            counts = torch.tensor([len(ids) for ids in own], device=model.device)
+            tokens = *asked, pad_rows(own, 0).to(model.device), counts
+            logprobs = completion_logprobs(model, *tokens, temperature=sampling.temperature)
             summed[rows] = logprobs.sum(dim=1).cpu()
             progress(len(rows))
     return summed
@@ -255,7 +247,7 @@ def shown_samples(
         sample = {"prompt": prompt}
         for name, model in models.items():
             scores = {judge: given[row] for judge, given in model.scores.items()}
-            sample[name] = {"completion": model.sampled.texts[row], **scores}
+            sample[name] = {"completion": model.sampled[row].text, **scores}
         shown.append(sample)
     return shown
 
@@ -283,11 +275,10 @@ def completion_loss(
     """
     rows = demonstration_tokens(demonstrations, tokenizer, context_length(policy))
     prompts, completions = zip(*rows, strict=True)
-    lengths = torch.tensor([len(ids) for ids in completions])
-    tokens = (*pad_prompts(prompts, lengths.device), pad_rows(list(completions), 0), lengths)
-    sampling = Sampling(int(lengths.max()), batch_size=batch_size)
-    logprobs = sequence_logprobs(policy, tokens, sampling, progress)
-    return -(logprobs.double().sum() / lengths.sum()).item()
+    lengths = [len(ids) for ids in completions]
+    sampling = Sampling(max(lengths), batch_size=batch_size)
+    logprobs = sequence_logprobs(policy, prompts, completions, sampling, progress)
+    return -logprobs.double().sum().item() / sum(lengths)
 
 
 def demonstration_tokens(

@@ -148,10 +148,11 @@ def generate(
 
 
 class Completion(NamedTuple):
-    """A sampled completion: its text, and its tokens including those that ended it."""
+    """A sampled completion: its text, its tokens with those that ended it, and whether any did."""
 
     text: str
     ids: list[int]
+    ended: bool
 
 
 def complete(
@@ -160,12 +161,13 @@ def complete(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """What `generate`, which takes the options, returns for lists of tokens; and the texts."""
+) -> list[Completion]:
+    """Completions of lists of tokens; `generate` takes the options."""
     ends = eos_token_ids(policy, tokenizer)
     given = policy, prompts, sampling
     drawn = generate(*given, eos_token_ids=ends, tokenizer=tokenizer, **options)
-    return *drawn, decode(*drawn, tokenizer, sampling.stop_strings)
+    texts = decode(*drawn, tokenizer, sampling.stop_strings)
+    return list(map(Completion, texts, unpadded(*drawn[:2]), drawn[2].tolist()))
 
 
 def sample_several(
@@ -181,8 +183,7 @@ def sample_several(
     for start in range(0, len(prompts), rows_at_once):
         rows = prompts[start : start + rows_at_once]
         options = {"copies": count, "progress": progress}
-        ids, lengths, _, texts = complete(policy, tokenizer, rows, sampling, **options)
-        found = list(map(Completion, texts, unpadded(ids, lengths)))
+        found = complete(policy, tokenizer, rows, sampling, **options)
         yield from (found[first : first + count] for first in range(0, len(found), count))
 
 

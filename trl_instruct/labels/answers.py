@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate import PartialState
-from transformers import set_seed
 from trl import ModelConfig
 
 from trl_instruct.data.reading import Reading
-from trl_instruct.errors import explained
-from trl_instruct.generation.sampling import Sampling, prompt_tokens, sample_several
+from trl_instruct.evaluation.measurement import sample
+from trl_instruct.generation.sampling import Sampling
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource
 from trl_instruct.models.tokenizers import load_tokenizer
@@ -46,11 +45,8 @@ def answers_of(
             asked = [typed.prompt_of({"prompt": text}) for text in prompts]
         elif typed is not None and tokenizer.chat_template is not None:
             asked = [[{"role": "user", "content": text}] for text in prompts]
-        with explained(f"seed is {seed}"):
-            set_seed(seed)
         policy = load_policy(source, ModelConfig(dtype="float32")).to(PartialState().device)
         given = {**(columns or {}), "prompt": asked}
-        token_lists, _ = prompt_tokens(given, tokenizer, policy, sampling)
-        several = sample_several(policy, tokenizer, token_lists, 1, sampling)
-        answers[name] = [completion.text for (completion,) in several]
+        _, drawn = sample(policy, tokenizer, given, sampling, seed=seed)
+        answers[name] = [completion.text for completion in drawn]
     return answers

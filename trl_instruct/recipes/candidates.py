@@ -165,7 +165,7 @@ def _ranking(
     written = [completion for completion in drawn if completion.text.strip()]
     distinct: dict[str, list[int]] = {}
     for completion in written:
-        distinct.setdefault(*completion)
+        distinct.setdefault(completion.text, completion.ids)
     counts["empty"] += len(drawn) - len(written)
     counts["duplicates"] += len(written) - len(distinct)
     if len(distinct) < 2:
