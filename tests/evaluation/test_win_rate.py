@@ -4,7 +4,8 @@ import random
 import pytest
 import torch
 
-from trl_instruct.evaluation.statistics import length_controlled, win_rate, wins
+from trl_instruct.data.ties import wins
+from trl_instruct.evaluation.statistics import length_controlled, win_rate
 
 
 def tensor(values):
@@ -29,7 +30,7 @@ def test_a_tie_is_half_a_win():
 
 
 def test_two_large_scores_that_differ_by_little_are_no_tie():
-    assert wins([1e8 + 1], [1e8]).tolist() == [1.0]
+    assert win_rate([1e8 + 1, 0.0], [1e8, 0.0], [3, 3], [3, 3])["mean"] == 0.75
 
 
 def test_the_interval_is_wilsons():
@@ -89,7 +90,7 @@ def test_equal_lengths_have_no_slope():
 
 def test_the_fit_is_where_a_general_optimiser_finds_it(contest):
     ours, theirs, own, other = contest
-    won, longer = wins(ours, theirs), tensor(own) - tensor(other)
+    won, longer = wins(tensor(theirs), tensor(ours), ties="half"), tensor(own) - tensor(other)
     slope = torch.tanh(longer / longer.std(correction=0))
     weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=200, tolerance_grad=1e-12)

@@ -9,9 +9,10 @@ from datasets import Dataset
 from test_recipes import DEMONSTRATIONS
 
 from trl_instruct import cli, sft
+from trl_instruct.console import table
 from trl_instruct.data.labels import LabelStore
 from trl_instruct.labels import command
-from trl_instruct.labels.comparisons import comparison, comparison_lines
+from trl_instruct.labels.comparisons import comparison, comparison_rows
 
 ROOT = Path(__file__).parents[2]
 CANDIDATES = [
@@ -94,14 +95,15 @@ def test_win_rates_by_hand(tmp_path):
         comparison(f"Q{row}", dict(zip(("sft", "ppo"), texts, strict=True)))
         for row, texts in enumerate(answers)
     )
-    assert list(comparison_lines(store)) == []
+    assert comparison_rows(store) == ("no blind labels", [])
     for labeler, ranks in {"x": [[2, 1], [1, 1], [2, 1]], "y": [[2, 1], [1, 2], [2, 1]]}.items():
         for given in ranks:
             item = store.next_item(labeler, 2)
             content = {"ranks": given, "overall": [3, 5] if labeler == "x" else None}
             store.save(f"{labeler}{item.prompt}", item.key, labeler, "label", content)
     assert store.next_item("x", 2) is None  # nobody is asked about the same answer
-    head, title, sft, ppo = comparison_lines(store)
+    head, rows = comparison_rows(store)
+    title, sft, ppo = table(rows)
     assert head == "6 blind labels; the same answer: 1 prompts"
     assert "preferred to sft" in title
     assert sft.split()[:3] == ["sft", "-", "-"] and "3.000 [3.000, 3.000]" in sft

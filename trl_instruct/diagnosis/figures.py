@@ -34,41 +34,33 @@ def figures(chain: Mapping[str, FinishedStage], evaluation: Mapping[str, Any]) -
     Args:
         evaluation: what `evaluate` saved; empty if it has not run.
     """
-    found = [*_results(chain, evaluation)]
-    for name, plotted in (("sft", _sft), ("rm", _rm), ("ppo", _ppo)):
-        if name in chain:
-            found += plotted(chain[name])
-    return found
+    return list(_figures(evaluation, *(chain.get(name) for name in ("sft", "rm", "ppo"))))
 
 
-def _results(chain: Mapping[str, FinishedStage], evaluation: Mapping[str, Any]) -> Iterator[Figure]:
-    if "ppo" in chain and chain["ppo"].curve("objective/kl"):
-        best_of_n = evaluation.get("best_of_n")
-        yield _figure(**WORDS["frontier"], plot=_plot_frontier, given=(chain["ppo"], best_of_n))
+def _figures(
+    evaluation: Mapping[str, Any],
+    sft: FinishedStage | None,
+    rm: FinishedStage | None,
+    ppo: FinishedStage | None,
+) -> Iterator[Figure]:
+    if ppo and ppo.curve("objective/kl"):
+        given: Any = ppo, evaluation.get("best_of_n")
+        yield _figure(**WORDS["frontier"], plot=_plot_frontier, given=given)
     if evaluation.get("judges"):
         yield _figure(**WORDS["scores"], plot=_plot_scores, given=(evaluation,))
         yield _figure(**WORDS["lengths"], plot=_plot_lengths, given=(evaluation,))
-
-
-def _sft(run: FinishedStage) -> Iterator[Figure]:
-    if run.curve("loss"):
-        yield _figure(**WORDS["sft"], plot=_plot_sft, given=(run,))
-
-
-def _rm(run: FinishedStage) -> Iterator[Figure]:
-    if run.curve("accuracy"):
-        colours = {"loss": LINE, "accuracy": FAINT}
-        yield _figure(**WORDS["rm"], plot=_plot_lines, given=(run, colours))
-    if "accuracy" in run.metrics:
-        by_distance = run.metrics, "by_distance", "difference of the two ranks"
-        yield _figure(**WORDS["rm_accuracy"], plot=plot_accuracy, given=by_distance)
-        yield _figure(**WORDS["rm_calibration"], plot=plot_calibration, given=(run.metrics,))
-
-
-def _ppo(run: FinishedStage) -> Iterator[Figure]:
+    if sft and sft.curve("loss"):
+        yield _figure(**WORDS["sft"], plot=_plot_sft, given=(sft,))
+    if rm and rm.curve("accuracy"):
+        given = rm, {"loss": LINE, "accuracy": FAINT}
+        yield _figure(**WORDS["rm"], plot=_plot_lines, given=given)
+    if rm and "accuracy" in rm.metrics:
+        given = rm.metrics, "by_distance", "difference of the two ranks"
+        yield _figure(**WORDS["rm_accuracy"], plot=plot_accuracy, given=given)
+        yield _figure(**WORDS["rm_calibration"], plot=plot_calibration, given=(rm.metrics,))
     for panel in PANELS:
-        if run.curve(panel[1]):
-            yield _figure(f"PPO: {panel[0]}", "", plot_panel, (run.logs, *panel))
+        if ppo and ppo.curve(panel[1]):
+            yield _figure(f"PPO: {panel[0]}", "", plot_panel, (ppo.logs, *panel))
 
 
 def _plot_frontier(axes: Any, run: FinishedStage, best_of_n: Mapping[str, Any] | None) -> None:

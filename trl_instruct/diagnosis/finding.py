@@ -1,12 +1,14 @@
 """A finding about a stage. Its words are in findings.yaml, its check in `stages` or `ppo`."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import SimpleNamespace
+from typing import Literal, NamedTuple
 
 import yaml
 
 WORDS = yaml.safe_load(Path(__file__).with_name("findings.yaml").read_text(encoding="utf-8"))
+# Thresholds of each stage by name.
+LIMITS = {stage: SimpleNamespace(**limits) for stage, limits in WORDS.pop("limits").items()}
 
 
 class Finding(NamedTuple):
@@ -25,7 +27,8 @@ class Finding(NamedTuple):
     level: Literal["fault", "fine", "unknown"] = "fault"
 
 
-def found(limits: Mapping[str, Any], stage: str, name: str, figure: str, **given: str) -> Finding:
+def found(stage: str, name: str, figure: str, **given: str) -> Finding:
     """The finding of that name, its words filled with the thresholds and what else is given."""
-    words = {what: text.format(**limits, **given) for what, text in WORDS[stage][name].items()}
+    given |= vars(LIMITS[stage])
+    words = {what: text.format(**given) for what, text in WORDS[stage][name].items()}
     return Finding(stage, name, figure=figure, **words)

@@ -7,25 +7,13 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from trl_instruct.diagnosis.finding import Finding, found
+from trl_instruct.diagnosis.finding import LIMITS, Finding, found
 from trl_instruct.ppo_trainer.roles import FROM_POLICY, VALUE_HEAD
 from trl_instruct.recipes.chain import FinishedStage
 from trl_instruct.rewards.load import is_address, is_python
 
-# PPO, comparing the first and the last tenth of the iterations.
-MOST_KL = 0.5  # nats per token
-MOST_FREE_KL = 0.25  # the same without a penalty: KL is still growing then
-LEAST_KL = -0.02  # nats per token; only a mean over samples can be below 0
-LEAST_ENTROPY = 0.25  # of its first value
-MOST_LENGTH = 1.5  # times as long, or as short
-LEAST_ENDED = 0.9
-LEAST_EXPLAINED = 0.05
-MOST_CLIPPED = 0.3
-LEAST_MOVED = 0.01  # nats per token, from the reference
-LEAST_ITERATIONS = 10
-STILL_RISING = 0.15  # share of the whole gain that came in the last fifth
-STANDARD_ERRORS = 3.0
-_found = partial(found, {name: value for name, value in globals().items() if name.isupper()}, "ppo")
+PPO = LIMITS["ppo"]
+_found = partial(found, "ppo")
 
 
 def diagnose_ppo(run: FinishedStage) -> Iterator[Finding]:
@@ -45,12 +33,12 @@ def diagnose_ppo(run: FinishedStage) -> Iterator[Finding]:
 
 def _over_optimisation(run: FinishedStage) -> Iterator[Finding]:
     steps = [step for step, _ in run.curve("objective/gold")]
-    if len(steps) < LEAST_ITERATIONS:
+    if len(steps) < PPO.LEAST_ITERATIONS:
         return
     gold, scores = (_smooth(run.values(f"objective/{n}")) for n in ("gold", "scores"))
     best = max(range(len(gold)), key=gold.__getitem__)
     fall = gold[best] - gold[-1]
-    if fall > STANDARD_ERRORS * _error(run.values("objective/gold")) and scores[-1] > scores[0]:
+    if fall > PPO.STANDARD_ERRORS * _error(run.values("objective/gold")) and scores[-1] > scores[0]:
         turned = str(steps[best])
         figure = f"score {scores[0]:.2f} -> {scores[-1]:.2f}, gold {gold[best]:.3f} in iteration "
         yield _found("over_optimised", f"{figure}{turned} -> {gold[-1]:.3f}", turned=turned)
@@ -61,33 +49,33 @@ def _kl(run: FinishedStage) -> Iterator[Finding]:
     figure = f"KL to the reference {_ends(run, 'objective/kl')[1]:.2f} nats per completion, "
     figure += f"{per_token:.2f} per token"
     free = run.config.get("kl_coef") == 0
-    most = MOST_FREE_KL if free else MOST_KL
+    most = PPO.MOST_FREE_KL if free else PPO.MOST_KL
     if per_token > most and not free and _gold_rose(run):
         yield _found("kl_paid", figure, most=str(most))
     elif per_token > most:
         yield _found("kl_blow_up", figure, most=str(most), free=" if kl_coef is 0" * free)
-    elif per_token < LEAST_KL:
+    elif per_token < PPO.LEAST_KL:
         yield _found("kl_negative", figure)
 
 
 def _gold_rose(run: FinishedStage) -> bool:
     """Whether the judge that PPO is not trained on ends near its best, well above its start."""
     values = run.values("objective/gold")
-    if len(values) < LEAST_ITERATIONS:
+    if len(values) < PPO.LEAST_ITERATIONS:
         return False
-    gold, least = _smooth(values), STANDARD_ERRORS * _error(values) + 1e-9  # rounding
+    gold, least = _smooth(values), PPO.STANDARD_ERRORS * _error(values) + 1e-9  # rounding
     return gold[-1] > gold[0] + least and gold[-1] >= max(gold) - least
 
 
 def _entropy(run: FinishedStage) -> Iterator[Finding]:
     was, entropy = _ends(run, "policy/entropy")
-    if entropy < LEAST_ENTROPY * was:
+    if entropy < PPO.LEAST_ENTROPY * was:
         yield _found("entropy_collapse", f"entropy {was:.2f} -> {entropy:.2f} nats per token")
 
 
 def _length(run: FinishedStage) -> Iterator[Finding]:
     was, length = _ends(run, "objective/length")
-    if not 1 / MOST_LENGTH <= length / was <= MOST_LENGTH:
+    if not 1 / PPO.MOST_LENGTH <= length / was <= PPO.MOST_LENGTH:
         longer = "longer" if length > was else "shorter"
         yield _found("length_drift", f"{was:.1f} -> {length:.1f} tokens", longer=longer)
 
@@ -95,14 +83,14 @@ def _length(run: FinishedStage) -> Iterator[Finding]:
 def _ended(run: FinishedStage) -> Iterator[Finding]:
     was, ended = _ends(run, "objective/ended")
     # The continuation of an opening is cut at a length; it has no end of its own.
-    if ended < LEAST_ENDED and not run.config.get("opening_length"):
+    if ended < PPO.LEAST_ENDED and not run.config.get("opening_length"):
         yield _found("missing_eos", f"ended {was:.0%} -> {ended:.0%}")
 
 
 def _value(run: FinishedStage) -> Iterator[Finding]:
     explained = run.values("val/explained_variance")
     late = statistics.fmean(explained[len(explained) // 2 :])
-    if late < LEAST_EXPLAINED:
+    if late < PPO.LEAST_EXPLAINED:
         start = ", or a value function that starts from a reward model (value_model_path)"
         if _value_from_reward(run):
             start = "; the value function starts from the reward model already"
@@ -122,9 +110,9 @@ def _value_from_reward(run: FinishedStage) -> bool:
 def _steps(run: FinishedStage) -> Iterator[Finding]:
     clipped = statistics.fmean(run.values("policy/clipfrac"))
     moved = _kl_per_token(run)
-    if clipped > MOST_CLIPPED:
+    if clipped > PPO.MOST_CLIPPED:
         yield _found("clipped_much", f"{clipped:.0%} of the tokens clipped")
-    elif clipped == 0 and abs(moved) < LEAST_MOVED:
+    elif clipped == 0 and abs(moved) < PPO.LEAST_MOVED:
         figure = f"no token ever clipped, KL to the reference {moved:.4f} nats per token"
         yield _found("hardly_moved", figure)
 
@@ -133,13 +121,13 @@ def _episodes(run: FinishedStage) -> Iterator[Finding]:
     curve = run.curve("objective/rlhf_reward")
     rewards, iterations = [reward for _, reward in curve], curve[-1][0]
     fifth = len(rewards) // 5
-    if iterations >= LEAST_ITERATIONS > len(rewards):
+    if iterations >= PPO.LEAST_ITERATIONS > len(rewards):
         return  # too few logs to tell
-    if iterations >= LEAST_ITERATIONS:
+    if iterations >= PPO.LEAST_ITERATIONS:
         late, before = rewards[-fifth:], rewards[-2 * fifth : -fifth]
         rise = statistics.fmean(late) - statistics.fmean(before)
         gain = statistics.fmean(late) - statistics.fmean(rewards[:fifth])
-        if rise <= max(STILL_RISING * gain, STANDARD_ERRORS * _error(rewards)):
+        if rise <= max(PPO.STILL_RISING * gain, PPO.STANDARD_ERRORS * _error(rewards)):
             return
         figure = f"{rise:.2f} of {gain:.2f} gained in the last fifth of the iterations"
     else:

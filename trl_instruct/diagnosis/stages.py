@@ -2,46 +2,34 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
-from trl_instruct.diagnosis.finding import Finding, found
+from trl_instruct.diagnosis.finding import LIMITS, Finding, found
 from trl_instruct.intervals import show_metric
 from trl_instruct.recipes.chain import FinishedStage
 
-# SFT, on held-out demonstrations.
-LEAST_SFT_GAIN = 0.02  # share of the base model's loss
-STILL_FALLING = 0.05  # relative fall of the loss at the last evaluation
-MOST_SFT_RISE = 0.10  # above its lowest loss, as a share
-
-# Reward model, on held-out pairs.
-MUCH_LENGTH, MOST_LENGTH = 0.6, 0.7  # absolute correlation of score and length within a prompt
-WIDE = 0.20  # an interval of the accuracy that leaves the verdict open
-MOST_OVERFIT = 0.10  # accuracy on training pairs minus accuracy on held-out pairs
-AT_CEILING, BELOW_CEILING = 0.03, 0.10  # below the labelers' noise ceiling or agreement
-
-_found = partial(found, {name: value for name, value in globals().items() if name.isupper()})
+SFT, RM = LIMITS["sft"], LIMITS["rm"]
 
 
 def diagnose_sft(run: FinishedStage) -> Iterator[Finding]:
     before, after = run.metrics.get("base_loss"), run.metrics.get("eval_loss")
     if before is None or after is None:
-        yield _found("sft", "sft_unmeasured", "no loss on held-out demonstrations")
+        yield found("sft", "sft_unmeasured", "no loss on held-out demonstrations")
         return
     losses = run.values("eval_loss")
     lowest = min([after, *losses])
-    still_falling = len(losses) > 2 and losses[-1] < (1 - STILL_FALLING) * losses[-2]
+    still_falling = len(losses) > 2 and losses[-1] < (1 - SFT.STILL_FALLING) * losses[-2]
     figure = f"held-out loss {before:.3f} -> {after:.3f} (lowest {lowest:.3f}) nats per token"
-    if after > before or after > (1 + MOST_SFT_RISE) * lowest:
-        yield _found("sft", "sft_overtrained", figure)
-    elif after > (1 - LEAST_SFT_GAIN) * before or still_falling:
-        yield _found("sft", "sft_undertrained", figure)
+    if after > before or after > (1 + SFT.MOST_SFT_RISE) * lowest:
+        yield found("sft", "sft_overtrained", figure)
+    elif after > (1 - SFT.LEAST_SFT_GAIN) * before or still_falling:
+        yield found("sft", "sft_undertrained", figure)
 
 
 def diagnose_rm(run: FinishedStage) -> Iterator[Finding]:
     metrics = run.metrics
     if "accuracy" not in metrics:
-        yield _found("rm", "rm_unmeasured", "no held-out rankings")
+        yield found("rm", "rm_unmeasured", "no held-out rankings")
         return
     yield from _rm_against_baselines(metrics)
     yield from _rm_against_training(metrics)
@@ -52,19 +40,19 @@ def _rm_against_baselines(metrics: Mapping[str, Any]) -> Iterator[Finding]:
     accuracy = f"held-out accuracy {show_metric(metrics, 'accuracy')}"
     if metrics.get("ceiling", 1.0) < 0.5:
         share = f"{metrics['ceiling']:.3f} of their comparisons"
-        yield _found("rm", "labels_reversed", f"the labelers' own scores agree with {share}")
+        yield found("rm", "labels_reversed", f"the labelers' own scores agree with {share}")
     if metrics["accuracy_high"] < 0.5:
-        yield _found("rm", "rm_reversed", accuracy)
+        yield found("rm", "rm_reversed", accuracy)
     elif _is_open(metrics):
-        yield _found("rm", "rm_too_few", accuracy)
+        yield found("rm", "rm_too_few", accuracy)
     elif metrics["accuracy_low"] <= 0.5:
-        yield _found("rm", "rm_at_chance", accuracy)
+        yield found("rm", "rm_at_chance", accuracy)
     else:
         yield from _rm_against_length(metrics)
 
 
 def _is_open(metrics: Mapping[str, Any]) -> bool:
-    return metrics["accuracy_high"] - metrics["accuracy_low"] > WIDE
+    return metrics["accuracy_high"] - metrics["accuracy_low"] > RM.WIDE
 
 
 def _rm_against_length(metrics: Mapping[str, Any]) -> Iterator[Finding]:
@@ -79,21 +67,21 @@ def _rm_against_length(metrics: Mapping[str, Any]) -> Iterator[Finding]:
         f"{gain:+.3f} more accurate than 'the {'longer' if longer else 'shorter'} answer wins' "
         f"(at least {low:+.3f}, 95 %); correlation of score and length {correlation:+.2f}"
     )
-    if abs(correlation) > MOST_LENGTH or (low <= 0 and abs(correlation) > MUCH_LENGTH):
-        yield _found("rm", "rm_is_length", figure)
+    if abs(correlation) > RM.MOST_LENGTH or (low <= 0 and abs(correlation) > RM.MUCH_LENGTH):
+        yield found("rm", "rm_is_length", figure)
     elif low <= 0:
-        yield _found("rm", "rm_below_length", figure)
-    elif abs(correlation) > MUCH_LENGTH:
-        yield _found("rm", "rm_follows_length", figure)
+        yield found("rm", "rm_below_length", figure)
+    elif abs(correlation) > RM.MUCH_LENGTH:
+        yield found("rm", "rm_follows_length", figure)
 
 
 def _rm_against_training(metrics: Mapping[str, Any]) -> Iterator[Finding]:
     if metrics.get("train_accuracy") is None or metrics["accuracy_high"] < 0.5:
         return  # not measured, or reversed, where the gap says nothing
     gap = metrics["train_accuracy"] - metrics["accuracy"]
-    if gap > MOST_OVERFIT and metrics["train_accuracy"] > metrics["accuracy_high"]:
+    if gap > RM.MOST_OVERFIT and metrics["train_accuracy"] > metrics["accuracy_high"]:
         trained = f"accuracy {metrics['train_accuracy']:.3f} in training"
-        yield _found("rm", "rm_overfitted", f"{trained}, {metrics['accuracy']:.3f} held out")
+        yield found("rm", "rm_overfitted", f"{trained}, {metrics['accuracy']:.3f} held out")
 
 
 def _rm_against_ceiling(metrics: Mapping[str, Any]) -> Iterator[Finding]:
@@ -103,7 +91,7 @@ def _rm_against_ceiling(metrics: Mapping[str, Any]) -> Iterator[Finding]:
     if limit is None or limit < 0.5 or _is_open(metrics):
         return
     figure = f"held-out accuracy {show_metric(metrics, 'accuracy')}; {named}: {limit:.3f}"
-    if metrics["accuracy_high"] >= limit - AT_CEILING:
-        yield _found("rm", "rm_at_ceiling", figure)
-    elif metrics["accuracy_high"] < limit - BELOW_CEILING:
-        yield _found("rm", "rm_undertrained", figure)
+    if metrics["accuracy_high"] >= limit - RM.AT_CEILING:
+        yield found("rm", "rm_at_ceiling", figure)
+    elif metrics["accuracy_high"] < limit - RM.BELOW_CEILING:
+        yield found("rm", "rm_undertrained", figure)

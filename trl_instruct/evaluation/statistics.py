@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl_instruct.data.ties import wins
 from trl_instruct.intervals import share_interval
 
 NEWTON_STEPS = 50
@@ -33,20 +34,11 @@ def win_rate(
     Returns:
         mean, low, high (see `share_interval`) and length_controlled (see `length_controlled`).
     """
-    won = wins(scores, baseline_scores)
+    both = torch.tensor([baseline_scores, scores], dtype=torch.float64)
+    won = wins(*both, ties="half")
     longer = torch.tensor(lengths, dtype=torch.float64) - torch.tensor(baseline_lengths)
     rate = share_interval(won, None if groups is None else torch.tensor(groups))._asdict()
     return {**rate, "length_controlled": length_controlled(won, longer)}
-
-
-def wins(scores: Sequence[float], baseline_scores: Sequence[float]) -> Tensor:
-    """`(B,)` float64: 1 where the score is above the baseline's, 0 below, one half where equal.
-
-    >>> wins([1.0, 0.0, 2.0], [0.0, 1.0, 2.0]).tolist()
-    [1.0, 0.0, 0.5]
-    """
-    above, below = torch.tensor([scores, baseline_scores], dtype=torch.float64)
-    return ((above - below).sign() + 1) / 2
 
 
 def length_controlled(won: Tensor, longer: Tensor) -> float:

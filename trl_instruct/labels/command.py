@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trl_instruct.console import plural, say
+from trl_instruct.console import plural, say, table
 from trl_instruct.data import records
 from trl_instruct.data.conversion import read
 from trl_instruct.data.labels import MOST_RESPONSES, LabelStore
@@ -17,7 +17,7 @@ from trl_instruct.errors import InputError
 from trl_instruct.files import CONFIG_FILE
 from trl_instruct.generation.sampling import Sampling
 from trl_instruct.labels.answers import answers_of
-from trl_instruct.labels.comparisons import comparison, comparison_lines
+from trl_instruct.labels.comparisons import comparison, comparison_rows
 from trl_instruct.labels.server import LabelPage, serve
 from trl_instruct.models.tokenizers import load_tokenizer
 from trl_instruct.recipes.chain import remember_reading
@@ -77,7 +77,8 @@ def label(options: Namespace) -> None:
 
         page = LabelPage(store, options.labels_per_prompt, tuple(options.questions), answer)
         serve(page, options.host, options.port)
-    for line in comparison_lines(store):
+    compared, rows = comparison_rows(store)
+    for line in (compared, *table(rows)) if rows else ():
         say(line)
     told = sum(answer.action == "label" for answer in store.answers())
     say(f"labels: {told} in {store.address}; for a reward model: rm --dataset_name {store.address}")

@@ -1,9 +1,9 @@
 """Checkpoints compared blindly by people: what they are shown, and win rates from their ranks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from trl_instruct.console import plural, table
+from trl_instruct.console import plural
 from trl_instruct.data.labels import LabelStore
 from trl_instruct.evaluation.statistics import win_rate
 from trl_instruct.intervals import mean_interval, show_interval
@@ -19,14 +19,6 @@ def comparison(prompt: Any, answers: Mapping[str, str]) -> dict[str, Any]:
     for name, text in answers.items():
         sources.setdefault(text, []).append(name)
     return {"prompt": prompt, "responses": list(sources), "sources": list(sources.values())}
-
-
-def comparison_lines(store: LabelStore) -> Iterator[str]:
-    """What `comparison_rows` tells, as lines."""
-    told, rows = comparison_rows(store)
-    if rows:
-        yield told
-        yield from table(rows)
 
 
 def comparison_rows(store: LabelStore) -> tuple[str, list[list[str]]]:

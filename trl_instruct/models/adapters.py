@@ -21,6 +21,7 @@ from trl import ModelConfig, get_peft_config
 
 from trl_instruct.errors import NOT_AS_EXPECTED, InputError, explained, summary
 from trl_instruct.models.properties import check_finished, model_name
+from trl_instruct.scalar_head import read_beside_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT = "base_fingerprint.txt"  # which base an adapter was trained over
@@ -114,12 +115,13 @@ class Adapter:
     def on(self, model: PreTrainedModel, *, trainable: bool = True) -> peft.PeftModel:
         """Its base model, which never trains, with the adapter in float32 whatever the dtype.
 
-        InputError if the adapter does not fit this model.
+        A reward model has the adapter's shift. InputError if the adapter does not fit this model.
         """
         with self._fitting(model):
             adapted = peft.PeftModel.from_pretrained(model, self.folder, is_trainable=trainable)
             saved = peft.load_peft_weights(self.folder, device="cpu")
             _check_names(saved, peft.get_peft_model_state_dict(adapted))
+        read_beside_adapter(adapted, Path(self.folder))
         return float32_head(adapted)
 
     def on_classifier(self, model: PreTrainedModel) -> peft.PeftModel:

@@ -128,10 +128,7 @@ def _adapter_classifier(
         return model if hasattr(model, "score") else _classifier_from_policy(model)
     kind = AutoModelForSequenceClassification
     base = base_of(adapter, model_config, kind, trust_remote_code)
-    model = adapter.on_classifier(base) if fresh_head else adapter.on(base)
-    if not fresh_head:
-        scalar_head.read_beside_adapter(model, Path(source))
-    return model
+    return adapter.on_classifier(base) if fresh_head else adapter.on(base)
 
 
 def _classifier_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
@@ -233,7 +230,6 @@ def merged(
     base = base_of(adapter, dataclasses.replace(model_config, **plain), kind, trust_remote_code)
     model = adapter.on(base, trainable=False).merge_and_unload()
     model.requires_grad_(True)  # peft froze the base
-    scalar_head.read_beside_adapter(model, Path(adapter.folder))
     return model
 
 

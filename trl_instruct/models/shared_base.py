@@ -20,7 +20,7 @@ from trl_instruct.errors import InputError
 from trl_instruct.models.adapters import CLASSIFIER, Adapter, is_adapter, with_lora
 from trl_instruct.models.load import base_of, load_policy
 from trl_instruct.models.properties import ModelSource, model_name
-from trl_instruct.scalar_head import read_beside_adapter, register_scalar_head
+from trl_instruct.scalar_head import register_scalar_head
 
 # How transformers marks a model with quantised weights.
 MARKS = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized", "quantization_method")
@@ -67,9 +67,7 @@ class SharedBase:
         """The reward model of an adapter over this base, with its head and shift, to train."""
         adapter.check_base()
         adapter.check_task(CLASSIFIER)
-        model = adapter.on(classifier_around(view_of(self.model)))
-        read_beside_adapter(model, Path(adapter.folder))
-        return model
+        return adapter.on(classifier_around(view_of(self.model)))
 
     def fresh_classifier(self) -> PeftModel:
         """A classifier to train that starts from the policy, with a head of zeros."""

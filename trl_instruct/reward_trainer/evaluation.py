@@ -17,6 +17,7 @@ from trl_instruct.data.pairs import content_key, prompt_key, ranking_to_pairs
 from trl_instruct.data.rankings import Ranking
 from trl_instruct.data.rendering import ARGUMENTS
 from trl_instruct.data.sources import iterate
+from trl_instruct.data.ties import wins
 from trl_instruct.errors import InputError
 from trl_instruct.intervals import Interval, share_interval
 from trl_instruct.reward_trainer.labelers import Labeled, agreement
@@ -68,14 +69,14 @@ class Comparisons(NamedTuple):
 
     def accuracy(self, differences: Tensor) -> Interval:
         """How often a difference `(N,)` is positive; 0 counts one half."""
-        return share_interval(_positive(differences), self.prompts, self.weights)
+        return share_interval(wins(0, differences, ties="half"), self.prompts, self.weights)
 
     def above_length(self) -> Interval:
         """Accuracy of the scores minus that of the lengths, pair by pair.
 
         Its interval is that of the share (1 + difference) / 2.
         """
-        gained = _positive(self.margins) - _positive(self.longer)
+        gained = wins(0, self.margins, ties="half") - wins(0, self.longer, ties="half")
         share = share_interval((1 + gained) / 2, self.prompts, self.weights)
         return Interval(*(2 * end - 1 for end in share))
 
@@ -222,7 +223,7 @@ def calibration_errors(pairs: Comparisons) -> dict[str, float]:
     expected, bins = pairs.expected(), _bins(pairs)
 
     def error(differences: Tensor) -> float:
-        preferred_wins = _positive(differences * pairs.margins.sign())
+        preferred_wins = wins(0, differences * pairs.margins.sign(), ties="half")
         off = torch.bincount(bins, weights=pairs.weights * (expected - preferred_wins))
         return (off.abs().sum() / pairs.weights.sum()).item()
 
@@ -329,11 +330,6 @@ def _by_labeler(
 
 def _named(name: str, interval: Interval) -> dict[str, float]:
     return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
-
-
-def _positive(differences: Tensor) -> Tensor:
-    """1 for a positive difference, 0 for a negative one, 0.5 for zero."""
-    return torch.heaviside(differences, differences.new_tensor(0.5))
 
 
 def _mean(values: Tensor, weights: Tensor) -> float:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import RewardTrainer
 
 from trl_instruct.console import get_logger
+from trl_instruct.data.ties import wins
 from trl_instruct.errors import InputError
 from trl_instruct.models.properties import disable_dropout, evaluating
 from trl_instruct.models.resuming import ResumableTrainer
@@ -285,7 +286,7 @@ class RankingRewardTrainer(ResumableTrainer, RewardTrainer):
         metrics["min_reward"] = [min(metrics["min_reward"] + [given.min().item()])]
         metrics["max_reward"] = [max(metrics["max_reward"] + [given.max().item()])]
         if len(margins):
-            metrics["accuracy"] += ((margins.sign() + 1) / 2).tolist()
+            metrics["accuracy"] += wins(0, margins, ties="half").tolist()
             metrics["margin"] += margins.tolist()
 
 
