@@ -77,15 +77,11 @@ class ScalarHead(PreTrainedModel):
         return_dict: bool | None = None,
         **others: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """Scores of B sequences: `logits` is `(B, num_labels)`.
+        """Scores of B sequences `(B, T)`: `logits` is `(B, num_labels)`.
 
-        Args:
-            input_ids: `(B, T)`.
-            attention_mask: `(B, T)`, 1 on a row's tokens, which must be contiguous; None: all.
-            use_cache, return_dict: have no effect.
-
-        Raises:
-            InputError: a mask of another shape, or another argument that would affect the score.
+        The mask `(B, T)` is 1 on a row's tokens, which must be contiguous; None: all. `use_cache`
+        and `return_dict` have no effect. InputError for a mask of another shape, or another
+        argument that would affect the score.
         """
         given = [name for name, value in others.items() if not (value is None or value is False)]
         if given:

@@ -37,13 +37,9 @@ def read(
 ) -> tuple[AnyDataset, Source, Shape | None]:
     """A source's records with our fields, where errors find them, and the shape they had.
 
-    Args:
-        source, split, streaming: as `load_records`.
-        kind: "demonstration", "ranking" or "prompt": what the caller needs.
-
-    Raises:
-        InputError: as `load_records`; a column that is not there; a shape that holds no such
-            records; a row that its shape does not explain.
+    `kind` is "demonstration", "ranking" or "prompt", what the caller needs; the rest and errors are
+    as in `load_records`. InputError too for a column that is not there, a shape that holds no such
+    records, and a row that its shape does not explain.
     """
     where = Source.of(source, split)
     dataset = rename(sources.load_records(source, split, streaming), where, reading)
@@ -89,10 +85,8 @@ def mixed(load: Callable[..., AnyDataset], entries: Sequence[Any], streaming: bo
 
     Each `fraction` is a share of the result, as in TRL: no dataset is repeated, and the first rows
     of each are taken. Columns that not all of them have are null in the others. An entry is loaded
-    by `load(entry, split, streaming)`.
-
-    Raises:
-        InputError: as `load`; text and messages mixed; a fraction for some of them only.
+    by `load(entry, split, streaming)`. InputError as there, for text and messages mixed, and for a
+    fraction of some of them only.
     """
     mixture = mixture_of(entries)
     parts = [load(entry, entry.split, streaming) for entry in mixture]

@@ -22,10 +22,8 @@ ROLES: dict[str, str] = NAMES["roles"]
 def messages_of(field: str, turns: Any) -> list[dict[str, str]]:
     """Messages with `role` and `content` from turns of either habit, `from` and `value` too.
 
-    Contents of several text parts are joined.
-
-    Raises:
-        InputError: no list of turns; a role that nobody uses; a part that is no text.
+    Contents of several text parts are joined. InputError without a list of turns, for a role that
+    nobody uses, or a part that is no text.
 
     >>> messages_of("conversations", [{"from": "human", "value": "Bye"}])
     [{'role': 'user', 'content': 'Bye'}]
@@ -116,9 +114,8 @@ def take_off_prompts(dataset: AnyDataset, where: Source, fields: tuple[str, ...]
     Messages that begin with the prompt's messages repeat them, whatever the other rows do. Text
     repeats the prompt only if all replies of all rows begin with it: "Hi" may be answered "Hi!".
 
-    Args:
-        dataset: rows with `prompt` and the replies in `fields`; a faulty row stays as it is.
-        fields: `("chosen", "rejected")`, `("completion",)` or `("responses",)`, a list of replies.
+    The replies are in `fields`: `("chosen", "rejected")`, `("completion",)`, or `("responses",)`, a
+    list of them. A faulty row stays as it is.
     """
     first = 100 if isinstance(dataset, IterableDataset) else None  # rows that decide; None: all
     if not _repeat(islice(iterate(dataset), first), fields):

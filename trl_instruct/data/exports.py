@@ -30,11 +30,9 @@ def export(rows: Dataset, path: Path, to: str) -> str:
 
     A tool gets a task a ranking; as pairwise, a task for each pair that has a winner. A rating is
     the number of ranks from the worst up, whose rating is 1. `to` is one of `FORMATS`. Returns a
-    line that tells what the file holds, and what it does not.
-
-    Raises:
-        InputError: the file exists or has another ending; no pair has a winner, or all rankings
-            have ties and the tool has none; for a tool, a response that is more than one text.
+    line that tells what the file holds, and what it does not. InputError if the file exists or has
+    another ending, if no pair has a winner, or all rankings have ties and the tool has none; for a
+    tool, also for a response that is more than one text.
     """
     tool, _, kind = to.rpartition("-")
     ending = ".json" if tool else ".jsonl"

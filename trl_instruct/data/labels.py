@@ -133,11 +133,9 @@ class LabelStore:
             ) from error
 
     def add(self, records: Iterable[Mapping[str, Any]], split: str = "train") -> int:
-        """Add items that are not there yet; returns their number.
+        """Add items of a split that are not there yet; returns their number.
 
-        Args:
-            records: `prompt` and `responses` (2 to 9, all different), and other columns.
-            split: the part of the data that they belong to.
+        Records have `prompt` and `responses` (2 to 9, all different), and other columns.
         """
         rows = {}
         for record in records:
@@ -202,19 +200,12 @@ class LabelStore:
     def save(
         self, answer_id: str, key: str, labeler: str, action: str, content: Mapping[str, Any]
     ) -> bool:
-        """Store an answer; it is on disk when this returns.
+        """Store an answer to the item of that key; it is on disk when this returns.
 
-        Args:
-            answer_id: made by the client; an answer that is sent again is stored once.
-            key: of the item.
-            action: "label" or "skip".
-            content: as in `Answer`.
-
-        Returns:
-            Whether it counts: False if the labeler has answered that item in another window.
-
-        Raises:
-            InputError: no such item, or a label that does not fit its responses.
+        The client makes the id: an answer that is sent again is stored once. The action is "label"
+        or "skip", the content as in `Answer`. Returns whether it counts: not if the labeler has
+        answered that item in another window. InputError without such an item, or for a label that
+        does not fit its responses.
         """
         if action not in ("label", "skip"):
             raise InputError(f"The action is {action!r}; it must be 'label' or 'skip'.")
@@ -258,10 +249,8 @@ class LabelStore:
         """The labels of a split as ranking records, one per labeler and item.
 
         Besides `prompt`, `responses`, `ranks`, `labeler` and the item's own columns: `overall`,
-        `checks`, `seconds`, `flag` and `note`, where any labeler used them.
-
-        Raises:
-            InputError: no such split, or nobody has labelled any of it.
+        `checks`, `seconds`, `flag` and `note`, where any labeler used them. InputError without such
+        a split, or if nobody has labelled any of it.
         """
         with self.engine.connect() as connection:
             splits = connection.execute(sql.select(ITEMS.c.split)).scalars().all()

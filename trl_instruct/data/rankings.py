@@ -187,9 +187,7 @@ def canonical_ranking(
 
     Of identical responses the best-ranked one stays; `duplicates` counts the others. Text responses
     to a messages prompt become assistant messages. `form`: what the prompt must be; None: either.
-
-    Raises:
-        InputError: a faulty field, which is named; all responses are identical.
+    InputError for a faulty field, which is named, or if all responses are identical.
 
     >>> canonical_ranking({"prompt": "2+2=", "responses": ["4", "5", "4"], "ranks": [3, 2, 1]})
     Ranking(prompt='2+2=', responses=['5', '4'], ranks=[2, 1], scores=None, duplicates=1)

@@ -129,9 +129,7 @@ def load_texts(
     """Plain texts for pre-training and the ptx loss: a `text` column. Arguments as `load_records`.
 
     Rows of white space (paragraph breaks of some corpora) are left out; their number is logged.
-
-    Raises:
-        InputError: `text` is missing, null or not text; no row has any text.
+    InputError if `text` is missing, null or not text, or no row has any text.
 
     >>> from datasets import Dataset
     >>> load_texts(Dataset.from_list([{"text": "Once upon a time."}, {"text": ""}])).num_rows
@@ -161,15 +159,9 @@ def load_texts(
 def openings(texts: AnyDataset, tokenizer: Any, length: int) -> AnyDataset:
     """Prompts for PPO from plain texts: the opening of each, as `prompt`; other columns are kept.
 
-    The task of Ziegler et al. 2019, section 3.1: continue texts in a given style.
-
-    Args:
-        texts: column `text`, from `load_texts`.
-        tokenizer: the policy's.
-        length: tokens per opening; a shorter text is used whole.
-
-    Raises:
-        InputError: an opening is only white space.
+    The task of Ziegler et al. 2019, section 3.1: continue texts (from `load_texts`) in a given
+    style. An opening has `length` tokens of the policy's tokenizer; a shorter text is used whole.
+    InputError for an opening of white space only.
     """
 
     def opening(batch: Mapping[str, list[str]]) -> dict[str, list[str]]:
@@ -302,10 +294,7 @@ def check_records(
     """The dataset, with `check` run on each record (of a stream: as it is read).
 
     `check` raises an `InputError`, to which this adds the file and line or row. If `reading` skips
-    bad records, they are left out and counted.
-
-    Raises:
-        InputError: a faulty record; or all of them are left out.
+    bad records, they are left out and counted; InputError if that leaves none.
     """
 
     def passes(record: dict[str, Any], row: int) -> bool:
@@ -328,10 +317,9 @@ def check_records(
 def require_columns(
     found: Collection[str], source: Source, needed: Sequence[str], what: str, otherwise: str = ""
 ) -> None:
-    """Check that the columns which a kind of record needs are present.
+    """InputError if a column that a kind of record needs is missing.
 
-    Raises:
-        InputError: one is missing; lists the columns found and suggests what to rename.
+    It lists the columns found and suggests what to rename.
     """
     missing = [column for column in needed if column not in found]
     if missing:

@@ -29,11 +29,7 @@ class Figure(NamedTuple):
 
 
 def figures(chain: Mapping[str, FinishedStage], evaluation: Mapping[str, Any]) -> list[Figure]:
-    """All figures that the measurements allow.
-
-    Args:
-        evaluation: what `evaluate` saved; empty if it has not run.
-    """
+    """All figures that the measurements allow; no `evaluation` is empty."""
     return list(_figures(evaluation, *(chain.get(name) for name in ("sft", "rm", "ppo"))))
 
 

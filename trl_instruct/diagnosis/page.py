@@ -89,9 +89,8 @@ def summary_lines(
 ) -> Iterator[str]:
     """The page in a few lines: the verdict, key figures of stages and models, the findings.
 
-    Args:
-        chain: as `read_chain` returns it, or some stages of it.
-        evaluation: as `read_evaluation` returns it.
+    `chain` is what `read_chain` returns, or some stages of it; `evaluation`, what `read_evaluation`
+    does.
     """
     findings = diagnose(chain)
     yield verdict(findings)

@@ -19,9 +19,8 @@ _found = partial(found, "ppo")
 def diagnose_ppo(run: FinishedStage) -> Iterator[Finding]:
     """Exploited reward, KL, entropy, length, EOS, value function, clipping, number of episodes.
 
-    Args:
-        run: a finished `ppo`. Metrics it did not log are skipped: gold without `gold` in its
-            config, and length and some others with TRL's own trainer.
+    Metrics that it did not log are skipped: gold without `gold` in its config, and length and some
+    others with TRL's own trainer.
     """
     if not run.curve("objective/kl"):
         yield _found("ppo_unmeasured", "no logs in its folder")

@@ -98,10 +98,8 @@ def measure(
     """Sample every model, measure it against the reference, and score its completions.
 
     One model is in memory at a time. The reference comes last and is loaded only once. The judges
-    wait on the CPU until all is sampled, and then take turns.
-
-    Args:
-        progress: called with the number of texts that were sampled, read or judged.
+    wait on the CPU until all is sampled, and then take turns. `progress` is called with the number
+    of texts that were sampled, read or judged.
     """
     models, several = _sample_all(subject, progress)
     prompts, copies = subject.prompts, subject.several
@@ -175,12 +173,7 @@ def sample(
 ) -> tuple[list[list[int]], list[Completion]]:
     """The tokens of each prompt, and one sampled completion of it.
 
-    Args:
-        columns: as in `prompt_tokens`.
-        progress: as in `generate`.
-
-    Raises:
-        InputError: a prompt is empty or does not fit into the context.
+    Columns and errors are as in `prompt_tokens`, progress as in `generate`.
     """
     with explained(f"seed is {seed}"):
         set_seed(seed)
@@ -196,13 +189,10 @@ def sequence_logprobs(
     sampling: Sampling,
     progress: Progress = int,
 ) -> Tensor:
-    """Log-probability of each completion, `(B,)` nats, float32 on CPU.
+    """Log-probability of each of B completions, `(B,)` nats, float32 on CPU.
 
-    Args:
-        model: any language model with the same vocabulary.
-        prompts, completions: B lists of tokens each.
-        sampling: the logits are divided by its temperature.
-        progress: called with the number of completions of each finished batch.
+    The model may be any with the same vocabulary. Its logits are divided by the temperature of
+    `sampling`. `progress` is called with the number of completions of each finished batch.
     """
     summed = torch.zeros(len(prompts))
     lengths = [len(row) for row in map(list.__add__, prompts, completions)]
@@ -221,11 +211,7 @@ def sequence_logprobs(
 def _judge(
     prompts: Dataset, completions: list[Completion], reward: RewardFunction, progress: Progress
 ) -> list[float]:
-    """Scores of one completion per prompt, JUDGED_AT_ONCE at a time.
-
-    Args:
-        prompts: column `prompt`; further columns reach the reward.
-    """
+    """Scores of one completion per prompt, JUDGED_AT_ONCE at a time; other columns reach it."""
     scores: list[float] = []
     for start in range(0, len(completions), JUDGED_AT_ONCE):
         part = completions[start : start + JUDGED_AT_ONCE]
@@ -263,15 +249,9 @@ def completion_loss(
     """Mean -log p(token) over all completion tokens of the demonstrations, EOS included, nats.
 
     This is the loss of `sft`; exp(loss) is the perplexity. Texts longer than the model's context
-    are cut from the right, as in training.
-
-    Args:
-        demonstrations: `prompt`, `completion`; text or messages.
-        batch_size: most demonstrations per forward pass.
-        progress: called with the number of demonstrations of each finished batch.
-
-    Raises:
-        InputError: a prompt fills the context; messages without a chat template.
+    are cut from the right, as in training. `progress` is called with the number of demonstrations
+    of each finished batch, at most `batch_size`. InputError for a prompt that fills the context, or
+    messages without a chat template.
     """
     rows = demonstration_tokens(demonstrations, tokenizer, context_length(policy))
     prompts, completions = zip(*rows, strict=True)
@@ -286,8 +266,7 @@ def demonstration_tokens(
 ) -> list[tuple[list[int], list[int]]]:
     """Prompt and completion of each demonstration as tokens, as `sft` trains on them.
 
-    Args:
-        context: most tokens of both; None: no limit.
+    Both together have at most `context` tokens; None: no limit.
     """
     rows = []
     for number, record in enumerate(iterate(demonstrations), start=1):

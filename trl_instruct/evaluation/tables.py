@@ -29,8 +29,7 @@ def render(evaluation: dict[str, Any]) -> str:
 def tables(evaluation: dict[str, Any]) -> list[list[list[str]]]:
     """Rows of scores, win rates, fluency and best of n, each under a row of headings.
 
-    Args:
-        evaluation: as `evaluate` returns it; if read from its file, with NaN for null.
+    An evaluation that was read from its file has NaN for null.
     """
     found = [_score_rows(evaluation)]
     if len(evaluation["models"]) > 1 and evaluation["judges"]:

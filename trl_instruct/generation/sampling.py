@@ -66,9 +66,8 @@ def prompt_tokens(
 ) -> tuple[list[list[int]], int]:
     """Prompts as ids, cut to the policy's context, and how many were cut.
 
-    Args:
-        columns: `prompt` (texts or messages), and others as in `render_prompts`.
-        limits: a `Sampling`, or a config with its two lengths.
+    Columns are `prompt` (texts or messages), and others as in `render_prompts`. The limits are a
+    `Sampling`, or a config with its two lengths. InputError as in `fit_prompts`.
     """
     return fit_prompts(
         render_prompts(columns["prompt"], tokenizer, columns),

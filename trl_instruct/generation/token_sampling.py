@@ -59,11 +59,8 @@ class Draw(transformers.LogitsProcessor):
 class StopStrings(transformers.StoppingCriteria):
     """Ends a completion once its text contains one of the strings, and records its length then.
 
-    Unlike transformers' own `stop_strings` it reads only the completion, not the prompt.
-
-    Args:
-        rows: number of rows in the batch.
-        width: tokens of a padded prompt.
+    Unlike transformers' own `stop_strings` it reads only the completion, not the prompt. The batch
+    has so many `rows`; a padded prompt has `width` tokens.
     """
 
     def __init__(
@@ -92,9 +89,8 @@ class StopStrings(transformers.StoppingCriteria):
 class EnoughEnded(transformers.StoppingCriteria):
     """Ends all rows once a quarter of them have ended, so that `draw` can drop these.
 
-    Args:
-        eos_token_ids: tokens that end a completion; one of them is the filler after its end.
-        stops: the stop strings' criteria, which must run before this one.
+    One of `eos_token_ids` is the filler after a completion's end. `stops`, the stop strings'
+    criteria, must run before this one.
     """
 
     def __init__(self, eos_token_ids: Tensor, stops: list[StopStrings]):

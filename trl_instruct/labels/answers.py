@@ -23,19 +23,12 @@ def answers_of(
     columns: Mapping[str, Sequence[Any]] | None = None,
     typed: Reading | None = None,
 ) -> dict[str, list[str]]:
-    """Each model's completion of each prompt; one model is loaded at a time.
+    """Each model's completion of each prompt; one model is loaded at a time, the seed set anew.
 
-    Args:
-        models: checkpoints by name; an adapter's folder, too.
-        prompts: texts or lists of messages as in records, or typed texts.
-        seed: set anew for each model.
-        columns: the other columns of the records, which the chat template may read.
-        typed: how typed prompts are written; None: they are records. If it leaves them as they are,
-            they become messages where there is a chat template.
-
-    Raises:
-        InputError: a source has no language model or no tokenizer; a prompt does not fit into the
-            context.
+    Prompts are those of records, whose other columns the chat template may read; or typed texts.
+    `typed` tells how these are written: where it leaves them as they are, they become messages if
+    there is a chat template. InputError for a source without language model or tokenizer, and a
+    prompt that does not fit into the context.
     """
     answers = {}
     for name, source in models.items():

@@ -57,8 +57,7 @@ def add_options(parser: ArgumentParser) -> None:
 def label(options: Namespace) -> None:
     """Fill the store with what is new, and serve the page until it is ended.
 
-    Raises:
-        InputError: nothing to label; an option that cannot be used.
+    InputError without anything to label, or for an option that cannot be used.
     """
     if options.labels_per_prompt < 1:
         raise InputError(f"labels_per_prompt is {options.labels_per_prompt}; at least 1 is needed.")

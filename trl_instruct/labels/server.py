@@ -44,11 +44,9 @@ Given = dict[str, Any]
 class LabelPage:
     """What the page asks for; where responses came from never leaves it.
 
-    Args:
-        store: the items and answers.
-        labels_per_prompt: how many labelers label an item.
-        questions: yes or no, about each response.
-        answer: a prompt -> the answer of each model by its name; None: nothing to try.
+    `labels_per_prompt` labelers label an item of the store, and answer the questions about each
+    response with yes or no. `answer`: a prompt -> the answer of each model by its name; None:
+    nothing to try.
     """
 
     def __init__(
@@ -147,9 +145,8 @@ def _reordered(content: Any, order: list[int]) -> Any:
 def label_app(page: LabelPage, port: int, names: tuple[str, ...] = ()) -> Starlette:
     """The page as an ASGI application, for holders of the store's token.
 
-    Args:
-        port: where it is served; it names the cookie, since a host's ports share their cookies.
-        names: of this machine, besides its IP addresses and localhost, for the Host header.
+    The port, where it is served, names the cookie: a host's ports share their cookies. `names` of
+    this machine, besides its IP addresses and localhost, may stand in the Host header.
     """
     cookie, token = f"trl-label-{port}", page.store.token
 
@@ -229,8 +226,7 @@ def _json(status: int, content: Mapping[str, Any]) -> Response:
 def serve(page: LabelPage, host: str, port: int) -> None:
     """Serve the page until Ctrl-C, or Enter in a terminal; its address is printed.
 
-    Raises:
-        InputError: the address is in use, or none of this machine.
+    InputError if the address is in use, or none of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

@@ -40,10 +40,8 @@ def load_policy(
     """A causal language model; weights in float32 unless `model_config.dtype` says otherwise.
 
     An adapter trains further over its base if `model_config` asks for LoRA; else it is merged.
-
-    Raises:
-        InputError: no model there, not a language model, an unfinished stage, an adapter of another
-            model, or LoRA options that differ from the adapter's.
+    InputError without a model there, or for one that is no language model, an unfinished stage, an
+    adapter of another model, or LoRA options that differ from the adapter's.
     """
     if isinstance(source, PreTrainedModel | PeftModel):
         if not source.can_generate():
@@ -88,15 +86,10 @@ def load_reward_model(
 ) -> PreTrainedModel:
     """A scalar `AutoModelForSequenceClassification` (`num_labels=1`).
 
-    If transformers has no such class for the architecture, `scalar_head.py` has one.
-
-    Args:
-        source: a reward model; with `fresh_head`, any language model, whose unembedding is
-            replaced by a scalar head drawn from N(0, 1 / sqrt(hidden + 1)), as in Stiennon et al.
-            2020 (the class has no bias).
-
-    Raises:
-        InputError: no model there, no scalar head (without `fresh_head`), or an unfinished stage.
+    If transformers has no such class for the architecture, `scalar_head.py` has one. With
+    `fresh_head`, the source may be any language model, whose unembedding is replaced by a scalar
+    head drawn from N(0, 1 / sqrt(hidden + 1)), as in Stiennon et al. 2020 (the class has no bias).
+    InputError without a model there or a scalar head (unless fresh), or for an unfinished stage.
     """
     if isinstance(source, PeftModel):
         source = copy.deepcopy(source).merge_and_unload().requires_grad_(True)

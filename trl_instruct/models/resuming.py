@@ -49,13 +49,8 @@ def all_checkpoints(folder: Path) -> list[Path]:
 def find_checkpoint(folder: Path, checkpoint: str | bool) -> Path | None:
     """The checkpoint that `resume_from_checkpoint` names; all processes call it.
 
-    Args:
-        folder: the stage's.
-        checkpoint: a checkpoint's folder; True for the last whole one; AUTO for that, or None if
-            there is none.
-
-    Raises:
-        InputError: it is missing or damaged.
+    It names a checkpoint's folder; True is the last whole one in the stage's folder, AUTO that, or
+    None if there is none. InputError if it is missing or damaged.
     """
     found = [_find(folder, checkpoint) if PartialState().is_main_process else None]
     path, fault = broadcast_object_list(found)[0]

@@ -29,10 +29,8 @@ MARKS = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized", "quantization
 class SharedBase:
     """A frozen base model, loaded once, and the roles that are adapters over it.
 
-    Args:
-        source: what the policy starts from: an adapter, whose base is used, or the base itself.
-        model_config: the precision of the base (full, 8 or 4 bit) and the form of a new adapter.
-
+    The policy starts from `source`: an adapter, whose base is used, or the base itself.
+    `model_config` has the precision of the base (full, 8 or 4 bit) and the form of a new adapter.
     InputError as in `load_policy`.
     """
 

@@ -17,16 +17,9 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with the EOS and pad tokens that all stages rely on.
 
-    Args:
-        source: a model, as in `load`; for a loaded model, the place that it was loaded from.
-        special_tokens: as in `check_tokenizer`.
-
-    Returns:
-        The tokenizer, padding on the left. EOS serves as a missing pad token: masks come from
-        lengths, so pad == eos does no harm.
-
-    Raises:
-        InputError: no tokenizer there, or what `check_tokenizer` refuses.
+    It pads on the left. EOS serves as a missing pad token: masks come from lengths, so pad == eos
+    does no harm. A loaded model's is where that was loaded from. InputError without one there, or
+    for what `check_tokenizer`, which takes `special_tokens`, refuses.
     """
     path = model_name(source)
     try:

@@ -28,11 +28,8 @@ def iteration_metrics(
 def episode_metrics(rollout: Rollout, kl: Tensor, *, kl_coef: float) -> dict[str, Tensor]:
     """Means over the episodes that have a score; KL and entropy are sums over the real tokens.
 
-    Scalars by name; `objective/rlhf_reward` is what the paper maximises.
-
-    Args:
-        rollout, kl: B episodes, and their per-token KL `(B, C)` in nats.
-        kl_coef: beta.
+    Scalars by name; `objective/rlhf_reward` is what the paper maximises. The B episodes have a
+    per-token KL `(B, C)` in nats; `kl_coef` is beta.
     """
     mask = rollout.mask
     k3 = kl_per_token(rollout.logprobs, rollout.ref_logprobs, estimator="k3")

@@ -18,10 +18,8 @@ def ppo_sums(
 ) -> dict[str, Tensor]:
     """The two losses and the logged statistics, summed over the real tokens of a micro-batch.
 
-    Args:
-        model: a `PolicyAndValue`, as `Accelerator.prepare` returned it.
-        rollout: B episodes.
-        advantages, returns: `(B, C)`.
+    The model is a `PolicyAndValue`, as `Accelerator.prepare` returned it; a rollout of B episodes
+    has advantages and returns `(B, C)`.
     """
     mask = rollout.mask
     tokens = (rollout.prompt_ids, rollout.prompt_lengths, rollout.completion_ids)
@@ -48,12 +46,9 @@ def ptx_loss(model: nn.Module, ids: Tensor, *, with_values: bool = False) -> Ten
     """-log policy(x) of pretraining text: the mean over all tokens except the first of each row.
 
     A scalar, nats per token. The paper leaves open whether its expectation is over texts or tokens;
-    with a mean per token, gamma_ptx does not depend on the length of the rows.
-
-    Args:
-        model: as in `ppo_sums`.
-        ids: `(B, T)`, full rows.
-        with_values: run the value model too and ignore its values (ZeRO-3 needs that).
+    with a mean per token, gamma_ptx does not depend on the length of the rows. The model is as in
+    `ppo_sums`, the ids `(B, T)` are full rows. `with_values` runs the value model too and ignores
+    its values (ZeRO-3 needs that).
     """
     logits, values = model(whole_text(ids), with_values=with_values)
     log_probs = log_distribution(logits, temperature=1.0)
@@ -67,11 +62,7 @@ def add_ptx_gradient(
     """Add gamma_ptx times the pretraining gradient to the buffer that PPO's gradient is added to.
 
     The processes exchange gradients later, after PPO's. Returns this process's mean loss, nats per
-    token.
-
-    Args:
-        model: as in `ppo_sums`.
-        rows: `(R, T)` token ids of this process.
+    token, on its rows of token ids `(R, T)`; the model is as in `ppo_sums`.
     """
     total = torch.zeros((), device=accelerator.device)
     # If a step's first backward pass skips a weight, ZeRO-3 (DeepSpeed 0.19) adds that weight's

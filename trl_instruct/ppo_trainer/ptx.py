@@ -14,12 +14,10 @@ from trl_instruct.errors import InputError
 
 
 class PretrainingRows:
-    """Endless full rows of pretraining text: the texts end to end, with an EOS after each.
+    """Endless full rows, each of `length` tokens: the texts end to end, with an EOS after each.
 
-    Args:
-        texts: column `text`. A `Dataset` is reshuffled in every pass; a stream keeps its order.
-        tokenizer: the policy's.
-        length, seed: tokens in a row, and the seed of the shuffles.
+    A `Dataset` of texts (column `text`) is reshuffled in every pass; a stream keeps its order. The
+    tokenizer is the policy's.
     """
 
     def __init__(

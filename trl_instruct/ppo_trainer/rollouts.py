@@ -203,11 +203,8 @@ def with_logprobs(
 ) -> Rollout:
     """The rollout with log-probabilities under policy and reference, and values.
 
-    Args:
-        rollout: B episodes.
-        ref_policy: None if the policy is LoRA, with its base as the reference.
-        temperature: that of sampling.
-        batch_size: maximum episodes per forward pass; those of similar length go together.
+    `ref_policy` is None if the policy is LoRA, with its base as the reference; the temperature is
+    that of sampling. A forward pass has up to `batch_size` episodes of similar length.
     """
     batches = similar_lengths(rollout.lengths.tolist(), batch_size)
     order = torch.tensor([row for rows in batches for row in rows])

@@ -199,10 +199,7 @@ def upstream_trainer(config: PPOConfig) -> type[UpstreamTrainer]:
     """TRL's own PPOTrainer with our constructor.
 
     Completions end only at the tokenizer's EOS, callbacks cannot stop the run, and the metrics are
-    those that TRL logs.
-
-    Raises:
-        InputError: a TRL without PPOTrainer; an option that TRL's trainer does not have.
+    those that TRL logs. InputError for a TRL without PPOTrainer, or an option that it has not.
     """
     module = _trl_ppo()
     kinds = (StageConfig, TrainingArguments, module.PPOConfig)
@@ -228,10 +225,8 @@ def trl_config(config: PPOConfig, num_prompts: int) -> Any:
     """TRL's PPOConfig with the meaning of ours.
 
     TRL cuts a rollout batch into minibatches but takes only one step per pass over it, so the batch
-    is passed as one minibatch, whose losses TRL's metrics then average correctly.
-
-    Raises:
-        InputError: fewer prompts (`num_prompts`, rows of the training data) than a rollout batch.
+    is passed as one minibatch, whose losses TRL's metrics then average correctly. InputError for
+    fewer prompts (`num_prompts`, rows of the training data) than a rollout batch.
     """
     trl_class = _trl_ppo().PPOConfig
     accumulated = config.gradient_accumulation_steps * config.num_mini_batches

@@ -40,9 +40,7 @@ def read_chain(folder: str | os.PathLike) -> dict[str, FinishedStage]:
 
     Their configs name the folders: model, reward model, data. Of several stages with one name,
     the nearest counts. A folder that is gone or damaged is a gap of the stage that names it.
-
-    Raises:
-        InputError: the folder holds no finished stage, or a damaged one.
+    InputError if the folder holds no finished stage, or a damaged one.
     """
     run = _read(Path(folder))
     if run is None:

@@ -94,10 +94,8 @@ def activation_bytes(
 ) -> int:
     """Bytes that a forward pass keeps: logits, and layer inputs or a cache.
 
-    Args:
-        hidden, layers, vocabulary: sizes of the model.
-        width: bytes per value.
-        checkpointing: whether the backward pass recomputes activations inside each layer.
+    `hidden`, `layers` and `vocabulary` are sizes of the model, `width` bytes per value. With
+    `checkpointing`, the backward pass recomputes activations inside each layer.
     """
     tokens = work.rows * work.length
     if not work.backward:

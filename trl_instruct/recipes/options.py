@@ -43,12 +43,8 @@ def resolve(
 ) -> tuple[Config, ModelConfig]:
     """The stage's config and TRL's ModelConfig, from objects or from keyword options.
 
-    Args:
-        config, model_config: ready objects (copied, since a stage completes them), or None.
-        options: values by field name of either dataclass; not together with `config`.
-
-    Raises:
-        InputError: an unknown option, a refused value, or options together with a ready config.
+    Ready objects are copied, since a stage completes them. Options are values by field name of
+    either dataclass. InputError for an unknown one, a refused value, or both forms together.
     """
     if config is not None:
         if options:
@@ -133,8 +129,7 @@ def _fits(value: Any, kind: Any) -> bool:
 def named_sources(sources: Iterable[str], what: str) -> dict[str, str]:
     """Models or rewards by name, from texts `name=source` or a source, named by its last part.
 
-    Raises:
-        InputError: two have the same name.
+    InputError if two have the same name.
 
     >>> named_sources(["base=gpt2", "runs/mine/sft/", "rewards.py:brevity"], "models")
     {'base': 'gpt2', 'sft': 'runs/mine/sft/', 'brevity': 'rewards.py:brevity'}

@@ -215,10 +215,8 @@ def calibration_errors(pairs: Comparisons) -> dict[str, float]:
     The error is |expected - observed| on average over the pairs of all bins; the floor is that of
     200 sets of rankings drawn from the model's own probabilities, with a fixed seed. With Gumbel
     noise added to all scores, a response is above another with probability sigmoid(r_a - r_b), and
-    the pairs of a ranking fit together as a labeler's do (Plackett-Luce).
-
-    Returns:
-        calibration_error; calibration_floor and calibration_floor_high: its mean, 95 % quantile.
+    the pairs of a ranking fit together as a labeler's do (Plackett-Luce). Returns
+    calibration_error; calibration_floor and calibration_floor_high: its mean, 95 % quantile.
     """
     expected, bins = pairs.expected(), _bins(pairs)
 

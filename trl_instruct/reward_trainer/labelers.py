@@ -36,9 +36,8 @@ def agreement(labeled: Sequence[Labeled]) -> dict[str, float] | None:
 def reliability(labeled: Sequence[Labeled]) -> dict[str, dict[str, float]]:
     """Each labeler's `agreement` with all others, the least alike first.
 
-    Returns:
-        By name: rankings, and what `agreement` returns, if somebody else ranked the same pairs. {}
-        if there are fewer than two labelers.
+    By name: rankings, and what `agreement` returns, if somebody else ranked the same pairs. {} if
+    there are fewer than two labelers.
 
     >>> rows = [Labeled(0, [0, 1], ranks, 1.0, name, None)
     ...         for name, ranks in (("anna", [1, 2]), ("bob", [2, 1]), ("carl", [1, 2]))]

@@ -35,11 +35,8 @@ def shared_scores(
 ) -> tuple[Tensor, Any]:
     """Scores `(R,)` of responses in shared rows, and the model's output (ignore its logits).
 
-    Args:
-        model, bare: as in `separate_scores`.
-        shared: from `share_prefix`.
-        columns: `(R,)` where the score is read in the separate rows.
-        dtype: the model's compute dtype.
+    The model is as in `separate_scores`, the rows are from `share_prefix`. `columns` `(R,)` tell
+    where the score is read in the separate rows; `dtype` is the model's compute dtype.
     """
     with token_scores(bare) as seen:
         outputs = _forward_shared(model, bare, shared, dtype)
@@ -70,11 +67,8 @@ def sharing_fault(
     """Why the model cannot share a prefix, found by trying; None if it can.
 
     Compares the response tokens' last hidden states: a head that is still zero hides differences.
-
-    Args:
-        model, bare: as in `separate_scores`, in eval mode.
-        input_ids, lengths: `(K, T)`, `(K,)` rows of the longest ranking, padded on the right.
-        dtype: the model's compute dtype.
+    The model is as in `shared_scores`, in eval mode; `input_ids` `(K, T)` and `lengths` `(K,)` are
+    the rows of the longest ranking, padded on the right.
     """
     if not isinstance(getattr(bare, "score", None), nn.Module):
         return "it has no head `score` on every token"

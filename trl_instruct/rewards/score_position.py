@@ -45,11 +45,8 @@ def score_positions(input_ids: Tensor, attention_mask: Tensor, pad_token_id: int
 def scores_at(model: Any, columns: Tensor, width: int) -> Iterator[None]:
     """Make the classifier's logits those of the given tokens, whatever it treats as padding.
 
-    Args:
-        model: a sequence classifier, not wrapped for training; nothing changes for one without a
-            head `score` on every token.
-        columns: `(R,)` the token of each row.
-        width: T, tokens in a row.
+    `columns` `(R,)` has the token of each row, `width` is T, tokens in a row. The classifier is not
+    wrapped for training; nothing changes for one without a head `score` on every token.
     """
 
     def read(head: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> Tensor | None:
@@ -88,9 +85,7 @@ def separate_scores(
 ) -> tuple[Tensor, Any]:
     """Scores `(R,)` of all rows in one forward pass, and the model's output.
 
-    Args:
-        model: the classifier as it trains; `bare` is the same, unwrapped.
-        input_ids, attention_mask: `(R, T)`.
+    The model is the classifier as it trains; `bare` is the same, unwrapped. The rows are `(R, T)`.
     """
     columns = score_positions(input_ids, attention_mask, pad_token_of(bare))
     tokens = {"input_ids": input_ids, "attention_mask": attention_mask}

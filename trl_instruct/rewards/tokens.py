@@ -21,14 +21,10 @@ def reward_rows(
 ) -> list[list[int]]:
     """The tokens a reward model reads, one row per completion.
 
-    They are the sampled tokens if those fit the text, otherwise the tokenised text.
-
-    Args:
-        prompts, completions: texts, or lists of messages.
-        tokenizer: the reward model's.
-        completion_ids: the tokens that each completion was decoded from, by the same tokenizer,
-            with or without those that ended it; None if only the texts are known.
-        columns: `tools` and `chat_template_kwargs`, if the records have them.
+    They are the sampled tokens if those fit the text, otherwise the tokenised text. By the reward
+    model's tokenizer, too, each completion was decoded from `completion_ids`, with or without those
+    that ended it (None: only the texts are known). `columns` hold `tools` and
+    `chat_template_kwargs`, if the records have them.
     """
     sampled = _sampled(completions, completion_ids, tokenizer)
     rows = []
@@ -103,12 +99,8 @@ def cut_prompt(rows: list[list[int]], prompt_ids: list[int], *, max_length: int)
 
     All lose the same tokens, as many as the longest needs, so that the responses are judged after
     the same prompt. A response is never cut, and one token of the prompt stays: a row that does not
-    fit even then is returned too long, and does not shorten the others.
-
-    Args:
-        rows: prompt + response.
-        prompt_ids: the prompt that all of them begin with.
-        max_length: most tokens of a row.
+    fit even then is returned too long, and does not shorten the others. A row is prompt + response,
+    of at most `max_length` tokens; all begin with `prompt_ids`.
     """
     most = max(0, len(prompt_ids) - 1)
     longest = max((len(row) for row in rows if len(row) - most <= max_length), default=0)

@@ -11,14 +11,8 @@ candidates; InstructGPT's agreed on 72.6 % (section 3.4 of arXiv:2203.02155)."""
 class SimulatedLabeler:
     """Replaces the human who ranks candidates: the gold score plus gaussian noise.
 
-    The noise depends on the seed and on everything labeled before.
-
-    Args:
-        noise: standard deviation of the noise, in units of the gold score.
-        seed: which labeler it is.
-
-    Raises:
-        ValueError: the noise is negative.
+    The noise, of that standard deviation in units of the gold score, depends on the seed (which
+    labeler it is) and on everything labeled before. ValueError if it is negative.
 
     >>> SimulatedLabeler(noise=0.0).label([0.25, 1.0])
     [0.25, 1.0]
