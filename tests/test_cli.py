@@ -368,7 +368,7 @@ def test_a_full_disk_behind_a_librarys_error(monkeypatch, capsys, inner, outer, 
 
 
 @pytest.mark.parametrize(
-    "script", sorted({*cli.COMMANDS} - {"export", "label", "merge", "serve-reward"})
+    "script", sorted({*cli.COMMANDS} - {"export", "init", "label", "merge", "serve-reward"})
 )
 def test_the_scripts_are_the_commands(script):
     text = (ROOT / "recipes" / f"{script}.py").read_text()

@@ -30,6 +30,7 @@ from trl_instruct.models.load import merge
 from trl_instruct.option_checks import check_refused
 from trl_instruct.recipes.candidates import candidates
 from trl_instruct.recipes.chain import read_chain
+from trl_instruct.recipes.init import init, recipe_names
 from trl_instruct.recipes.options import (
     Config,
     check_names,
@@ -133,6 +134,16 @@ def _check_file(following: list[str], config_class: type[Config]) -> None:
     # The parser reads text, as from a flag: 1e-5 is text in YAML.
     typed = {name: value for name, value in options.items() if not isinstance(value, str)}
     check_types(typed, config_class, f"{path}: ")
+
+
+def init_command(arguments: list[str]) -> None:
+    """Write a recipe of your own to start from: recipes/configs/NAME, with comments."""
+    parser = _Parser([], prog="trl-instruct init", allow_abbrev=False)
+    parser.add_argument("name", help="Its name, and that of its folder.")
+    copied = f"The recipe to copy: {', '.join(recipe_names())} (%(default)s)."
+    parser.add_argument("--like", default="start", help=copied)
+    for path in init(**vars(parser.parse_args(arguments))):
+        say(str(path))
 
 
 def pretrain_command(arguments: list[str]) -> None:
@@ -315,6 +326,7 @@ STAGES: dict[str, Any] = {
     "ppo": (ppo, configs.PPOConfig),
 }
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {
+    "init": init_command,
     "pretrain": pretrain_command,
     "sft": sft_command,
     "candidates": candidates_command,

@@ -127,7 +127,7 @@ def test_a_stage_that_has_no_check(capsys):
 def test_the_tiny_base_is_not_trained_by_a_check(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, told = check("sft", "tiny", "tiny:demonstrations", "runs/sft", capsys)
-    assert (code, "`make base` trains it" in told) == (2, True)
+    assert (code, "sft trains it" in told) == (2, True)
     assert not list(tmp_path.iterdir())
 
 

@@ -124,7 +124,7 @@ def _tiny_base(run: stage.StageRun) -> stage.StageResult:
     run.files.unlock()
     folder = run.folder.parent / "base"
     if run.dry and not (folder / METRICS_FILE).is_file():
-        raise InputError(f"The tiny base model is not in {folder} yet; `make base` trains it.")
+        raise InputError(f"The tiny base model is not in {folder} yet; sft trains it.")
     return tiny_base(folder, seed=run.config.seed)
 
 
