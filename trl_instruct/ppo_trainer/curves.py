@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pandas import DataFrame
+from transformers.integrations import TensorBoardCallback
 
-from trl_instruct.console import one_line, say
+from trl_instruct.console import in_markdown, one_line, say
 from trl_instruct.rewards.function import as_text
 
 FIGURE = "ppo.png"
@@ -48,17 +49,21 @@ def is_due(step: int, steps: int, *, times: int) -> bool:
 
 
 def show_samples(
-    step: int, steps: int, columns: Mapping[str, Sequence[Any]], *, trackers: Sequence[str]
+    step: int, steps: int, columns: Mapping[str, Sequence[Any]], *, trackers: Any, callbacks: Any
 ) -> None:
-    """Print the first completion; log all of them to the trackers that have tables.
+    """Print the first completion; log all of them to the trackers, as a table.
 
     `step` of `steps` counts iterations from 1; `columns` are prompt, completion and score of some
-    episodes; `trackers` is `report_to` of the training arguments.
+    episodes; `trackers` is `report_to` of the training arguments, `callbacks` are the trainer's.
     """
     prompt, completion, score = (columns[n][0] for n in ("prompt", "completion", "score"))
     say(sample_text(step, steps, prompt, completion, score))
     prompts = list(map(as_text, columns["prompt"]))
-    log_samples(trackers, {"step": [step] * len(prompts), **columns, "prompt": prompts})
+    columns = {"step": [step] * len(prompts), **columns, "prompt": prompts}
+    log_samples(trackers, columns)
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_text("completions", markdown_table(columns), step)
 
 
 def log_samples(trackers: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
@@ -70,6 +75,19 @@ def log_samples(trackers: Sequence[str], columns: Mapping[str, Sequence[Any]]) -
         if name == "wandb" and tracker.run is None:  # disabled by its environment variable
             continue
         tracker.log({"completions": tracker.Table(dataframe=DataFrame(columns))})
+
+
+def markdown_table(columns: Mapping[str, Sequence[Any]]) -> str:
+    """Columns as a table in Markdown.
+
+    >>> print(markdown_table({"step": [1], "completion": ["An owl.\\nA *crow*."]}))
+    | step | completion |
+    |---|---|
+    | 1 | An owl. &#124; A &#42;crow&#42;. |
+    """
+    rows = [columns, *zip(*columns.values(), strict=True)]
+    head, *lines = (f"| {' | '.join(in_markdown(str(cell)) for cell in row)} |" for row in rows)
+    return "\n".join([head, "|---" * len(columns) + "|", *lines])
 
 
 def plot(log_history: list[dict[str, Any]], path: Path) -> None:

@@ -362,7 +362,8 @@ class PPOTrainer(IterationTrainer):
                 "completion": first.texts(self.processing_class, self.args.stop_strings),
                 "score": first.scores.tolist(),
             }
-            show_samples(step, steps, columns, trackers=self.args.report_to)
+            given = {"trackers": self.args.report_to, "callbacks": self.callback_handler.callbacks}
+            show_samples(step, steps, columns, **given)
 
     def adapt_kl_coef(self, metrics: dict[str, Any]) -> None:
         """Adapt beta for the next iteration if the KL has a target."""

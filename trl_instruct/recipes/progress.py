@@ -1,14 +1,16 @@
 """What a stage shows while it trains, and how a signal ends it."""
 
 import contextlib
+import importlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from trl_instruct.console import progress_bar
 
@@ -44,6 +46,31 @@ class Interruption(TrainerCallback):
         self.requested = any(gather_object([self.requested]))
         if self.requested:
             control.should_save = control.should_training_stop = True
+
+
+def hold_trackers(trainer: Trainer) -> Callable[[], None]:
+    """Keep the runs of trackers open after training; returns what ends them.
+
+    A last evaluation belongs to them, and trackio would open another run for it. The next stage of
+    this process has its own run in wandb, too; one that the user opened stays open.
+    """
+    names, ends = trainer.args.report_to, []
+    kinds = tuple(get_reporting_integration_callbacks(names))
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, kinds):
+            ends.append(callback.on_train_end)
+            callback.on_train_end = lambda *_, **__: None
+    wandb: Any = importlib.import_module("wandb") if "wandb" in names else None
+    opens_run = wandb and wandb.run is None
+
+    def end() -> None:
+        parts = {"model": trainer.model, "processing_class": trainer.processing_class}
+        for one in ends:
+            one(trainer.args, trainer.state, trainer.control, **parts)
+        if opens_run:
+            wandb.finish()
+
+    return end
 
 
 class ProgressBar(TrainerCallback):

@@ -38,7 +38,7 @@ from trl_instruct.models.resuming import AUTO, check_resumable, check_weights, f
 from trl_instruct.models.sharding import check_saving
 from trl_instruct.recipes.dry_run import DryRunEnd, plan_of
 from trl_instruct.recipes.options import option_errors, save_config
-from trl_instruct.recipes.progress import Interruption, ProgressBar
+from trl_instruct.recipes.progress import Interruption, ProgressBar, hold_trackers
 from trl_instruct.recipes.publishing import create_repository, model_card, publish, without_secrets
 from trl_instruct.recipes.run_files import BASE, RunFiles
 
@@ -250,10 +250,12 @@ class StageRun:
         trainer.stage_options = {"stage": self.name, **asdict(self.model_config)}
         interruption = Interruption()
         trainer.add_callback(interruption)
+        self.end_trackers = hold_trackers(trainer)
         with interruption.listening(), self._loading(interruption):
             output = trainer.train(resume_from_checkpoint=self.checkpoint and str(self.checkpoint))
         self.started -= getattr(trainer, "seconds_before", 0.0)
         if interruption.requested:
+            self.end_trackers()
             self.say(
                 f"stopped by SIGTERM after step {output.global_step} of {trainer.state.max_steps}; "
                 "resume_from_checkpoint=True continues from there"
@@ -288,6 +290,7 @@ class StageRun:
 
     def finish(self, trainer: Trainer, metrics: dict[str, Any]) -> StageResult:
         """Save model, tokenizer, log history, model card and, last, the metrics."""
+        self.end_trackers()
         self.save_model(trainer)
         if self.is_main:
             if self.config.merge_adapter and adapters.is_adapter(self.new):
