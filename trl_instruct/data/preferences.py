@@ -109,13 +109,6 @@ def count_pairs(preferences: Dataset) -> int:
     return sum(a != b for ranks in every for a, b in combinations(ranks, 2))
 
 
-def most_responses(preferences: Dataset) -> int:
-    """K of the largest ranking; 2 for pairs."""
-    if "ranks" not in preferences.column_names:
-        return 2
-    return max(map(len, iterate(preferences, "ranks")))
-
-
 def as_rankings(preferences: Dataset) -> Dataset:
     """Pairs as rankings of K = 2, the chosen response first; rankings as they are."""
     if "responses" in preferences.column_names:

@@ -19,7 +19,6 @@ from trl_instruct.recipes.chain import FinishedStage, read_chain
 
 REPORT = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html")
-MOST_SAMPLES = 12
 
 
 def report(
@@ -51,7 +50,19 @@ def report(
     people = read_comparisons(comparisons)
     path = Path(output_file or Path(folder) / REPORT)
     with explained(f"{os.fspath(folder)!r}, a stage before it or the evaluation is damaged"):
-        text = _page(f"How {Path(folder)} was made", chain, compared, people)
+        findings = diagnose(chain)
+        page = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
+        text = page.render(
+            title=f"How {Path(folder)} was made",
+            verdict=verdict(findings),
+            findings=findings,
+            stages=chain,
+            key_figures=key_figures,
+            evaluation=compared,
+            tables=tables(compared) if compared else [],
+            people=people,
+            figures=figures(chain, compared),
+        )
     try:
         with written_at_once(path) as file:
             file.write(text)
@@ -59,29 +70,6 @@ def report(
     except OSError as error:
         raise InputError(f"The report cannot be written to {str(path)!r}: {error}.") from error
     return path
-
-
-def _page(
-    title: str,
-    chain: Mapping[str, FinishedStage],
-    evaluation: dict[str, Any],
-    people: tuple[str, list[list[str]]] | None,
-) -> str:
-    findings = diagnose(chain)
-    page = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return page.render(
-        title=title,
-        verdict=verdict(findings),
-        faulty=any(finding.level == "fault" for finding in findings),
-        findings=findings,
-        stages=chain,
-        key_figures=key_figures,
-        tables=tables(evaluation) if evaluation else [],
-        prompts=evaluation.get("prompts"),
-        people=people,
-        figures=figures(chain, evaluation),
-        samples=_samples(evaluation),
-    )
 
 
 def summary_lines(
@@ -151,23 +139,6 @@ def read_comparisons(store: str | os.PathLike | None) -> tuple[str, list[list[st
         from trl_instruct.data.labels import LabelStore
         from trl_instruct.labels.comparisons import comparison_rows
     return comparison_rows(LabelStore(os.fspath(store)))
-
-
-def _samples(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Prompts with each model's completion and its scores, as text."""
-    shown = []
-    for sample in evaluation.get("samples", [])[:MOST_SAMPLES]:
-        asked, said = sample["prompt"], []
-        if isinstance(asked, str):
-            prompt = asked.strip()
-        else:
-            prompt = "\n".join(f"{message['role']}: {message['content']}" for message in asked)
-        for name in evaluation["models"]:
-            text = sample[name]
-            scores = ", ".join(f"{judge} {text[judge]:.2f}" for judge in evaluation["judges"])
-            said.append((name, text["completion"], scores))
-        shown.append({"prompt": prompt, "said": said})
-    return shown
 
 
 def diagnose(chain: Mapping[str, FinishedStage]) -> list[Finding]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trl_instruct.errors import InputError
-from trl_instruct.models.properties import accepted, evaluating, unwrapped
+from trl_instruct.models.properties import call, evaluating, unwrapped
 from trl_instruct.padding import position_ids
 
 # The length of a completion that no stop string has ended.
@@ -204,7 +204,7 @@ def read_prompts(
     backbone = unwrapped(policy).base_model
     given = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position_ids(mask)}
     known = {name: tensor[:, :-1] for name, tensor in given.items()}
-    cache = backbone(**accepted(backbone, **known, use_cache=True)).past_key_values
+    cache = call(backbone, **known, use_cache=True).past_key_values
     cache.batch_repeat_interleave(copies)
     return cache
 
@@ -237,8 +237,7 @@ def reads_padding(model: transformers.PreTrainedModel) -> bool:
 def _last_state(backbone: transformers.PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
     positions = position_ids(mask.bool())
     arguments = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
-    output = backbone(**accepted(backbone, **arguments, use_cache=False))
-    return output.last_hidden_state[:, -1].float()
+    return call(backbone, **arguments, use_cache=False).last_hidden_state[:, -1].float()
 
 
 @torch.no_grad()
@@ -254,7 +253,7 @@ def caches_rows(model: transformers.PreTrainedModel) -> bool:
     if backbone not in _caches_rows:
         with evaluating(backbone):
             ids = torch.tensor([[0, 1]], device=backbone.device)
-            output = backbone(**accepted(backbone, input_ids=ids, use_cache=True))
+            output = call(backbone, input_ids=ids, use_cache=True)
         cache = getattr(output, "past_key_values", None)
         # Subclasses do not count: they may hold more, and leave it uncut.
         _caches_rows[backbone] = isinstance(cache, transformers.Cache) and all(

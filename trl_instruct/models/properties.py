@@ -24,6 +24,11 @@ def accepted(module: nn.Module, **arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in known}
 
 
+def call(module: nn.Module, **arguments: Any) -> Any:
+    """What the module returns for those of the arguments that it accepts."""
+    return module(**accepted(module, **arguments))
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Make a model in training mode the function that it is in eval mode: no dropout of values or
     layers, no jitter. In RL these would make the policy differ from the one that sampled.

@@ -18,7 +18,7 @@ from trl_instruct.generation.logits import (
 )
 from trl_instruct.generation.sampling import decode
 from trl_instruct.logprobs import logprobs_in_parts
-from trl_instruct.models.properties import accepted, disable_dropout, unwrapped
+from trl_instruct.models.properties import call, disable_dropout, unwrapped
 from trl_instruct.padding import right_padded_mask, similar_lengths
 from trl_instruct.scalar_head import disable_rescaling, score_head, shift_of
 
@@ -36,16 +36,9 @@ class ValueModel(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
         """Value after each token: `(B, T)`, float32. Arguments `(B, T)`."""
         backbone = unwrapped(self.model).base_model
-        hidden = backbone(
-            **accepted(
-                backbone,
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=False,
-            )
-        ).last_hidden_state
-        return self.read(hidden)
+        tokens = {"input_ids": input_ids, "attention_mask": attention_mask}
+        output = call(backbone, **tokens, position_ids=position_ids, use_cache=False)
+        return self.read(output.last_hidden_state)
 
     def read(self, hidden: Tensor) -> Tensor:
         """Value after each token, `(B, T)`, from the last hidden states `(B, T, H)`."""

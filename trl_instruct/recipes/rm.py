@@ -102,7 +102,9 @@ def rm(
         _check_overlong(trainer, run)
         if run.dry:
             _tell(run, data, tokenizer)
-        rows = config.per_device_train_batch_size * preferences.most_responses(data.train)
+        ranked = "ranks" in data.train.column_names  # else pairs
+        most = max(map(len, iterate(data.train, "ranks"))) if ranked else 2
+        rows = config.per_device_train_batch_size * most
         batch = Work(rows, config.max_length or 0, predicted=0)
         run.say(memory_table({"reward model": trainer.model}, [batch], config))
         output = run.train(trainer, {"loss": "loss", "accuracy": "accuracy"})
