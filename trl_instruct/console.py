@@ -11,8 +11,10 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
+import yaml
 from tqdm.auto import tqdm
 
 from trl_instruct.errors import printable, redact
@@ -20,40 +22,15 @@ from trl_instruct.errors import printable, redact
 # Tokenizers warn when data workers fork, and fall back to one thread.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-HARMLESS_WARNINGS = (
-    # TRL's option names: newer transformers deprecate and rename them, alike in all TRL releases.
-    r".*gradient_checkpointing.* is deprecated",
-    # GPT-2's linear layers store their weights transposed, which peft detects.
-    r"fan_in_fan_out is set to False but the target module is `Conv1D`",
-    # CPU machines: pinned memory is an option for accelerators.
-    r".*pin_memory.* argument is set as true but no accelerator is found",
+HARMLESS: dict[str, Any] = yaml.safe_load(
+    (Path(__file__).parent / "models" / "harmless.yaml").read_text(encoding="utf-8")
 )
-
-# By logger: a filter sees only what its own logger logs.
-HARMLESS_LOGS = {
-    # Invalid JSON: our loader names the line.
-    "datasets.packaged_modules.json.json": r"Failed to load JSON from file",
-    # On import: an optional kernel package for CPU.
-    "bitsandbytes.backends.cpu.ops": r"Failed to load CPU gemm_4bit_forward",
-    # At every product of 8-bit weights: how it is computed, whatever the dtype of the input.
-    "bitsandbytes.autograd._functions": r"MatMul8bitLt: inputs will be cast from",
-    # Every stage counts or refuses texts that are too long for its model.
-    "transformers.tokenization_utils_base": r"Token indices sequence length is longer than",
-    # Trainer aligns the pad / EOS ids of a model's config with the tokenizer's, as intended.
-    "transformers.trainer_utils": r"The tokenizer has new PAD/BOS/EOS tokens",
-    # RWKV: it gets no rows padded on the left (token_sampling.py, scalar_head.py).
-    "transformers.models.rwkv.modeling_rwkv": r"`attention_mask` was passed, but it is unused",
-}
-
 # Libraries with handlers of their own.
 LOGGING = ("transformers", "datasets", "huggingface_hub")
 
-# Bars over the files of a model: for a small one they would flood the screen.
-MODEL_FILE_BARS = ("Writing model shards", "Loading weights")
-
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
-    return not re.match(HARMLESS_LOGS[record.name], record.getMessage(), re.DOTALL)
+    return not re.match(HARMLESS["logs"][record.name], record.getMessage(), re.DOTALL)
 
 
 def _make_printable(record: logging.LogRecord) -> bool:
@@ -63,9 +40,9 @@ def _make_printable(record: logging.LogRecord) -> bool:
 
 def silence_harmless_warnings() -> None:
     """Hide the known ones, from the warnings module and the libraries' loggers."""
-    for text in HARMLESS_WARNINGS:
+    for text in HARMLESS["warnings"]:
         warnings.filterwarnings("ignore", message=text)
-    for name in HARMLESS_LOGS:
+    for name in HARMLESS["logs"]:
         logging.getLogger(name).addFilter(_is_worth_reading)
 
 
@@ -85,7 +62,7 @@ def quiet_libraries() -> None:
 
 
 def _without_model_files(bar: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    return bar(*args, **{**kwargs, "disable": kwargs.get("desc") in MODEL_FILE_BARS})
+    return bar(*args, **{**kwargs, "disable": kwargs.get("desc") in HARMLESS["bars"]})
 
 
 @contextlib.contextmanager
