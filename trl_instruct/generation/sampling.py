@@ -26,13 +26,9 @@ def fit_prompts(
 ) -> tuple[list[list[int]], int]:
     """Prompts that leave room for their completion, and how many were cut.
 
-    Args:
-        max_prompt_length: longer prompts are cut from the left; None: too long ones are an error.
-        response_length: tokens to leave for the completion.
-        context: tokens the model can attend to, or None.
-
-    Raises:
-        InputError: an empty prompt, one too long and no limit, or too large a max_prompt_length.
+    Longer ones than `max_prompt_length` are cut from the left; None: too long ones are an error. Of
+    the `context` that the model can attend to (or None), a completion takes `response_length`.
+    InputError for an empty prompt, one too long and no limit, or too large a max_prompt_length.
     """
     if [] in token_lists:
         raise InputError(

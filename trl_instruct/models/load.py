@@ -239,15 +239,9 @@ def merge(
 ) -> Path:
     """Merge an adapter into its base in full precision; save the model and its tokenizer.
 
-    Args:
-        adapter: the adapter folder of a policy or of a reward model (whose shift is kept).
-        output_dir: a new or empty folder.
-
-    Returns:
-        The folder, which plain transformers loads.
-
-    Raises:
-        InputError: no adapter there, an unfinished stage, or an output_dir that is not empty.
+    The adapter's folder is of a policy or of a reward model (whose shift is kept). Returns the new
+    or empty folder, which plain transformers then loads. InputError without an adapter there, for
+    an unfinished stage, or an output_dir that is not empty.
     """
     folder = Path(output_dir)
     if not adapters.is_adapter(adapter):

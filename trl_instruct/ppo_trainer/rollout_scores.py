@@ -25,15 +25,9 @@ def rollout_scores(
     """Scores of this process's completions, and how many were skipped in all processes.
 
     Afterwards a reward's state is merged over the processes (its `merge`), or reset on an error.
-
-    Args:
-        reward, prompts, completions, columns: as in `call_reward`, B completions.
-        rows: B, their prompts in the dataset, from 0.
-        skip: give NaN to a completion that the reward fails on, instead of raising an error.
-
-    Raises:
-        RewardError: in every process, if the reward failed in one (`skip`: on every completion).
-        InputError: the reward takes other parameters.
+    Arguments are as in `call_reward`; `rows` are the prompts' in the dataset, from 0. `skip` gives
+    NaN to a completion that the reward fails on, instead of raising an error: a RewardError in
+    every process, if the reward failed in one (`skip`: on every completion).
     """
     before, given = function.states_of(reward), (reward, prompts, completions, columns)
     faults: Mapping[Any, str] = {}
