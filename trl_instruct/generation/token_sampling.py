@@ -141,9 +141,9 @@ def draw(
     If the model's cache can be cut by rows (`caches_rows`), a prompt is read once for all its
     completions, and `generate` is called repeatedly, without the rows that have ended; else once.
 
-    The policy is in eval mode, within `plain_sampling`; ids and mask of prompts are `(R, P)`, padded
-    on the left. Returns `(B, C)` tokens with B = R * copies, those of a prompt in adjacent rows, EOS
-    or filler after the end; and the `(B,)` lengths at which a stop string ended them, or NEVER.
+    The policy is in eval mode, within `plain_sampling`. Prompts are `(R, P)` ids and a mask, padded
+    on the left. Returns `(B, C)` tokens, B = R * copies: those of a prompt in adjacent rows, EOS or
+    filler after the end. And the `(B,)` lengths at which a stop string ended them, or NEVER.
     """
     by_rows = caches_rows(policy)
     cache = read_prompts(policy, ids, mask, copies) if by_rows and copies > 1 else None

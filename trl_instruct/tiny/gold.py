@@ -9,10 +9,7 @@ from trl_instruct.tiny import lexicon
 from trl_instruct.tiny.lexicon import phrase, with_article
 from trl_instruct.tiny.world import Task
 
-PENALTIES = {"junk": 0.2, "repetition": 0.2, "ending": 0.25, "superfluous": 0.2}
-"""Cost of each junk word, repetition, missing ending and superfluous piece. A wrong item or place
-counts once: one that replaces what was asked for misses a constraint and is not superfluous too;
-one named twice is a repetition. A reply with no item and no answer has no ending either."""
+PENALTIES: dict[str, float] = lexicon.WORLD["penalties"]
 
 
 def _any_of(texts: list[str]) -> str:

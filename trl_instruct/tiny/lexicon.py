@@ -52,8 +52,3 @@ def join_and(phrases: list[str]) -> str:
     """
     *rest, last = phrases
     return f"{', '.join(rest)} and {last}" if rest else last
-
-
-def capitalized(text: str) -> str:
-    """The text with its first letter capitalized."""
-    return text[:1].upper() + text[1:]

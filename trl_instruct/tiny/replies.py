@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass, replace
 
 from trl_instruct.tiny import lexicon
-from trl_instruct.tiny.lexicon import capitalized, join_and, phrase, with_article
+from trl_instruct.tiny.lexicon import join_and, phrase, with_article
 from trl_instruct.tiny.world import Task
 
 
@@ -61,7 +61,7 @@ def _render(draft: _Draft, rng: random.Random) -> str:
         if draft.word:
             body += f" {rng.choice(lexicon.PREPOSITIONS)} the {draft.word}"
     if not draft.opening.endswith(","):
-        body = capitalized(body)
+        body = body[:1].upper() + body[1:]
     gap = "\n" if draft.format == "dashes" else " "
     return f"{draft.opening}{gap if draft.opening else ''}{body}."
 

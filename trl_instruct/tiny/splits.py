@@ -15,9 +15,6 @@ SIZES: dict[str, int] = {name: part["size"] for name, part in WORLD["splits"].it
 SHARES: dict[str, int] = {name: part["share"] for name, part in WORLD["splits"].items()}
 """Percent of all instructions that belong to each split."""
 
-GOOD_SHARE = 0.05
-"""Share of the pretraining documents whose reply is good; the others are flawed."""
-
 END_OF_TEXT = "<|endoftext|>"
 """The base model's EOS, which separates a reply from a reader's remark as it does two documents.
 From the remarks the base model learns what makes a reply bad, as models of the web do, so the
@@ -75,6 +72,6 @@ def _tasks(name: str, rng: random.Random) -> Iterator[Task]:
 
 
 def _document(task: Task, rng: random.Random) -> str:
-    write = good_reply if rng.random() < GOOD_SHARE else flawed_reply
+    write = good_reply if rng.random() < WORLD["shares"]["good_reply"] else flawed_reply
     reply = write(task, rng)
     return task.prompt + reply + END_OF_TEXT + reader_remark(task, reply)

@@ -15,10 +15,7 @@ WORD_CLAUSES: list[str] = lexicon.WORLD["word_clauses"]
 WORDINGS = len(WORD_CLAUSES)
 """How many paraphrases every instruction has."""
 
-TONE_SHARE = 0.65
-WORD_SHARE = 0.5
-TWO_GROUPS_SHARE = 0.3
-SINGLE_COUNTS = (1, 1, 1, 1, 2, 2, 2, 3)
+SHARES: dict[str, float] = lexicon.WORLD["shares"]
 
 
 @dataclass(frozen=True)
@@ -92,16 +89,16 @@ class Task:
 def sample_task(rng: random.Random) -> Task:
     """Sample a task; only the rng decides which."""
     (task_format,) = rng.choices(FORMATS, FORMAT_WEIGHTS)
-    tone = rng.choice(tuple(lexicon.TONES)) if rng.random() < TONE_SHARE else ""
+    tone = rng.choice(tuple(lexicon.TONES)) if rng.random() < SHARES["tone"] else ""
     wording = rng.randrange(WORDINGS)
     if task_format == "answer":
         return _sample_question(tone, wording, rng)
-    groups = _sample_groups(1 + (rng.random() < TWO_GROUPS_SHARE), rng)
+    groups = _sample_groups(1 + (rng.random() < SHARES["two_groups"]), rng)
     while task_format == "sentence" and sum(count for _, count in groups) < 2:
         groups = _sample_groups(1, rng)
     # A single group with neither tone nor word would give half the score for the format alone.
     needs_word = len(groups) == 1 and not tone
-    word = rng.choice(lexicon.PLACES) if needs_word or rng.random() < WORD_SHARE else ""
+    word = rng.choice(lexicon.PLACES) if needs_word or rng.random() < SHARES["word"] else ""
     return Task(task_format, groups=groups, tone=tone, word=word, wording=wording)
 
 
@@ -116,5 +113,5 @@ def _sample_question(tone: str, wording: int, rng: random.Random) -> Task:
 def _sample_groups(size: int, rng: random.Random) -> tuple[tuple[str, int], ...]:
     """One to three items of one category, or one of each of two categories."""
     categories = rng.sample(tuple(lexicon.CATEGORIES), size)
-    counts = SINGLE_COUNTS if size == 1 else (1,)
+    counts = lexicon.WORLD["single_counts"] if size == 1 else (1,)
     return tuple((category, rng.choice(counts)) for category in categories)
