@@ -67,6 +67,7 @@ class StageConfig(_Mixin):
     def __post_init__(self) -> None:
         option_checks.check_finite(self)
         option_checks.check_refused(self.REFUSED, self)
+        option_checks.check_numbers(self)
         switches: dict[Any, bool] = {"true": True, "false": False}  # flags are text
         resume: str | bool | None = self.resume_from_checkpoint
         self.resume_from_checkpoint: str | bool | None = switches.get(str(resume).lower(), resume)
@@ -164,7 +165,6 @@ class RewardConfig(StageConfig, trl.RewardConfig):
     )
 
     def __post_init__(self) -> None:
-        option_checks.check_numbers(self, "be at least 1", "early_stopping_patience")
         if self.early_stopping_patience is not None:
             self.load_best_model_at_end = True
         metric: str | None = getattr(self, "metric_for_best_model", None)
@@ -187,12 +187,6 @@ class SamplingConfig(StageConfig):
     stop_strings: list[str] | None = _option(
         None, "Texts that end a completion, besides EOS; rewards do not see them."
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        counts = "response_length", "opening_length", "max_prompt_length"
-        option_checks.check_numbers(self, "be at least 1", *counts)
-        option_checks.check_numbers(self, "be above 0", "temperature")
 
 
 @dataclass
@@ -303,14 +297,6 @@ class PPOConfig(SamplingConfig, TrainingArguments):
         super().__post_init__()
         named: Any = self.reward_model_path
         self.reward_model_path = named[0] if isinstance(named, list) and len(named) == 1 else named
-        counts = "num_mini_batches num_ppo_epochs total_episodes local_rollout_forward_batch_size"
-        counts += " ptx_max_length ptx_rows_per_episode"
-        weights = "kl_coef cliprange cliprange_value vf_coef ptx_coef value_learning_rate"
-        option_checks.check_numbers(self, "be at least 1", *counts.split())
-        option_checks.check_numbers(self, "not be negative", *weights.split())
-        adaptive = "adaptive_kl_target", "adaptive_kl_horizon"
-        option_checks.check_numbers(self, "be above 0", *adaptive, "target_kl")
-        option_checks.check_numbers(self, "be between 0 and 1", "gamma", "lam", "ema_decay")
         episodes = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
         fifth = episodes * self.num_mini_batches / 5
         if self.adaptive_kl_target is not None and self.adaptive_kl_horizon <= fifth:
@@ -353,7 +339,3 @@ class EvaluateConfig(SamplingConfig, TrainingArguments):
     reference: str | None = _option(None, "Model for the KL and best of n; default: baseline.")
     demonstrations_name: str | None = _option(None, "Held-out demonstrations, for the perplexity.")
     best_of_n: int = _option(16, "N, completions for best of n by the first judge; 1: none.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        option_checks.check_numbers(self, "be at least 1", "best_of_n")

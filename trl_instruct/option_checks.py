@@ -58,12 +58,13 @@ NEEDED: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def check_numbers(config: Any, needed: str, *names: str) -> None:
-    """InputError for a number that is not as needed, in the words of NEEDED; None is allowed."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not NEEDED[needed](value):  # NaN fits nowhere
-            raise InputError(f"{name} is {value}; it must {needed}.")
+def check_numbers(config: Any) -> None:
+    """InputError for a number that is not as options.yaml says, in the words of NEEDED."""
+    for needed, names in TABLES["needed"].items():
+        for name in names.split():
+            value = getattr(config, name, None)
+            if value is not None and not NEEDED[needed](value):  # NaN fits nowhere
+                raise InputError(f"{name} is {value}; it must {needed}.")
 
 
 def check_finite(config: Any) -> None:
@@ -80,15 +81,11 @@ def check_training(config: Any) -> None:
     for column in config.columns or ():
         if not all(column.partition("=")):
             raise InputError(f"columns has {column!r}; field=column is needed: prompt=question.")
-    check_numbers(config, "be at least 1", "per_device_train_batch_size")
-    check_numbers(config, "be at least 1", "per_device_eval_batch_size")
-    check_numbers(config, "be at least 1", "gradient_accumulation_steps")
     if config.use_liger_kernel and not is_liger_kernel_available():
         raise InputError("use_liger_kernel needs the package liger-kernel; install it.")
     for name in ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs"):
         if isinstance(getattr(config, name), str):
             raise InputError(f"{name} is {getattr(config, name)!r}; a JSON object is needed.")
-    check_numbers(config, "not be negative", "learning_rate")
     if config.dataloader_persistent_workers and not config.dataloader_num_workers:
         raise InputError("dataloader_persistent_workers needs dataloader_num_workers above 0.")
     if getattr(config, "activation_offloading", False) and not torch.accelerator.is_available():
