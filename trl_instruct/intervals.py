@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -120,3 +120,16 @@ def show_metric(metrics: Mapping[str, float], name: str, sign: str = "") -> str:
     """
     mean, low, high = (f"{metrics[name + end]:{sign}.3f}" for end in ("", "_low", "_high"))
     return f"{mean} [{low}, {high}]"
+
+
+def plot_intervals(
+    axes: Any, intervals: Mapping[str, Mapping[str, float]], offset: float = 0.0, **look: Any
+) -> None:
+    """Means with their intervals above their names, or beside that place by the offset."""
+    places = [place + offset for place in range(len(intervals))]
+    means = [one["mean"] for one in intervals.values()]
+    below = [one["mean"] - one["low"] for one in intervals.values()]
+    above = [one["high"] - one["mean"] for one in intervals.values()]
+    axes.errorbar(places, means, yerr=[below, above], fmt="o", capsize=4, **look)
+    axes.set_xticks(range(len(intervals)), list(intervals))
+    axes.set_xlim(-0.5, max(len(intervals), 1) - 0.5)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from trl_instruct.evaluation.tables import plot_intervals
+from trl_instruct.intervals import plot_intervals
 from trl_instruct.ppo_trainer.curves import FAINT, LINE, PANELS, plot_line, plot_panel
 from trl_instruct.recipes.chain import FinishedStage
 from trl_instruct.reward_trainer.tables import plot_accuracy, plot_calibration

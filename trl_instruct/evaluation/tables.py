@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_instruct.console import one_line, table
-from trl_instruct.intervals import show_interval
+from trl_instruct.intervals import plot_intervals, show_interval
 
 FIGURE = "evaluation.png"
 SHOWN_SAMPLES = 3
@@ -128,19 +128,6 @@ def _plot_win_rates(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
     axes.set(title=f"wins against {evaluation['baseline']}, by {judge}", ylim=(-0.03, 1.03))
     axes.set_ylabel("win rate (95 %)")
     axes.legend(fontsize="small")
-
-
-def plot_intervals(
-    axes: Any, intervals: dict[str, dict[str, float]], offset: float = 0.0, **look: Any
-) -> None:
-    """Means with their intervals above their names, or beside that place by the offset."""
-    places = [place + offset for place in range(len(intervals))]
-    means = [one["mean"] for one in intervals.values()]
-    below = [one["mean"] - one["low"] for one in intervals.values()]
-    above = [one["high"] - one["mean"] for one in intervals.values()]
-    axes.errorbar(places, means, yerr=[below, above], fmt="o", capsize=4, **look)
-    axes.set_xticks(range(len(intervals)), list(intervals))
-    axes.set_xlim(-0.5, max(len(intervals), 1) - 0.5)
 
 
 def _plot_frontier(axes: Any, evaluation: dict[str, Any], judge: str) -> None:

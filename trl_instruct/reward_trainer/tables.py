@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from trl_instruct.console import table
-from trl_instruct.intervals import show_interval, show_metric
+from trl_instruct.intervals import plot_intervals, show_interval, show_metric
 from trl_instruct.reward_trainer.evaluation import RewardEvaluation
 
 FIGURE = "rm.png"
@@ -82,25 +82,22 @@ def plot(evaluation: RewardEvaluation, path: Path) -> None:
 
 def plot_accuracy(axes: Any, metrics: Mapping[str, Any], key: str, label: str) -> None:
     """Plot accuracy with its interval by K or distance, beside what it is compared with."""
-    cells = metrics[key]
-    places = range(len(cells))
-    names = ("accuracy", "accuracy_low", "accuracy_high", "length_accuracy")
-    columns = [[cell[name] for cell in cells.values()] for name in names]
-    means, low, high, lengths = np.array(columns)
-    bars = [means - low, high - means]
-    axes.errorbar(places, means, bars, fmt="o", capsize=4, color=MODEL, label="reward model")
-    axes.plot(places, lengths, "x", color=LENGTH, label="longer answer wins")
+    cells, ends = metrics[key], {"mean": "", "low": "_low", "high": "_high"}
+    intervals = {
+        f"{name}\n{_short(cell['pairs'])}": {e: cell[f"accuracy{end}"] for e, end in ends.items()}
+        for name, cell in cells.items()
+    }
+    plot_intervals(axes, intervals, color=MODEL, label="reward model")
+    lengths = [cell["length_accuracy"] for cell in cells.values()]
+    axes.plot(lengths, "x", color=LENGTH, label="longer answer wins")
     if "ceiling" in metrics:
         ceilings = [cell.get("ceiling", math.nan) for cell in cells.values()]
-        axes.plot(places, ceilings, "_", ms=16, mew=2, color=CEILING, label="noise ceiling")
+        axes.plot(ceilings, "_", ms=16, mew=2, color=CEILING, label="noise ceiling")
     if "agreement" in metrics:
         agreed = metrics["agreement"]["mean"]
         axes.axhline(agreed, ls="--", color=LABELERS, label="labelers agree (all pairs)")
     axes.axhline(0.5, ls=":", color=CHANCE, label="chance")
-    ticks = [f"{name}\n{_short(cell['pairs'])}" for name, cell in cells.items()]
-    axes.set_xticks(places, ticks)
-    axes.set_xlim(-0.5, len(cells) - 0.5)
-    axes.set_ylim(min(0.4, *means, *lengths) - 0.05, 1.0)
+    axes.set_ylim(min(0.4, *(cell["accuracy"] for cell in cells.values()), *lengths) - 0.05, 1.0)
     axes.set(xlabel=f"{label} (below: pairs)", ylabel="accuracy (95 %)")
     axes.legend(fontsize="small")
 
