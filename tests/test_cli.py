@@ -14,6 +14,7 @@ from test_recipes import DEMONSTRATIONS, PROMPTS, QUICK, QUICK_PPO, RANKINGS, wr
 from trl_instruct import cli
 from trl_instruct.configs import PPOConfig, SFTConfig
 from trl_instruct.errors import InputError
+from trl_instruct.recipes.flags import parse
 
 pytestmark = pytest.mark.slow  # whole stages
 
@@ -145,14 +146,14 @@ def test_flags_win_over_the_file_and_both_spellings_count(given):
     config, _, _ = given
     for spelling in (["--config", config], [f"--config={config}"]):
         arguments = [*spelling, "--learning-rate=1e-6", "--lora_r", "3"]
-        parsed, model_config = cli.parse(SFTConfig, arguments)
+        parsed, model_config = parse(SFTConfig, arguments)
         assert (parsed.learning_rate, model_config.lora_r) == (1e-6, 3)
         assert parsed.max_steps == QUICK["max_steps"]
 
 
 def test_numbers_that_yaml_reads_as_text(tmp_path):
     (tmp_path / "x.yaml").write_text("output_dir: x\nlearning_rate: 1e-5\nkl_coef: 5e-2\n")
-    config, _ = cli.parse(PPOConfig, ["--config", str(tmp_path / "x.yaml")])
+    config, _ = parse(PPOConfig, ["--config", str(tmp_path / "x.yaml")])
     assert (config.learning_rate, config.kl_coef) == (1e-5, 0.05)
 
 
@@ -172,9 +173,9 @@ def test_every_stage_has_help(stage, capsys):
         cli.main([stage, "--help"])
     assert stopped.value.code == 0
     told = capsys.readouterr().out
-    own = {"serve-reward": "--port", "evaluate": "--best_of_n"}
+    own = {"serve-reward": "--port", "evaluate": "--best_of_n", "candidates": "--num_candidates"}
     own |= {"report": "--evaluation", "merge": "--dtype", "export": "--rating_order"}
-    own |= {"label": "--labels_per_prompt"}
+    own |= {"label": "--labels_per_prompt", "check": "sft", "init": "--like"}
     known = own.get(stage, "--learning_rate")
     assert known in told and "%%" not in told
 
@@ -212,7 +213,7 @@ def test_an_unknown_command(capsys):
         (["--learning_rat", "1e-5"], "Unknown option 'learning_rat' for SFTConfig. Did you mean"),
         (["--learning_rat=1e-5"], "Did you mean 'learning_rate'?"),
         (["--overwrite"], "Unknown option 'overwrite'"),  # no abbreviation of ..._output_dir
-        (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float"),
+        (["--learning_rate", "fast"], "argument --learning_rate: invalid float"),
         (["--learning_rate"], "expected one argument"),
         (["--packing", "perhaps"], "packing"),
         (["--lr_scheduler_type", "zigzag"], "zigzag"),

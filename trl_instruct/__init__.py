@@ -1,6 +1,6 @@
 """InstructGPT in three calls: supervised fine-tuning, a reward model from rankings, PPO."""
 
-import importlib
+import importlib.metadata
 from typing import Any
 
 from trl_instruct.console import silence_harmless_warnings
@@ -50,6 +50,8 @@ silence_harmless_warnings()  # before the first import of a library that warns
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("trl-instruct")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'trl_instruct' has no attribute {name!r}")
     return getattr(importlib.import_module(f"trl_instruct.{_EXPORTS[name]}"), name)

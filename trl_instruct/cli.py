@@ -4,40 +4,34 @@
 clone, for `accelerate launch`.
 """
 
+import inspect
 import os
 import sys
 import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
 from accelerate import PartialState
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
+import trl_instruct
 from trl_instruct import configs
 from trl_instruct.console import say
 from trl_instruct.data.exports import FORMATS, export
 from trl_instruct.data.preferences import load_either
 from trl_instruct.data.reading import Reading
 from trl_instruct.diagnosis.page import read_evaluation, report, summary_lines
-from trl_instruct.errors import InputError, harmless, kind_of, needs_extra, refusal
+from trl_instruct.errors import InputError, harmless, needs_extra, refusal
 from trl_instruct.evaluation.compare import compare
 from trl_instruct.evaluation.evaluate import evaluate
 from trl_instruct.models.load import merge
-from trl_instruct.option_checks import check_refused
 from trl_instruct.recipes.candidates import candidates
 from trl_instruct.recipes.chain import read_chain
+from trl_instruct.recipes.flags import OptionParser, parse
 from trl_instruct.recipes.init import init, recipe_names
-from trl_instruct.recipes.options import (
-    Config,
-    check_names,
-    check_types,
-    named_sources,
-    option_errors,
-)
+from trl_instruct.recipes.options import named_sources
 from trl_instruct.recipes.ppo import ppo
 from trl_instruct.recipes.pretrain import pretrain
 from trl_instruct.recipes.rm import rm
@@ -54,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     name = "trl-instruct"
     try:
-        name = _named_command(arguments[:1])
+        name = _named_command(arguments)
         COMMANDS[name](arguments[1:])
     except (InputError, FloatingPointError) as error:
         say(f"{name}: error: {harmless(' '.join(str(error).split()), 1000)}", sys.stderr)
@@ -72,89 +66,75 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _named_command(arguments: list[str]) -> str:
     """The command that the first argument names. It parses its own options."""
-    parser = _Parser(prog="trl-instruct", description="InstructGPT in three stages: sft, rm, ppo.")
+    completing = arguments[0].startswith("--print-completion")
+    parser = OptionParser(prog="trl-instruct", description=trl_instruct.__doc__)
     parser.epilog = "trl-instruct COMMAND --help lists the options of a command."
+    parser.add_argument("--version", action="version", version=trl_instruct.__version__)
+    if completing:
+        import shtab
+
+        shtab.add_argument_to(parser)
+    else:
+        parser.add_argument("--print-completion", metavar="SHELL", help="Of bash, zsh or tcsh.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, command in COMMANDS.items():
-        commands.add_parser(name, help=str(command.__doc__).splitlines()[0])
-    return parser.parse_args(arguments).command
+    for name in COMMANDS:
+        whole = {"parents": [parser_of(name, whole=True)], "add_help": False} if completing else {}
+        commands.add_parser(name, help=_about(name)["description"], **whole)
+    return parser.parse_args(arguments if completing else arguments[:1]).command
 
 
-class _Parser(TrlParser):
-    """TrlParser that raises InputError instead of printing the usage of 150 options."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; --help lists the options.")
-
-
-def parse(config_class: type[Config], arguments: list[str]) -> tuple[Config, ModelConfig]:
-    """A stage's options from `--config FILE` and flags (flags win); unknown ones are an error."""
-    split = (a.split("=", 1) if a.startswith("--config=") else [a] for a in arguments)
-    arguments = [part for parts in split for part in parts]
-    if "--config" in arguments:
-        _check_file(arguments[arguments.index("--config") + 1 :], config_class)
-    # Abbreviations would turn a misspelt option into another one.
-    parser = _Parser((config_class, ModelConfig), allow_abbrev=False)
-    try:
-        with option_errors():
-            config, model_config, unknown = parser.parse_args_and_config(
-                arguments, return_remaining_strings=True
-            )
-    except InputError as error:
-        raise InputError(_named(str(error), arguments)) from error
-    names = [s.lstrip("-").split("=")[0].replace("-", "_") for s in unknown if s.startswith("--")]
-    check_names(names, config_class)
-    check_refused(config_class.REFUSED, model_config)
-    if unknown:
-        raise InputError(f"Arguments that belong to no option: {' '.join(unknown)}.")
-    return config, model_config
+def _about(name: str) -> dict[str, str]:
+    """How help describes a command: the first line of its docstring, and an example behind it."""
+    first, _, example = inspect.cleandoc(str(COMMANDS[name].__doc__)).partition("\n\n")
+    return {"description": first, "epilog": example and f"example:\n{example}"}
 
 
-def _named(told: str, arguments: list[str]) -> str:
-    """A message that names no option: with the one in front whose value it shows."""
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    flags = {value: flag[2:] for flag, value in pairwise(words) if flag.startswith("--")}
-    about = [flag for value, flag in flags.items() if repr(value) in told]
-    return f"{about[0]}: {told}" if about and not any(f in told for f in flags.values()) else told
+def parser_of(name: str, **how: Any) -> OptionParser:
+    """The parser of a command; `how` as for an OptionParser."""
+    options: Any = OPTIONS[name]
+    about: dict[str, Any] = {"prog": f"trl-instruct {name}", **_about(name), **how}
+    if isinstance(options, type):
+        return OptionParser(options, **about)
+    parser = OptionParser(**about)
+    options(parser)
+    return parser
 
 
-def _check_file(following: list[str], config_class: type[Config]) -> None:
-    """Check the options of the YAML file that follows --config."""
-    path = Path(following[0]) if following else None
-    if path is None or not path.is_file():
-        raise InputError(f"--config needs a YAML file; {str(path or 'nothing')!r} was given.")
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(options, dict):
-        raise InputError(f"{path} holds {kind_of(options)}; lines of `option: value` are needed.")
-    options.pop("env", None)  # environment variables, which TrlParser sets
-    check_names(options, config_class, f"{path}: ")
-    # The parser reads text, as from a flag: 1e-5 is text in YAML.
-    typed = {name: value for name, value in options.items() if not isinstance(value, str)}
-    check_types(typed, config_class, f"{path}: ")
+def _parse(name: str, arguments: list[str], stage: str = "") -> Any:
+    """The options of a command; of one that has a config, that and TRL's ModelConfig."""
+    options = OPTIONS[stage or name]
+    if not isinstance(options, type):
+        return parser_of(name).parse_args(arguments)
+    return parse(options, arguments, prog=f"trl-instruct {name} {stage}", **_about(stage or name))
 
 
 def init_command(arguments: list[str]) -> None:
-    """Write a recipe of your own to start from: recipes/configs/NAME, with comments."""
-    parser = _Parser([], prog="trl-instruct init", allow_abbrev=False)
-    parser.add_argument("name", help="Its name, and that of its folder.")
-    copied = f"The recipe to copy: {', '.join(recipe_names())} (%(default)s)."
-    parser.add_argument("--like", default="start", help=copied)
-    for path in init(**vars(parser.parse_args(arguments))):
+    """Write a recipe of your own to start from, with comments."""
+    for path in init(**vars(_parse("init", arguments))):
         say(str(path))
 
 
+def _add_init_options(parser: ArgumentParser) -> None:
+    parser.add_argument("name", help="Its name, and that of its folder.")
+    copied = f"The recipe to copy: {', '.join(recipe_names())}."
+    parser.add_argument("--like", default="start", help=copied)
+
+
 def pretrain_command(arguments: list[str]) -> None:
-    """Stage 0: a tokenizer and a small base model from scratch, on any text."""
-    config, _ = parse(configs.PretrainConfig, arguments)
+    """Stage 0: a tokenizer and a small base model from scratch.
+
+    trl-instruct pretrain --dataset_name texts.jsonl --output_dir runs/base --architecture gpt2
+    """
+    config, _ = _parse("pretrain", arguments)
     _tell(f"base model: {pretrain(config.dataset_name, config=config)}")
 
 
 def sft_command(arguments: list[str]) -> None:
-    """Stage 1: fine-tune a model on demonstrations."""
-    _tell_diagnosis("sft", _run("sft", *parse(configs.SFTConfig, arguments)))
+    """Stage 1: fine-tune a model on demonstrations.
+
+    trl-instruct sft --model_name_or_path gpt2 --dataset_name tiny:demonstrations --output_dir sft
+    """
+    _tell_diagnosis("sft", _run("sft", *_parse("sft", arguments)))
 
 
 def _run(name: str, config: Any, model_config: ModelConfig) -> StageResult:
@@ -171,8 +151,11 @@ def _run(name: str, config: Any, model_config: ModelConfig) -> StageResult:
 
 
 def candidates_command(arguments: list[str]) -> None:
-    """Between 1 and 2: sample completions of each prompt, for a labeler to rank."""
-    candidates(*parse(configs.CandidatesConfig, arguments))
+    """Between 1 and 2: sample completions for a labeler to rank.
+
+    trl-instruct candidates --model_name_or_path sft --dataset_name tiny:prompts --output_dir k
+    """
+    candidates(*_parse("candidates", arguments))
 
 
 def _tell(message: str) -> None:
@@ -183,18 +166,7 @@ def _tell(message: str) -> None:
 
 def serve_reward_command(arguments: list[str]) -> None:
     """Serve a reward over HTTP until interrupted."""
-    parser = _Parser([], prog="trl-instruct serve-reward", allow_abbrev=False)
-    parser.add_argument("--reward_model_path", nargs="+", required=True, help="As in `ppo`.")
-    parser.add_argument("--reward_weights", nargs="+", type=float, help="As in `ppo`.")
-    parser.add_argument("--trust_remote_code", action="store_true", help="Run code from the Hub.")
-    _add_dtype(parser)
-    parser.add_argument("--host", default=LOOPBACK, help="Address (%(default)s).")
-    parser.add_argument("--port", type=int, default=8000, help="Its port (%(default)s).")
-    parser.add_argument(
-        "--max_bytes", type=int, default=MOST_BYTES, help="Largest request (%(default)s)."
-    )
-    parser.epilog = f"With {TOKEN_VARIABLE} in the environment, requests must carry that token."
-    options = parser.parse_args(arguments)
+    options = _parse("serve-reward", arguments)
     named = options.reward_model_path
     reward = load_reward(
         named if len(named) > 1 else named[0],
@@ -209,39 +181,54 @@ def serve_reward_command(arguments: list[str]) -> None:
         server.serve_forever()
 
 
+def _add_server_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--reward_model_path", nargs="+", required=True, help="As in `ppo`.")
+    parser.add_argument("--reward_weights", nargs="+", type=float, help="As in `ppo`.")
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run code from the Hub.")
+    _add_dtype(parser)
+    token = f"With {TOKEN_VARIABLE} in the environment, requests must carry that token."
+    parser.add_argument("--host", default=LOOPBACK, help=f"Its address. {token}")
+    parser.add_argument("--port", type=int, default=8000, help="Its port.")
+    parser.add_argument("--max_bytes", type=int, default=MOST_BYTES, help="Largest request.")
+
+
 def _add_dtype(parser: ArgumentParser) -> None:
-    parser.add_argument("--dtype", default="float32", help="Weights' dtype (%(default)s).")
+    parser.add_argument("--dtype", default="float32", help="Weights' dtype.")
 
 
 def export_command(arguments: list[str]) -> None:
-    """Write rankings as records or pairs, or for Label Studio or Argilla."""
-    parser = _Parser([], prog="trl-instruct export", allow_abbrev=False)
-    parser.add_argument("dataset_name", help="Rankings or pairs, as `rm` reads them.")
-    parser.add_argument("output_file", type=Path, help="A new file, .jsonl or for a tool .json.")
-    parser.add_argument("--to", choices=FORMATS, required=True, help="What it holds.")
-    parser.add_argument("--dataset_train_split", default="train", help="Its split (%(default)s).")
-    parser.add_argument("--columns", nargs="+", help="As in `rm`.")
-    parser.add_argument("--rating_order", nargs="+", help="As in `rm`.")
-    unused = {"prompt_template": None, "prompt_suffix": None, "faults": None}
-    parser.set_defaults(on_bad_record="error", remembered=False, **unused)
-    options = parser.parse_args(arguments)
+    """Write rankings as records, pairs, or for labelling tools."""
+    options = _parse("export", arguments)
     given = options.dataset_name, options.dataset_train_split, Reading.of(options)
     _tell(export(load_either(*given, options.rating_order), options.output_file, options.to))
 
 
+def _add_export_options(parser: ArgumentParser) -> None:
+    parser.add_argument("dataset_name", help="Rankings or pairs, as `rm` reads them.")
+    parser.add_argument("output_file", type=Path, help="A new file, .jsonl or for a tool .json.")
+    parser.add_argument("--to", choices=FORMATS, required=True, help="What it holds.")
+    parser.add_argument("--dataset_train_split", default="train", help="Split of the dataset.")
+    parser.add_argument("--columns", nargs="+", help="As in `rm`.")
+    parser.add_argument("--rating_order", nargs="+", help="As in `rm`.")
+    unused = {"prompt_template": None, "prompt_suffix": None, "faults": None}
+    parser.set_defaults(on_bad_record="error", remembered=False, **unused)
+
+
 def report_command(arguments: list[str]) -> None:
-    """Write one page on a finished stage and those it came from: what is at fault?"""
-    parser = _Parser([], prog="trl-instruct report", allow_abbrev=False)
-    parser.add_argument("folder", help="Result of sft, rm or ppo.")
-    parser.add_argument("--evaluation", help="The JSON that evaluate saved.")
-    parser.add_argument("--comparisons", help="The store that label --models filled.")
-    parser.add_argument("--output_file", help="Default: report.html in the folder.")
-    options = parser.parse_args(arguments)
+    """Write one page on finished stages: what is at fault?"""
+    options = _parse("report", arguments)
     path = report(**vars(options))
     evaluation = read_evaluation(options.evaluation)
     for line in summary_lines(read_chain(options.folder), evaluation):
         say(line)
     say(f"report: {path}")
+
+
+def _add_report_options(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", help="Result of sft, rm or ppo.")
+    parser.add_argument("--evaluation", help="The JSON that evaluate saved.")
+    parser.add_argument("--comparisons", help="The store that label --models filled.")
+    parser.add_argument("--output_file", help="Default: report.html in the folder.")
 
 
 def _tell_diagnosis(name: str, folder: StageResult) -> None:
@@ -253,13 +240,19 @@ def _tell_diagnosis(name: str, folder: StageResult) -> None:
 
 
 def rm_command(arguments: list[str]) -> None:
-    """Stage 2: train a reward model from rankings or pairs."""
-    _tell_diagnosis("rm", _run("rm", *parse(configs.RewardConfig, arguments)))
+    """Stage 2: train a reward model from rankings or pairs.
+
+    trl-instruct rm --model_name_or_path sft --dataset_name rankings.jsonl --output_dir rm
+    """
+    _tell_diagnosis("rm", _run("rm", *_parse("rm", arguments)))
 
 
 def ppo_command(arguments: list[str]) -> None:
-    """Stage 3: optimise a policy against a reward with PPO, and compare it with its start."""
-    config, model_config = parse(configs.PPOConfig, arguments)
+    """Stage 3: optimise a policy against a reward with PPO.
+
+    trl-instruct ppo --config recipes/configs/tiny/ppo.yaml --kl_coef 0.05
+    """
+    config, model_config = _parse("ppo", arguments)
     result = _run("ppo", config, model_config)
     if (config.eval_dataset_name or config.dataset_test_split) and PartialState().is_main_process:
         compare(
@@ -274,16 +267,15 @@ def ppo_command(arguments: list[str]) -> None:
 
 
 def check_command(arguments: list[str]) -> None:
-    """Dry run of sft, rm or ppo: read all that it would read, list every fault, train nothing."""
-    if not arguments or arguments[0] not in STAGES:
-        parser = _Parser([], prog="trl-instruct check", allow_abbrev=False)
-        parser.add_argument("stage", choices=STAGES, help="Then its own options.")
-        parser.epilog = "trl-instruct check sft --config sft.yaml --learning_rate 1e-5"
-        parser.parse_args(arguments)
-    config, model_config = parse(STAGES[arguments[0]][1], arguments[1:])
+    """Dry run of sft, rm or ppo: list every fault, train nothing.
+
+    trl-instruct check sft --config sft.yaml --learning_rate 1e-5
+    """
+    stage = _parse("check", arguments[:1]).stage
+    config, model_config = _parse("check", arguments[1:], stage)
     config.faults = []
     try:
-        _run(arguments[0], config, model_config)
+        _run(stage, config, model_config)
     except InputError as fault:
         config.faults.append(str(fault))
     for number, text in enumerate(config.faults, start=1):
@@ -293,9 +285,19 @@ def check_command(arguments: list[str]) -> None:
         sys.exit(2)
 
 
+def _add_check_options(parser: ArgumentParser) -> None:
+    stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
+    for stage in STAGES:
+        own = parser_of(stage, whole=True)
+        stages.add_parser(stage, help=own.description, parents=[own], add_help=False)
+
+
 def evaluate_command(arguments: list[str]) -> None:
-    """Measure checkpoints side by side on held-out prompts."""
-    config, model_config = parse(configs.EvaluateConfig, arguments)
+    """Measure checkpoints side by side on held-out prompts.
+
+    trl-instruct evaluate --models base=gpt2 sft ppo --judges rm --dataset_name p.jsonl
+    """
+    config, model_config = _parse("evaluate", arguments)
     models = named_sources(config.models or [], "models")
     judges = named_sources(config.judges or [], "judges")
     evaluate(models, config.dataset_name, judges=judges, config=config, model_config=model_config)
@@ -303,21 +305,47 @@ def evaluate_command(arguments: list[str]) -> None:
 
 def merge_command(arguments: list[str]) -> None:
     """Merge a LoRA adapter into its base."""
-    parser = _Parser([], prog="trl-instruct merge", allow_abbrev=False)
-    parser.add_argument("adapter", help="Folder of the adapter.")
-    parser.add_argument("output_dir", help="A new folder for the merged model.")
-    _add_dtype(parser)
-    options = parser.parse_args(arguments)
+    options = _parse("merge", arguments)
     _tell(f"merged: {merge(options.adapter, options.output_dir, dtype=options.dtype)}")
 
 
+def _add_merge_options(parser: ArgumentParser) -> None:
+    parser.add_argument("adapter", help="Folder of the adapter.")
+    parser.add_argument("output_dir", help="A new folder for the merged model.")
+    _add_dtype(parser)
+
+
 def label_command(arguments: list[str]) -> None:
-    """Open a page on which people rank candidates, or compare checkpoints blindly."""
+    """Open a page on which people rank or compare answers."""
+    options = _parse("label", arguments)
     with needs_extra("label"):
-        from trl_instruct.labels.command import add_options, label
-    parser = _Parser([], prog="trl-instruct label", allow_abbrev=False)
-    add_options(parser)
-    label(parser.parse_args(arguments))
+        from trl_instruct.labels.command import label
+    label(options)
+
+
+def _add_label_options(parser: ArgumentParser) -> None:
+    source = "Candidates to rank (a folder or file), or a store of labels to go on with."
+    parser.add_argument("source", nargs="?", help=source)
+    parser.add_argument("--split", default="train", help="Which of them.")
+    store = "Where labels are kept: a file, or a database's address (labels.db beside the folder)."
+    parser.add_argument("--store", help=store)
+    overlap = "How many people label each prompt."
+    parser.add_argument("--labels_per_prompt", type=int, default=1, help=overlap)
+    questions = "Yes-or-no questions about each answer."
+    parser.add_argument("--questions", nargs="+", default=[], help=questions)
+    parser.add_argument("--host", default=LOOPBACK, help="Address.")
+    parser.add_argument("--port", type=int, default=8017, help="Its port.")
+    parser.add_argument("--models", nargs="+", help="Checkpoints to compare blindly, or to try.")
+    parser.add_argument("--dataset_name", help="Prompts for the comparison.")
+    length = "Their longest answer, tokens."
+    parser.add_argument("--response_length", type=int, default=128, help=length)
+    parser.add_argument("--temperature", type=float, default=1.0, help="Of the sampling; above 0.")
+    parser.add_argument("--stop_strings", nargs="+", help="Texts that end one, besides EOS.")
+    parser.add_argument("--seed", type=int, default=0, help="For sampling.")
+    parser.add_argument("--report", action="store_true", help="Only print what was labelled.")
+    as_trained = ("columns", "prompt_template", "prompt_suffix")
+    parser.set_defaults(on_bad_record="error", faults=None, remembered=False)
+    parser.set_defaults(**dict.fromkeys(as_trained))
 
 
 STAGES: dict[str, Any] = {
@@ -339,4 +367,18 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "export": export_command,
     "merge": merge_command,
     "serve-reward": serve_reward_command,
+}
+# What a command reads: a config with TRL's ModelConfig, or what a function adds to its parser.
+OPTIONS: dict[str, Any] = {
+    "init": _add_init_options,
+    "pretrain": configs.PretrainConfig,
+    "candidates": configs.CandidatesConfig,
+    "label": _add_label_options,
+    **{name: config_class for name, (_, config_class) in STAGES.items()},
+    "check": _add_check_options,
+    "evaluate": configs.EvaluateConfig,
+    "report": _add_report_options,
+    "export": _add_export_options,
+    "merge": _add_merge_options,
+    "serve-reward": _add_server_options,
 }

@@ -1,7 +1,7 @@
 """`trl-instruct label`: candidates, or answers of checkpoints without their names, for people."""
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,35 +23,8 @@ from trl_instruct.models.tokenizers import load_tokenizer
 from trl_instruct.recipes.chain import remember_reading
 from trl_instruct.recipes.options import named_sources
 
-PORT = 8017
 # What a file may say about the order already: the labeler is not to know.
 HIDDEN = (*ORDERS, "gold_scores", "labeler", "weight")
-
-
-def add_options(parser: ArgumentParser) -> None:
-    """The command's options."""
-    source = "Candidates to rank (a folder or file), or a store of labels to go on with."
-    parser.add_argument("source", nargs="?", help=source)
-    parser.add_argument("--split", default="train", help="Which of them (%(default)s).")
-    store = "Where labels are kept: a file, or a database's address (labels.db beside the folder)."
-    parser.add_argument("--store", help=store)
-    overlap = "How many people label each prompt (%(default)s)."
-    parser.add_argument("--labels_per_prompt", type=int, default=1, help=overlap)
-    questions = "Yes-or-no questions about each answer."
-    parser.add_argument("--questions", nargs="+", default=[], help=questions)
-    parser.add_argument("--host", default="127.0.0.1", help="Address (%(default)s).")
-    parser.add_argument("--port", type=int, default=PORT, help="Its port (%(default)s).")
-    parser.add_argument("--models", nargs="+", help="Checkpoints to compare blindly, or to try.")
-    parser.add_argument("--dataset_name", help="Prompts for the comparison.")
-    length = "Their longest answer, tokens (%(default)s)."
-    parser.add_argument("--response_length", type=int, default=128, help=length)
-    parser.add_argument("--temperature", type=float, default=1.0, help="Above 0 (%(default)s).")
-    parser.add_argument("--stop_strings", nargs="+", help="Texts that end one, besides EOS.")
-    parser.add_argument("--seed", type=int, default=0, help="For sampling (%(default)s).")
-    parser.add_argument("--report", action="store_true", help="Only print what was labelled.")
-    as_trained = ("columns", "prompt_template", "prompt_suffix")
-    parser.set_defaults(on_bad_record="error", faults=None, remembered=False)
-    parser.set_defaults(**dict.fromkeys(as_trained))
 
 
 def label(options: Namespace) -> None:

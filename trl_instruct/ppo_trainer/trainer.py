@@ -383,7 +383,7 @@ class PPOTrainer(IterationTrainer):
         policy, value = sharding.gathered_states(self.accelerator, self.model_wrapped, *parts)
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         with nullcontext() if _internal_call or not self.average else self.average.applied():
             self.policy.save_pretrained(folder, state_dict=policy)
         self.processing_class.save_pretrained(folder)
