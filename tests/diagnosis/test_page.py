@@ -175,6 +175,20 @@ def test_an_evaluation_that_is_none(ppo_folder, evaluation, content):
         report(ppo_folder, evaluation=evaluation)
 
 
+@pytest.mark.parametrize("part", ["completion", "rm"])
+def test_a_sample_that_lacks_a_part(ppo_folder, evaluation, part):
+    content = json.loads(evaluation.read_text())
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": EVIL}]
+    content["samples"].append({**content["samples"][0], "prompt": messages})
+    evaluation.write_text(json.dumps(content))
+    text = report(ppo_folder, evaluation=evaluation).read_text(encoding="utf-8")
+    assert f"user: Hi\nassistant: {EVIL}" in Page(text).text and EVIL not in text
+    del content["samples"][0]["sft"][part]
+    evaluation.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="the evaluation is damaged"):
+        report(ppo_folder, evaluation=evaluation)
+
+
 def test_a_stage_that_is_gone_is_on_the_page(ppo_folder, tmp_path):
     (tmp_path / "sft").rename(tmp_path / "moved")
     page = Page(report(ppo_folder).read_text(encoding="utf-8"))

@@ -29,7 +29,7 @@ class Figure(NamedTuple):
 
 
 def figures(chain: Mapping[str, FinishedStage], evaluation: Mapping[str, Any]) -> list[Figure]:
-    """All figures that the measurements allow; no `evaluation` is empty."""
+    """All figures that the measurements allow; `evaluation` is empty if there is none."""
     return list(_figures(evaluation, *(chain.get(name) for name in ("sft", "rm", "ppo"))))
 
 

@@ -19,6 +19,7 @@ from trl_instruct.recipes.chain import FinishedStage, read_chain
 
 REPORT = "report.html"
 TEMPLATE = Path(__file__).with_name("page.html")
+MOST_SAMPLES = 12
 
 
 def report(
@@ -59,6 +60,10 @@ def report(
             stages=chain,
             key_figures=key_figures,
             evaluation=compared,
+            samples=[
+                (sample["prompt"], [*_said(sample, compared)])
+                for sample in compared.get("samples", [])[:MOST_SAMPLES]
+            ],
             tables=tables(compared) if compared else [],
             people=people,
             figures=figures(chain, compared),
@@ -139,6 +144,16 @@ def read_comparisons(store: str | os.PathLike | None) -> tuple[str, list[list[st
         from trl_instruct.data.labels import LabelStore
         from trl_instruct.labels.comparisons import comparison_rows
     return comparison_rows(LabelStore(os.fspath(store)))
+
+
+def _said(
+    sample: Mapping[str, Any], evaluation: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str]]:
+    """Each model with its completion and scores, as text."""
+    for name in evaluation["models"]:
+        text = sample[name]
+        scores = ", ".join(f"{judge} {text[judge]:.2f}" for judge in evaluation["judges"])
+        yield name, text["completion"], scores
 
 
 def diagnose(chain: Mapping[str, FinishedStage]) -> list[Finding]:
