@@ -24,15 +24,10 @@ def win_rate(
 ) -> dict[str, float]:
     """How often a model beats a baseline, raw with its 95 % interval, and at equal length.
 
-    A prompt is one value: both completions of it are compared with each other.
-
-    Args:
-        scores, baseline_scores: of B completions by one judge; the higher wins, a tie counts half.
-        lengths, baseline_lengths: of the same completions, both in the same unit.
-        groups: the number of each one's prompt, if several judges compared some; None: all differ.
-
-    Returns:
-        mean, low, high (see `share_interval`) and length_controlled (see `length_controlled`).
+    A prompt is one value: both completions of it are compared with each other. Of two of the B
+    scores by one judge, the higher wins, a tie counts half; lengths are in one unit. `groups`
+    number each one's prompt, if several judges compared some; None: all differ. Returns mean, low,
+    high (see `share_interval`) and length_controlled (see `length_controlled`).
     """
     both = torch.tensor([baseline_scores, scores], dtype=torch.float64)
     won = wins(*both, ties="half")
@@ -75,12 +70,8 @@ def length_controlled(won: Tensor, longer: Tensor) -> float:
 def best_of_n(picked_by: Tensor, scores: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """Mean score of the sample that a judge picks as the best of n, for n = 1, 2, 4, ..., N.
 
-    Args:
-        picked_by: `(B, N)` that judge's scores of N samples per prompt.
-        scores: `(B, N)` scores of the same samples by each judge (this one and others).
-
-    Returns:
-        Per n: `n`, `kl` (see `best_of_n_kl`) and `scores`, the expected score by judge.
+    That judge's scores of N samples per prompt are `picked_by` `(B, N)`; all judges', of the same
+    samples, `scores`. Per n: `n`, `kl` (see `best_of_n_kl`) and `scores`, the expected by judge.
     """
     points = []
     for n in sizes(picked_by.shape[1]):

@@ -51,13 +51,9 @@ def episode_metrics(rollout: Rollout, kl: Tensor, *, kl_coef: float) -> dict[str
 def value_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Mean of the values, and how much of the returns' variance they explain.
 
-    Args:
-        values, returns: `(B, C)`, at sampling time.
-        mask: `(B, C)` True on completion tokens.
-
-    Returns:
-        `val/mean`, and `val/explained_variance` = 1 - Var(returns - values) / Var(returns): 1 is
-        perfect, 0 is no better than a constant; also 0 if all returns are equal.
+    All are `(B, C)`, at sampling time; the mask is True on completion tokens. `val/mean`, and
+    `val/explained_variance` = 1 - Var(returns - values) / Var(returns): 1 is perfect, 0 is no
+    better than a constant; also 0 if all returns are equal.
     """
     _, variance = masked_moments(returns, mask)
     _, unexplained = masked_moments(returns - values, mask)

@@ -40,8 +40,7 @@ def split(name: str) -> Dataset:
             "demonstrations" and, held out, "validation" (``prompt``, ``completion``, ``task``), or
             "rankings", "prompts", "test" (``prompt``, ``task``); ``task`` is json for `gold_score`.
 
-    Raises:
-        ValueError: no split has that name.
+    ValueError if no split has that name.
 
     >>> split("validation").column_names
     ['prompt', 'completion', 'task']
