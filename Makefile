@@ -120,7 +120,7 @@ bench-tiny: install  ## the tiny default for seeds 0, 1, 2 (about ten minutes)
 bench-data: install  ## all stages on the real data in DATA=../shared/data, English and Chinese
 	python benchmarks/real_data.py $(DATA) $(ARGS)
 
-bench-real: weights  ## reward models of SmolLM2-135M on real preferences in DATA, beside TRL's (an hour or more)
+bench-real: weights  ## reward models of SmolLM2-135M on real preferences in DATA, beside TRL's (two hours of one core)
 	python benchmarks/real_preferences.py $(DATA) $(ARGS)
 
 bench-rankings: install  ## the reward model on real rankings in DATA, beside the length baseline
@@ -162,7 +162,7 @@ docs:  ## the documentation site in site/, strict: no broken link, no missing pa
 	@echo "site/index.html"
 
 # A file stays in one process: its tests share models.
-AT_ONCE = -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+AT_ONCE = --durations=40 -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test: install  ## all tests, on all cores
 	python -m pytest $(AT_ONCE)
