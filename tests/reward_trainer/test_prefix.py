@@ -12,6 +12,7 @@ from trl_instruct.reward_trainer.prefix import (
     prefix_blocks,
     prefix_mask,
     share_prefix,
+    split_attention,
 )
 
 
@@ -54,7 +55,7 @@ rankings = st.lists(
 
 
 @pytest.mark.slow
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(rankings)
 def test_a_token_sees_its_own_row_up_to_itself_and_nothing_else(drawn):
     groups = [[prompt + response for response in responses] for prompt, responses in drawn]
@@ -81,7 +82,35 @@ def test_blocks_that_nothing_is_seen_in():
     assert blocks.tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
 
 
-@settings(max_examples=50)
+@pytest.mark.parametrize("heads", [4, 2, 1])
+def test_attention_by_two_calls_is_that_of_separate_rows(heads):
+    """No prefix; a prefix and responses of one token; a single response; other numbers of them."""
+    torch.manual_seed(0)
+    lengths = [[3, 2, 4, 1], [0, 2, 1], [1, 1, 1], [5, 3]]
+    total = sum(map(sum, lengths))
+    tensors = [torch.randn(1, n, total, 8, requires_grad=True) for n in (4, heads, heads)]
+    weights = torch.randn(1, total, 4, 8)
+
+    def attend(query, key, value, mask):
+        causal = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": True}
+        attended = torch.nn.functional.scaled_dot_product_attention(query, key, value, **causal)
+        return attended.transpose(1, 2)
+
+    expected, start = torch.zeros_like(weights), 0
+    for prefix, *own in lengths:
+        before, start = list(range(start, start + prefix)), start + prefix
+        for size in own:
+            row = before + list(range(start, start + size))
+            alone = attend(*(each[:, :, row] for each in tensors), None)
+            expected = expected.index_copy(1, torch.tensor(row), alone)
+            start += size
+    found = split_attention(attend, tensors, lengths)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad((out * weights).sum(), tensors) for out in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@settings(max_examples=50, deadline=None)
 @given(rankings)
 def test_a_row_is_as_long_as_its_prefix_and_what_each_response_adds(drawn):
     groups = [[prompt + response for response in responses] for prompt, responses in drawn]

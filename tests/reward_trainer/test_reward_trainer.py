@@ -77,12 +77,19 @@ def forwards(monkeypatch):
     seen = []
     real = prefix_scores._forward_shared
 
-    def spy(model, bare, shared, dtype):
+    def spy(model, bare, shared, *given):
         seen.append(tuple(shared.input_ids.shape))
-        return real(model, bare, shared, dtype)
+        return real(model, bare, shared, *given)
 
     monkeypatch.setattr(prefix_scores, "_forward_shared", spy)
     return seen
+
+
+@pytest.fixture
+def split(monkeypatch):
+    """Prompts are shared without a mask, in short rows too."""
+    monkeypatch.setattr(prefix_scores, "SPLIT_FROM", 0)
+    monkeypatch.setattr(prefix_scores, "prefix_mask", None)
 
 
 def score_alone(model, tokenizer, prompt, response):
@@ -115,6 +122,35 @@ def test_the_three_forwards_give_the_same_loss_and_gradients(
     assert len(forwards) == 2  # the check at the start, and the batch
     assert forwards[1][0] == 3
     assert_alike(results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_without_a_mask_too(make_reward_model, tmp_path, split, forwards, kind, lora):
+    """With gradient checkpointing, where layers run again after the forward pass, and adapters."""
+    results = []
+    for forward in ("grouped", "shared_prefix"):
+        options = {"forward": forward, "gradient_checkpointing": True}
+        if lora:
+            options["peft_config"] = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear")
+        torch.manual_seed(0)
+        trainer = trainer_for(make_reward_model(kind), tmp_path, **options)
+        results.append(loss_and_gradients(trainer))
+        assert trainer.forward == forward
+    assert [shape[0] for shape in forwards] == [1, 3]  # the check at the start, and the batch
+    assert_alike(results)
+
+
+def test_long_rows_need_no_mask(reward_model, tmp_path, monkeypatch):
+    """By default, and though with a mask it would pay to compute these responses apart."""
+    monkeypatch.setattr(prefix_scores, "prefix_mask", None)
+    rankings = [{"prompt": ASKED, "responses": [c * 80 for c in "xyz"], "ranks": [1, 2, 3]}]
+    trainers = [trainer_for(reward_model, tmp_path, rankings, forward=f) for f in FORWARDS[:2]]
+    losses = [t.compute_loss(t.model, batch_of(t)).item() for t in trainers]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert trainers[0].forward == "shared_prefix"
+    assert trainers[0].model.config._attn_implementation == prefix_scores.SPLIT
 
 
 @pytest.fixture
@@ -205,7 +241,9 @@ def test_they_train_alike_with_checkpointing_and_adapters(make_reward_model, tmp
 
 
 @pytest.mark.slow
-def test_in_bfloat16(make_reward_model, tmp_path, forwards):
+@pytest.mark.parametrize("split_from", [0, 256])
+def test_in_bfloat16(make_reward_model, tmp_path, forwards, monkeypatch, split_from):
+    monkeypatch.setattr(prefix_scores, "SPLIT_FROM", split_from)
     trainers = [
         trainer_for(make_reward_model(), tmp_path, forward=forward, bf16=True)
         for forward in FORWARDS[:2]

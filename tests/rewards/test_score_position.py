@@ -52,8 +52,8 @@ def alone(model):
 
 
 @torch.no_grad()
-def shared(model):
-    rows = share_prefix(IDS, LENGTHS, COUNTS)
+def shared(model, counts=COUNTS):
+    rows = share_prefix(IDS, LENGTHS, counts)
     return shared_scores(model, model, rows, LENGTHS - 1, torch.float32)[0]
 
 
@@ -89,6 +89,37 @@ def test_a_shared_prompt_changes_no_score(make_reward_model, kind):
     torch.testing.assert_close(separate_scores(model, model, IDS, MASK)[0], expected)
     torch.testing.assert_close(shared(model), expected, atol=1e-5, rtol=1e-5)
     assert fault(model) is None
+
+
+@pytest.mark.parametrize("kind", [*SHARES, "qwen2"])
+def test_a_shared_prompt_without_a_mask(make_reward_model, monkeypatch, kind):
+    """Found by the check; also rows of one response, and afterwards ordinary padded rows."""
+    grouped = {**LLAMA, "num_key_value_heads": 1}
+    model = classifier(kind, **grouped) if kind == "qwen2" else make_reward_model(kind).eval()
+    expected = alone(model)
+    monkeypatch.setattr(prefix_scores, "SPLIT_FROM", 0)
+    monkeypatch.setattr(prefix_scores, "prefix_mask", None)
+    assert fault(model) is None
+    assert model.config._attn_implementation == prefix_scores.SPLIT
+    for counts in (COUNTS, torch.tensor([1, 2, 1, 1])):
+        torch.testing.assert_close(shared(model, counts), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(separate_scores(model, model, IDS, MASK)[0], expected)
+
+
+def test_attention_that_is_not_sdpa_keeps_its_mask(reward_model):
+    reward_model.eval().set_attn_implementation("eager")
+    assert fault(reward_model) is None
+    assert reward_model.config._attn_implementation == "eager"
+    torch.testing.assert_close(shared(reward_model), alone(reward_model), atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_needs_the_mask_gets_it_back(reward_model, monkeypatch):
+    """Its layers see lengths in place of a mask, and do not pass them on."""
+    expected = alone(reward_model.eval())
+    monkeypatch.setattr(prefix_scores, "split_attention", lambda attend, tensors, lengths: 1 / 0)
+    assert fault(reward_model) is None
+    assert reward_model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(shared(reward_model), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_left_padding_changes_no_score(reward_model):

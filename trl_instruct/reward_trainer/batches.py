@@ -51,6 +51,7 @@ def tokenize_rankings(
         fits = [max_length is None or len(ids) <= max_length for ids in texts]
         kept = [ids for ids, fit in zip(texts, fits, strict=True) if fit]
         order = [rank for rank, fit in zip(ranks, fits, strict=True) if fit]
+        alike = takewhile(lambda tokens: len({*tokens}) == 1, zip(*kept, strict=False))
         records.append(
             {
                 "response_ids": kept,
@@ -60,7 +61,7 @@ def tokenize_rankings(
                 "overlong": len(texts) - len(kept),
                 "truncated": len(texts[0]) < whole,
                 "longest": max(map(len, kept), default=0),
-                "length": _shared_length(kept),
+                "length": sum(map(len, kept)) - (len(kept) - 1) * len([*alike]),
             }
         )
     return {name: [record[name] for record in records] for name in records[0]}
@@ -74,12 +75,6 @@ def tokenize_pair(
     with located(f"Pair {row + 1}"):
         chosen, rejected = render_all(record["prompt"], pair, tokenizer, record)
     return {"chosen_ids": chosen.ids, "rejected_ids": rejected.ids}
-
-
-def _shared_length(rows: Sequence[Sequence[int]]) -> int:
-    """Tokens of the rows, with their common prefix counted once."""
-    alike = takewhile(lambda tokens: len({*tokens}) == 1, zip(*rows, strict=False))
-    return sum(map(len, rows)) - max(len(rows) - 1, 0) * len(list(alike))
 
 
 @dataclass

@@ -6,12 +6,13 @@ and itself, and its positions continue from the prompt's, so every token has the
 as in a separate row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.utils.rnn import pad_sequence
 
 
 class SharedRows(NamedTuple):
@@ -92,6 +93,38 @@ def common_prefix(input_ids: Tensor, lengths: Tensor, counts: Tensor) -> Tensor:
     )
 
 
+def split_attention(
+    attend: Callable[..., Tensor], tensors: Sequence[Tensor], lengths: Sequence[Sequence[int]]
+) -> Tensor:
+    """Attention `(1, N, H, D)` of shared rows, joined without padding, by two calls for each.
+
+    A prefix attends to itself; its responses, padded at their end, to copies of it and themselves.
+
+    Args:
+        attend: from query, key, value `(R, H, T, D)` and a mask (None: causal) to `(R, T, H, D)`.
+        tensors: query, key, value `(1, H, N, D)`; key and value may have fewer heads.
+        lengths: of each row: the prefix, then what each response adds; their sum is N.
+    """
+    sizes = [size for row in lengths for size in row]
+    # Query, key and value `(H, T, D)` of each prefix and response.
+    parts = zip(*(each[0].split(sizes, dim=1) for each in tensors), strict=True)
+    outputs: list[Tensor] = []
+    for prefix, *own in lengths:
+        first = next(parts)
+        if prefix:
+            outputs += attend(*(each.unsqueeze(0) for each in first), None)
+        query, *seen = (
+            pad_sequence([r.transpose(0, 1) for r in rows], batch_first=True).transpose(1, 2)
+            for rows in zip(*[next(parts) for _ in own], strict=True)
+        )
+        copies = (each.expand(len(own), -1, -1, -1) for each in first[1:])
+        key, value = (torch.cat(both, dim=2) for both in zip(copies, seen, strict=True))
+        mask = torch.ones(1, 1, max(own), key.shape[2], dtype=torch.bool, device=key.device)
+        answered = attend(query, key, value, mask.tril(prefix))
+        outputs += [row[:size] for row, size in zip(answered, own, strict=True)]
+    return torch.cat(outputs).unsqueeze(0)
+
+
 def prefix_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     """Attention mask of shared rows: the prefix is causal, a response sees the prefix and itself.
 
@@ -126,28 +159,19 @@ def _visible(query: Tensor, key: Tensor, query_place: Tensor, key_place: Tensor)
     return ((key == 0) | (key == query)) & (key_place <= query_place)
 
 
-def sharing_pays(
-    shared: Sequence[int], separate: Sequence[int], hidden_size: int, skips_hidden: bool = False
-) -> bool:
-    """Whether shared rows are less work than one row per response.
+def sharing_pays(shared: Sequence[int], separate: Sequence[int], hidden_size: int) -> bool:
+    """Whether shared rows with a mask are less work than one row per response.
 
-    Prompts are computed once, but every response is compared with the tokens of the others before
-    the mask hides them. A layer's work on a row of T tokens is about T (24 h^2 + 4 T h), with h the
-    hidden size: if responses are long and the prompt is short, K short rows are less than one long
-    one. Attention that skips hidden tokens compares no more in a shared row: then only the tokens
-    count.
+    A layer's work on a row of T tokens is about T (24 h^2 + 4 T h), with h the hidden size: the
+    mask hides responses from each other after all were compared.
 
     Args:
         shared, separate: shapes `(B, S)` and `(R, T)` of the rows.
-        skips_hidden: whether attention skips hidden tokens (FlexAttention).
 
     >>> sharing_pays((1, 832), (9, 320), hidden_size=768)
     True
     >>> sharing_pays((1, 3630), (9, 430), hidden_size=768)
     False
-    >>> sharing_pays((1, 3630), (9, 430), hidden_size=768, skips_hidden=True)
-    True
     """
-    compared = 0 if skips_hidden else 1
-    works = [rows * t * (6 * hidden_size + compared * t) for rows, t in (shared, separate)]
+    works = [rows * t * (6 * hidden_size + t) for rows, t in (shared, separate)]
     return works[0] < works[1]

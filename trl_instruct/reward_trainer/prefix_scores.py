@@ -2,17 +2,43 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
-from trl_instruct.reward_trainer.prefix import SharedRows, prefix_blocks, prefix_mask, share_prefix
+from trl_instruct.reward_trainer.prefix import (
+    SharedRows,
+    prefix_blocks,
+    prefix_mask,
+    share_prefix,
+    split_attention,
+)
 from trl_instruct.rewards.score_position import on_head
 
 # Attention limited to the last tokens: columns of a shared row are further apart.
 WINDOWS = ("sliding_window", "attention_chunk_size")
-MASKED = (None, "eager", "sdpa", "flex_attention")  # None: no attention, or its own kind
+SPLIT = "shared_prefix"
+MASKED = (None, "eager", "sdpa", "flex_attention", SPLIT)  # None: no attention, or its own kind
+# Tokens of a shared row from which two calls for each ranking are faster than one with a mask.
+SPLIT_FROM = 256
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """SDPA; `split_attention` if the mask is its lengths, integers `(1, 1, B, 1 + K)`."""
+    attend = partial(AttentionInterface()["sdpa"], module, **options)
+    if attention_mask is None or attention_mask.dtype != torch.int64:
+        return attend(query, key, value, attention_mask)
+    lengths = [[prefix, *filter(None, own)] for prefix, *own in attention_mask[0, 0].tolist()]
+    return split_attention(lambda *given: attend(*given)[0], (query, key, value), lengths), None
+
+
+AttentionInterface.register(SPLIT, _attention)
+AttentionMaskInterface.register(SPLIT, AttentionMaskInterface()["sdpa"])
 
 
 @contextlib.contextmanager
@@ -39,25 +65,34 @@ def shared_scores(
     where the score is read in the separate rows; `dtype` is the model's compute dtype.
     """
     with token_scores(bare) as seen:
-        outputs = _forward_shared(model, bare, shared, dtype)
+        outputs, places = _forward_shared(model, bare, shared, dtype, SPLIT_FROM)
     (_, scores), *_ = seen
     where = shared.columns.gather(1, columns.unsqueeze(1)).squeeze(1)
-    return scores[shared.rows, where], outputs
+    return scores.flatten()[places[shared.rows, where]], outputs
 
 
-def skips_hidden(model: Any) -> bool:
-    """Whether the model's attention skips what a mask hides instead of computing it first."""
-    return model.config.get_text_config()._attn_implementation == "flex_attention"
+def skips_hidden(model: Any, width: int) -> bool:
+    """Whether attention skips what is hidden in rows of so many tokens, or computes it first."""
+    attention = model.config.get_text_config()._attn_implementation
+    return attention == "flex_attention" or (attention == SPLIT and width >= SPLIT_FROM)
 
 
-def _forward_shared(model: Any, bare: Any, shared: SharedRows, dtype: torch.dtype) -> Any:
-    blocks, segments = skips_hidden(bare), shared.segments
-    return model(
-        input_ids=shared.input_ids,
-        attention_mask=prefix_blocks(segments) if blocks else prefix_mask(segments, dtype),
-        position_ids=shared.position_ids,
-        use_cache=False,
-    )
+def _forward_shared(
+    model: Any, bare: Any, shared: SharedRows, dtype: torch.dtype, split_from: int
+) -> tuple[Any, Tensor]:
+    """The model's output, and the place `(B, S)` of each token in it."""
+    ids, positions, segments = shared.input_ids, shared.position_ids, shared.segments
+    attention, given = bare.config.get_text_config()._attn_implementation, segments > -2
+    if attention == SPLIT and segments.shape[1] >= split_from:
+        given = segments >= 0
+        ids, positions = ids[given].unsqueeze(0), positions[given].unsqueeze(0)
+        # Four dimensions, as a finished mask has: models hand it on as it is.
+        mask: Any = nn.functional.one_hot(segments + 1).sum(dim=1)[None, None, :, 1:].cpu()
+    else:
+        flex = attention == "flex_attention"
+        mask = prefix_blocks(segments) if flex else prefix_mask(segments, dtype)
+    outputs = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    return outputs, (given.flatten().cumsum(0) - 1).view_as(segments)
 
 
 @torch.no_grad()
@@ -66,6 +101,7 @@ def sharing_fault(
 ) -> str | None:
     """Why the model cannot share a prefix, found by trying; None if it can.
 
+    If it can without a mask, in place of SDPA, it does so from now on.
     Compares the response tokens' last hidden states: a head that is still zero hides differences.
     The model is as in `shared_scores`, in eval mode; `input_ids` `(K, T)` and `lengths` `(K,)` are
     the rows of the longest ranking, padded on the right.
@@ -84,16 +120,22 @@ def sharing_fault(
     real = torch.arange(input_ids.shape[1], device=lengths.device) < lengths.unsqueeze(1)
     place = shared.rows.unsqueeze(1), shared.columns * real
     own = real & (shared.segments[place] > 0)
+    for name in (SPLIT, "sdpa") if attention == "sdpa" else ():
+        for module in bare.modules():  # layers too: `disable_dropout` gives them their own config
+            if isinstance(each := vars(module).get("config"), PretrainedConfig):
+                each._attn_implementation = name
+        if name == SPLIT and sharing_fault(model, bare, input_ids, lengths, dtype) is None:
+            return None
     try:
         with token_scores(bare) as seen:
             model(input_ids=input_ids, attention_mask=real.long(), use_cache=False)
-            _forward_shared(model, bare, shared, dtype)
+            _, places = _forward_shared(model, bare, shared, dtype, 0)
         (separate, _), (together, _) = seen
         expected = separate[own].float()
-        difference = float((together[place][own] - expected).norm())
+        difference = float((together.flatten(0, 1)[places[place][own]] - expected).norm())
     except Exception as error:  # whatever an architecture does with an unknown mask
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    spread = float((expected - expected.mean(dim=0)).norm())
+    spread = float((expected - expected.mean(dim=0)).norm() + 0.001 * expected.norm())
     # Rounding: 1e-6 (float32), 0.06 % (TF32), 2 % (bfloat16, 24 layers); wrong mask: 6 % and more.
     if not difference <= max(0.002, 0.5 * torch.finfo(dtype).eps ** 0.5) * spread:
         return f"its hidden states differ by {difference / spread:.1%} from those of separate rows"

@@ -236,9 +236,8 @@ class RankingRewardTrainer(ResumableTrainer, RewardTrainer):
             self._check_sharing(model, bare)
         if self.forward == "shared_prefix":
             shared = share_prefix(ids, mask.sum(dim=1), (inputs["ranks"] > 0).sum(dim=1))
-            hidden_size = bare.config.get_text_config().hidden_size
-            shapes = shared.input_ids.shape, ids.shape
-            if sharing_pays(*shapes, hidden_size, skips_hidden(bare)):
+            shape, hidden = shared.segments.shape, bare.config.get_text_config().hidden_size
+            if skips_hidden(bare, shape[1]) or sharing_pays(shape, ids.shape, hidden):
                 columns = score_positions(ids, mask, pad_token_of(bare))
                 return shared_scores(model, bare, shared, columns, self._dtype(bare))
         return separate_scores(model, bare, ids, mask)
