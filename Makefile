@@ -132,7 +132,7 @@ bench-imdb: weights  ## movie reviews in DATA, continued positively by SmolLM2-1
 bench-imdb-scratch: install  ## the same by a model made from scratch (about seven minutes)
 	python benchmarks/imdb_scratch.py $(DATA)
 
-bench-rm: install  ## rankings against pairs: training steps of ours and of TRL's (about seven minutes)
+bench-rm: install  ## rankings against pairs: training steps of ours and of TRL's (about twelve minutes)
 	python benchmarks/rm.py
 
 bench-ppo: install-trl112  ## PPO: iterations of ours and of TRL 1.12's (about fifteen minutes)

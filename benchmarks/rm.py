@@ -1,15 +1,18 @@
 """Rankings against pairs: whole training steps of our trainer and TRL's on the same rankings.
 
-python benchmarks/rm.py                      # gpt2 and llama, 6 layers x 384, about seven minutes
+python benchmarks/rm.py                      # gpt2 and llama, 6 layers x 384, about twelve minutes
 python benchmarks/rm.py llama
 
-TRL's RewardTrainer gets the C(K,2) pairs of every prompt in one batch, ours the rankings; both do a
-forward pass, a backward pass and a step of AdamW, without gradient checkpointing, in turn in one
-process. Both start from the same weights, and their first losses are checked to be equal.
+TRL's RewardTrainer gets the C(K,2) pairs of every prompt, ours the rankings, once with a row for
+each response ("separate") and once with a shared prompt; all do a forward pass, a backward pass and
+a step of AdamW, without gradient checkpointing, in turn in one process. They start from the same
+weights, and their first losses are checked to be equal. Batches of pairs have up to 46,080 tokens;
+only K = 9 with prompts of 1,024 exceeds that, and gets two batches before its step.
 
-- ratio: seconds of TRL's step / seconds of ours, the fastest of each. rm.json also has `ratio_cpu`,
-  in processor seconds, unaffected by other load on the machine.
-- limit: the same in tokens: K (K - 1) (P + C) / (P + K C).
+- pairs/s: comparisons per second, from the fastest step of each.
+- x: seconds of pairs (of separate rows) / seconds of a shared prompt, and how much of the limit
+  that is. rm.json also has `ratio_cpu`, in processor seconds, unaffected by other load.
+- limit: the same in tokens: K (K - 1) (P + C) / (P + K C), and K (P + C) / (P + K C).
 - MB: growth of the resident set in the first step (activations, gradients, optimizer), Linux.
 """
 
@@ -17,6 +20,7 @@ import argparse
 import ctypes
 import itertools
 import json
+import math
 import random
 import tempfile
 import time
@@ -37,22 +41,29 @@ from trl_instruct.recipes.pretrain import train_tokenizer
 from trl_instruct.reward_trainer.trainer import RankingRewardTrainer
 
 RESULT = Path(__file__).parents[1] / "runs" / "bench" / "rm.json"
-PROMPTS = (64, 256)
-RESPONSE = 64
-PROMPTS_PER_STEP = {2: 4, 4: 2, 9: 1}
-# Timed rounds: at least two, then more up to this many rounds or seconds.
-STEPS, SECONDS = 6, 10.0
+# K, prompts in a step, tokens of a prompt, of a response.
+SIZES = [
+    *((k, prompts, length, 64) for k, prompts in ((2, 4), (4, 2), (9, 1)) for length in (64, 256)),
+    *((k, 1, 1024, 256) for k in (4, 9)),
+]
+PAIR_TOKENS = 46_080
+# Timed rounds: at least one, then more up to this many rounds or seconds.
+STEPS, SECONDS = 6, 15.0
+CONTEXT = 2048
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_layer": 6, "n_embd": 384, "n_head": 6, "n_positions": 1024},
+    "gpt2": {"n_layer": 6, "n_embd": 384, "n_head": 6, "n_positions": CONTEXT},
     "llama": {
         **{"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6},
-        **{"intermediate_size": 1024, "max_position_embeddings": 1024},
+        **{"intermediate_size": 1024, "max_position_embeddings": CONTEXT},
     },
 }
+WAYS = ("pairs", "separate", "shared")
 
 
-def rankings(k: int, prompt: int, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Rankings of K random responses of RESPONSE tokens: one per letter, and EOS."""
+def rankings(
+    k: int, prompts: int, prompt: int, response: int, tokenizer: PreTrainedTokenizerBase
+) -> Dataset:
+    """Rankings of K random responses: a token per letter, and EOS."""
     draw = random.Random(0)
 
     def text(length: int) -> str:
@@ -61,61 +72,66 @@ def rankings(k: int, prompt: int, tokenizer: PreTrainedTokenizerBase) -> Dataset
     records = [
         {
             "prompt": text(prompt),
-            "responses": [text(RESPONSE - 1) for _ in range(k)],
+            "responses": [text(response - 1) for _ in range(k)],
             "ranks": draw.sample(range(1, k + 1), k),
         }
-        for _ in range(PROMPTS_PER_STEP[k])
+        for _ in range(prompts)
     ]
     assert len(tokenizer(records[0]["prompt"])["input_ids"]) == prompt
     return Dataset.from_list(records)
 
 
 def stepper(trainer: trl.RewardTrainer) -> Callable[[], float]:
-    """A function that takes a training step on the trainer's only batch and returns the loss."""
-    batch = next(iter(trainer.get_train_dataloader()))
+    """A function that takes a training step on all of the trainer's data and returns the loss."""
+    batches = list(trainer.get_train_dataloader())
     optimizer = trainer.create_optimizer()
     model = trainer.model.train()
 
     def step() -> float:
-        loss = trainer.compute_loss(model, dict(batch))
-        loss.backward()
+        total = 0.0
+        for batch in batches:
+            loss = trainer.compute_loss(model, dict(batch)) / len(batches)
+            loss.backward()
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return total
 
     return step
 
 
-def make_steppers(kind: str, k: int, prompt: int, folder: str) -> dict[str, Callable[[], float]]:
+def make_steppers(
+    kind: str, k: int, prompts: int, prompt: int, response: int, folder: str
+) -> dict[str, Callable[[], float]]:
     """Steps of TRL's trainer on pairs and of ours on rankings, from the same weights."""
-    tokenizer = train_tokenizer(["a"], 258, 1024)
+    tokenizer = train_tokenizer(["a"], 258, CONTEXT)
     config = AutoConfig.for_model(
         kind,
         **{"vocab_size": len(tokenizer), "num_labels": 1, **ARCHITECTURES[kind]},
         **{"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id},
     )
-    data = rankings(k, prompt, tokenizer)
+    data = rankings(k, prompts, prompt, response, tokenizer)
     options: dict[str, Any] = {
         **{"output_dir": folder, "use_cpu": True, "bf16": False, "report_to": "none"},
-        **{"gradient_checkpointing": False, "learning_rate": 1e-5},
+        **{"gradient_checkpointing": False, "learning_rate": 1e-5, "max_length": CONTEXT},
     }
+    tokens = prompts * k * (k - 1) * (prompt + response)
     steps = {}
-    for name in ("trl", "ours"):
+    for way in WAYS:
         torch.manual_seed(0)
-        ours = name == "ours"
-        trainer_class, config_class = (
-            (RankingRewardTrainer, RewardConfig) if ours else (trl.RewardTrainer, trl.RewardConfig)
-        )
-        prompts = PROMPTS_PER_STEP[k]
-        size = prompts if ours else prompts * comb(k, 2)
-        trainer = trainer_class(
-            model=AutoModelForSequenceClassification.from_config(config),
-            args=config_class(per_device_train_batch_size=size, **options),
-            train_dataset=data if ours else rankings_to_pairs(data),
-            processing_class=tokenizer,
-        )
-        steps[name] = stepper(trainer)
+        model = AutoModelForSequenceClassification.from_config(config)
+        given: dict[str, Any] = {"model": model, "processing_class": tokenizer}
+        if way == "pairs":
+            size = prompts * comb(k, 2) // math.ceil(tokens / PAIR_TOKENS)
+            args = trl.RewardConfig(per_device_train_batch_size=size, **options)
+            pairs = rankings_to_pairs(data)
+            trainer = trl.RewardTrainer(args=args, train_dataset=pairs, **given)
+        else:
+            forward = "grouped" if way == "separate" else "shared_prefix"
+            args = RewardConfig(per_device_train_batch_size=prompts, forward=forward, **options)
+            trainer = RankingRewardTrainer(args=args, train_dataset=data, **given)
+        steps[way] = stepper(trainer)
     return steps
 
 
@@ -139,7 +155,7 @@ def race(steps: dict[str, Callable[[], float]]) -> list[dict[str, tuple[float, f
     """Rounds of steps in turn: wall and processor seconds of each, over all threads."""
     rounds: list[dict[str, tuple[float, float]]] = []
     start = time.perf_counter()
-    while len(rounds) < 2 or (len(rounds) < STEPS and time.perf_counter() - start < SECONDS):
+    while not rounds or (len(rounds) < STEPS and time.perf_counter() - start < SECONDS):
         taken = {}
         for name, step in steps.items():
             wall, cpu = time.perf_counter(), time.process_time()
@@ -149,27 +165,25 @@ def race(steps: dict[str, Callable[[], float]]) -> list[dict[str, tuple[float, f
     return rounds
 
 
-def measure(kind: str, k: int, prompt: int) -> dict[str, Any]:
+def measure(kind: str, k: int, prompts: int, prompt: int, response: int) -> dict[str, Any]:
     """One row of the table."""
     with tempfile.TemporaryDirectory() as folder:
-        steps = make_steppers(kind, k, prompt, folder)
-    first = {name: growth(step) for name, step in steps.items()}
+        steps = make_steppers(kind, k, prompts, prompt, response, folder)
+    first = {way: growth(step) for way, step in steps.items()}
     losses = [loss for loss, _ in first.values()]
-    assert abs(losses[0] - losses[1]) < 1e-4, losses
+    assert max(losses) - min(losses) < 1e-4, losses
     rounds = race(steps)
-    wall, cpu = ({name: min(r[name][i] for r in rounds) for name in steps} for i in (0, 1))
-    comparisons = PROMPTS_PER_STEP[k] * comb(k, 2)
-    pair_tokens, shared_tokens = k * (k - 1) * (prompt + RESPONSE), prompt + k * RESPONSE
+    wall, cpu = ({way: min(r[way][i] for r in rounds) for way in WAYS} for i in (0, 1))
+    separate, shared = k * (prompt + response), prompt + k * response
+    limits = {"pairs": (k - 1) * separate / shared, "separate": separate / shared}
     return {
-        **{"model": kind, "K": k, "prompt": prompt, "response": RESPONSE},
-        "prompts_per_step": PROMPTS_PER_STEP[k],
-        "ratio": wall["trl"] / wall["ours"],
-        "ratio_cpu": cpu["trl"] / cpu["ours"],
-        "limit": pair_tokens / shared_tokens,
-        "comparisons_per_second": comparisons / wall["ours"],
-        "comparisons_per_second_trl": comparisons / wall["trl"],
-        "memory_mb": first["ours"][1],
-        "memory_mb_trl": first["trl"][1],
+        **{"model": kind, "K": k, "prompt": prompt, "response": response},
+        "prompts_per_step": prompts,
+        "limit": limits,
+        "ratio": {way: wall[way] / wall["shared"] for way in limits},
+        "ratio_cpu": {way: cpu[way] / cpu["shared"] for way in limits},
+        "comparisons_per_second": {way: prompts * comb(k, 2) / wall[way] for way in WAYS},
+        "memory_mb": {way: grown for way, (_, grown) in first.items()},
         "steps": len(rounds),
         **{"threads": torch.get_num_threads(), "torch": torch.__version__, "trl": trl.__version__},
     }
@@ -177,9 +191,12 @@ def measure(kind: str, k: int, prompt: int) -> dict[str, Any]:
 
 def line(row: dict[str, Any]) -> str:
     """One line of the table."""
-    cells = [row["model"], row["K"], row["prompt"], f"{row['ratio']:.1f}x", f"{row['limit']:.1f}x"]
-    cells += [f"{row[f'comparisons_per_second{side}']:.1f}" for side in ("_trl", "")]
-    memory = (row[f"memory_mb{side}"] for side in ("_trl", ""))
+    cells = [row["model"], row["K"], row["prompt"], row["response"]]
+    cells += [f"{row['comparisons_per_second'][way]:.1f}" for way in WAYS]
+    for way, limit in row["limit"].items():
+        ratio = row["ratio"][way]
+        cells.append(f"{ratio:.2f}x of {limit:.2f}x ({ratio / limit:.0%})")
+    memory = [row["memory_mb"][way] for way in WAYS]
     cells += ["" if mb is None else f"{mb:,.0f}" for mb in memory]
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -191,12 +208,13 @@ def main() -> None:
     models = parser.parse_args().models
     transformers.logging.set_verbosity_error()
     disable_progress_bars()
-    print(f"{torch.get_num_threads()} thread(s), response {RESPONSE} tokens\n")
-    print("| model | K | prompt | ratio | limit | pairs/s TRL | pairs/s ours | MB TRL | MB ours |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(f"{torch.get_num_threads()} thread(s)\n")
+    names = ["model", "K", "prompt", "response", *(f"pairs/s {way}" for way in WAYS)]
+    names += ["x pairs", "x separate", *(f"MB {way}" for way in WAYS)]
+    print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
     rows = []
-    for kind, k, prompt in itertools.product(models, PROMPTS_PER_STEP, PROMPTS):
-        rows.append(measure(kind, k, prompt))
+    for kind, size in itertools.product(models, SIZES):
+        rows.append(measure(kind, *size))
         print(line(rows[-1]), flush=True)
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
