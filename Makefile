@@ -25,7 +25,7 @@ endif
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-real bench-imdb bench-imdb-scratch bench-rm bench-ppo bench-ppo-tiny bench-memory report break check check-data weights label test test-unit test-browser mutate docs clean FORCE $(STAGES)
+.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-real bench-imdb bench-imdb-scratch bench-rm bench-ppo bench-ppo-tiny bench-memory report break check check-data weights label test test-unit test-oldest test-browser release-check mutate docs clean FORCE $(STAGES)
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -169,6 +169,20 @@ test: install  ## all tests, on all cores
 
 test-unit: install  ## the quick tests, in less than a minute
 	python -m pytest -m "not slow"
+
+test-oldest:  ## the public face on the oldest packages that pyproject.toml allows (torch excepted)
+	@test .venv-oldest/installed -nt pyproject.toml || { echo "installing into .venv-oldest (once)"; \
+	  $(PYTHON) -m venv .venv-oldest \
+	    && sed -n '/^dependencies/,/^label/p' pyproject.toml | grep -oE '[A-Za-z0-9_-]+>=[0-9.]+' \
+	      | sed "s/>=/==/; s/^torch==.*/$$(grep ^torch== constraints.txt)/" > .venv-oldest/oldest.txt \
+	    && .venv-oldest/bin/python -m pip install -q -c .venv-oldest/oldest.txt -e '.[label]' \
+	      pytest pytest-xdist hypothesis && touch .venv-oldest/installed; }
+	.venv-oldest/bin/python -m pytest $(AT_ONCE) -p no:cacheprovider tests/recipes/test_recipes.py \
+	  tests/test_trl_interop.py tests/test_cli.py tests/data tests/rewards/test_function.py \
+	  tests/evaluation/test_compare.py tests/labels/test_server.py
+
+release-check:  ## build, twine, the wheel alone in an empty environment, docs; before publishing
+	PYTHON=$(PYTHON) bash .ci/release-check
 
 test-browser: install  ## the labelling page in Chromium: 100 rankings, kills, attacks (two minutes)
 	python -m pip install -q -c constraints.txt playwright
