@@ -115,9 +115,12 @@ def test_a_name_in_a_model_card_stays_a_name(tmp_path, name):
         config = SFTConfig(output_dir=str(folder), use_cpu=True, dataset_name=name)
         folder.mkdir()
         metrics = {f"eval_{name}": 0.5, "eval_accuracy": 1.0}
-        model_card(folder, "sft", config, metrics).save(folder / "README.md")
+        card = model_card(folder, folder.name, "sft", config, name, metrics)
+        card.save(folder / "README.md")
         assert ModelCard.load(folder / "README.md").data.to_dict() == {
             "library_name": "transformers",
+            "license": "unknown",
+            "pipeline_tag": "text-generation",
             "tags": ["trl-instruct", "trl", "sft"],
         }
         text = (folder / "README.md").read_text()
@@ -126,7 +129,7 @@ def test_a_name_in_a_model_card_stays_a_name(tmp_path, name):
 
     text, tags = card(name)
     assert is_harmless(text) and "| eval_accuracy | 1 |" in text
-    assert tags == card("calm")[1]
+    assert tags == card("calm one")[1]
 
 
 def test_a_plain_name_is_not_changed():

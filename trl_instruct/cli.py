@@ -205,7 +205,7 @@ def export_command(arguments: list[str]) -> None:
 
 def _add_export_options(parser: ArgumentParser) -> None:
     parser.add_argument("dataset_name", help="Rankings or pairs, as `rm` reads them.")
-    parser.add_argument("output_file", type=Path, help="A new file, .jsonl or for a tool .json.")
+    parser.add_argument("output_file", type=Path, help="New: .jsonl, a tool's .json, or a folder.")
     parser.add_argument("--to", choices=FORMATS, required=True, help="What it holds.")
     parser.add_argument("--dataset_train_split", default="train", help="Split of the dataset.")
     parser.add_argument("--columns", nargs="+", help="As in `rm`.")

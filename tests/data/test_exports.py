@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_dataset
+from huggingface_hub import DatasetCard
 from test_shapes import a, u
 
 from trl_instruct.cli import main
@@ -78,6 +79,17 @@ def test_pairs_of_rankings_and_of_pairs(tmp_path):
     pairs = Dataset.from_list([{**lines[0], "margin": 2.0}])
     assert export(pairs, tmp_path / "b.jsonl", "pairs") == f"{tmp_path / 'b.jsonl'}: 1 pair"
     assert json.loads((tmp_path / "b.jsonl").read_text()) == pairs[0]
+
+
+def test_a_folder_that_the_hub_can_show(tmp_path):
+    told = exported(STRICT, tmp_path / "mine", "rankings")
+    assert told.startswith(f"{tmp_path / 'mine' / 'train.jsonl'}: {len(STRICT)} ranking")
+    data = load_dataset(str(tmp_path / "mine"), split="train")
+    assert data["ranks"][:] == [row["ranks"] for row in STRICT]
+    card = DatasetCard.load(tmp_path / "mine" / "README.md")
+    assert card.data.license == "unknown" and "| ranks | one for each response" in card.text
+    with pytest.raises(InputError, match="it exists"):
+        exported(STRICT, tmp_path / "mine", "rankings")
 
 
 def test_what_label_studio_gets(tmp_path):

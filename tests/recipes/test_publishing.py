@@ -1,6 +1,7 @@
 """push_to_hub: the stage's folder as it is, in one commit, on a Hub that is a folder here."""
 
 import fnmatch
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,16 +9,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from datasets import Dataset
-from huggingface_hub import HfApi
+from datasets import Dataset, load_dataset
+from huggingface_hub import DatasetCard, HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
-from peft import PeftModel
-from test_recipes import DEMONSTRATIONS, LORA, PROMPTS, QUICK, QUICK_PPO, vowels
+from peft import AutoPeftModelForCausalLM, PeftModel
+from test_recipes import DEMONSTRATIONS, LORA, PROMPTS, QUICK, QUICK_PPO, RANKINGS, vowels, write
 from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import ModelConfig
 
-from trl_instruct.configs import SFTConfig
+from trl_instruct.configs import CandidatesConfig, PPOConfig, RewardConfig, SFTConfig
 from trl_instruct.errors import InputError
+from trl_instruct.recipes.candidates import candidates
 from trl_instruct.recipes.ppo import ppo
+from trl_instruct.recipes.publishing import model_card
+from trl_instruct.recipes.rm import rm
 from trl_instruct.recipes.sft import sft
 
 pytestmark = pytest.mark.slow  # whole stages
@@ -34,7 +39,7 @@ def hub(monkeypatch, tmp_path):
         calls.made.append((name, token or api.token, options))
         return SimpleNamespace(repo_id=name if "/" in name else f"me/{name}")
 
-    def create_branch(api, name, *, branch, exist_ok):
+    def create_branch(api, name, *, branch, exist_ok, repo_type):
         calls.branches.append((name, branch))
 
     def upload_folder(
@@ -56,6 +61,7 @@ def hub(monkeypatch, tmp_path):
 
     for method in (create_repo, create_branch, upload_folder):
         monkeypatch.setattr(HfApi, method.__name__, method)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda folder: folder)
     return calls
 
 
@@ -72,17 +78,27 @@ def test_merged_weights_alone(hub, saved_policy, tmp_path):
     options |= {"save_strategy": "steps", "save_steps": 1, "hub_private_repo": True}
     demonstrations = Dataset.from_list(DEMONSTRATIONS)
     folder = sft(saved_policy, demonstrations, tmp_path / "mine", **options).path
-    assert hub.made == [("mine", SECRETS[0], {"private": True, "exist_ok": True})]
+    asked = {"private": True, "exist_ok": True, "repo_type": "model"}
+    assert hub.made == [("mine", SECRETS[0], asked)]
     [(name, files, options)] = hub.commits
-    assert (name, options["revision"]) == ("me/mine", None)
+    assert (name, options["revision"], options["repo_type"]) == ("me/mine", None, "model")
     assert {"model.safetensors", "config.json", "README.md", "metrics.json"} <= files
     assert not any("checkpoint" in f or "adapter" in f or f.endswith(".bin") for f in files)
     published = hub.folder / name
     assert not stale.exists() and (published / "LICENSE").exists()
     assert (published / "README.md").read_text() == (folder / "README.md").read_text()
     assert "trl-instruct" in (published / "README.md").read_text()
-    model, mine = (AutoModelForCausalLM.from_pretrained(p) for p in (published, folder))
-    torch.testing.assert_close(logits(model), logits(mine))
+    mine = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits(as_the_card_says(published)), logits(mine))
+
+
+def as_the_card_says(folder):
+    """The model that the code in a published card loads, here from the Hub's folder."""
+    [code] = re.findall("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    found = {}
+    exec(code.replace(f'"me/{folder.name}"', repr(str(folder))), found)
+    assert found["tokenizer"]("a").input_ids
+    return found["model"]
 
 
 class Tracker(TrainerCallback):
@@ -106,10 +122,15 @@ def test_an_adapter_with_its_checkpoints_and_no_secret(hub, saved_policy, tmp_pa
     folder = ppo(adapter, vowels, prompts, tmp_path / "ppo", **options).path
     [(name, files, options)] = hub.commits
     assert (name, options["revision"], hub.branches) == ("us/aligned", "dev", [(name, "dev")])
-    assert {"checkpoint-2/adapter_model.safetensors", "checkpoint-2/optimizer.pt"} <= files
-    assert (folder / "checkpoint-1").is_dir() and not any("checkpoint-1" in f for f in files)
-    assert not any(f.endswith(("training_args.bin", "ppo_state.json")) for f in files)
-    assert not any("value_model" in f or "notes" in f for f in files)
+    assert (folder / "checkpoint-1").is_dir() and (
+        folder / "checkpoint-2" / "optimizer.pt"
+    ).exists()
+    model = {"adapter_model.safetensors", "adapter_config.json", "README.md"}
+    model |= {"tokenizer.json", "tokenizer_config.json", "trainer_state.json"}
+    checkpoint = {f for f in files if f.startswith("checkpoint")}
+    assert checkpoint == {f"checkpoint-2/{name}" for name in model}
+    own = {"config.yaml", "metrics.json", "ppo.png", "base_fingerprint.txt"}
+    assert files - checkpoint == model | own
     base = [AutoModelForCausalLM.from_pretrained(saved_policy) for _ in range(3)]
     published, start = (
         logits(PeftModel.from_pretrained(model, path))
@@ -158,3 +179,78 @@ def test_a_hub_that_does_not_answer(hub, monkeypatch, saved_policy, tmp_path):
     with pytest.raises(InputError, match="result is in .*sft, but it is not on the Hub: no netw"):
         sft(saved_policy, demonstrations, **options)
     assert (tmp_path / "sft" / "metrics.json").is_file()
+
+
+def test_an_adapter_brings_the_base_that_nobody_else_has(hub, policy, tokenizer, tmp_path):
+    options = {**QUICK, **LORA, "push_to_hub": True, "processing_class": tokenizer}
+    sft(policy, Dataset.from_list(DEMONSTRATIONS), tmp_path / "mine", **options)
+    torch.testing.assert_close(
+        logits(as_the_card_says(hub.folder / "me" / "mine")),
+        logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "mine")),
+    )
+
+
+def test_a_reward_model_with_its_accuracy_and_figure(hub, saved_policy, tmp_path):
+    options = {**QUICK, "push_to_hub": True, "eval_size": 0.25}
+    result = rm(saved_policy, Dataset.from_list(RANKINGS), tmp_path / "mine", **options)
+    published = hub.folder / "me" / "mine"
+    card = ModelCard.load(published / "README.md")
+    [found] = [r for r in card.data.eval_results if r.metric_type == "accuracy"]
+    assert (found.metric_value, found.task_type) == (
+        result.metrics["accuracy"],
+        "text-classification",
+    )
+    assert "![Curves](rm.png)" in card.text and (published / "rm.png").is_file()
+    assert as_the_card_says(published).config.num_labels == 1
+
+
+def test_the_head_of_a_card_is_what_the_hub_reads(tmp_path, monkeypatch):
+    """Base, data and licence are named if the Hub has them; cards of folders pass them on."""
+    load, asked = ModelCard.load, []
+
+    def loaded(name, token=None):
+        asked.append((name, token))
+        return load(name) if isinstance(name, Path) else ModelCard("---\nlicense: mit\n---\n")
+
+    monkeypatch.setattr(ModelCard, "load", loaded)
+    given = {"output_dir": "x", "use_cpu": True, "push_to_hub": True, "hub_token": SECRETS[0]}
+    config = SFTConfig(dataset_name="some/data", eval_dataset_name="some/test", **given)
+    metrics = {"train_loss": 1.0, "eval_loss": 0.5, "format": "text"}
+    card = model_card(tmp_path, "us/mine", "sft", config, "some/base", metrics)
+    card.save(tmp_path / "sft" / "README.md")
+    assert asked[-1] == ("some/base", SECRETS[0])
+    data = load(tmp_path / "sft" / "README.md").data
+    assert (data.base_model, data.license, data.datasets) == ("some/base", "mit", ["some/data"])
+    [result] = data.eval_results
+    on = (result.dataset_type, result.dataset_name, result.metric_type, result.metric_value)
+    assert on == ("some/test", "some/test", "eval_loss", 0.5)
+    assert data.to_dict()["model-index"][0]["name"] == "mine"
+
+    asked.clear()
+    config = PPOConfig(dataset_name=str(tmp_path), **given)
+    metrics = {"objective/scores": float("nan"), "objective/kl": 2.0}
+    card = model_card(tmp_path, "us/mine", "ppo", config, str(tmp_path / "sft"), metrics)
+    assert (card.data.base_model, card.data.license) == ("some/base", "mit")
+    assert card.data.datasets is None and not any(isinstance(name, str) for name, _ in asked)
+    assert [r.metric_name for r in card.data.eval_results] == ["objective/kl"]
+    config = RewardConfig(dataset_name=str(tmp_path), output_dir="x", use_cpu=True)
+    card = model_card(tmp_path, "mine", "rm", config, "other/base", {})
+    assert card.data.license == "unknown" and not any(isinstance(name, str) for name, _ in asked)
+
+
+def test_candidates_are_a_dataset(hub, saved_policy, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", [{**p, "topic": "t"} for p in PROMPTS])
+    named = {"dataset_name": str(prompts), "eval_dataset_name": str(prompts)}
+    options = {"push_to_hub": True, "use_cpu": True, "response_length": 3, "num_candidates": 3}
+    config = CandidatesConfig(output_dir=str(tmp_path / "mine"), **named, **options)
+    candidates(config, ModelConfig(model_name_or_path=str(saved_policy)))
+    [(name, files, options)] = hub.commits
+    assert options["repo_type"] == hub.made[0][2]["repo_type"] == "dataset"
+    assert files == {"README.md", "config.yaml", "metrics.json", "train.jsonl", "test.jsonl"}
+    published = hub.folder / name
+    data = load_dataset(str(published))
+    assert {split: len(rows) for split, rows in data.items()} == {"train": 8, "test": 8}
+    assert data["train"].column_names == ["prompt", "topic", "responses", "ranks"]
+    card = DatasetCard.load(published / "README.md")
+    assert card.data.license == "unknown" and "| responses | the answers" in card.text
+    assert 'load_dataset("me/mine")' in card.text and "ranked by nobody yet" in card.text

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from huggingface_hub import DatasetCard, DatasetCardData
 
-from trl_instruct.console import plural
+from trl_instruct.console import in_markdown, plural
 from trl_instruct.data.orders import dense_ranks
 from trl_instruct.data.pairs import rankings_to_pairs
 from trl_instruct.data.preferences import as_rankings
 from trl_instruct.data.sources import Record, iterate
-from trl_instruct.errors import InputError, kind_of
+from trl_instruct.errors import InputError, kind_of, redact
 from trl_instruct.files import written_at_once
 
 FORMATS = (
@@ -26,7 +27,8 @@ FORMATS = (
 
 
 def export(rows: Dataset, path: Path, to: str) -> str:
-    """Write rankings or pairs, from `load_either`, to a new file: JSON Lines, or a tool's JSON.
+    """Write rankings or pairs, from `load_either`, to a new file: JSON Lines, or a tool's JSON; or
+    to a new folder, named without an ending: with a dataset card, ready for the Hub.
 
     A tool gets a task a ranking; as pairwise, a task for each pair that has a winner. A rating is
     the number of ranks from the worst up, whose rating is 1. `to` is one of `FORMATS`. Returns a
@@ -36,6 +38,8 @@ def export(rows: Dataset, path: Path, to: str) -> str:
     """
     tool, _, kind = to.rpartition("-")
     ending = ".json" if tool else ".jsonl"
+    folder = path if not (tool or path.suffix or path.exists()) else None
+    path = folder / "train.jsonl" if folder else path
     if path.exists() or path.suffix != ending:
         fault = "it exists" if path.exists() else f"its name does not end with {ending}"
         raise InputError(f"{path} cannot be written as {to}: {fault}. Name a new file.")
@@ -61,8 +65,26 @@ def export(rows: Dataset, path: Path, to: str) -> str:
     lines = [json.dumps(row, ensure_ascii=False, default=str) for row in written]
     with written_at_once(path) as file:
         file.write("[" + ",\n".join(lines) + "]" if tool else "\n".join([*lines, ""]))
+    if folder:
+        write_card(folder, folder.name, f"{plural(len(lines), to.removesuffix('s'))}, as exported.")
     told = f"{path}: {plural(len(lines), 'task' if tool else kind.removesuffix('s'))}"
     return told + f"; not held there: {', '.join(lost)}" * bool(lost)
+
+
+def write_card(folder: Path, name: str, made: str) -> None:
+    """Write the dataset card of a folder of JSON Lines, a file for each split, as README.md.
+
+    `name` is that of its repository, or the folder's; `made` says what it is.
+    """
+    files = sorted(folder.glob("*.jsonl"))
+    with files[0].open(encoding="utf-8") as file:
+        columns = list(json.loads(file.readline() or "{}"))
+    splits = [{"split": path.stem, "path": path.name} for path in files]
+    configs = [{"config_name": "default", "data_files": splits}]
+    head = DatasetCardData(license="unknown", tags=["trl-instruct", "rlhf"], configs=configs)
+    told: Any = {"md": in_markdown, "name": name, "made": redact(made), "columns": columns}
+    template = str(Path(__file__).with_name("card.md"))
+    DatasetCard.from_template(head, template, **told).save(folder / "README.md")
 
 
 def _pairs(record: Record) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 from pandas import DataFrame
 from transformers.integrations import TensorBoardCallback
 
-from trl_instruct.console import in_markdown, one_line, say
+from trl_instruct.console import one_line, say, table
 from trl_instruct.rewards.function import as_text
 
 FIGURE = "ppo.png"
@@ -63,31 +63,16 @@ def show_samples(
     log_samples(trackers, columns)
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            callback.tb_writer.add_text("completions", markdown_table(columns), step)
+            rows = [[*map(str, row)] for row in (columns, *zip(*columns.values(), strict=True))]
+            callback.tb_writer.add_text("completions", "\n    ".join(["", *table(rows)]), step)
 
 
 def log_samples(trackers: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
     """Log completions as a table, as TRL's GRPOTrainer does, to wandb and trackio if in use."""
-    for name in ("wandb", "trackio"):
-        if name not in trackers:
-            continue
+    for name in {"wandb", "trackio"}.intersection(trackers):
         tracker = importlib.import_module(name)
-        if name == "wandb" and tracker.run is None:  # disabled by its environment variable
-            continue
-        tracker.log({"completions": tracker.Table(dataframe=DataFrame(columns))})
-
-
-def markdown_table(columns: Mapping[str, Sequence[Any]]) -> str:
-    """Columns as a table in Markdown.
-
-    >>> print(markdown_table({"step": [1], "completion": ["An owl.\\nA *crow*."]}))
-    | step | completion |
-    |---|---|
-    | 1 | An owl. &#124; A &#42;crow&#42;. |
-    """
-    rows = [columns, *zip(*columns.values(), strict=True)]
-    head, *lines = (f"| {' | '.join(in_markdown(str(cell)) for cell in row)} |" for row in rows)
-    return "\n".join([head, "|---" * len(columns) + "|", *lines])
+        if name == "trackio" or tracker.run is not None:  # else disabled by an environment variable
+            tracker.log({"completions": tracker.Table(dataframe=DataFrame(columns))})
 
 
 def plot(log_history: list[dict[str, Any]], path: Path) -> None:

@@ -14,6 +14,7 @@ from trl import ModelConfig
 
 from trl_instruct.configs import CandidatesConfig
 from trl_instruct.console import progress_bar
+from trl_instruct.data.exports import write_card
 from trl_instruct.data.reading import Reading
 from trl_instruct.data.records import prompts_of
 from trl_instruct.errors import InputError
@@ -64,6 +65,9 @@ def candidates(config: CandidatesConfig, model_config: ModelConfig) -> StageResu
             metrics[name] = counts
             told = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items())
             run.say(f"{run.folder / name}.jsonl: {told}")
+        made = f"{config.num_candidates} completions for each prompt of {config.dataset_name}"
+        made += f", sampled from {policy}; ranked by {config.gold or 'nobody yet'}"
+        write_card(run.new, run.repository or run.folder.name, made)
         return StageResult(run.folder, run.write_metrics(metrics))
 
 

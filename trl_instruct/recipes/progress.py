@@ -48,29 +48,17 @@ class Interruption(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def hold_trackers(trainer: Trainer) -> Callable[[], None]:
-    """Keep the runs of trackers open after training; returns what ends them.
-
-    A last evaluation belongs to them, and trackio would open another run for it. The next stage of
-    this process has its own run in wandb, too; one that the user opened stays open.
-    """
+def hold_trackers(trainer: Trainer) -> list[Callable[..., Any]]:
+    """Keep trackers' runs open for a last evaluation; returns what ends them, as on_train_end."""
     names, ends = trainer.args.report_to, []
-    kinds = tuple(get_reporting_integration_callbacks(names))
+    kinds: Any = tuple(get_reporting_integration_callbacks(names))
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, kinds):
             ends.append(callback.on_train_end)
             callback.on_train_end = lambda *_, **__: None
-    wandb: Any = importlib.import_module("wandb") if "wandb" in names else None
-    opens_run = wandb and wandb.run is None
-
-    def end() -> None:
-        parts = {"model": trainer.model, "processing_class": trainer.processing_class}
-        for one in ends:
-            one(trainer.args, trainer.state, trainer.control, **parts)
-        if opens_run:
-            wandb.finish()
-
-    return end
+    if "wandb" in names and (wandb := importlib.import_module("wandb")).run is None:
+        ends.append(lambda *_, **__: wandb.finish())  # or the next stage would go on with this run
+    return ends
 
 
 class ProgressBar(TrainerCallback):

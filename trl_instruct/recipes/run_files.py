@@ -57,7 +57,7 @@ class RunFiles:
     def content(self) -> list[str]:
         """Names in the folder; what a killed run was writing, and its lock, do not count."""
         there = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted(path.name for path in there if not _fits(path.name, (HIDDEN, PARTIAL)))
+        return sorted(path.name for path in there if not fits(path.name, (HIDDEN, PARTIAL)))
 
     def holds_run(self) -> bool:
         """Whether the folder has a run's manifest."""
@@ -128,14 +128,14 @@ class RunFiles:
             if os.path.lexists(self.folder / name) and self._mark(name) != mark:
                 return f"{name!r}, which has changed since a run wrote it"
         for name in self.content():
-            if name not in marks and _fits(name, TAKEN):
+            if name not in marks and fits(name, TAKEN):
                 return f"{name!r}, which no run wrote"
         for folder in self._replaced(resume):
             listed = {name.partition("/")[0] for name in listed_files(folder)}
             known = [*listed, MANIFEST_FILE] if listed else [*TAKEN, *IN_CHECKPOINTS]
             known.append(PARTIAL)
             for path in () if folder.is_symlink() else sorted(folder.iterdir()):
-                if not _fits(path.name, known):
+                if not fits(path.name, known):
                     return f"'{folder.name}/{path.name}', which no run wrote"
         return None
 
@@ -198,7 +198,8 @@ class RunFiles:
         return mark_of(path) if here else None
 
 
-def _fits(name: str, patterns: Iterable[str]) -> bool:
+def fits(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name is like one of the patterns."""
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 

@@ -100,6 +100,7 @@ class StageRun:
         self.saved_base = self.begun = False
         self.checkpoint: Path | None = None
         self.repository: str | None = None
+        self.kind = "dataset" if name == "candidates" else "model"  # of repository
         self.is_main = PartialState().is_main_process
         self.started = time.perf_counter()
 
@@ -159,6 +160,7 @@ class StageRun:
         fault = None
         if self.is_main:
             try:
+                self.repository = create_repository(self.config, self.kind)
                 self.files.lock()
                 self._check_content()  # again: models took minutes to load
                 self.files.clear(resume=self._resumes_here, keep_base=self.saved_base)
@@ -238,7 +240,6 @@ class StageRun:
             self.say(plan)
         if self.dry:
             raise DryRunEnd
-        self.repository = create_repository(self.config) if self.is_main else None
         self.begin()
         if not self.config.disable_tqdm:
             # One bar with the named metrics instead of a printed dict per log.
@@ -250,12 +251,11 @@ class StageRun:
         trainer.stage_options = {"stage": self.name, **asdict(self.model_config)}
         interruption = Interruption()
         trainer.add_callback(interruption)
-        self.end_trackers = hold_trackers(trainer)
+        self.ends = hold_trackers(trainer)
         with interruption.listening(), self._loading(interruption):
             output = trainer.train(resume_from_checkpoint=self.checkpoint and str(self.checkpoint))
         self.started -= getattr(trainer, "seconds_before", 0.0)
         if interruption.requested:
-            self.end_trackers()
             self.say(
                 f"stopped by SIGTERM after step {output.global_step} of {trainer.state.max_steps}; "
                 "resume_from_checkpoint=True continues from there"
@@ -290,7 +290,9 @@ class StageRun:
 
     def finish(self, trainer: Trainer, metrics: dict[str, Any]) -> StageResult:
         """Save model, tokenizer, log history, model card and, last, the metrics."""
-        self.end_trackers()
+        parts = {"model": trainer.model, "processing_class": trainer.processing_class}
+        for end in self.ends:
+            end(trainer.args, trainer.state, trainer.control, **parts)
         self.save_model(trainer)
         if self.is_main:
             if self.config.merge_adapter and adapters.is_adapter(self.new):
@@ -298,22 +300,23 @@ class StageRun:
             if adapters.is_adapter(self.new):
                 adapters.Adapter.read(self.new).keep_fingerprint()
             trainer.state.save_to_json(str(self.new / TRAINER_STATE_NAME))
-            card = model_card(self.folder, self.name, self.config, metrics)
+            name, base = self.repository or self.folder.name, self.model_config.model_name_or_path
+            card = model_card(self.new, name, self.name, self.config, base, metrics)
             card.save(self.new / "README.md")
             kept = {CONFIG_FILE, *self.files.incoming()}
             self.files.remove(unless=kept | ({BASE} if adapters.is_adapter(self.new) else set()))
             metrics = self.write_metrics(metrics)
-            if self.repository is not None:
-                publish(self.folder, self.config, self.repository)
         PartialState().wait_for_everyone()
         return StageResult(self.folder, metrics)
 
     def write_metrics(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Write the stage's last file: its name, metrics and seconds."""
+        """Write the stage's last file: its name, metrics and seconds. Then publish the folder."""
         seconds = round(time.perf_counter() - self.started, 1)
         metrics = {"stage": self.name, **metrics, "seconds": seconds}
         write_json(self.new / METRICS_FILE, metrics)
         self.files.put_in_place()
+        if self.repository is not None:
+            publish(self.folder, self.config, self.repository, self.kind)
         return metrics
 
 
