@@ -10,6 +10,7 @@ import sys
 import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from trl_instruct.errors import InputError, harmless, needs_extra, refusal
 from trl_instruct.evaluation.compare import compare
 from trl_instruct.evaluation.evaluate import evaluate
 from trl_instruct.models.load import merge
+from trl_instruct.option_checks import TABLES
 from trl_instruct.recipes.candidates import candidates
 from trl_instruct.recipes.chain import read_chain
 from trl_instruct.recipes.flags import OptionParser, parse
@@ -91,7 +93,7 @@ def _about(name: str) -> dict[str, str]:
 
 def parser_of(name: str, **how: Any) -> OptionParser:
     """The parser of a command; `how` as for an OptionParser."""
-    options: Any = OPTIONS[name]
+    options: Any = OPTIONS.get(name, partial(_add_listed, name=name))
     about: dict[str, Any] = {"prog": f"trl-instruct {name}", **_about(name), **how}
     if isinstance(options, type):
         return OptionParser(options, **about)
@@ -100,9 +102,24 @@ def parser_of(name: str, **how: Any) -> OptionParser:
     return parser
 
 
+def _add_listed(parser: ArgumentParser, name: str) -> None:
+    """Add the arguments that options.yaml lists for a command."""
+    words = {"LOOPBACK": LOOPBACK, "MOST_BYTES": MOST_BYTES, "TOKEN": TOKEN_VARIABLE}
+    words |= {"FORMATS": " ".join(FORMATS), "RECIPES": ", ".join(recipe_names())}
+    kinds = {"int": int, "float": float, "Path": Path}
+    parser.set_defaults(**TABLES["defaults"].get(name, {}))
+    for argument, listed in TABLES["commands"][name].items():
+        given = {k: v.format(**words) if isinstance(v, str) else v for k, v in listed.items()}
+        found = {
+            "type": kinds.get(str(given.get("type"))),
+            "choices": given.get("choices", "").split(),
+        }
+        parser.add_argument(argument, **given | {k: v for k, v in found.items() if v})
+
+
 def _parse(name: str, arguments: list[str], stage: str = "") -> Any:
     """The options of a command; of one that has a config, that and TRL's ModelConfig."""
-    options = OPTIONS[stage or name]
+    options = OPTIONS.get(stage or name)
     if not isinstance(options, type):
         return parser_of(name).parse_args(arguments)
     return parse(options, arguments, prog=f"trl-instruct {name} {stage}", **_about(stage or name))
@@ -112,12 +129,6 @@ def init_command(arguments: list[str]) -> None:
     """Write a recipe of your own to start from, with comments."""
     for path in init(**vars(_parse("init", arguments))):
         say(str(path))
-
-
-def _add_init_options(parser: ArgumentParser) -> None:
-    parser.add_argument("name", help="Its name, and that of its folder.")
-    copied = f"The recipe to copy: {', '.join(recipe_names())}."
-    parser.add_argument("--like", default="start", help=copied)
 
 
 def pretrain_command(arguments: list[str]) -> None:
@@ -181,37 +192,11 @@ def serve_reward_command(arguments: list[str]) -> None:
         server.serve_forever()
 
 
-def _add_server_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--reward_model_path", nargs="+", required=True, help="As in `ppo`.")
-    parser.add_argument("--reward_weights", nargs="+", type=float, help="As in `ppo`.")
-    parser.add_argument("--trust_remote_code", action="store_true", help="Run code from the Hub.")
-    _add_dtype(parser)
-    token = f"With {TOKEN_VARIABLE} in the environment, requests must carry that token."
-    parser.add_argument("--host", default=LOOPBACK, help=f"Its address. {token}")
-    parser.add_argument("--port", type=int, default=8000, help="Its port.")
-    parser.add_argument("--max_bytes", type=int, default=MOST_BYTES, help="Largest request.")
-
-
-def _add_dtype(parser: ArgumentParser) -> None:
-    parser.add_argument("--dtype", default="float32", help="Weights' dtype.")
-
-
 def export_command(arguments: list[str]) -> None:
     """Write rankings as records, pairs, or for labelling tools."""
     options = _parse("export", arguments)
     given = options.dataset_name, options.dataset_train_split, Reading.of(options)
     _tell(export(load_either(*given, options.rating_order), options.output_file, options.to))
-
-
-def _add_export_options(parser: ArgumentParser) -> None:
-    parser.add_argument("dataset_name", help="Rankings or pairs, as `rm` reads them.")
-    parser.add_argument("output_file", type=Path, help="New: .jsonl, a tool's .json, or a folder.")
-    parser.add_argument("--to", choices=FORMATS, required=True, help="What it holds.")
-    parser.add_argument("--dataset_train_split", default="train", help="Split of the dataset.")
-    parser.add_argument("--columns", nargs="+", help="As in `rm`.")
-    parser.add_argument("--rating_order", nargs="+", help="As in `rm`.")
-    unused = {"prompt_template": None, "prompt_suffix": None, "faults": None}
-    parser.set_defaults(on_bad_record="error", remembered=False, **unused)
 
 
 def report_command(arguments: list[str]) -> None:
@@ -222,13 +207,6 @@ def report_command(arguments: list[str]) -> None:
     for line in summary_lines(read_chain(options.folder), evaluation):
         say(line)
     say(f"report: {path}")
-
-
-def _add_report_options(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", help="Result of sft, rm or ppo.")
-    parser.add_argument("--evaluation", help="The JSON that evaluate saved.")
-    parser.add_argument("--comparisons", help="The store that label --models filled.")
-    parser.add_argument("--output_file", help="Default: report.html in the folder.")
 
 
 def _tell_diagnosis(name: str, folder: StageResult) -> None:
@@ -309,43 +287,12 @@ def merge_command(arguments: list[str]) -> None:
     _tell(f"merged: {merge(options.adapter, options.output_dir, dtype=options.dtype)}")
 
 
-def _add_merge_options(parser: ArgumentParser) -> None:
-    parser.add_argument("adapter", help="Folder of the adapter.")
-    parser.add_argument("output_dir", help="A new folder for the merged model.")
-    _add_dtype(parser)
-
-
 def label_command(arguments: list[str]) -> None:
     """Open a page on which people rank or compare answers."""
     options = _parse("label", arguments)
     with needs_extra("label"):
         from trl_instruct.labels.command import label
     label(options)
-
-
-def _add_label_options(parser: ArgumentParser) -> None:
-    source = "Candidates to rank (a folder or file), or a store of labels to go on with."
-    parser.add_argument("source", nargs="?", help=source)
-    parser.add_argument("--split", default="train", help="Which of them.")
-    store = "Where labels are kept: a file, or a database's address (labels.db beside the folder)."
-    parser.add_argument("--store", help=store)
-    overlap = "How many people label each prompt."
-    parser.add_argument("--labels_per_prompt", type=int, default=1, help=overlap)
-    questions = "Yes-or-no questions about each answer."
-    parser.add_argument("--questions", nargs="+", default=[], help=questions)
-    parser.add_argument("--host", default=LOOPBACK, help="Address.")
-    parser.add_argument("--port", type=int, default=8017, help="Its port.")
-    parser.add_argument("--models", nargs="+", help="Checkpoints to compare blindly, or to try.")
-    parser.add_argument("--dataset_name", help="Prompts for the comparison.")
-    length = "Their longest answer, tokens."
-    parser.add_argument("--response_length", type=int, default=128, help=length)
-    parser.add_argument("--temperature", type=float, default=1.0, help="Of the sampling; above 0.")
-    parser.add_argument("--stop_strings", nargs="+", help="Texts that end one, besides EOS.")
-    parser.add_argument("--seed", type=int, default=0, help="For sampling.")
-    parser.add_argument("--report", action="store_true", help="Only print what was labelled.")
-    as_trained = ("columns", "prompt_template", "prompt_suffix")
-    parser.set_defaults(on_bad_record="error", faults=None, remembered=False)
-    parser.set_defaults(**dict.fromkeys(as_trained))
 
 
 STAGES: dict[str, Any] = {
@@ -368,17 +315,12 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "merge": merge_command,
     "serve-reward": serve_reward_command,
 }
-# What a command reads: a config with TRL's ModelConfig, or what a function adds to its parser.
+# What a command reads: a config with TRL's ModelConfig, or what a function adds to its parser; of
+# the others, `commands` in options.yaml tells it.
 OPTIONS: dict[str, Any] = {
-    "init": _add_init_options,
     "pretrain": configs.PretrainConfig,
     "candidates": configs.CandidatesConfig,
-    "label": _add_label_options,
     **{name: config_class for name, (_, config_class) in STAGES.items()},
     "check": _add_check_options,
     "evaluate": configs.EvaluateConfig,
-    "report": _add_report_options,
-    "export": _add_export_options,
-    "merge": _add_merge_options,
-    "serve-reward": _add_server_options,
 }
