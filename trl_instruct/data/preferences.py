@@ -41,19 +41,13 @@ def load_preferences(
     For training, rankings stay rankings and pairs stay pairs. Held-out pairs, and all pairs if
     prompts may be cut, become rankings of K = 2. All rankings of a prompt stay on one side.
 
-    Args:
-        dataset: rankings or pairs, by name or in memory.
-        held_out: the same, to evaluate on; None: `config.eval_size` of the prompts.
-        demonstrations: by name or in memory; None: no shift.
-        config: split, seed, rating_order, leave_out_labelers, truncate_prompt, and how to read the
-            files.
-        fits: a check of each record that is read after training; if bad records are left out, of
-            all.
+    All are given by name or in memory; without `held_out`, `config.eval_size` of the prompts are;
+    without demonstrations there is no shift. `fits` checks each record that is read after training;
+    if bad records are left out, all.
 
-    Raises:
-        InputError: bad records; neither rankings nor pairs; no pair with a winner; too few prompts
-            to hold any out; no ranking by a labeler to leave out, or none by another;
-            demonstrations in another format than the preferences.
+    InputError for bad records, neither rankings nor pairs, no pair with a winner, too few prompts
+    to hold any out, no ranking by a labeler to leave out or none by another, and demonstrations in
+    another format than the preferences.
     """
     counts, reading = RankingCounts(), Reading.of(config)
     order = config.rating_order

@@ -64,14 +64,8 @@ def render_all(
     """A prompt with each of its completions as token ids.
 
     Texts are joined and end with EOS, as TRL's trainers join them; messages go through the chat
-    template.
-
-    Args:
-        prompt, completions: texts, or lists of messages.
-        record: the record with the columns `tools` and `chat_template_kwargs`, if it has them.
-
-    Raises:
-        InputError: messages without a chat template, or messages that it refuses.
+    template, which reads the record's `tools` and `chat_template_kwargs`, if it has them.
+    InputError for messages without a chat template, or that it refuses.
     """
     if isinstance(prompt, str):
         before, ids = _plain(prompt, tokenizer)

@@ -172,11 +172,8 @@ def best_of_k(labeled: Sequence[Labeled], scores: Sequence[float]) -> dict[str, 
 
     If several have the top score, the share of them that was put first counts. If several were put
     first, each of them is right, and chance is their share of K. A ranking without a pair with a
-    winner is skipped.
-
-    Returns:
-        best_of_k, best_of_k_low, best_of_k_high (95 %, a prompt is one measurement) and
-        best_of_k_chance, the mean.
+    winner is skipped. Returns best_of_k, best_of_k_low, best_of_k_high (95 %, a prompt is one
+    measurement) and best_of_k_chance, the mean.
 
     >>> ranking = Labeled(0, [0, 1, 2, 3], [1, 2, 3, 3], 1.0, None, None)
     >>> found = best_of_k([ranking], scores=[0.5, 0.5, -1.0, 0.0])

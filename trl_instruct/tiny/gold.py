@@ -48,13 +48,8 @@ def gold_score(
 ) -> list[float]:
     """The gold score of each completion; a reward function for TRL's trainers.
 
-    Args:
-        prompts, columns: not used; the task says what is asked.
-        completions: texts without special tokens.
-        task: the :class:`Task` of each prompt as json.
-
-    Returns:
-        Per completion the share of its task's constraints met, minus the penalties, in [0, 1].
+    The share of its task's constraints that it meets, minus the penalties, in [0, 1]. Completions
+    are texts without special tokens; the task of each, as json, says what is asked.
 
     >>> task = Task("list", groups=(("flower", 2),), tone="politely").to_json()
     >>> gold_score(["", ""], ["Gladly! A rose and a lily.", "Alas,"], [task] * 2)
