@@ -1,10 +1,12 @@
 import math
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from transformers import SchedulerType
 from trl import ModelConfig
 from trl.scripts.utils import DatasetConfig
@@ -17,9 +19,12 @@ from trl_instruct.configs import (
     RewardConfig,
     SFTConfig,
 )
+from trl_instruct.data.records import load_prompts
 from trl_instruct.errors import InputError
 from trl_instruct.option_checks import has_bf16
-from trl_instruct.recipes.options import field_types, resolve, save_config, stage_options
+from trl_instruct.ppo_trainer.trainer import PPOTrainer
+from trl_instruct.recipes.options import config_text, field_types, resolve, stage_options
+from trl_instruct.recipes.ppo import ppo
 
 CONFIGS = [PretrainConfig, SFTConfig, CandidatesConfig, RewardConfig, PPOConfig]
 # What differs from the defaults of transformers, of TRL, of ours; back to another's default; null.
@@ -41,7 +46,7 @@ CHANGED = {
 
 def round_trip(tmp_path, config_class, **options):
     config, model_config = resolve(config_class, None, None, {"output_dir": "x", **options})
-    save_config(tmp_path / "config.yaml", config, model_config)
+    (tmp_path / "config.yaml").write_text(config_text(config, model_config), encoding="utf-8")
     return (config, model_config), parse(config_class, ["--config", str(tmp_path / "config.yaml")])
 
 
@@ -127,7 +132,8 @@ def test_a_scheduler_without_a_floor_gets_none():
     ("options", "message"),
     [
         ({"learning_rat": 1e-5}, r"Unknown option 'learning_rat' for SFTConfig. Did you mean 'lea"),
-        ({"lora_rank": 8}, r"Unknown option 'lora_rank' for SFTConfig\."),
+        ({"lora_ranks": 8}, r"Unknown option 'lora_ranks' for SFTConfig\."),
+        ({"lora_rank": 8}, r"lora_rank is not an option here: use lora_r \(docs/names.md\)\."),
         ({"learning_rate": "fast"}, r"learning_rate is str 'fast'; float is needed"),
         ({"max_length": 1.5}, r"max_length is float 1.5; int \| None is needed"),
         ({"packing": 1}, r"packing is int 1; bool is needed"),
@@ -224,6 +230,34 @@ def test_sampling_settings_that_would_break_the_importance_ratio(name):
         resolve(SFTConfig, None, None, {"output_dir": "x", name: 0.9})
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("reward_model", "use reward_model_path, in Python the argument reward"),
+        ("eval_dataset", "use eval_dataset_name or dataset_test_split"),
+        ("peft_config", "use use_peft, lora_r, lora_alpha"),
+        ("ref_model", "the reference is the policy that ppo starts from"),
+    ],
+)
+def test_arguments_of_other_libraries_are_answered(name, told):
+    """In one line that names the page, by the stage and by its trainer; None is no mistake."""
+    for call in (partial(ppo, "gpt2", output_dir="x"), partial(PPOTrainer, *[None] * 7)):
+        if call.func is PPOTrainer and name in ("reward_model", "ref_model"):
+            continue  # its own
+        with pytest.raises(InputError, match=rf"{name} is not an .* here: {told}") as caught:
+            call(**{name: "x"})
+        assert "docs/names.md" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_prompts_as_trls_ppo_trainer_takes_them():
+    tokens = Dataset.from_dict({"input_ids": [[1, 2]]})
+    told = r"input_ids are tokens; give the text in `prompt` \(docs/names.md\)"
+    with pytest.raises(InputError, match=told):
+        load_prompts(tokens)
+    with pytest.raises(InputError, match=told):
+        PPOTrainer(*[None] * 5, tokens, None, eval_dataset=None)
+
+
 def test_options_of_trls_ppo_config_that_have_another_name_here():
     with pytest.raises(
         InputError, match=r"sft_model_path is not an option here: .*model_name_or_path"
@@ -234,7 +268,7 @@ def test_options_of_trls_ppo_config_that_have_another_name_here():
 def test_a_mixture_of_objects_is_saved_as_yaml(tmp_path):
     mixture = [DatasetConfig("a.jsonl", fraction=1.0)]
     given = stage_options(SFTConfig, None, None, tmp_path, mixture, {"use_cpu": True})
-    save_config(tmp_path / "config.yaml", *given)
+    (tmp_path / "config.yaml").write_text(config_text(*given), encoding="utf-8")
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())["datasets"]
     assert [DatasetConfig(**entry) for entry in saved] == mixture
 

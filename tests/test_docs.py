@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trl_instruct import configs
+from trl_instruct import configs, option_checks
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "instructgpt.md"
@@ -134,6 +134,17 @@ def test_the_names_that_people_look_for_are_on_the_page():
     sought += " AutoModelForCausalLMWithValueHead init_kl_coef ppo_epochs LengthSampler"
     left = " ".join(there for there, *_ in CELLS)
     assert [name for name in sought.split() if f"`{name}" not in left] == []
+
+
+def test_every_name_that_is_refused_with_the_page_stands_on_it():
+    """And none of them is an option of any stage."""
+    refused = option_checks.refused_by("ppo")
+    names = {name for name, reason in refused.items() if "docs/names.md" in reason}
+    quoted = {word for q in re.findall(r"`([^`]+)`", NAMES) for word in re.findall(r"\w+", q)}
+    kinds = [kind for kind in vars(configs).values() if dataclasses.is_dataclass(kind)]
+    fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    assert len(names) > 60
+    assert names - quoted == set() == names & fields
 
 
 def test_every_option_that_cites_the_paper_stands_on_the_page():

@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (InputError, FloatingPointError) as error:
         say(f"{name}: error: {harmless(' '.join(str(error).split()), 1000)}", sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        say(f"\n{name}: interrupted", sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        say(f"\n{name}: {'; '.join(['interrupted', *interrupt.args])}", sys.stderr)
         sys.exit(130)
     except Exception as error:
         if refused := refusal(error):

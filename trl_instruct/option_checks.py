@@ -34,6 +34,14 @@ def check_refused(refused: Mapping[str, str], options: Any) -> None:
             raise InputError(f"{field.name} is not an option here: {refused[field.name]}")
 
 
+def check_arguments(others: Mapping[str, Any], refused: Mapping[str, str]) -> None:
+    """InputError for an argument that a trainer does not have, as other libraries' may; None is
+    allowed."""
+    for name in (name for name, value in others.items() if value is not None):
+        told = refused.get(name, "docs/names.md has the names of other libraries.")
+        raise InputError(f"{name} is not an argument here: {told}")
+
+
 def has_bf16() -> bool:
     """Whether an accelerator computes in bfloat16 (a T4 or V100 only emulates it)."""
     if torch.cuda.is_available():

@@ -20,6 +20,7 @@ from trl_instruct.errors import InputError
 from trl_instruct.models.resuming import MAY_CHANGE, all_checkpoints, check_same_run
 from trl_instruct.recipes.ppo import ppo
 from trl_instruct.recipes.pretrain import pretrain
+from trl_instruct.recipes.progress import ProgressBar, way_on
 from trl_instruct.recipes.rm import rm
 from trl_instruct.recipes.sft import sft
 
@@ -173,6 +174,73 @@ def test_auto_goes_on_or_begins(saved_policy, sft_run, tmp_path):
     (other / "metrics.json").unlink()
     shutil.rmtree(other / "checkpoint-3")
     assert sorted(rates(resume_in(saved_policy, other, options, "auto").path)) == [1, 2, 3]
+
+
+def command(saved_policy, tmp_path, **changed):
+    """Arguments of a short run of sft with checkpoints."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, DEMONSTRATIONS)))
+    options = {**QUICK, "output_dir": tmp_path / "x", "dataset_name": data, **changed}
+    options |= {"model_name_or_path": saved_policy}
+    return ["sft", *(f"--{name}={value}" for name, value in options.items())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saving", ["no", "steps"])
+def test_a_finished_run_that_is_resumed_says_so(saved_policy, tmp_path, capsys, saving):
+    """Nothing is trained or written; with other options, or other data, it is another run."""
+    given = command(saved_policy, tmp_path, save_strategy=saving, save_steps=1)
+    main(given)
+    assert "is finished" not in capsys.readouterr().out
+    files = [path for path in (tmp_path / "x").rglob("*.*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files if path.name != "report.html"}
+    for how in ["auto"] if saving == "no" else ["auto", "true"]:
+        main([*given, "--resume_from_checkpoint", how])
+        told = capsys.readouterr().out
+        assert "sft: this run is finished: nothing is left to train" in told
+        assert f"policy: {tmp_path / 'x'}\n" in told
+        assert all(path.read_bytes() == content for path, content in before.items())
+    with pytest.raises(SystemExit) as ended:
+        main([*given, "--resume_from_checkpoint", "auto", "--seed", "3"])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert ("holds another run" if saving == "no" else "made with seed 42, this run has 3") in told
+
+
+@pytest.mark.slow
+def test_a_finished_run_on_other_data_is_another(saved_policy, sft_run):
+    folder, options = sft_run
+    given = {**options, "resume_from_checkpoint": True}
+    finished = sft(saved_policy, Dataset.from_list(DEMONSTRATIONS), folder, **given)
+    assert finished.metrics["train_loss"] > 0
+    with pytest.raises(InputError, match="made with training data"):
+        sft(saved_policy, Dataset.from_list(DEMONSTRATIONS[::-1]), folder, **given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("saving", "way"),
+    [("no", "begins again: there is no checkpoint yet"), ("steps", "goes on from {}/checkpoint-2")],
+)
+def test_ctrl_c_says_how_to_go_on(saved_policy, tmp_path, capsys, monkeypatch, saving, way):
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+    given = command(saved_policy, tmp_path, save_strategy=saving, save_steps=2, max_steps=4)
+    with monkeypatch.context() as patched:
+        patched.setattr(ProgressBar, "on_step_end", interrupt)
+        with pytest.raises(SystemExit) as ended:
+            main([*given, "--disable_tqdm=false"])
+    assert ended.value.code == 130
+    told = "sft: interrupted; the same command with --resume_from_checkpoint auto "
+    assert told + way.format(tmp_path / "x") in capsys.readouterr().err.splitlines()
+    main([*given, "--resume_from_checkpoint", "auto"])
+    assert (tmp_path / "x" / "metrics.json").is_file()
+
+
+def test_ctrl_c_before_the_first_step(tmp_path):
+    assert way_on(tmp_path, begun=False) == "nothing was trained yet: the same command begins again"
 
 
 # ---- NaN -----------------------------------------------------------------------------------------

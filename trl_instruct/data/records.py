@@ -332,6 +332,8 @@ def require_columns(
 
 def _advice(found: Collection[str], missing: Sequence[str]) -> str:
     """What to do about missing columns. Several that may hold one field are to be joined."""
+    if "input_ids" in found:
+        return f"input_ids are tokens; give the text in `{missing[0]}` (docs/names.md)."
     for column in missing:
         known = (column, *sources.NAMES["aliases"].get(column, "").split())
         held = [name for name in found if name.strip().lower() in known]

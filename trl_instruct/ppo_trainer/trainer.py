@@ -18,12 +18,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import TrainOutput
 
 from trl_instruct.configs import PPOConfig
+from trl_instruct.data.records import require_columns
+from trl_instruct.data.sources import Source
 from trl_instruct.generation.sampling import eos_token_ids, generate, pad_prompts, prompt_tokens
 from trl_instruct.generation.token_sampling import Sampling
 from trl_instruct.models import sharding
 from trl_instruct.models.load import reference_of
 from trl_instruct.models.properties import evaluating, model_name
 from trl_instruct.models.tokenizers import check_tokenizer
+from trl_instruct.option_checks import check_arguments
 from trl_instruct.padding import unpadded
 from trl_instruct.ppo_trainer.advantages import (
     adapted_kl_coef,
@@ -94,7 +97,10 @@ class PPOTrainer(IterationTrainer):
         ptx_dataset: Dataset | IterableDataset | None = None,
         gold: RewardFunction | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        **others: Any,
     ):
+        check_arguments(others, PPOConfig.REFUSED)
+        require_columns(train_dataset.column_names, Source.of(train_dataset), ["prompt"], "PPO")
         check_roles(model, ref_model, reward_model, value_model)
         check_tokenizer(processing_class, model_name(model))
         self.ref_model = ref_model or reference_of(model)

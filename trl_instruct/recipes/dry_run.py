@@ -23,8 +23,8 @@ SHOWN, HEAD = 2, 50
 FEW_STEPS = 10
 
 
-class DryRunEnd(Exception):  # noqa: N818 - it is no error
-    """A dry run has checked all that comes before the first step."""
+class StageEnd(Exception):  # noqa: N818 - it is no error
+    """What comes before the first step is all: a dry run, or a run that had ended before."""
 
 
 def shown_tokens(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from numbers import Integral, Real
-from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -171,10 +170,10 @@ def option_errors() -> Iterator[None]:
         raise InputError(f"{' '.join(told.split())}. Leave push_to_hub out, or log in.") from error
 
 
-def save_config(path: Path, config: StageConfig, model_config: ModelConfig) -> None:
-    """Write the resolved options as YAML that `--config` reads back to an equal config.
+def config_text(config: StageConfig, model_config: ModelConfig) -> str:
+    """The resolved options as YAML that `--config` reads back to an equal config.
 
-    All options of the stage are written; of the 100 and more of transformers, and of ModelConfig,
+    All options of the stage are in it; of the 100 and more of transformers, and of ModelConfig,
     only those that differ from the library's default, here or in TRL's own dataclass. Secrets are
     redacted; `resolve` then asks for them.
     """
@@ -195,7 +194,7 @@ def save_config(path: Path, config: StageConfig, model_config: ModelConfig) -> N
             or (value is not None and own[name] != library.get(name, dataclasses.MISSING))
         )
     }
-    path.write_text(yaml.safe_dump(resolved, sort_keys=True, allow_unicode=True), encoding="utf-8")
+    return yaml.safe_dump(resolved, sort_keys=True, allow_unicode=True)
 
 
 def stage_options(

@@ -35,8 +35,8 @@ from trl_instruct.rewards.load import Reward, load_reward
 
 def ppo(
     model: ModelSource,
-    reward: Reward,
-    dataset: Any,
+    reward: Reward = None,
+    dataset: Any = None,
     output_dir: str | os.PathLike | None = None,
     *,
     ptx_dataset: Any = None,
@@ -117,6 +117,7 @@ def ppo(
         if run.is_main:
             curves.plot(trainer.state.log_history, run.new / curves.FIGURE)
         return run.finish(trainer, metrics)
+    return run.earlier()
 
 
 def _check_held_out(config: PPOConfig, tokenizer: Any, policy: Any, reading: Reading) -> None:

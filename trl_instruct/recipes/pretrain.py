@@ -64,6 +64,7 @@ def pretrain(
         output = run.train(trainer, {"loss": "loss"})
         parameters = sum(p.numel() for p in model.parameters())
         return run.finish(trainer, {"train_loss": output.training_loss, "parameters": parameters})
+    return run.earlier()
 
 
 def train_tokenizer(

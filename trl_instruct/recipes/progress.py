@@ -5,6 +5,7 @@ import importlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -13,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations import get_reporting_integration_callbacks
 
 from trl_instruct.console import progress_bar
+from trl_instruct.models.resuming import all_checkpoints, is_finished
 
 
 class Interruption(TrainerCallback):
@@ -87,3 +89,12 @@ class ProgressBar(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def way_on(folder: Path, *, begun: bool) -> str:
+    """How to go on with a run that Ctrl-C ended."""
+    if not begun:
+        return "nothing was trained yet: the same command begins again"
+    whole = [path for path in all_checkpoints(folder) if is_finished(path)]
+    told = f"goes on from {whole[-1]}" if whole else "begins again: there is no checkpoint yet"
+    return f"the same command with --resume_from_checkpoint auto {told}"

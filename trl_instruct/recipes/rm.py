@@ -124,6 +124,7 @@ def rm(
         if data.held_out is not None or data.demonstrations is not None:
             run.say(render(metrics, run.folder / FIGURE))
         return result
+    return run.earlier()
 
 
 def _trainer(

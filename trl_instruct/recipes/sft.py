@@ -116,6 +116,7 @@ def sft(
             before = next(log["eval_loss"] for log in logs if "eval_loss" in log)
             metrics |= {"base_loss": before, "eval_loss": trainer.evaluate()["eval_loss"]}
         return run.finish(trainer, metrics)
+    return run.earlier()
 
 
 def _tiny_base(run: stage.StageRun) -> stage.StageResult:

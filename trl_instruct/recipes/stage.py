@@ -30,15 +30,21 @@ from trl_instruct.configs import RewardConfig, SFTConfig, StageConfig
 from trl_instruct.console import say
 from trl_instruct.data.sources import AnyDataset, Source, first_record
 from trl_instruct.errors import NOT_AS_EXPECTED, InputError, explained, summary
-from trl_instruct.files import CONFIG_FILE, MANIFEST_FILE, METRICS_FILE, write_json
+from trl_instruct.files import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    METRICS_FILE,
+    read_metrics,
+    write_json,
+)
 from trl_instruct.models import adapters, tokenizers
 from trl_instruct.models.load import merge_in_place, needs_base
 from trl_instruct.models.properties import ModelSource, check_finished, context_length, model_name
 from trl_instruct.models.resuming import AUTO, check_resumable, check_weights, find_checkpoint
 from trl_instruct.models.sharding import check_saving
-from trl_instruct.recipes.dry_run import DryRunEnd, plan_of
-from trl_instruct.recipes.options import option_errors, save_config
-from trl_instruct.recipes.progress import Interruption, ProgressBar, hold_trackers
+from trl_instruct.recipes.dry_run import StageEnd, plan_of
+from trl_instruct.recipes.options import config_text, option_errors
+from trl_instruct.recipes.progress import Interruption, ProgressBar, hold_trackers, way_on
 from trl_instruct.recipes.publishing import create_repository, model_card, publish, without_secrets
 from trl_instruct.recipes.run_files import BASE, RunFiles
 
@@ -74,11 +80,13 @@ def run_stage(name: str, config: StageConfig, model_config: ModelConfig) -> Iter
         with explained(f"seed is {config.seed}"):
             set_seed(config.seed)
         yield run
-    except DryRunEnd:
+    except StageEnd:
         pass
-    except BaseException:
+    except BaseException as error:
         if run.is_main:
             run.release()
+        if isinstance(error, KeyboardInterrupt):
+            error.args = (way_on(run.folder, begun=run.begun),)
         raise
     finally:
         if run.is_main:
@@ -98,6 +106,7 @@ class StageRun:
         self.files = RunFiles(self.folder)
         self.new = self.files.new  # where to write what `write_metrics` puts in place
         self.saved_base = self.begun = False
+        self.asks_for_last = config.resume_from_checkpoint in (True, AUTO)
         self.checkpoint: Path | None = None
         self.repository: str | None = None
         self.kind = "dataset" if name == "candidates" else "model"  # of repository
@@ -114,7 +123,8 @@ class StageRun:
                 check_resumable(self.checkpoint, self.name, adapter=self.model_config.use_peft)
             if self.is_main and not self.dry and self.files.holds_run():
                 self.files.lock()
-            self._check_content()
+            if not self.asks_for_last or METRICS_FILE not in self.files.content():
+                self._check_content()  # else `train` sees whether it is this run's result
             self.check_source()
 
     @contextlib.contextmanager
@@ -133,6 +143,23 @@ class StageRun:
         """Whether the checkpoint to resume from is this folder's."""
         here = self.folder.resolve()
         return self.checkpoint is not None and self.checkpoint.absolute().parent.resolve() == here
+
+    def _had_ended(self, trainer: Any) -> bool:
+        """Whether the run to resume has its result, made with the same options; then tells so."""
+        same, named = False, self.checkpoint or self.config.dataset_name or self.config.datasets
+        if self.is_main and named and self.asks_for_last and (self.folder / METRICS_FILE).is_file():
+            held = (self.folder / CONFIG_FILE).read_text(encoding="utf-8")
+            same = held == config_text(self.config, self.model_config)
+        [same] = broadcast_object_list([same])
+        if same:
+            trainer.remember(self.checkpoint and str(self.checkpoint))  # InputError: other data
+            told = "--overwrite_output_dir, without --resume_from_checkpoint, trains anew"
+            self.say(f"this run is finished: nothing is left to train ({told})")
+        return same
+
+    def earlier(self) -> StageResult:
+        """The result of a run that had ended before; of a dry run, without metrics."""
+        return StageResult(self.folder, {} if self.dry else read_metrics(self.folder))
 
     def _check_content(self) -> None:
         again = self.config.resume_from_checkpoint == AUTO
@@ -164,7 +191,8 @@ class StageRun:
                 self.files.lock()
                 self._check_content()  # again: models took minutes to load
                 self.files.clear(resume=self._resumes_here, keep_base=self.saved_base)
-                save_config(self.new / CONFIG_FILE, self.config, self.model_config)
+                text = config_text(self.config, self.model_config)
+                (self.new / CONFIG_FILE).write_text(text, encoding="utf-8")
                 self.files.put_in_place()
             except (InputError, OSError) as error:
                 told = f"output_dir {str(self.folder)!r}: {error}. Choose another."
@@ -238,8 +266,8 @@ class StageRun:
             )
         if plan := plan_of(trainer):
             self.say(plan)
-        if self.dry:
-            raise DryRunEnd
+        if self.dry or self._had_ended(trainer):
+            raise StageEnd
         self.begin()
         if not self.config.disable_tqdm:
             # One bar with the named metrics instead of a printed dict per log.
