@@ -65,8 +65,9 @@ def candidates(config: CandidatesConfig, model_config: ModelConfig) -> StageResu
             metrics[name] = counts
             told = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in counts.items())
             run.say(f"{run.folder / name}.jsonl: {told}")
-        made = f"{config.num_candidates} completions for each prompt of {config.dataset_name}"
-        made += f", sampled from {policy}; ranked by {config.gold or 'nobody yet'}"
+        prompts, labeler = config.dataset_name or "several data sets", config.gold or "nobody yet"
+        made = f"{config.num_candidates} completions for each prompt of {prompts}, sampled from "
+        made += f"{policy}; ranked by {labeler}"
         write_card(run.new, run.repository or run.folder.name, made)
         return StageResult(run.folder, run.write_metrics(metrics))
 

@@ -84,7 +84,10 @@ def model_card(
     source = ", ".join(filter(None, names)) or "in memory"
     task = "text-classification" if stage == "rm" else "text-generation"
     held_out = (stage != "ppo" and config.eval_dataset_name) or source
-    on: Any = {"dataset_type": hub_id(held_out) or "local", "dataset_name": one_line(held_out)}
+    on: Any = {"dataset_type": hub_id(held_out) or "local"}
+    on["dataset_name"] = hub_id(held_out) or one_line(
+        Path(held_out).name
+    )  # no path of this machine
     results = [
         EvalResult(task, **on, metric_type=m.rpartition("/")[2], metric_name=m, metric_value=value)
         for m, value in metrics.items()
@@ -96,12 +99,9 @@ def model_card(
     head |= {"datasets": [name for name in names if name and hub_id(name)] or None}
     head |= {"model_name": short, "eval_results": results} if results else {}
     told: Any = {"md": in_markdown, "name": short, "repository": name, "stage": stage, "base": base}
-    told |= {
-        "source": source,
-        "adapter": adapter,
-        "own_base": adapter and Path(adapter).name == BASE,
-    }
-    told |= {"metrics": metrics, "own_head": not hasattr(transformers, classes[0])}
+    told |= {"source": source, "adapter": adapter, "metrics": metrics}
+    own_base = adapter and Path(adapter).resolve() == Path(config.output_dir).resolve() / BASE
+    told |= {"own_head": not hasattr(transformers, classes[0]), "own_base": own_base}
     told |= {"figure": next((path.name for path in folder.glob("*.png")), None)}
     template = str(Path(__file__).with_name("card.md"))
     card = ModelCard.from_template(ModelCardData(**head), template, **told)
