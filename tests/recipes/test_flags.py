@@ -82,7 +82,7 @@ def commands_of(text):
     """The commands in the code blocks of a page, each on one line."""
     blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     lines = re.sub(r"\\\n", " ", blocks).splitlines()
-    return [line for line in lines if line.startswith("trl-instruct ")]
+    return [line for line in lines if re.match(r"trl-instruct \w", line)]
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
