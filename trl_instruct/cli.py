@@ -110,10 +110,8 @@ def _add_listed(parser: ArgumentParser, name: str) -> None:
     parser.set_defaults(**TABLES["defaults"].get(name, {}))
     for argument, listed in TABLES["commands"][name].items():
         given = {k: v.format(**words) if isinstance(v, str) else v for k, v in listed.items()}
-        found = {
-            "type": kinds.get(str(given.get("type"))),
-            "choices": given.get("choices", "").split(),
-        }
+        kind, choices = kinds.get(str(given.get("type"))), given.get("choices", "").split()
+        found = {"type": kind, "choices": choices}
         parser.add_argument(argument, **given | {k: v for k, v in found.items() if v})
 
 
@@ -301,19 +299,12 @@ STAGES: dict[str, Any] = {
     "ppo": (ppo, configs.PPOConfig),
 }
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {
-    "init": init_command,
-    "pretrain": pretrain_command,
-    "sft": sft_command,
-    "candidates": candidates_command,
-    "label": label_command,
-    "rm": rm_command,
-    "ppo": ppo_command,
-    "check": check_command,
-    "evaluate": evaluate_command,
-    "report": report_command,
-    "export": export_command,
-    "merge": merge_command,
-    "serve-reward": serve_reward_command,
+    command.__name__.removesuffix("_command").replace("_", "-"): command
+    for command in (
+        *(init_command, pretrain_command, sft_command, candidates_command, label_command),
+        *(rm_command, ppo_command, check_command, evaluate_command, report_command),
+        *(export_command, merge_command, serve_reward_command),
+    )
 }
 # What a command reads: a config with TRL's ModelConfig, or what a function adds to its parser; of
 # the others, `commands` in options.yaml tells it.

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,10 +29,6 @@ HARMLESS: dict[str, Any] = yaml.safe_load(
 LOGGING = ("transformers", "datasets", "huggingface_hub")
 
 
-def _is_worth_reading(record: logging.LogRecord) -> bool:
-    return not re.match(HARMLESS["logs"][record.name], record.getMessage(), re.DOTALL)
-
-
 def _make_printable(record: logging.LogRecord) -> bool:
     record.msg, record.args = printable(redact(record.getMessage())), ()
     return True
@@ -43,7 +39,9 @@ def silence_harmless_warnings() -> None:
     for text in HARMLESS["warnings"]:
         warnings.filterwarnings("ignore", message=text)
     for name in HARMLESS["logs"]:
-        logging.getLogger(name).addFilter(_is_worth_reading)
+        logging.getLogger(name).addFilter(
+            lambda r: not re.match(HARMLESS["logs"][r.name], r.getMessage(), re.DOTALL)
+        )
 
 
 def quiet_libraries() -> None:
@@ -58,11 +56,11 @@ def quiet_libraries() -> None:
         if handler is not None:
             handler.addFilter(_make_printable)
     if hasattr(transformers_logging, "set_tqdm_hook"):  # transformers since early 2026
-        transformers_logging.set_tqdm_hook(_without_model_files)
-
-
-def _without_model_files(bar: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    return bar(*args, **{**kwargs, "disable": kwargs.get("desc") in HARMLESS["bars"]})
+        transformers_logging.set_tqdm_hook(
+            lambda bar, args, given: bar(
+                *args, **{**given, "disable": given.get("desc") in HARMLESS["bars"]}
+            )
+        )
 
 
 @contextlib.contextmanager

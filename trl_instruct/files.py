@@ -40,8 +40,9 @@ def written_at_once(path: Path) -> Iterator[TextIO]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file completely or not at all; NaN becomes null."""
+    finite = _each(content, lambda v: None if isinstance(v, float) and not math.isfinite(v) else v)
     with written_at_once(path) as file:
-        json.dump(_each(content, _finite), file, indent=2, ensure_ascii=False, allow_nan=False)
+        json.dump(finite, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
 
 
@@ -59,10 +60,6 @@ def read_metrics(folder: Any) -> dict[str, Any]:
 def nulls_as_nan(content: Any) -> Any:
     """Turn null back into NaN after `write_json`: the interval of a single measurement."""
     return _each(content, lambda value: math.nan if value is None else value)
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _each(content: Any, change: Callable[[Any], Any]) -> Any:

@@ -35,8 +35,7 @@ def check_refused(refused: Mapping[str, str], options: Any) -> None:
 
 
 def check_arguments(others: Mapping[str, Any], refused: Mapping[str, str]) -> None:
-    """InputError for an argument that a trainer does not have, as other libraries' may; None is
-    allowed."""
+    """InputError for an argument, not None, that only other libraries' trainers have."""
     for name in (name for name, value in others.items() if value is not None):
         told = refused.get(name, "docs/names.md has the names of other libraries.")
         raise InputError(f"{name} is not an argument here: {told}")
@@ -52,10 +51,7 @@ def has_bf16() -> bool:
 def check_stop_strings(stop_strings: Sequence[str] | None) -> None:
     """InputError for an empty stop string: every completion would end at once."""
     if stop_strings and not all(stop_strings):
-        raise InputError(
-            f"stop_strings are {list(stop_strings)}: an empty one ends every completion before its "
-            "first token. Remove it."
-        )
+        raise InputError(f"stop_strings are {list(stop_strings)}: an empty one ends every text.")
 
 
 NEEDED: dict[str, Callable[[Any], bool]] = {

@@ -2,6 +2,7 @@
 prompts that a record holds twice, as many published files do: in `prompt` and in its replies.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import islice
@@ -16,6 +17,7 @@ from trl_instruct.errors import InputError, kind_of
 logger = get_logger(__name__)
 
 TURN = "\n\nAssistant:"
+IN_WORD = re.compile("[A-Za-z]{2}")
 ROLES: dict[str, str] = NAMES["roles"]
 
 
@@ -98,14 +100,10 @@ def extract_prompt(record: Record) -> dict[str, Any]:
     elif TURN in chosen[:end]:
         end = chosen.rindex(TURN, 0, end) + len(TURN)
     else:
-        while end and any(_is_word(text[end - 1 : end + 1]) for text in (chosen, rejected)):
+        while end and any(IN_WORD.match(text, end - 1) for text in (chosen, rejected)):
             end -= 1  # not inside a word that both replies begin with
         end -= end > 0 and chosen[end - 1] == " "
     return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
-
-
-def _is_word(letters: str) -> bool:
-    return len(letters) == 2 and letters.isascii() and letters.isalpha()
 
 
 def take_off_prompts(dataset: AnyDataset, where: Source, fields: tuple[str, ...]) -> AnyDataset:

@@ -132,6 +132,5 @@ def _text(response: Any) -> str:
     if len(response) == 1 and isinstance(response[0]["content"], str):
         return response[0]["content"]
     raise InputError(
-        f"A response is {kind_of(response)}; Label Studio and Argilla hold one text. --to rankings "
-        "holds messages."
+        f"A response is {kind_of(response)}; tools hold one text. --to rankings holds messages."
     )

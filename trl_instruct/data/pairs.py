@@ -242,10 +242,9 @@ def split_by_prompt(
 
 
 def _check_options(which: str, ties: str, max_pairs: int | None) -> None:
-    if which not in WHICH:
-        raise InputError(f"which={which!r}; one of {', '.join(WHICH)} is needed.")
-    if ties not in TIES:
-        raise InputError(f"ties={ties!r}; one of {', '.join(TIES)} is needed.")
+    for name, value, known in (("which", which, WHICH), ("ties", ties, TIES)):
+        if value not in known:
+            raise InputError(f"{name}={value!r}; one of {', '.join(known)} is needed.")
     if max_pairs is not None and max_pairs < 1:
         raise InputError(f"max_pairs={max_pairs}; a number >= 1 is needed, or None for all.")
 

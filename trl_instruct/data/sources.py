@@ -105,7 +105,12 @@ def load_records(source: Any, split: str = "train", streaming: bool = False) -> 
     elif isinstance(source, DatasetConfig):
         dataset = _load_entry(source, split, streaming, where)
     elif isinstance(source, str) and source.startswith("tiny:"):
-        dataset = _load_tiny(source.removeprefix("tiny:"))
+        from trl_instruct import tiny  # builds the world only when needed
+
+        try:
+            dataset = tiny.split(source.removeprefix("tiny:"))
+        except ValueError as error:
+            raise InputError(f"{source}: {error}") from error
     elif isinstance(source, (str, PathLike)):
         dataset = _load_path(source, split, streaming, where)
     else:
@@ -154,21 +159,14 @@ def name_of(dataset: Any) -> str | None:
     return fspath(dataset) if isinstance(dataset, (str, PathLike)) else None
 
 
-def _load_tiny(name: str) -> AnyDataset:
-    from trl_instruct.tiny import split  # builds the world only when needed
-
-    try:
-        return split(name)
-    except ValueError as error:
-        raise InputError(f"tiny:{name}: {error}") from error
-
-
 def _load_path(source: str | PathLike, split: str, streaming: bool, where: Source) -> AnyDataset:
     path = Path(fspath(source)).expanduser()
     if (path / "labels.db").is_file():
         source = path = path / "labels.db"
     if LABEL_STORE.fullmatch(str(source)) and ("://" in str(source) or path.is_file()):
-        return _load_labels(str(source), split)
+        with needs_extra("label"):
+            from trl_instruct.data.labels import LabelStore
+        return Dataset.from_list(LabelStore(str(source)).records(split))
     if path.is_dir():
         return _load_folder(path, split, streaming, where)
     builder = next((kind for end, kind in BUILDERS.items() if path.name.lower().endswith(end)), "")
@@ -180,13 +178,6 @@ def _load_path(source: str | PathLike, split: str, streaming: bool, where: Sourc
     if builder or isinstance(source, PathLike) or str(source).startswith((".", "/", "~")):
         raise InputError(f"{where.name}: no such file or folder (looked in {Path.cwd()}).")
     return _load_named(DatasetConfig(str(source)), split, streaming, where)
-
-
-def _load_labels(address: str, split: str) -> AnyDataset:
-    """What people labelled so far, in a store that `trl-instruct label` fills."""
-    with needs_extra("label"):
-        from trl_instruct.data.labels import LabelStore
-    return Dataset.from_list(LabelStore(address).records(split))
 
 
 def _load_entry(config: DatasetConfig, split: str, streaming: bool, where: Source) -> AnyDataset:

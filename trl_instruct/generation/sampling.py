@@ -31,9 +31,7 @@ def fit_prompts(
     InputError for an empty prompt, one too long and no limit, or too large a max_prompt_length.
     """
     if [] in token_lists:
-        raise InputError(
-            f"Prompt {token_lists.index([]) + 1} has no tokens; a prompt must not be empty."
-        )
+        raise InputError(f"Prompt {token_lists.index([]) + 1} has no tokens; it must not be empty.")
     room = None if context is None else context - response_length
     if max_prompt_length is None:
         for row, tokens in enumerate(token_lists):

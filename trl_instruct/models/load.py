@@ -45,9 +45,7 @@ def load_policy(
     """
     if isinstance(source, PreTrainedModel | PeftModel):
         if not source.can_generate():
-            raise InputError(
-                f"A {type(source).__name__} was given; an AutoModelForCausalLM is needed."
-            )
+            raise InputError(f"AutoModelForCausalLM is needed; {type(source).__name__} was given.")
         scalar_head.disable_rescaling(unwrapped(source))
         return source
     if not adapters.is_adapter(source):
@@ -187,9 +185,7 @@ def _load(
         )
     # With tied embeddings, a reward model's weights lack nothing that a language model needs.
     if kind is AutoModelForCausalLM and HEAD in info["unexpected_keys"]:
-        raise InputError(
-            f"{path!r} holds a reward model; a language model is needed. Give the policy's folder."
-        )
+        raise InputError(f"{path!r} holds a reward model; give the policy's folder.")
     scalar_head.disable_rescaling(model)
     if adapters.is_quantized(model):
         _keep_layout(model)

@@ -57,9 +57,7 @@ def check_launch(accelerator: Accelerator, models: list[nn.Module], *, average: 
     """
     kind = accelerator.distributed_type
     if kind == DistributedType.MEGATRON_LM:
-        raise InputError(
-            "MEGATRON_LM is not supported. Launch PPO with a config from recipes/accelerate."
-        )
+        raise InputError("MEGATRON_LM is not supported; use a config of recipes/accelerate.")
     if kind not in SHARDED:
         return
     weights = [w for model in models for w in model.parameters()]

@@ -58,8 +58,9 @@ class SharedBase:
         """The adapter in a folder, or None if the source is not an adapter over this base."""
         if not isinstance(source, str | os.PathLike) or not is_adapter(source):
             return None
-        adapter = Adapter.read(source)
-        return adapter if _same_place(adapter.base, self.name) else None
+        base = (adapter := Adapter.read(source)).base
+        same_folder = Path(base).exists() and Path(base).resolve() == Path(self.name).resolve()
+        return adapter if base == self.name or same_folder else None
 
     def classifier(self, adapter: Adapter) -> PeftModel:
         """The reward model of an adapter over this base, with its head and shift, to train."""
@@ -73,11 +74,6 @@ class SharedBase:
         if self.adapter is None:
             return with_lora(model, self.model_config, CLASSIFIER)
         return self.adapter.on_classifier(model)
-
-
-def _same_place(one: str, other: str) -> bool:
-    """Whether two names mean one model: the same folder or the same Hub id."""
-    return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
 
 
 def view_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -229,9 +229,7 @@ def stage_options(
         return config, model_config
     frozen = model_config.load_in_8bit or model_config.load_in_4bit
     if frozen and not model_config.use_peft:
-        raise InputError(
-            "load_in_8bit and load_in_4bit freeze all weights. Set use_peft as well to train LoRA."
-        )
+        raise InputError("load_in_8bit and load_in_4bit freeze all weights; add use_peft.")
     for switch, names in NEEDED_FOR.items():
         if not getattr(model_config, switch):
             check_refused(dict.fromkeys(names, f"{switch} is not set."), model_config)
@@ -241,9 +239,7 @@ def stage_options(
             "launch (make LAUNCH='accelerate launch'); to use one, set CUDA_VISIBLE_DEVICES."
         )
     if model_config.attn_implementation == "flex_attention" and config.device.type == "cpu":
-        raise InputError(
-            "attn_implementation flex_attention has no backward pass on CPU: omit it or use a GPU."
-        )
+        raise InputError("flex_attention has no backward pass on CPU: omit attn_implementation.")
     return config, model_config
 
 

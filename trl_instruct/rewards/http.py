@@ -27,6 +27,8 @@ from trl_instruct.rewards.function import (
 TOKEN_VARIABLE = "REWARD_SERVER_TOKEN"
 MOST_BYTES = 64 * 2**20
 LONGEST_WAIT = 30.0
+# The system's, read once: that takes longer than a request.
+_certificates = cache(ssl.create_default_context)
 # Retried like 5xx: timeout, too many requests.
 WORTH_ANOTHER_TRY = (408, 429)
 
@@ -149,12 +151,6 @@ def post_json(url: str, content: Any, token: str | None, timeout: float, retries
         f"The server {url} gave no answer in {retries + 1} tries of {timeout:g} "
         f"seconds: {last}. Start it again, or correct the address."
     )
-
-
-@cache
-def _certificates() -> ssl.SSLContext:
-    """The system's, read once: that takes longer than a request."""
-    return ssl.create_default_context()
 
 
 def _answer(client: httpx.Client, request: httpx.Request) -> bytes:

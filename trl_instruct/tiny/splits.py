@@ -3,6 +3,7 @@
 import random
 import zlib
 from collections.abc import Iterator
+from itertools import islice
 
 from datasets import Dataset
 
@@ -50,7 +51,11 @@ def split(name: str) -> Dataset:
     rng = random.Random(f"tiny world, {name}")
     tasks = _tasks(name, rng)
     if name == "pretraining":
-        texts = [_document(next(tasks), rng) for _ in range(SIZES[name])]
+        texts = []
+        for task in islice(tasks, SIZES[name]):
+            write = good_reply if rng.random() < WORLD["shares"]["good_reply"] else flawed_reply
+            reply = write(task, rng)
+            texts.append(task.prompt + reply + END_OF_TEXT + reader_remark(task, reply))
         return Dataset.from_dict({"text": texts})
     unique: dict[str, Task] = {}
     while len(unique) < SIZES[name]:
@@ -68,9 +73,3 @@ def _tasks(name: str, rng: random.Random) -> Iterator[Task]:
         task = sample_task(rng)
         if owner(task) == name:
             yield task
-
-
-def _document(task: Task, rng: random.Random) -> str:
-    write = good_reply if rng.random() < WORLD["shares"]["good_reply"] else flawed_reply
-    reply = write(task, rng)
-    return task.prompt + reply + END_OF_TEXT + reader_remark(task, reply)
