@@ -202,7 +202,8 @@ def row(name: str, model: ModelMeasurement) -> dict[str, Any]:
     """The means of one policy, each with its interval."""
     cells: dict[str, Any] = {"policy": name}
     for judge, scores in model.scores.items():
-        cells[f"{judge}, log-odds"] = mean_interval(scores)
+        unit = "compound" if judge == "VADER" else "log-odds"
+        cells[f"{judge}, {unit}"] = mean_interval(scores)
         cells[f"{judge}, positive"] = share_interval(torch.tensor(scores) > 0)
     cells["KL, nats"] = mean_interval(model.kl)
     cells["tokens"] = mean_interval([len(completion.ids) for completion in model.sampled])
