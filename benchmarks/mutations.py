@@ -405,7 +405,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         "reward_trainer/trainer.py",
         "reward_trainer/test_reward_trainer.py -k whatever_the_batch",
         [
-            ("(margins.sign() + 1) / 2", "margins.sign()"),
+            ("wins(0, margins", "wins(margins, 0"),
             ('metrics["accuracy"] += ', 'metrics["accuracy"] = '),
             ('["mean_reward"] += given.tolist()', '["mean_reward"] += [given.mean().item()]'),
             ('min(metrics["min_reward"] + [given', "min([given"),
@@ -438,7 +438,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
                 "self.prompts, None)\n\n    def above",
             ),
             ("softplus(-pairs.margins)", "softplus(pairs.margins)"),
-            ("new_tensor(0.5)", "new_tensor(0.0)"),
+            ('wins(0, differences, ties="half")', "wins(0, differences)"),
             (
                 "margin, longer = scores[better] - scores[worse], lengths[better] - lengths[worse]",
                 "margin, longer = scores[worse] - scores[better], lengths[better] - lengths[worse]",
@@ -519,7 +519,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         "evaluation/statistics.py",
         "evaluation/test_win_rate.py evaluation/test_best_of_n.py evaluation/test_fluency.py",
         [
-            ("((above - below).sign() + 1) / 2", "(above > below).double()"),
+            ('wins(*both, ties="half")', "wins(*both)"),
             ("share_interval(won, None", "share_interval(1 - won, None"),
             ("- torch.tensor(baseline_lengths)", "+ torch.tensor(baseline_lengths)"),
             ("torch.tanh(longer / spread)", "longer / spread"),

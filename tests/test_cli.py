@@ -110,6 +110,7 @@ def test_candidates_from_the_command_line(given, tmp_path, saved_policy):
     options = {"model_name_or_path": saved_policy, "dataset_name": prompts, "response_length": 3}
     cli.main(["candidates", *flags({**options, "output_dir": tmp_path / "c", "use_cpu": True})])
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
+        "README.md",
         "config.yaml",
         "manifest.json",
         "metrics.json",

@@ -262,7 +262,7 @@ def check_command(arguments: list[str]) -> None:
 
 
 def _add_check_options(parser: ArgumentParser) -> None:
-    stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
+    stages = parser.add_subparsers(dest="stage", metavar="stage", required=True)
     for stage in STAGES:
         own = parser_of(stage, whole=True)
         stages.add_parser(stage, help=own.description, parents=[own], add_help=False)

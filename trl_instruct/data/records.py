@@ -208,7 +208,7 @@ def check_prompt(record: Record, *, form: str) -> None:
     """Check the field `prompt`: not null, empty or malformed, and of the first record's `form`."""
     check_content("prompt", record.get("prompt"))
     if form_of(record) != form:
-        raise InputError(f"`prompt` is {form_of(record)}, in the first record {form}; use one.")
+        raise InputError(f"`prompt` is {form_of(record)}, but {form} in the first record; use one.")
 
 
 def check_dialogue(record: Record) -> None:

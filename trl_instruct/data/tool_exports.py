@@ -175,8 +175,7 @@ def _text(fields: Mapping[str, Any], others: Sequence[Any], wanted: str) -> Any:
     texts = [k for k, v in fields.items() if isinstance(v, str) and k not in others]
     if wanted not in fields and len(texts) != 1:
         raise InputError(
-            f"which field is the {wanted}? The fields are {', '.join(fields)}. Say it: --columns "
-            f"{wanted}=FIELD."
+            f"say which field is the {wanted}, of {', '.join(fields)}: --columns {wanted}=FIELD."
         )
     return fields[wanted if wanted in fields else texts[0]]
 

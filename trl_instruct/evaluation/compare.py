@@ -11,7 +11,8 @@ from trl_instruct.configs import EvaluateConfig, PPOConfig
 from trl_instruct.console import one_line, say, table
 from trl_instruct.data.reading import Reading
 from trl_instruct.data.records import prompts_of
-from trl_instruct.errors import InputError, located
+from trl_instruct.data.sources import name_of
+from trl_instruct.errors import InputError, located, redact
 from trl_instruct.evaluation.evaluate import measured_evaluation
 from trl_instruct.evaluation.measurement import Subject
 from trl_instruct.files import CONFIG_FILE, list_too, write_json
@@ -65,8 +66,7 @@ def compare(
     paths = {"base": base, "sft": sft, "ppo": folder}
     models: dict[str, Any] = {n: path for n, path in paths.items() if isinstance(path, str | Path)}
     trust: Any = {"trust_remote_code": trust_remote_code}
-    weights = config.reward_weights
-    rewards = {"rm": load_reward(config.reward_model_path, weights=weights, **trust)}
+    rewards = {"rm": load_reward(config.reward_model_path, weights=config.reward_weights, **trust)}
     if config.gold is not None:
         rewards["gold"] = load_reward(config.gold, **trust)
     tokenizer = load_tokenizer(folder, **trust)
@@ -83,7 +83,8 @@ def compare(
     write_json(path, summary)
     list_too(path)
     say(render(summary))
-    say(f"\nSummary: {path}   policy: {folder}   reward model: {reward_name(rewards['rm'])}")
+    named = name_of(config.reward_model_path) or reward_name(rewards["rm"])  # of adapters: the base
+    say(f"\nSummary: {path}   policy: {folder}   reward model: {redact(named)}")
     return summary
 
 

@@ -45,7 +45,7 @@ def load_policy(
     """
     if isinstance(source, PreTrainedModel | PeftModel):
         if not source.can_generate():
-            raise InputError(f"AutoModelForCausalLM is needed; {type(source).__name__} was given.")
+            raise InputError(f"A {type(source).__name__} was given; a causal model is needed.")
         scalar_head.disable_rescaling(unwrapped(source))
         return source
     if not adapters.is_adapter(source):

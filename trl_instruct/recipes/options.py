@@ -229,7 +229,7 @@ def stage_options(
         return config, model_config
     frozen = model_config.load_in_8bit or model_config.load_in_4bit
     if frozen and not model_config.use_peft:
-        raise InputError("load_in_8bit and load_in_4bit freeze all weights; add use_peft.")
+        raise InputError("load_in_8bit and load_in_4bit freeze all weights. Set use_peft as well.")
     for switch, names in NEEDED_FOR.items():
         if not getattr(model_config, switch):
             check_refused(dict.fromkeys(names, f"{switch} is not set."), model_config)
