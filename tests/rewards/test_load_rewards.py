@@ -313,8 +313,10 @@ def test_a_lora_folder_is_read_with_its_own_tokenizer(saved_reward_model, tokeni
     own = copy.deepcopy(tokenizer)
     own.backend_tokenizer.normalizer = normalizers.Lowercase()
     own.save_pretrained(tmp_path)
-    scores = load_reward(tmp_path, tokenizer)(PROMPTS, [text.upper() for text in COMPLETIONS])
+    reward = load_reward(tmp_path, tokenizer)
+    scores = reward(PROMPTS, [text.upper() for text in COMPLETIONS])
     assert_same(scores, RewardModel(lora, tokenizer)(PROMPTS, COMPLETIONS))
+    assert reward_name(reward) == str(tmp_path)  # not its base's
 
 
 @pytest.mark.slow

@@ -11,8 +11,7 @@ from trl_instruct.configs import EvaluateConfig, PPOConfig
 from trl_instruct.console import one_line, say, table
 from trl_instruct.data.reading import Reading
 from trl_instruct.data.records import prompts_of
-from trl_instruct.data.sources import name_of
-from trl_instruct.errors import InputError, located, redact
+from trl_instruct.errors import InputError, located
 from trl_instruct.evaluation.evaluate import measured_evaluation
 from trl_instruct.evaluation.measurement import Subject
 from trl_instruct.files import CONFIG_FILE, list_too, write_json
@@ -83,8 +82,7 @@ def compare(
     write_json(path, summary)
     list_too(path)
     say(render(summary))
-    named = name_of(config.reward_model_path) or reward_name(rewards["rm"])  # of adapters: the base
-    say(f"\nSummary: {path}   policy: {folder}   reward model: {redact(named)}")
+    say(f"\nSummary: {path}   policy: {folder}   reward model: {reward_name(rewards['rm'])}")
     return summary
 
 

@@ -83,7 +83,8 @@ def load_reward(
         return ClassifierReward(model, label, tokenizer=given, batch_size=batch_size)
     if own:
         tokenizer = load_tokenizer(reward, **trust)
-    return RewardModel(model, tokenizer, batch_size=batch_size)
+    name = None if isinstance(reward, nn.Module) else str(reward)
+    return RewardModel(model, tokenizer, batch_size=batch_size, name=name)
 
 
 def sole_reward(reward: Any, weights: Sequence[float] | None) -> Any:

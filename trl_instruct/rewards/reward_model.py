@@ -21,21 +21,22 @@ class RewardModel:
     the end, messages in the chat template. If the policy has the same tokenizer and chat template
     (`ids_are_of`), the model reads the sampled tokens, as in the paper. Texts longer than its
     context are cut from the left and counted in `truncated`. The shift in its config is subtracted:
-    demonstrations score 0 on average. Where the score is read: `rewards/score_position.py`.
+    demonstrations score 0 on average. Where the score is read: `rewards/score_position.py`. It
+    is called `name` in messages; by default as its model, an adapter as its base.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 64
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int = 64,
+        name: str | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = check_tokenizer(tokenizer, model_name(model))
-        self.batch_size = batch_size
-        self.reads_ids = False
-        self.truncated = 0
-
-    @property
-    def __name__(self) -> str:
-        return model_name(self.model)
+        self.batch_size, self.__name__ = batch_size, name or model_name(model)
+        self.reads_ids, self.truncated = False, 0
 
     def to(self, device: torch.device) -> None:
         """Move the model to the device."""
