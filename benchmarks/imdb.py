@@ -43,6 +43,7 @@ from trl_instruct import ppo
 from trl_instruct.configs import EvaluateConfig
 from trl_instruct.data.records import load_texts, openings
 from trl_instruct.evaluation.measurement import Subject, measure
+from trl_instruct.intervals import Interval, plot_intervals
 from trl_instruct.models.tokenizers import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -165,24 +166,16 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Shares of positive continuations before and after PPO, by judge, with their intervals."""
     from matplotlib.figure import Figure
 
-    judges = [name.removesuffix(", positive") for name in rows[0] if name.endswith(", positive")]
-    axes = Figure(figsize=(7, 2.6), layout="constrained").subplots()
+    axes = Figure(figsize=(7, 3), layout="constrained").subplots()
+    names = {"judge": "judge (PPO's reward)", "second judge": "second judge", "VADER": "VADER"}
     for side, policy in enumerate(rows):
-        shares = [policy[f"{judge}, positive"] for judge in judges]
-        spread = list(zip(*((mean - low, high - mean) for mean, low, high in shares), strict=True))
-        axes.errorbar(
-            [mean for mean, _, _ in shares],
-            [place + (side - 0.5) / 6 for place in range(len(judges))],
-            xerr=spread,
-            fmt="os"[side],
-            label=policy["policy"],
-        )
-    trained = {"judge": "classifier that PPO trains against", "second judge": "second classifier"}
-    axes.set(yticks=range(len(judges)), yticklabels=[trained.get(j, j) for j in judges])
-    axes.set(xlim=(0, 1), xlabel="share of continuations judged positive (95 %)")
-    axes.invert_yaxis()
-    axes.legend(loc="center left")
-    axes.figure.savefig(path, metadata={"Date": None})
+        shares = {
+            shown: Interval(*policy[f"{name}, positive"])._asdict() for name, shown in names.items()
+        }
+        plot_intervals(axes, shares, offset=(side - 0.5) / 5, label=policy["policy"])
+    axes.set(ylim=(0, 1), ylabel="judged positive (95 %)")
+    axes.legend(loc="lower right")
+    axes.figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def main() -> None:

@@ -9,11 +9,14 @@ pairs once; both are measured by `evaluate_reward`. The model comes from `make w
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import trl
@@ -100,8 +103,9 @@ def kept(folder: Path, given: dict[str, Any]) -> Dataset:
     return data.select_columns(["prompt", "responses", "ranks"])
 
 
-def timed(trainer: Any) -> list[float]:
-    """A list that will hold the processor seconds of the trainer's `train`, loading left out."""
+@contextlib.contextmanager
+def timed(trainer: Any) -> Iterator[list[float]]:
+    """Holds the processor seconds of the trainer's `train` inside, loading left out."""
     seconds: list[float] = []
     train = trainer.train
 
@@ -111,28 +115,28 @@ def timed(trainer: Any) -> list[float]:
         seconds.append(time.process_time() - begun)
         return result
 
-    trainer.train = measured
-    return seconds
+    with mock.patch.object(trainer, "train", measured):
+        yield seconds
 
 
 def ours(train: Dataset, test: Dataset, folder: Path) -> dict[str, Any]:
     """Train with `rm`; what it measured, and the processor seconds of training alone."""
     pairs = len(rankings_to_pairs(train)) / len(train)
     size = max(1, round(PAIRS_A_STEP / pairs / 2))
-    seconds = timed(RankingRewardTrainer)
-    result = rm(
-        str(MODEL),
-        train,
-        folder,
-        eval_dataset=test,
-        dtype="float32",
-        use_peft=True,
-        per_device_train_batch_size=size,
-        gradient_accumulation_steps=2,
-        overwrite_output_dir=True,
-        **LORA,
-        **TRAINING,
-    )
+    with timed(RankingRewardTrainer) as seconds:
+        result = rm(
+            str(MODEL),
+            train,
+            folder,
+            eval_dataset=test,
+            dtype="float32",
+            use_peft=True,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=2,
+            overwrite_output_dir=True,
+            **LORA,
+            **TRAINING,
+        )
     return {**result.metrics, "seconds": seconds[0]}
 
 
@@ -157,8 +161,8 @@ def stock(train: Dataset, test: Dataset, folder: Path) -> dict[str, Any]:
         processing_class=tokenizer,
         peft_config=lora,
     )
-    seconds = timed(trl.RewardTrainer)
-    trainer.train()
+    with timed(trl.RewardTrainer) as seconds:
+        trainer.train()
     reward = RewardModel(trainer.model, tokenizer)
     return {**evaluate_reward(reward, test, tokenizer).metrics, "seconds": seconds[0]}
 
