@@ -71,7 +71,8 @@ def _named_command(arguments: list[str]) -> str:
     completing = arguments[0].startswith("--print-completion")
     parser = OptionParser(prog="trl-instruct", description=trl_instruct.__doc__)
     parser.epilog = "trl-instruct COMMAND --help lists the options of a command."
-    parser.add_argument("--version", action="version", version=trl_instruct.__version__)
+    version = trl_instruct.__version__ if "--version" in arguments else ""  # a clone needs none
+    parser.add_argument("--version", action="version", version=version)
     if completing:
         import shtab
 

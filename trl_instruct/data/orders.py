@@ -9,6 +9,7 @@ from trl_instruct.data.sources import NAMES, Record
 from trl_instruct.errors import InputError, kind_of
 
 ORDERS = ("ranks", "scores", "ratings")
+LIKE_ORDERS = NAMES["like_orders"].split()
 
 
 def canonical_ranks(record: Record, rating_order: Sequence[Any] | None = None) -> list[int]:
@@ -57,7 +58,7 @@ def _refuse_unread_order(record: Record) -> None:
     for name, value in record.items():
         one_each = isinstance(value, list) and len(value) == len(record["responses"])
         numbers = one_each and all(isinstance(v, Real) for v in value)
-        if value is not None and (numbers or name.lower() in NAMES["like_orders"].split()):
+        if value is not None and (numbers or name.lower() in LIKE_ORDERS):
             raise InputError(
                 f"`{name}` is {kind_of(value)}, which looks like the order of the responses, but "
                 "that name is not read. Rename it to `ranks` (1 = best) or `scores` (higher = "

@@ -30,15 +30,11 @@ class Figure(NamedTuple):
 
 def figures(chain: Mapping[str, FinishedStage], evaluation: Mapping[str, Any]) -> list[Figure]:
     """All figures that the measurements allow; `evaluation` is empty if there is none."""
-    return list(_figures(evaluation, *(chain.get(name) for name in ("sft", "rm", "ppo"))))
+    return list(_drawn(chain, evaluation))
 
 
-def _figures(
-    evaluation: Mapping[str, Any],
-    sft: FinishedStage | None,
-    rm: FinishedStage | None,
-    ppo: FinishedStage | None,
-) -> Iterator[Figure]:
+def _drawn(chain: Mapping[str, FinishedStage], evaluation: Mapping[str, Any]) -> Iterator[Figure]:
+    sft, rm, ppo = (chain.get(name) for name in ("sft", "rm", "ppo"))
     if ppo and ppo.curve("objective/kl"):
         given: Any = ppo, evaluation.get("best_of_n")
         yield _figure(**WORDS["frontier"], plot=_plot_frontier, given=given)

@@ -195,7 +195,7 @@ def sequence_logprobs(
     `sampling`. `progress` is called with the number of completions of each finished batch.
     """
     summed = torch.zeros(len(prompts))
-    lengths = [len(row) for row in map(list.__add__, prompts, completions)]
+    lengths = [len(asked) + len(own) for asked, own in zip(prompts, completions, strict=True)]
     with evaluating(model):
         for rows in similar_lengths(lengths, sampling.batch_size):
             asked = pad_prompts([prompts[row] for row in rows], model.device)

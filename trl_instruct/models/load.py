@@ -45,7 +45,9 @@ def load_policy(
     """
     if isinstance(source, PreTrainedModel | PeftModel):
         if not source.can_generate():
-            raise InputError(f"A {type(source).__name__} was given; a causal model is needed.")
+            raise InputError(
+                f"A {type(source).__name__} was given; an AutoModelForCausalLM is needed."
+            )
         scalar_head.disable_rescaling(unwrapped(source))
         return source
     if not adapters.is_adapter(source):

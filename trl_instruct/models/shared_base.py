@@ -58,9 +58,10 @@ class SharedBase:
         """The adapter in a folder, or None if the source is not an adapter over this base."""
         if not isinstance(source, str | os.PathLike) or not is_adapter(source):
             return None
-        base = (adapter := Adapter.read(source)).base
-        same_folder = Path(base).exists() and Path(base).resolve() == Path(self.name).resolve()
-        return adapter if base == self.name or same_folder else None
+        adapter = Adapter.read(source)
+        base = Path(adapter.base)
+        same_folder = base.exists() and base.resolve() == Path(self.name).resolve()
+        return adapter if adapter.base == self.name or same_folder else None
 
     def classifier(self, adapter: Adapter) -> PeftModel:
         """The reward model of an adapter over this base, with its head and shift, to train."""

@@ -84,10 +84,8 @@ def model_card(
     source = ", ".join(filter(None, names)) or "in memory"
     task = "text-classification" if stage == "rm" else "text-generation"
     held_out = (stage != "ppo" and config.eval_dataset_name) or source
-    on: Any = {"dataset_type": hub_id(held_out) or "local"}
-    on["dataset_name"] = hub_id(held_out) or one_line(
-        Path(held_out).name
-    )  # no path of this machine
+    there, here = hub_id(held_out), one_line(Path(held_out).name)  # no path of this machine
+    on: Any = {"dataset_type": there or "local", "dataset_name": there or here}
     results = [
         EvalResult(task, **on, metric_type=m.rpartition("/")[2], metric_name=m, metric_value=value)
         for m, value in metrics.items()

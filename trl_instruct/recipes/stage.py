@@ -30,13 +30,7 @@ from trl_instruct.configs import RewardConfig, SFTConfig, StageConfig
 from trl_instruct.console import say
 from trl_instruct.data.sources import AnyDataset, Source, first_record
 from trl_instruct.errors import NOT_AS_EXPECTED, InputError, explained, summary
-from trl_instruct.files import (
-    CONFIG_FILE,
-    MANIFEST_FILE,
-    METRICS_FILE,
-    read_metrics,
-    write_json,
-)
+from trl_instruct.files import CONFIG_FILE, MANIFEST_FILE, METRICS_FILE, read_metrics, write_json
 from trl_instruct.models import adapters, tokenizers
 from trl_instruct.models.load import merge_in_place, needs_base
 from trl_instruct.models.properties import ModelSource, check_finished, context_length, model_name
