@@ -50,6 +50,5 @@ def test_the_index_shows_a_readme_whose_links_are_whole(wheel):
     assert not re.search(r"!\[[^\]]*\]\([^)]*/blob/", metadata.get_payload())  # a page, no picture
     source = metadata.get_all("Project-URL")[0].split(", ")[1]
     for target in targets:
-        if target.startswith(f"{source}/blob/main/"):
-            path = target.removeprefix(f"{source}/blob/main/").partition("#")[0]
-            assert (ROOT / path).exists(), path
+        if found := re.fullmatch(rf"{source}/(?:blob|raw)/main/([^#]+)(?:#.*)?", target):
+            assert (ROOT / found[1]).exists(), found[1]
