@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import griffe
+import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -36,16 +37,16 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
 
 
 def options(name: str) -> str:
-    """The table of a dataclass of configs.py: option, default, help."""
+    """The table of a dataclass of configs.py: option, default, help (from configs.yaml)."""
     body = ast.parse(CONFIGS.read_text(encoding="utf-8")).body
+    told = yaml.safe_load(CONFIGS.with_suffix(".yaml").read_text(encoding="utf-8"))[name]
     (config,) = (node for node in body if isinstance(node, ast.ClassDef) and node.name == name)
     lines = ["| option | default | what it does |", "|---|---|---|"]
     for field in config.body:
-        called = field.value if isinstance(field, ast.AnnAssign) else None
-        if isinstance(called, ast.Call) and ast.unparse(called.func) == "_option":
-            default, help = called.args
-            text = ast.literal_eval(help).replace("|", r"\|").replace("<", "&lt;")
-            lines.append(f"| `{ast.unparse(field.target)}` | `{ast.unparse(default)}` | {text} |")
+        if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) in told:
+            option, default = map(ast.unparse, (field.target, field.value))
+            text = told[option].replace("|", r"\|").replace("<", "&lt;")
+            lines.append(f"| `{option}` | `{default}` | {text} |")
     return "\n".join(lines)
 
 

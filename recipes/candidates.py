@@ -2,7 +2,7 @@
 
     python recipes/candidates.py --config recipes/configs/tiny/candidates.yaml
 
-Options: `--help`; trl_instruct/configs.py explains them. Code: trl_instruct/recipes/candidates.py.
+Options: `--help`, or trl_instruct/configs.yaml. Code: trl_instruct/recipes/candidates.py.
 From Python: `from trl_instruct import sample_candidates`.
 """
 

@@ -7,7 +7,7 @@
 
 It prints the tables and saves evaluation.json and evaluation.png.
 
-Options: `--help`; trl_instruct/configs.py explains them. Code: trl_instruct/evaluation/evaluate.py.
+Options: `--help`, or trl_instruct/configs.yaml. Code: trl_instruct/evaluation/evaluate.py.
 From Python: `from trl_instruct import evaluate`.
 """
 

@@ -2,7 +2,7 @@
 
     python recipes/ppo.py --config recipes/configs/tiny/ppo.yaml
 
-Options: `--help`; trl_instruct/configs.py explains them. Code: trl_instruct/recipes/ppo.py.
+Options: `--help`, or trl_instruct/configs.yaml. Code: trl_instruct/recipes/ppo.py.
 From Python: `from trl_instruct import ppo`.
 """
 

@@ -2,7 +2,7 @@
 
     python recipes/pretrain.py --config trl_instruct/tiny/pretrain.yaml
 
-Options: `--help`; trl_instruct/configs.py explains them. Code: trl_instruct/recipes/pretrain.py.
+Options: `--help`, or trl_instruct/configs.yaml. Code: trl_instruct/recipes/pretrain.py.
 From Python: `from trl_instruct import pretrain`.
 """
 

@@ -5,7 +5,7 @@
 It saves the model, metrics.json and their figure, rm.png. `--demonstrations_name` shifts the score
 so that demonstrations average 0.
 
-Options: `--help`; trl_instruct/configs.py explains them. Code: trl_instruct/recipes/rm.py.
+Options: `--help`, or trl_instruct/configs.yaml. Code: trl_instruct/recipes/rm.py.
 From Python: `from trl_instruct import rm`.
 """
 

@@ -3,7 +3,7 @@
     python recipes/sft.py --config recipes/configs/tiny/sft.yaml
     accelerate launch recipes/sft.py --config my.yaml --model_name_or_path gpt2 --learning_rate 1e-5
 
-Options: `--help`; trl_instruct/configs.py explains them. Code: trl_instruct/recipes/sft.py.
+Options: `--help`, or trl_instruct/configs.yaml. Code: trl_instruct/recipes/sft.py.
 From Python: `from trl_instruct import sft`.
 """
 

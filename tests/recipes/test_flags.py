@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import inspect
 import re
 import shlex
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from trl import ModelConfig
 
 import trl_instruct
-from trl_instruct import cli
+from trl_instruct import cli, configs
 from trl_instruct.configs import PPOConfig, PretrainConfig, SFTConfig
 from trl_instruct.errors import InputError
 from trl_instruct.recipes.flags import parse
@@ -155,3 +156,11 @@ def test_the_version_does_not_load_torch():
     code = "import sys, trl_instruct; trl_instruct.__version__; print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.stdout == "False\n"
+
+
+def test_every_option_that_a_class_of_ours_declares_has_help():
+    for kind in vars(configs).values():
+        if dataclasses.is_dataclass(kind) and kind.__module__ == configs.__name__:
+            options = {field.name for field in dataclasses.fields(kind)}
+            own = options & set(inspect.get_annotations(kind))
+            assert set(configs.HELP[kind.__name__]) == own
