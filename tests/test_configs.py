@@ -167,6 +167,7 @@ def test_bad_options_are_named(options, message):
         ({"target_kl": -0.1}, "target_kl is -0.1; it must be above 0"),
         ({"value_learning_rate": -1.0}, "value_learning_rate is -1.0; it must not be negative"),
         ({"cliprange": -0.2}, "cliprange is -0.2; it must not be negative"),
+        ({"dual_clip": 1.0}, "dual_clip is 1.0; it must be above 1"),
         ({"gamma": 1.5}, "gamma is 1.5; it must be between 0 and 1"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
         ({"missing_eos_penalty": -1.0}, "give a positive number"),

@@ -162,7 +162,7 @@ OWN = {
         ),
         (
             "ppo_trainer/test_ppo_trainer.py::test_both_clips_are_around",
-            "cliprange cliprange_value",
+            "cliprange cliprange_value cliprange_high dual_clip",
         ),
         ("ppo_trainer/test_ppo_trainer.py::test_a_step_descends_the_policy_loss_plus", "vf_coef"),
         ("ppo_trainer/test_ppo_trainer.py::test_rewards_hold_the_kl_penalty", "whiten_rewards"),
@@ -178,6 +178,8 @@ OWN = {
         ),
         ("ppo_trainer/test_advantages.py::test_every_estimator_that_is", "kl_estimator"),
         ("ppo_trainer/test_advantages.py::test_gae_equals_the_naive_sum", "gamma lam"),
+        ("ppo_trainer/test_advantages.py::test_advantages_and_returns_may", "lam_alpha value_lam"),
+        ("ppo_trainer/test_ppo_trainer.py::test_at_first_the_value", "value_warmup_iterations"),
         ("ppo_trainer/test_ema.py::test_the_average_is_what_is_saved", "ema_decay"),
         ("ppo_trainer/test_ppo_curves.py::test_samples_are_shown", "num_sample_generations"),
         ("ppo_trainer/test_ppo_run.py::test_how_long_a_run_is", "total_episodes"),

@@ -58,6 +58,7 @@ def check_stop_strings(stop_strings: Sequence[str] | None) -> None:
 
 NEEDED: dict[str, Callable[[Any], bool]] = {
     "be at least 1": lambda number: number >= 1,
+    "be above 1": lambda number: number > 1,
     "be above 0": lambda number: number > 0,
     "not be negative": lambda number: number >= 0,
     "be between 0 and 1": lambda number: 0 <= number <= 1,

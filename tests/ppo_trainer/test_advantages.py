@@ -8,7 +8,14 @@ import torch
 from trl_instruct.configs import PPOConfig
 from trl_instruct.errors import InputError
 from trl_instruct.padding import right_padded_mask
-from trl_instruct.ppo_trainer.advantages import adapted_kl_coef, gae, kl_per_token, token_rewards
+from trl_instruct.ppo_trainer.advantages import (
+    adapted_kl_coef,
+    advantages_and_returns,
+    gae,
+    kl_per_token,
+    length_adaptive_lam,
+    token_rewards,
+)
 from trl_instruct.ppo_trainer.losses import policy_loss
 from trl_instruct.ppo_trainer.rollouts import Rollout
 from trl_instruct.ppo_trainer.trainer import PPOTrainer
@@ -126,6 +133,38 @@ def test_gae_equals_the_naive_sum(gamma, lam):
         )
     assert not advantages[~mask].any()
     assert not returns[~mask].any()
+
+
+def test_a_lambda_by_length_is_that_of_each_row():
+    """alpha 0.5: 0, 1/2 and 2/3 at the lengths 1, 4 and 6."""
+    lengths = torch.tensor([1, 4, 6])
+    mask = right_padded_mask(lengths, 6)
+    rewards, values = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    lams = length_adaptive_lam(lengths, alpha=0.5)
+    torch.testing.assert_close(lams, torch.tensor([0.0, 0.5, 2 / 3]))
+    together = gae(rewards, values, mask, gamma=0.9, lam=lams)
+    for row, lam in enumerate(lams.tolist()):
+        rows = slice(row, row + 1)
+        alone = gae(rewards[rows], values[rows], mask[rows], gamma=0.9, lam=lam)
+        torch.testing.assert_close([part[rows] for part in together], list(alone))
+
+
+def test_advantages_and_returns_may_have_lambdas_of_their_own():
+    mask = right_padded_mask(torch.tensor([2, 3]), 3)
+    given = *torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0)), mask
+
+    def found(**options):
+        return advantages_and_returns(*given, args=PPOConfig("x", use_cpu=True, **options))
+
+    advantages, returns = gae(*given, gamma=0.9, lam=0.5)
+    torch.testing.assert_close(found(gamma=0.9, lam=0.5), (advantages, returns))
+    ahead = gae(*given, gamma=0.9, lam=1.0)[1]
+    torch.testing.assert_close(found(gamma=0.9, lam=0.5, value_lam=1.0), (advantages, ahead))
+    lams = length_adaptive_lam(torch.tensor([2, 3]), alpha=0.7)
+    by_length = gae(*given, gamma=0.9, lam=lams)
+    torch.testing.assert_close(found(gamma=0.9, lam=0.5, lam_alpha=0.7), by_length)
+    both = found(gamma=0.9, lam=0.5, lam_alpha=0.7, value_lam=1.0)
+    torch.testing.assert_close(both, (by_length[0], ahead))
 
 
 def test_without_discount_and_lambda_1_the_return_is_the_reward_to_come():

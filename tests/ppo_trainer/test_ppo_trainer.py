@@ -7,6 +7,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import TrainerCallback
 
 from trl_instruct.errors import InputError
 from trl_instruct.generation import logits as generation_logits
@@ -149,6 +150,28 @@ def test_a_step_descends_the_policy_loss_plus_vf_coef_times_the_value_loss(make_
     torch.testing.assert_close({name: named[name].detach() for name in named}, expected)
 
 
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+def test_at_first_the_value_function_may_train_alone(make_trainer, optim):
+    """Then the policy's steps are those of a run without: AdamW counts none before."""
+    trainer = make_trainer(value_warmup_iterations=2, optim=optim, weight_decay=0.1, max_steps=3)
+    moved = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            moved.append([distance(b, weights(m)) for m, b in zip(models, before, strict=True)])
+
+    models = trainer.policy, trainer.value_model
+    before = [weights(model) for model in models]
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert [policy > 0 for policy, _ in moved] == [False, False, True]
+    assert all(value > 0 for _, value in moved)
+    if optim == "adamw_torch":
+        state = trainer.optimizer.state
+        steps = [{int(state[p]["step"]) for p in model.parameters()} for model in models]
+        assert steps == [{2}, {6}]  # two minibatches an iteration
+
+
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1e-3])
 def test_the_update_has_the_gradients_norm_unless_clipped(make_trainer, max_grad_norm):
     trainer = make_trainer(
@@ -223,6 +246,10 @@ def test_both_clips_are_around_what_was_sampled(make_trainer):
     assert sums["loss/value"].item() == pytest.approx(5 * 0.5 * 999.5**2, rel=1e-5)
     clipped = [sums[name].item() for name in ("policy/clipfrac", "val/clipfrac")]
     assert clipped == [3.0, 5.0]
+    trainer = make_trainer(cliprange=0.1, cliprange_high=0.4, dual_clip=2.0)
+    sums = losses(trainer, rollout, advantages, torch.zeros_like(advantages))
+    assert sums["loss/policy"].item() == pytest.approx(-1.4 * 4.5 + 2.0 * 3.0, rel=1e-5)
+    assert sums["policy/clipfrac"].item() == 5.0
 
 
 def test_episode_metrics_by_hand_whatever_the_padding(make_trainer):

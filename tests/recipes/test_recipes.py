@@ -14,6 +14,7 @@ from peft import (
     LoraConfig,
     get_peft_model,
 )
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -648,10 +649,18 @@ def test_a_value_model_of_its_own(saved_policy, make_reward_model, tmp_path, mon
     prompts = Dataset.from_list(PROMPTS)
     ppo(saved_policy, vowels, prompts, tmp_path / "x", value_model=value, **QUICK_PPO)
     torch.testing.assert_close(seen, expected)
-    options = {**QUICK_PPO, "value_model_path": tmp_path / "value"}
+    options = {**QUICK_PPO, "value_model_path": tmp_path / "value", "save_strategy": "steps"}
     seen.clear()
     ppo(saved_policy, vowels, prompts, tmp_path / "y", **options)
     torch.testing.assert_close(seen, expected)
+    # An earlier run's: its last checkpoint holds it.
+    (earlier,) = (tmp_path / "y").glob("checkpoint-*/value_model")
+    learnt = load_file(earlier / "model.safetensors")
+    assert any(not torch.equal(learnt[name], expected[name]) for name in learnt)
+    seen.clear()
+    options["value_model_path"] = str(earlier)
+    ppo(saved_policy, vowels, prompts, tmp_path / "z", **options)
+    torch.testing.assert_close(seen, learnt)
 
 
 def test_every_kind_of_reward_gives_the_same_scores(chain):

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from trl_instruct.configs import PPOConfig
+
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of the values `(B, T)` where the mask `(B, T)` is True, all tokens alike; 0 if nowhere.
@@ -123,8 +125,24 @@ def adapted_kl_coef(
     return kl_coef * (1 + error * episodes / horizon)
 
 
+def length_adaptive_lam(lengths: Tensor, *, alpha: float) -> Tensor:
+    """lambda of each completion, `(B,)`: 1 - 1 / (alpha * length), at least 0.
+
+    The weights of GAE then sum to alpha * length: long completions get less bias, short ones less
+    variance (Yue et al. 2025, VAPO, section 4.2, with alpha = 0.05).
+
+    Args:
+        lengths: `(B,)` tokens of the completions.
+        alpha: share of a completion over which advantages look ahead.
+
+    >>> length_adaptive_lam(torch.tensor([10, 40, 100]), alpha=0.05)
+    tensor([0.0000, 0.5000, 0.8000])
+    """
+    return (1 - 1 / (alpha * lengths.clamp(min=1))).clamp(min=0.0)
+
+
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, equations 11-16).
 
@@ -135,7 +153,7 @@ def gae(
         rewards: `(B, C)` per-token rewards.
         values: `(B, C)` V_t, the value of the state in which token t was chosen.
         mask: `(B, C)` True on completion tokens.
-        gamma, lam: discount (1 in InstructGPT: no discount) and lambda (0.95).
+        gamma, lam: discount (1 in InstructGPT: no discount) and lambda (0.95), or `(B,)` lambdas.
 
     Returns:
         advantages and returns (= advantages + values), `(B, C)`, 0 outside the mask.
@@ -156,3 +174,21 @@ def gae(
         reversed_advantages.append(next_advantage)
     advantages = torch.where(mask, torch.stack(reversed_advantages[::-1], dim=1), 0.0)
     return advantages, advantages + values
+
+
+def advantages_and_returns(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, args: PPOConfig
+) -> tuple[Tensor, Tensor]:
+    """Advantages of `gae`, and the returns that the value function learns: each `(B, C)`.
+
+    `lam_alpha` gives each completion a lambda by its length, and `value_lam` the returns a lambda
+    of their own (Yuan et al. 2025, VC-PPO, section 3.2). Tensors are as in `gae`.
+    """
+    given = rewards, values, mask
+    lam: float | Tensor = args.lam
+    if args.lam_alpha is not None:
+        lam = length_adaptive_lam(mask.sum(dim=1), alpha=args.lam_alpha)
+    advantages, returns = gae(*given, gamma=args.gamma, lam=lam)
+    if args.value_lam is not None:
+        returns = gae(*given, gamma=args.gamma, lam=args.value_lam)[1]
+    return advantages, returns

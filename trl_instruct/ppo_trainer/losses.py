@@ -10,25 +10,41 @@ from torch import Tensor
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, cliprange: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    cliprange: float,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clipped surrogate objective, negated (Schulman et al. 2017, equation 7).
 
     ratio = policy / policy at sampling time;
-    loss = max(-A * ratio, -A * clip(ratio, 1 - cliprange, 1 + cliprange)).
+    loss = max(-A * ratio, -A * clip(ratio, 1 - cliprange, 1 + cliprange_high)).
 
     Args:
         logprobs, old_logprobs: `(N,)` log-probabilities of the tokens, now and at sampling time.
         advantages: `(N,)`.
         cliprange: 0.2 in InstructGPT.
+        cliprange_high: the clip above 1 (Yu et al. 2025, DAPO, equation 10); None: cliprange.
+        dual_clip: c; the loss of a token with A < 0 is at most -A * c (Ye et al. 2020, equation 5).
 
     >>> policy_loss(torch.tensor([0.5]), torch.tensor([0.0]), torch.tensor([1.0]), cliprange=0.2)
     (tensor([-1.2000]), tensor([True]))
+    >>> policy_loss(torch.tensor([2.0]), torch.tensor([0.0]), torch.tensor([-1.0]), cliprange=0.2,
+    ...             dual_clip=3.0)
+    (tensor([3.]), tensor([True]))
     """
     ratio = torch.exp(logprobs - old_logprobs)
+    high = cliprange if cliprange_high is None else cliprange_high
     plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
-    return torch.maximum(plain, clipped), clipped > plain
+    clipped = -advantages * ratio.clamp(1.0 - cliprange, 1.0 + high)
+    loss, flat = torch.maximum(plain, clipped), clipped > plain
+    if dual_clip is None:
+        return loss, flat
+    limit = torch.where(advantages < 0, -advantages * dual_clip, torch.inf)
+    return torch.minimum(loss, limit), flat | (loss > limit)
 
 
 def value_loss(

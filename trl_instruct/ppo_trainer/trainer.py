@@ -30,7 +30,7 @@ from trl_instruct.option_checks import check_arguments
 from trl_instruct.padding import unpadded
 from trl_instruct.ppo_trainer.advantages import (
     adapted_kl_coef,
-    gae,
+    advantages_and_returns,
     kl_per_token,
     masked_moments,
     masked_whiten,
@@ -258,9 +258,8 @@ class PPOTrainer(IterationTrainer):
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> tuple[Tensor, Tensor]:
         """Whitened GAE advantages, and returns: each `(B, C)`."""
-        advantages, returns = gae(
-            rewards, rollout.values, rollout.mask, gamma=self.args.gamma, lam=self.args.lam
-        )
+        given = rewards, rollout.values, rollout.mask
+        advantages, returns = advantages_and_returns(*given, args=self.args)
         return self.whiten(advantages, rollout.mask), returns
 
     def whiten(self, values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
@@ -295,7 +294,8 @@ class PPOTrainer(IterationTrainer):
         tokens = self.accelerator.reduce(rollout.mask.sum(), "sum")
         weight = self.accelerator.num_processes / tokens  # processes average their gradients
         stats: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=tokens.device))
-        if self.pretraining is not None:
+        still = self.state.global_step < self.args.value_warmup_iterations  # the policy stays
+        if self.pretraining is not None and not still:
             count = self.args.ptx_rows_per_episode * len(rollout.scores)
             rows = self.pretraining.rows_for(self.accelerator, count)
             ptx = add_ptx_gradient(self.accelerator, self.model_wrapped, rows, args=self.args)
@@ -306,7 +306,7 @@ class PPOTrainer(IterationTrainer):
             with sharding.micro_batch(self.accelerator, self.model_wrapped, last=last):
                 given = (rollout.select(part), advantages[part], returns[part])
                 sums = ppo_sums(self.model_wrapped, *given, args=self.args)
-                loss = sums["loss/policy"] + self.args.vf_coef * sums["loss/value"]
+                loss = sums["loss/policy"] * (not still) + self.args.vf_coef * sums["loss/value"]
                 self.accelerator.backward(loss * weight)
             for name, value in sums.items():
                 stats[name] += value.detach()
@@ -314,6 +314,8 @@ class PPOTrainer(IterationTrainer):
         check_finite(means, self.state.global_step + 1)
         limit = self.args.max_grad_norm or math.inf
         means["grad_norm"] = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        if still:
+            self.policy.zero_grad()  # no gradient instead of 0: AdamW leaves these weights alone
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
