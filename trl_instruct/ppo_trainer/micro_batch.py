@@ -28,8 +28,12 @@ def ppo_sums(
     del logits  # as large as log_probs, and not needed for the gradient
     logprobs = token_logprobs(log_probs, rollout.completion_ids[mask])
     policy = (logprobs, rollout.logprobs[mask], advantages[mask])
-    clips = {"cliprange_high": args.cliprange_high, "dual_clip": args.dual_clip}
-    loss, clipped = policy_loss(*policy, cliprange=args.cliprange, **clips)
+    loss, clipped = policy_loss(
+        *policy,
+        cliprange=args.cliprange,
+        cliprange_high=args.cliprange_high,
+        dual_clip=args.dual_clip,
+    )
     value = (values, rollout.values[mask], returns[mask])
     squared, value_clipped = value_loss(*value, cliprange_value=args.cliprange_value)
     per_token = {

@@ -95,7 +95,8 @@ def _headings(config_class: type[StageConfig] | None, whole: bool) -> dict[str, 
         title = str(kind.__doc__).partition("\n")[0] if ours else f"TRL's {kind.__name__}"
         for name in inspect.get_annotations(kind):
             if ours or kind in LIBRARIES or name not in inspect.get_annotations(TrainingArguments):
-                hidden = kind in LIBRARIES and name not in shown and not whole
+                rare = name not in shown if kind in LIBRARIES else name in TABLES["rare"].split()
+                hidden = rare and not whole
                 headings.setdefault(name, "" if hidden else LIBRARIES.get(kind, title.rstrip(".")))
     return headings
 
