@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from trl_instruct.configs import PPOConfig
-
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of the values `(B, T)` where the mask `(B, T)` is True, all tokens alike; 0 if nowhere.
@@ -177,18 +175,25 @@ def gae(
 
 
 def advantages_and_returns(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, args: PPOConfig
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    lam_alpha: float | None = None,
+    value_lam: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages of `gae`, and the returns that the value function learns: each `(B, C)`.
+    """Advantages as in `gae`, and the returns that the value function learns: each `(B, C)`.
 
-    `lam_alpha` gives each completion a lambda by its length, and `value_lam` the returns a lambda
-    of their own (Yuan et al. 2025, VC-PPO, section 3.2). Tensors are as in `gae`.
+    Args:
+        rewards, values, mask, gamma, lam: as in `gae`.
+        lam_alpha: alpha of `length_adaptive_lam`, whose lambdas replace lam; None: lam.
+        value_lam: lambda of the returns (Yuan et al. 2025, VC-PPO, section 3.2); None: as above.
     """
     given = rewards, values, mask
-    lam: float | Tensor = args.lam
-    if args.lam_alpha is not None:
-        lam = length_adaptive_lam(mask.sum(dim=1), alpha=args.lam_alpha)
-    advantages, returns = gae(*given, gamma=args.gamma, lam=lam)
-    if args.value_lam is not None:
-        returns = gae(*given, gamma=args.gamma, lam=args.value_lam)[1]
+    used = lam if lam_alpha is None else length_adaptive_lam(mask.sum(dim=1), alpha=lam_alpha)
+    advantages, returns = gae(*given, gamma=gamma, lam=used)
+    if value_lam is not None:
+        returns = gae(*given, gamma=gamma, lam=value_lam)[1]
     return advantages, returns

@@ -258,8 +258,9 @@ class PPOTrainer(IterationTrainer):
 
     def advantages(self, rollout: Rollout, rewards: Tensor) -> tuple[Tensor, Tensor]:
         """Whitened GAE advantages, and returns: each `(B, C)`."""
-        given = rewards, rollout.values, rollout.mask
-        advantages, returns = advantages_and_returns(*given, args=self.args)
+        args, given = self.args, (rewards, rollout.values, rollout.mask)
+        lams: Any = {"lam": args.lam, "lam_alpha": args.lam_alpha, "value_lam": args.value_lam}
+        advantages, returns = advantages_and_returns(*given, gamma=args.gamma, **lams)
         return self.whiten(advantages, rollout.mask), returns
 
     def whiten(self, values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
