@@ -5,10 +5,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`cli.main`, with the libraries loaded in three quarters of the time.
-
-    During loading, Python would search for garbage again and again among objects that are kept.
-    """
+    """`cli.main`; without a search for garbage the libraries load in three quarters of the time."""
     gc.disable()
     from trl_instruct import cli
 

@@ -45,10 +45,7 @@ def silence_harmless_warnings() -> None:
 
 
 def quiet_libraries() -> None:
-    """Hide the progress bars of model files (those of downloads and of training stay).
-
-    What the libraries log, names of models among it, is made `printable`.
-    """
+    """Hide the progress bars of model files; make what libraries log `printable`."""
     from transformers.utils import logging as transformers_logging
 
     handlers = [h for name in LOGGING for h in logging.getLogger(name).handlers]
@@ -65,10 +62,7 @@ def _without_model_files(bar: Callable[..., Any], args: Any, kwargs: dict[str, A
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence the report on a missing head that is about to be created.
-
-    Nothing is lost: the caller checks the same report and raises on any other missing weight.
-    """
+    """Silence the report on a missing head: the caller raises on any other missing weight."""
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()

@@ -72,10 +72,7 @@ def _each(content: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
-    """List files of a folder in its manifest; the last thing that is written there.
-
-    `names` are their paths below the folder, with "/" between; None for all that it holds.
-    """
+    """List files, by their paths below the folder (None: all), in its manifest, written last."""
     if names is None:
         names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     listed = sorted(set(names) - {MANIFEST_FILE})
@@ -83,10 +80,7 @@ def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Mark]:
-    """The files that a folder's manifest lists, by their path below it; {} without a manifest.
-
-    ValueError if it is not JSON.
-    """
+    """The files that a folder's manifest lists, {} without one; ValueError if it is not JSON."""
     return read_json(folder / MANIFEST_FILE)
 
 

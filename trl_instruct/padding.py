@@ -131,10 +131,7 @@ def length_batches(
 
 
 class LengthBatchSampler(Sampler[int]):
-    """The rows of a dataset in the order of `length_batches`, a new one in every epoch.
-
-    `batch_size` counts the rows of all processes together; `seed` is the same in all of them.
-    """
+    """The rows in the order of `length_batches`, new in every epoch, the same in all processes."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int):
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed

@@ -35,12 +35,7 @@ REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
 def read(
     source: Any, split: str, streaming: bool, kind: str, reading: Reading
 ) -> tuple[AnyDataset, Source, Shape | None]:
-    """A source's records with our fields, where errors find them, and the shape they had.
-
-    `kind` is "demonstration", "ranking" or "prompt", what the caller needs; the rest and errors are
-    as in `load_records`. InputError too for a column that is not there, a shape that holds no such
-    records, and a row that its shape does not explain.
-    """
+    """A source's records as `kind` (a key of NEEDS), where errors find them, and their shape."""
     where = Source.of(source, split)
     dataset = rename(sources.load_records(source, split, streaming), where, reading)
     first = _typical_record(dataset, where)
@@ -64,10 +59,7 @@ def read(
 
 
 def mixture_of(entries: Sequence[Any]) -> list[DatasetConfig]:
-    """The datasets that a config lists, each by the fields of TRL's `DatasetConfig`.
-
-    InputError for an entry without a path, or with another key.
-    """
+    """The datasets that a config lists, each as TRL's `DatasetConfig`; InputError if it is none."""
     mixture = []
     for entry in entries:
         with explained(f"datasets has the entry {kind_of(entry)}; a path and options are needed"):
@@ -81,12 +73,10 @@ def mixture_of(entries: Sequence[Any]) -> list[DatasetConfig]:
 
 
 def mixed(load: Callable[..., AnyDataset], entries: Sequence[Any], streaming: bool) -> AnyDataset:
-    """Datasets, each read as its own shape, one after the other.
+    """Datasets, each read as its own shape by `load(entry, split, streaming)`, one after the other.
 
     Each `fraction` is a share of the result, as in TRL: no dataset is repeated, and the first rows
-    of each are taken. Columns that not all of them have are null in the others. An entry is loaded
-    by `load(entry, split, streaming)`. InputError as there, for text and messages mixed, and for a
-    fraction of some of them only.
+    of each are taken. Columns that not all of them have are null in the others.
     """
     mixture = mixture_of(entries)
     parts = [load(entry, entry.split, streaming) for entry in mixture]
@@ -176,10 +166,7 @@ def _records(
 
 
 def _given(shape: Shape, members: list[Record], kind: str, reading: Reading) -> list[Any]:
-    """What rows that belong together give, with the columns and prompts that the user wants.
-
-    InputError for a row that its shape does not explain.
-    """
+    """What rows that belong together give, with the columns and prompts that the user wants."""
     try:
         given = shape.read(members if shape.group else members[0])
     except InputError:

@@ -107,13 +107,10 @@ def extract_prompt(record: Record) -> dict[str, Any]:
 
 
 def take_off_prompts(dataset: AnyDataset, where: Source, fields: tuple[str, ...]) -> AnyDataset:
-    """The records, each reply without the prompt that it begins with; a warning says so.
+    """The records, each reply in `fields` without the prompt that it repeats; a warning says so.
 
     Messages that begin with the prompt's messages repeat them, whatever the other rows do. Text
     repeats the prompt only if all replies of all rows begin with it: "Hi" may be answered "Hi!".
-
-    The replies are in `fields`: `("chosen", "rejected")`, `("completion",)`, or `("responses",)`, a
-    list of them. A faulty row stays as it is.
     """
     first = 100 if isinstance(dataset, IterableDataset) else None  # rows that decide; None: all
     if not _repeat(islice(iterate(dataset), first), fields):

@@ -27,14 +27,11 @@ FORMATS = (
 
 
 def export(rows: Dataset, path: Path, to: str) -> str:
-    """Write rankings or pairs, from `load_either`, to a new file: JSON Lines, or a tool's JSON; or
-    to a new folder, named without an ending: with a dataset card, ready for the Hub.
+    """Write rankings or pairs to a new file, JSON Lines or a tool's JSON, or to a new folder, named
+    without an ending: with a dataset card. Returns a line that tells what it holds, and what not.
 
     A tool gets a task a ranking; as pairwise, a task for each pair that has a winner. A rating is
-    the number of ranks from the worst up, whose rating is 1. `to` is one of `FORMATS`. Returns a
-    line that tells what the file holds, and what it does not. InputError if the file exists or has
-    another ending, if no pair has a winner, or all rankings have ties and the tool has none; for a
-    tool, also for a response that is more than one text.
+    the number of ranks from the worst up, whose rating is 1. `to` is one of `FORMATS`.
     """
     tool, _, kind = to.rpartition("-")
     ending = ".json" if tool else ".jsonl"
@@ -72,10 +69,7 @@ def export(rows: Dataset, path: Path, to: str) -> str:
 
 
 def write_card(folder: Path, name: str, made: str) -> None:
-    """Write the dataset card of a folder of JSON Lines, a file for each split, as README.md.
-
-    `name` is that of its repository, or the folder's; `made` says what it is.
-    """
+    """Write README.md, the dataset card of a folder of JSON Lines; `made` says what it is."""
     files = sorted(folder.glob("*.jsonl"))
     with files[0].open(encoding="utf-8") as file:
         columns = list(json.loads(file.readline() or "{}"))

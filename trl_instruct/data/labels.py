@@ -133,10 +133,7 @@ class LabelStore:
             ) from error
 
     def add(self, records: Iterable[Mapping[str, Any]], split: str = "train") -> int:
-        """Add items of a split that are not there yet; returns their number.
-
-        Records have `prompt` and `responses` (2 to 9, all different), and other columns.
-        """
+        """Add items (2 to 9 different `responses`) that are not there; returns their number."""
         rows = {}
         for record in records:
             content = json.dumps(dict(record), sort_keys=True)
@@ -200,12 +197,10 @@ class LabelStore:
     def save(
         self, answer_id: str, key: str, labeler: str, action: str, content: Mapping[str, Any]
     ) -> bool:
-        """Store an answer to the item of that key; it is on disk when this returns.
+        """Store an answer, a "label" or "skip", to an item; it is on disk when this returns.
 
-        The client makes the id: an answer that is sent again is stored once. The action is "label"
-        or "skip", the content as in `Answer`. Returns whether it counts: not if the labeler has
-        answered that item in another window. InputError without such an item, or for a label that
-        does not fit its responses.
+        The client makes the id: an answer that is sent again is stored once. Returns whether it
+        counts: not if the labeler has answered that item in another window.
         """
         if action not in ("label", "skip"):
             raise InputError(f"The action is {action!r}; it must be 'label' or 'skip'.")
@@ -222,11 +217,7 @@ class LabelStore:
         return True
 
     def undo(self, answer_id: str, labeler: str) -> Answer | None:
-        """Take back a labeler's latest answer that stands, whose item is open again for them.
-
-        `answer_id` is of the taking back, made by the client. Returns the answer; None if there is
-        none.
-        """
+        """Take back a labeler's latest answer, whose item is open again; None if there is none."""
         own = STANDING.where(LATEST.c.labeler == labeler).order_by(LATEST.c.number.desc())
         with self._turn() as connection:
             found = _answer_of(connection, answer_id)
@@ -246,12 +237,7 @@ class LabelStore:
         return [Answer(Item.of(r), r.labeler, r.action, json.loads(r.answer)) for r in rows]
 
     def records(self, split: str = "train") -> list[dict[str, Any]]:
-        """The labels of a split as ranking records, one per labeler and item.
-
-        Besides `prompt`, `responses`, `ranks`, `labeler` and the item's own columns: `overall`,
-        `checks`, `seconds`, `flag` and `note`, where any labeler used them. InputError without such
-        a split, or if nobody has labelled any of it.
-        """
+        """Labels of a split as rankings, one per labeler and item; InputError without any."""
         with self.engine.connect() as connection:
             splits = connection.execute(sql.select(ITEMS.c.split)).scalars().all()
         if split not in splits:

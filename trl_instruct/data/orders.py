@@ -15,10 +15,8 @@ LIKE_ORDERS = NAMES["like_orders"].split()
 def canonical_ranks(record: Record, rating_order: Sequence[Any] | None = None) -> list[int]:
     """Dense ranks of the K `responses` (1 = best, equal = tie), from whichever field has them.
 
-    Raises:
-        InputError: K < 2; `ranks`, `scores` or `ratings` null, not one per response, not finite or
-            contradictory; a rank that is not a whole number >= 1; a label not in `rating_order`;
-            none of the three, but a column that looks like an order under another name.
+    InputError for a field that is null, not one per response, not finite or contradictory; and for
+    a column that looks like an order under another name.
 
     >>> canonical_ranks({"responses": ["a", "b", "c"], "ratings": ["ok", "good", "ok"]},
     ...                 rating_order=["good", "ok", "poor"])

@@ -39,15 +39,9 @@ def load_preferences(
     """Load the preferences to train and to evaluate on.
 
     For training, rankings stay rankings and pairs stay pairs. Held-out pairs, and all pairs if
-    prompts may be cut, become rankings of K = 2. All rankings of a prompt stay on one side.
-
-    All are given by name or in memory; without `held_out`, `config.eval_size` of the prompts are;
-    without demonstrations there is no shift. `fits` checks each record that is read after training;
-    if bad records are left out, all.
-
-    InputError for bad records, neither rankings nor pairs, no pair with a winner, too few prompts
-    to hold any out, no ranking by a labeler to leave out or none by another, and demonstrations in
-    another format than the preferences.
+    prompts may be cut, become rankings of K = 2. All rankings of a prompt stay on one side; without
+    `held_out`, `config.eval_size` of the prompts are. `fits` checks each record that is read after
+    training; if bad records are left out, all.
     """
     counts, reading = RankingCounts(), Reading.of(config)
     order = config.rating_order

@@ -53,10 +53,7 @@ JUDGED, PLAIN = _listed("judged"), _listed("plain")
 
 
 def shape_of(first: Record, kind: str) -> Shape | None:
-    """The published shape of a file; None if it has our own fields, or none that is known.
-
-    Judged by its first record, for what is wanted: "demonstration", "ranking" or "prompt".
-    """
+    """The published shape of a file, by its first record and the kind that is wanted, or None."""
     if {"prompt", "responses"} <= set(first):
         return None
     replies = {"completion", "messages"}

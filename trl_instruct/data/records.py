@@ -177,10 +177,7 @@ def openings(texts: AnyDataset, tokenizer: Any, length: int) -> AnyDataset:
 def prompts_of(
     source: Any, split: str, tokenizer: Any, opening_length: int | None, reading: Reading
 ) -> Dataset:
-    """Prompts in every form: `prompt` columns, or the openings of texts.
-
-    If bad records are left out, so are those that the chat template refuses.
-    """
+    """Prompts, or the openings of texts; none that the chat template refuses, if bad ones go."""
     if opening_length:
         return openings(load_texts(source, split, reading=reading), tokenizer, opening_length)
     prompts = load_prompts(source, split, reading=reading)
@@ -315,10 +312,7 @@ def check_records(
 def require_columns(
     found: Collection[str], source: Source, needed: Sequence[str], what: str, otherwise: str = ""
 ) -> None:
-    """InputError if a column that a kind of record needs is missing.
-
-    It lists the columns found and suggests what to rename.
-    """
+    """InputError if a needed column is missing, with those found and what to rename."""
     missing = [column for column in needed if column not in found]
     if missing:
         raise InputError(

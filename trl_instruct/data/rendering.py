@@ -99,10 +99,7 @@ def render_all(
 def render_prompt(
     prompt: Any, tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """Ids of a prompt, a text or messages, as a policy continues it. Arguments as `render`.
-
-    An EOS that the tokenizer appends to every text is left out: it would end the completion.
-    """
+    """Ids of a prompt, a text or messages, as a policy continues it: without an EOS behind it."""
     if isinstance(prompt, str):
         before, ids = _plain(prompt, tokenizer)
         return before + ids
@@ -115,10 +112,7 @@ def render_prompts(
     tokenizer: PreTrainedTokenizerBase,
     columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[list[int]]:
-    """Ids of B prompts; `columns` may hold `tools` and `chat_template_kwargs`, B values each.
-
-    InputError as in `render`, with the number of the prompt.
-    """
+    """Ids of B prompts; `columns` may hold `ARGUMENTS`. An InputError has the prompt's number."""
     rows = []
     for row, prompt in enumerate(prompts):
         with located(f"Prompt {row + 1}"):
@@ -160,10 +154,7 @@ def completion_texts(
     *,
     skip_special_tokens: bool = True,
 ) -> list[str]:
-    """Texts of sampled completions, as they continue a prompt.
-
-    Some decoders strip the space that a text begins with (Llama 2, T5); a completion's is kept.
-    """
+    """Texts of sampled completions, with the space that some decoders strip (Llama 2, T5)."""
     anchor = _ids(ANCHORS[0], tokenizer)
     options = {"skip_special_tokens": skip_special_tokens}
     before, *texts = tokenizer.batch_decode([anchor, *(anchor + row for row in rows)], **options)

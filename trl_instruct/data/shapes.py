@@ -250,10 +250,7 @@ def helpsteer2_attributes(rows: Sequence[Record]) -> Given:
 
 
 def oasst_tree(row: Record) -> Given:
-    """A tree of messages: rankings of the replies to each prompter, rank 0 = best; the best path.
-
-    Deleted, synthetic and refused messages do not count, nor trees that are not ready.
-    """
+    """A tree of messages: rankings of the replies to a prompter, rank 0 = best; the best path."""
     if row.get("tree_state") not in (None, "ready_for_export"):
         return f"a tree in the state {row['tree_state']}"
     return _prompter(row["prompt"], [], best=True)

@@ -80,11 +80,7 @@ def report(
 def summary_lines(
     chain: Mapping[str, FinishedStage], evaluation: Mapping[str, Any] | None = None
 ) -> Iterator[str]:
-    """The page in a few lines: the verdict, key figures of stages and models, the findings.
-
-    `chain` is what `read_chain` returns, or some stages of it; `evaluation`, what `read_evaluation`
-    does.
-    """
+    """The page in a few lines: the verdict, key figures of stages and models, the findings."""
     findings = diagnose(chain)
     yield verdict(findings)
     for name, run in chain.items():

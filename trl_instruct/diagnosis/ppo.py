@@ -17,11 +17,7 @@ _found = partial(found, "ppo")
 
 
 def diagnose_ppo(run: FinishedStage) -> Iterator[Finding]:
-    """Exploited reward, KL, entropy, length, EOS, value function, clipping, number of episodes.
-
-    Metrics that it did not log are skipped: gold without `gold` in its config, and length and some
-    others with TRL's own trainer.
-    """
+    """What the checks find whose metrics the run has logged (TRL's own trainer lacks some)."""
     if not run.curve("objective/kl"):
         yield _found("ppo_unmeasured", "no logs in its folder")
         return

@@ -27,10 +27,7 @@ def render(evaluation: dict[str, Any]) -> str:
 
 
 def tables(evaluation: dict[str, Any]) -> list[list[list[str]]]:
-    """Rows of scores, win rates, fluency and best of n, each under a row of headings.
-
-    An evaluation that was read from its file has NaN for null.
-    """
+    """Rows of scores, win rates, fluency and best of n, under headings; NaN may stand for null."""
     found = [_score_rows(evaluation)]
     if len(evaluation["models"]) > 1 and evaluation["judges"]:
         found.append(_win_rows(evaluation))
@@ -94,10 +91,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def plot(evaluation: dict[str, Any], path: Path) -> None:
-    """Save what `evaluate` measured as a .png, a column per judge; nothing without judges.
-
-    Rows: scores with their intervals; win rates; score against KL, with the best-of-n curve.
-    """
+    """Save scores, win rates, and score against KL as a .png, a column per judge, if any."""
     from matplotlib.figure import Figure  # takes a second; without pyplot it needs no screen
 
     judges = evaluation["judges"]

@@ -28,10 +28,7 @@ HIDDEN = (*ORDERS, "gold_scores", "labeler", "weight")
 
 
 def label(options: Namespace) -> None:
-    """Fill the store with what is new, and serve the page until it is ended.
-
-    InputError without anything to label, or for an option that cannot be used.
-    """
+    """Fill the store with what is new, and serve the page until it is ended."""
     if options.labels_per_prompt < 1:
         raise InputError(f"labels_per_prompt is {options.labels_per_prompt}; at least 1 is needed.")
     models = named_sources(options.models or [], "models")

@@ -10,11 +10,7 @@ from trl_instruct.data.labels import Answer
 
 
 def progress(answers: Sequence[Answer], items: int, labels_per_prompt: int) -> dict[str, Any]:
-    """Counts of items and, per labeler, of labels, skips, median seconds and agreement.
-
-    Of the `items`, `done` are those with `labels_per_prompt` labels. Only answers that stand are
-    given. `agreement` is as `labelers.agreement`, without NaN; `labelers` holds a dict for each.
-    """
+    """Counts of items, of those with `labels_per_prompt` labels, and of what each labeler did."""
     from trl_instruct.reward_trainer.labelers import Labeled, agreement, reliability  # torch
 
     ranked = [answer for answer in answers if answer.action == "label"]

@@ -224,10 +224,7 @@ def _json(status: int, content: Mapping[str, Any]) -> Response:
 
 
 def serve(page: LabelPage, host: str, port: int) -> None:
-    """Serve the page until Ctrl-C, or Enter in a terminal; its address is printed.
-
-    InputError if the address is in use, or none of this machine.
-    """
+    """Serve the page until Ctrl-C, or Enter in a terminal; its address is printed."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family)

@@ -81,10 +81,7 @@ class Adapter:
             )
 
     def check_base(self) -> None:
-        """InputError if its base has other weights than when the adapter was saved.
-
-        Checks nothing if no fingerprint was saved, or if the base is not in a folder.
-        """
+        """InputError if its base is known to have other weights than when it was saved."""
         kept, now = Path(self.folder) / FINGERPRINT, fingerprint(self.base)
         if now and kept.is_file() and kept.read_text(encoding="utf-8").strip() != now:
             raise InputError(
@@ -113,10 +110,7 @@ class Adapter:
             )
 
     def on(self, model: PreTrainedModel, *, trainable: bool = True) -> peft.PeftModel:
-        """Its base model, which never trains, with the adapter in float32 whatever the dtype.
-
-        A reward model has the adapter's shift. InputError if the adapter does not fit this model.
-        """
+        """Its base, which never trains, with the adapter in float32, and a reward model's shift."""
         with self._fitting(model):
             adapted = peft.PeftModel.from_pretrained(model, self.folder, is_trainable=trainable)
             saved = peft.load_peft_weights(self.folder, device="cpu")
@@ -203,10 +197,7 @@ def peft_config_of(model_config: ModelConfig, task_type: str = POLICY) -> peft.P
 def new_adapter_config(
     model: PreTrainedModel, model_config: ModelConfig, task_type: str = POLICY
 ) -> peft.PeftConfig | None:
-    """The config of a model's new adapter, None if it needs none.
-
-    InputError if the model has none of `lora_target_modules`.
-    """
+    """The config of a model's new adapter; None if it needs none."""
     config = peft_config_of(model_config, task_type)
     if config is None or isinstance(model, peft.PeftModel):
         return None
@@ -231,10 +222,7 @@ def with_lora(
 
 
 def float32_head(model: PreTrainedModel) -> PreTrainedModel:
-    """Make the head of an adapter classifier float32, as peft does with LoRA weights.
-
-    peft leaves the head in the base's precision; in bfloat16 most updates would be lost.
-    """
+    """Make an adapter classifier's head float32, as peft makes LoRA's: bfloat16 loses updates."""
     head = getattr(model, "score", None)
     if isinstance(head, ModulesToSaveWrapper):
         head = head.modules_to_save[head.active_adapter]

@@ -67,10 +67,7 @@ def keeps_adapter(model_config: ModelConfig) -> bool:
 def base_of(
     adapter: adapters.Adapter, model_config: ModelConfig, kind: Any, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """The base model that an adapter names, of the kind of AutoModel that is given.
-
-    InputError if the base has changed, or LoRA options differ from the adapter's.
-    """
+    """The base that an adapter names, of that kind of AutoModel; InputError if it has changed."""
     adapter.check_base()
     if model_config.use_peft:
         adapter.check_options(model_config)
@@ -135,10 +132,7 @@ def _classifier_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
 
 
 def needs_base(source: ModelSource, model_config: ModelConfig) -> bool:
-    """Whether a new adapter could not name its base model, which exists only in memory.
-
-    It is then saved, so that plain peft can load the result.
-    """
+    """Whether a new adapter's base exists only in memory: it is saved, so that peft can load it."""
     return model_config.use_peft and isinstance(source, PreTrainedModel) and is_nameless(source)
 
 
@@ -211,10 +205,7 @@ def _keep_layout(model: PreTrainedModel) -> None:
 def merged(
     adapter: adapters.Adapter, model_config: ModelConfig, *, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The policy or reward model whose adapter is merged into its weights.
-
-    Merging is always in full precision: 8- or 4-bit weights would round the adapter with them.
-    """
+    """The model with an adapter merged into its weights, in full precision: less rounds both."""
     judges = adapter.config.task_type == adapters.CLASSIFIER
     kind = AutoModelForSequenceClassification if judges else AutoModelForCausalLM
     plain = {"load_in_8bit": False, "load_in_4bit": False, "use_peft": False}
@@ -235,12 +226,7 @@ def _dtype(model_config: ModelConfig) -> Any:
 def merge(
     adapter: str | os.PathLike, output_dir: str | os.PathLike, *, dtype: str = "float32"
 ) -> Path:
-    """Merge an adapter into its base in full precision; save the model and its tokenizer.
-
-    The adapter's folder is of a policy or of a reward model (whose shift is kept). Returns the new
-    or empty folder, which plain transformers then loads. InputError without an adapter there, for
-    an unfinished stage, or an output_dir that is not empty.
-    """
+    """Merge an adapter into its base in full precision, into a new folder, with the tokenizer."""
     folder = Path(output_dir)
     if not adapters.is_adapter(adapter):
         raise InputError(

@@ -141,10 +141,7 @@ class ResumableTrainer(Trainer):
         return super().train(checkpoint and str(checkpoint), *rest)
 
     def remember(self, resume_from_checkpoint: str | bool | None) -> Path | None:
-        """The checkpoint to resume from, if any.
-
-        InputError if it is damaged, or was made with other data, options or processes.
-        """
+        """The checkpoint to resume from, if any; InputError for one of other data or options."""
         self.began = time.perf_counter()
         names = [getattr(self.args, name, None) for name in ("dataset_name", "datasets")]
         self.data = _fingerprint(self.train_dataset) or f"the stream {names}"
@@ -259,10 +256,7 @@ class ResumableTrainer(Trainer):
 
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
-    """InputError if a run differs from the one that wrote the checkpoint (`ResumableTrainer.run`).
-
-    Options that only one of two versions of a library has are not compared.
-    """
+    """InputError if a run differs from the checkpoint's, in options that both versions know."""
     for name in sorted(before.keys() & now.keys()):
         if before[name] != now[name] and _shapes(name):
             raise InputError(

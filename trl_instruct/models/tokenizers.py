@@ -37,10 +37,7 @@ def load_tokenizer(
 def check_tokenizer(
     tokenizer: PreTrainedTokenizerBase, name: str, special_tokens: dict[str, str] | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer with a pad token and with `special_tokens` (`{"eos_token": "<|im_end|>"}`).
-
-    InputError for a special token that is not in the vocabulary, or no EOS token.
-    """
+    """The tokenizer with pad and `special_tokens`; InputError for unknown ones, or without EOS."""
     for role, token in (special_tokens or {}).items():
         if token not in tokenizer.get_vocab():
             raise InputError(
@@ -86,10 +83,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
 def check_same_tokens(
     one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, names: tuple[str, str]
 ) -> None:
-    """InputError if two tokenizers of one base model give a token different ids.
-
-    Either may have extra tokens. `names` tells whose they are, for the message.
-    """
+    """InputError if two tokenizers of one base, called `names`, give a token different ids."""
     known = other.get_vocab()
     for token, number in one.get_vocab().items():
         if known.get(token, number) != number:

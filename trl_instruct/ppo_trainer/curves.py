@@ -51,11 +51,7 @@ def is_due(step: int, steps: int, *, times: int) -> bool:
 def show_samples(
     step: int, steps: int, columns: Mapping[str, Sequence[Any]], *, trackers: Any, callbacks: Any
 ) -> None:
-    """Print the first completion; log all of them to the trackers, as a table.
-
-    `step` of `steps` counts iterations from 1; `columns` are prompt, completion and score of some
-    episodes; `trackers` is `report_to` of the training arguments, `callbacks` are the trainer's.
-    """
+    """Print the first of some episodes' completions; log all to the trackers, as a table."""
     prompt, completion, score = (columns[n][0] for n in ("prompt", "completion", "score"))
     say(sample_text(step, steps, prompt, completion, score))
     prompts = list(map(as_text, columns["prompt"]))

@@ -41,10 +41,7 @@ class IterationTrainer(ResumableTrainer):
     beginning: tuple[Any, ...]
 
     def begin_training(self, checkpoint: Path | None = None) -> None:
-        """Set up optimizer, scheduler, processes and callbacks.
-
-        A checkpoint's progress and random states are restored; the caller loads its weights.
-        """
+        """Set up optimizer, scheduler, processes, callbacks; restore all but the weights."""
         args = self.args
         set_seed(args.seed + 100_003 * self.accelerator.process_index)  # ranks must differ
         if args.gradient_checkpointing:
@@ -76,10 +73,7 @@ class IterationTrainer(ResumableTrainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The Trainer's schedule, one step ahead: a warm-up over 10 iterations starts at a tenth.
-
-        A start at 0 would waste an iteration: sampled and scored, but without effect.
-        """
+        """The Trainer's, one step ahead: a first iteration at a rate of 0 would have no effect."""
         scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
@@ -135,11 +129,7 @@ class IterationTrainer(ResumableTrainer):
         self._return_to(now)
 
     def save_last_state(self, fault: str) -> str:
-        """Save the run as it was when this iteration began, before any weight changed.
-
-        Returns `fault` (why the run ends) and where the run was saved; the first iteration has
-        nothing to save.
-        """
+        """Save the run as it was before this iteration; returns the fault, and where that is."""
         if not self.state.global_step:
             return fault
         self._save_beginning()
@@ -169,10 +159,7 @@ class IterationTrainer(ResumableTrainer):
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], learning_rate: float
 ) -> None:
-    """Give some of an optimizer's parameters their own peak learning rate.
-
-    It must be unused and without a scheduler; parameters that it does not train are ignored.
-    """
+    """Give some parameters of an unused optimizer a peak learning rate of their own."""
     chosen = {id(parameter) for parameter in parameters}
     for group in list(optimizer.param_groups):
         own = [p for p in group["params"] if id(p) in chosen]

@@ -150,10 +150,7 @@ def _over(
 def _full_value_model(
     source: Any, model: ModelSource, policy: PreTrainedModel, **trust: bool
 ) -> PreTrainedModel:
-    """A full-size value model: from a reward model, or from the policy with a head of zeros.
-
-    InputError if the reward model is quantised.
-    """
+    """A full-size value model: from a reward model, or from the policy with a head of zeros."""
     if source != FROM_POLICY:
         judge = source.model if isinstance(source, RewardModel) else None
         value = judge or load_reward_model(source, ModelConfig(), **trust)
@@ -196,10 +193,7 @@ def place_frozen(
     judges: Sequence[RewardFunction | None],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Put the frozen models on the run's device and tell the rewards whose tokens they get.
-
-    `ref_model` is None if the policy's base is the reference. `judges` are the reward and `gold`.
-    """
+    """Put frozen models on the run's device; tell the rewards whose tokens they get."""
     if ref_model is not None:
         disable_dropout_and_rescaling(ref_model)
         ref_model.eval().requires_grad_(False).to(accelerator.device)

@@ -15,10 +15,7 @@ VALUE, EMA = "value_model", "ema.safetensors"
 
 
 def save_rest(trainer: Any, folder: Path, value_state: dict[str, Tensor] | None) -> None:
-    """Save a PPOTrainer's value model, moving average and progress beside its policy.
-
-    `value_state` is the value model's gathered weights, or None if the model holds them itself.
-    """
+    """Save a PPOTrainer's value model (its gathered state, or its own), average and progress."""
     trainer.value_model.save_pretrained(folder / VALUE, state_dict=value_state)
     if trainer.average is not None:
         trainer.average.save(folder / EMA)

@@ -134,10 +134,7 @@ class RewardModule(nn.Module):
 
 
 class UpstreamTrainer(Trainer):
-    """TRL's PPOTrainer with our constructor; `upstream_trainer` combines the two.
-
-    `gold` is not used: TRL's loop has no place to log it; nor is `ptx_dataset`.
-    """
+    """TRL's PPOTrainer with our constructor; it has no place for `gold` and `ptx_dataset`."""
 
     def __init__(
         self,
@@ -196,11 +193,7 @@ class UpstreamTrainer(Trainer):
 
 
 def upstream_trainer(config: PPOConfig) -> type[UpstreamTrainer]:
-    """TRL's own PPOTrainer with our constructor.
-
-    Completions end only at the tokenizer's EOS, callbacks cannot stop the run, and the metrics are
-    those that TRL logs. InputError for a TRL without PPOTrainer, or an option that it has not.
-    """
+    """TRL's own PPOTrainer with our constructor; InputError for an option that it has not."""
     module = _trl_ppo()
     kinds = (StageConfig, TrainingArguments, module.PPOConfig)
     known = {f.name for kind in kinds for f in fields(kind)}
@@ -222,11 +215,10 @@ def upstream_trainer(config: PPOConfig) -> type[UpstreamTrainer]:
 
 
 def trl_config(config: PPOConfig, num_prompts: int) -> Any:
-    """TRL's PPOConfig with the meaning of ours.
+    """TRL's PPOConfig with the meaning of ours; InputError for fewer prompts than a rollout batch.
 
     TRL cuts a rollout batch into minibatches but takes only one step per pass over it, so the batch
-    is passed as one minibatch, whose losses TRL's metrics then average correctly. InputError for
-    fewer prompts (`num_prompts`, rows of the training data) than a rollout batch.
+    is passed as one minibatch, whose losses TRL's metrics then average correctly.
     """
     trl_class = _trl_ppo().PPOConfig
     accumulated = config.gradient_accumulation_steps * config.num_mini_batches
@@ -262,10 +254,7 @@ def _trl_ppo() -> ModuleType:
 
 
 def _prepare(policy: PreTrainedModel, value: PreTrainedModel, config: PPOConfig) -> None:
-    """Change the models as our trainer does and TRL's does not: both then train the same ones.
-
-    InputError for an architecture that TRL's cannot call.
-    """
+    """Change the models as our trainer does and TRL's does not: both then train the same ones."""
     for model in (unwrapped(policy), value.base_model):
         if not accepted(model, position_ids=None):
             raise InputError(

@@ -38,9 +38,8 @@ class FinishedStage(NamedTuple):
 def read_chain(folder: str | os.PathLike) -> dict[str, FinishedStage]:
     """The finished stage in a folder and those it came from, by name, in the order they ran.
 
-    Their configs name the folders: model, reward model, data. Of several stages with one name,
-    the nearest counts. A folder that is gone or damaged is a gap of the stage that names it.
-    InputError if the folder holds no finished stage, or a damaged one.
+    Their configs name the folders. Of several stages with one name, the nearest counts. A folder
+    that is gone or damaged is a gap of the stage that names it.
     """
     run = _read(Path(folder))
     if run is None:
@@ -77,14 +76,11 @@ def remember_reading(config: Any, *models: Any) -> None:
 
 
 def check_format(prompts: AnyDataset, tokenizer: Any, **models: Any) -> None:
-    """InputError if a model, named by its role, was trained on text and the prompts are messages.
-
-    Or the other way round. Text that holds a special token of the template is messages already.
-    """
+    """InputError if the prompts are messages and a model, by its role, knows text; or reverse."""
     first = first_record(prompts, Source.of(prompts))["prompt"]
     given = "text" if isinstance(first, str) else "messages"
     if given == "text" and any(token in first for token in tokenizer.get_added_vocab()):
-        return
+        return  # text with the special tokens of a template is messages already
     for role, model in models.items():
         name = name_of(model)
         run = _read(Path(name)) if name else None
@@ -97,10 +93,7 @@ def check_format(prompts: AnyDataset, tokenizer: Any, **models: Any) -> None:
 
 
 def _read(folder: Path) -> FinishedStage | None:
-    """The finished stage in a folder; None if it holds none, or another tool's files.
-
-    InputError if the files of a stage are damaged.
-    """
+    """The finished stage in a folder, None if it holds none; InputError for damaged files."""
     files = (folder / name for name in (CONFIG_FILE, METRICS_FILE, TRAINER_STATE_NAME))
     (config, metrics, state), faults = zip(*map(_parsed, files), strict=True)
     finished = metrics.get("stage") in STAGE_NAMES

@@ -28,11 +28,7 @@ class StageEnd(Exception):  # noqa: N818 - it is no error
 
 
 def shown_tokens(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A record token by token; those in brackets count in the loss or are scored.
-
-    White space is escaped, so that what a template puts at the joint can be seen. Of long texts the
-    middle is left out.
-    """
+    """A record token by token, white space escaped; what counts in loss or score in brackets."""
 
     def texts(ids: list[int]) -> list[str]:
         shown = [repr(tokenizer.decode([token]))[1:-1] for token in ids]
@@ -63,10 +59,7 @@ def tell_lengths(run: Any, what: str, lengths: Sequence[int], limit: int | None)
 def fitting(
     prompts: Dataset, tokenizer: Any, policy: Any, reading: Reading, limits: Any
 ) -> Dataset:
-    """Prompts without those that the chat template refuses or that are too long, if bad ones go.
-
-    Otherwise all: `prompt_tokens`, which takes the limits, raises the error.
-    """
+    """Prompts without those that the template refuses or that are too long, if bad ones go."""
 
     def fits(record: Record) -> None:
         columns = {name: [value] for name, value in record.items()}

@@ -80,10 +80,7 @@ class OptionParser(TrlParser):
 
 
 def _headings(config_class: type[StageConfig] | None, whole: bool) -> dict[str, str]:
-    """The heading of each option in the help, in their order; "" if it is not listed.
-
-    It tells the class that the option comes from, this stage's first.
-    """
+    """The heading of each option in the help, its class first; "" if it is not listed."""
     if config_class is None:
         return {}
     trains = config_class not in (CandidatesConfig, EvaluateConfig)
@@ -116,10 +113,7 @@ def _described(text: str, default: Any, most: int | None) -> str:
 def parse(
     config_class: type[Config], arguments: list[str], **about: Any
 ) -> tuple[Config, ModelConfig]:
-    """A stage's options from `--config FILE` and flags (flags win); unknown ones are an error.
-
-    `about` describes the command, as for an ArgumentParser.
-    """
+    """A stage's options from `--config FILE` and flags (flags win); unknown ones are an error."""
     arguments = [part for argument in arguments for part in _spelt(argument)]
     if "--config" in arguments:
         _check_file(arguments[arguments.index("--config") + 1 :], config_class)

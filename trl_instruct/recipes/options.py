@@ -40,11 +40,7 @@ def resolve(
     model_config: ModelConfig | None,
     options: dict[str, Any],
 ) -> tuple[Config, ModelConfig]:
-    """The stage's config and TRL's ModelConfig, from objects or from keyword options.
-
-    Ready objects are copied, since a stage completes them. Options are values by field name of
-    either dataclass. InputError for an unknown one, a refused value, or both forms together.
-    """
+    """The stage's config and TRL's ModelConfig: copies of ready ones, or made of options."""
     if config is not None:
         if options:
             raise InputError(f"config= and options {sorted(options)} were given; use one.")

@@ -121,10 +121,7 @@ def ppo(
 
 
 def _check_held_out(config: PPOConfig, tokenizer: Any, policy: Any, reading: Reading) -> None:
-    """InputError for a prompt that `compare` would read after the training, and could not.
-
-    The held-out prompts may be a split of the dataset itself: then the config names it.
-    """
+    """InputError for a held-out prompt that `compare` could not read after the training."""
     if config.dataset_test_split and config.eval_dataset_name is None:
         if config.dataset_name is None or config.dataset_config is not None:
             raise InputError("dataset_test_split: a split of what? Name an eval_dataset_name.")

@@ -70,10 +70,7 @@ def pretrain(
 def train_tokenizer(
     texts: list[str], vocab_size: int, max_length: int
 ) -> transformers.PreTrainedTokenizerBase:
-    """Byte-level BPE (like GPT-2's) with separate EOS and pad tokens.
-
-    `vocab_size` includes these and the 256 bytes; `max_length` becomes `model_max_length`.
-    """
+    """Byte-level BPE (like GPT-2's) with EOS and pad tokens, which count in `vocab_size`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -99,10 +96,7 @@ def train_tokenizer(
 def tokenize_texts(
     texts: Dataset, tokenizer: transformers.PreTrainedTokenizerBase, config: PretrainConfig
 ) -> Dataset:
-    """Token rows with an EOS after each text: packed into full blocks, or one text per row.
-
-    InputError for a text longer than max_length if they are not packed.
-    """
+    """Token rows with an EOS after each text: packed into full blocks, or one text per row."""
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         rows = tokenizer([text + tokenizer.eos_token for text in batch["text"]])["input_ids"]
@@ -131,10 +125,7 @@ def tokenize_texts(
 def model_from_scratch(
     config: PretrainConfig, tokenizer: transformers.PreTrainedTokenizerBase
 ) -> transformers.PreTrainedModel:
-    """A randomly initialised causal language model of the configured architecture.
-
-    InputError for an unknown architecture or field, a refused value, or a context too short.
-    """
+    """A randomly initialised causal language model of the configured architecture."""
     kwargs = config.architecture_kwargs or {}
     with option_errors():
         kwargs = json.loads(kwargs) if isinstance(kwargs, str) else kwargs

@@ -38,10 +38,7 @@ def without_secrets(config: StageConfig) -> StageConfig:
 
 
 def create_repository(config: StageConfig, kind: str = "model") -> str | None:
-    """The id of the repository to push to, made if it is missing; None without push_to_hub.
-
-    `kind` is model or dataset. InputError if the Hub does not answer, or does not know the user.
-    """
+    """The id of the repository (of a model or dataset) to push to, made if missing; or None."""
     if not config.push_to_hub:
         return None
     api, revision = HfApi(token=config.hub_token), config.hub_revision
@@ -107,11 +104,7 @@ def model_card(
 
 
 def publish(folder: Path, config: StageConfig, repository: str, kind: str = "model") -> None:
-    """Upload what a finished stage wrote, and the checkpoints that hub_strategy asks for, in one
-    commit to the repository (as `create_repository` returned it); InputError if the Hub refuses.
-
-    A checkpoint has its model alone: what only resuming needs stays here.
-    """
+    """Upload what a finished stage wrote, and the checkpoints of hub_strategy, in one commit."""
     first = {HubStrategy.CHECKPOINT: -1, HubStrategy.ALL_CHECKPOINTS: 0}.get(config.hub_strategy)
     names = list(listed_files(folder))
     for checkpoint in [] if first is None else all_checkpoints(folder)[first:]:

@@ -64,10 +64,7 @@ class RunFiles:
         return not {CONFIG_FILE, f"{BASE}/config.json"}.isdisjoint(listed_files(self.folder))
 
     def lock(self) -> None:
-        """Keep other runs out until `unlock`, or until this process ends.
-
-        InputError if another run is in progress there, or the folder cannot be written.
-        """
+        """Keep other runs out until `unlock`, or until this process ends."""
         if self.lock_file.is_locked:
             return
         hidden = self.folder / HIDDEN
@@ -162,10 +159,7 @@ class RunFiles:
         return {path.relative_to(self.new).as_posix() for path in files}
 
     def put_in_place(self) -> None:
-        """Move the new files to their places, metrics last; ours, wherever a kill comes.
-
-        InputError if another's file stands in such a place; the new ones stay where they are.
-        """
+        """Move the new files to their places, metrics last; ours, wherever a kill comes."""
         marks = listed_files(self.folder)
         new = {name: mark_of(self.new / name) for name in self.incoming()}
         there = {name for name in new if os.path.lexists(self.folder / name)}

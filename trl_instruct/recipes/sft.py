@@ -181,8 +181,6 @@ def render_demonstrations(
     """Demonstrations with the ids that SFTTrainer takes, and how many of them max_length cuts.
 
     TRL renders them itself if the trainer sets the chat template, or for assistant_only_loss.
-    InputError for messages without a chat template, or that it refuses, a prompt that leaves no
-    room for its completion, and assistant_only_loss beside completion_only_loss.
     """
     stage.check_chat_template(dataset, tokenizer, config)
     is_text = isinstance(first_record(dataset, Source.of(dataset))["prompt"], str)

@@ -174,10 +174,7 @@ class StageRun:
                 )
 
     def begin(self) -> None:
-        """Remove an earlier run's files and write the config: from here on the stage runs.
-
-        InputError if another run is in progress in the folder, or it cannot be written.
-        """
+        """Remove an earlier run's files and write the config: from here on the stage runs."""
         fault = None
         if self.is_main:
             try:
@@ -216,10 +213,7 @@ class StageRun:
     def new_trainer(
         self, kind: Any, model: PreTrainedModel, *, task: Any = adapters.POLICY, **given: Any
     ) -> Any:
-        """A trainer of the class `kind`, over a new adapter if the options ask for one.
-
-        The weights that train are in float32, as they were loaded.
-        """
+        """A trainer, over a new adapter if options ask for one; what trains stays float32."""
         adapter = adapters.new_adapter_config(model, self.model_config, task)
         trained = adapters.trained_weights(model)
         args = without_secrets(self.config)
@@ -245,10 +239,7 @@ class StageRun:
             say(f"{self.name}: {message}")
 
     def train(self, trainer: Trainer, labels: dict[str, str]) -> TrainOutput:
-        """Train from the start, or from the checkpoint; on SIGTERM, save one and exit with 143.
-
-        `labels` are those of the progress bar: label -> key in the trainer's logs.
-        """
+        """Train or resume; on SIGTERM save, exit with 143. `labels`: the bar's -> key in logs."""
         check_saving(trainer.accelerator)
         if trainer.accelerator.distributed_type != DistributedType.DEEPSPEED:  # it keeps float32
             adapters.check_trains_in_float32(trainer.model)

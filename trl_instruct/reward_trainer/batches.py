@@ -24,19 +24,11 @@ def tokenize_rankings(
     truncate_prompt: bool = False,
     ties: str = "drop",
 ) -> dict[str, list[Any]]:
-    """Tokenize a batch of rankings for a reward model, one row per response.
+    """Tokenize a batch of rankings, numbered by `rows`, for a reward model: a row per response.
 
-    Args:
-        batch: columns `prompt`, `responses`, `ranks` and optionally `weight`.
-        rows: the numbers of the rankings, from 0, for errors.
-        max_length: of prompt + response; longer ones are left out. None: no limit.
-        truncate_prompt: whether to cut the beginning of the prompt first.
-        ties: "half" counts ties as comparisons, "drop" does not.
-
-    Returns:
-        Columns response_ids; ranks; weight; comparisons, their number; overlong, responses left
-        out; truncated, whether the prompt was cut; longest, tokens of the longest row; length,
-        tokens of the shared row.
+    Columns: response_ids; ranks; weight; comparisons, their number; overlong, responses left out;
+    truncated, whether the prompt was cut; longest, tokens of the longest row; length, tokens of the
+    shared row.
     """
     weights = batch.get("weight") or [None] * len(batch["prompt"])
     records = []

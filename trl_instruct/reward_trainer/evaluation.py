@@ -72,10 +72,7 @@ class Comparisons(NamedTuple):
         return share_interval(wins(0, differences, ties="half"), self.prompts, self.weights)
 
     def above_length(self) -> Interval:
-        """Accuracy of the scores minus that of the lengths, pair by pair.
-
-        Its interval is that of the share (1 + difference) / 2.
-        """
+        """Accuracy of the scores minus that of the lengths, by the share (1 + difference) / 2."""
         gained = wins(0, self.margins, ties="half") - wins(0, self.longer, ties="half")
         share = share_interval((1 + gained) / 2, self.prompts, self.weights)
         return Interval(*(2 * end - 1 for end in share))

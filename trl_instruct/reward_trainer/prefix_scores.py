@@ -43,10 +43,7 @@ AttentionMaskInterface.register(SPLIT, AttentionMaskInterface()["sdpa"])
 
 @contextlib.contextmanager
 def token_scores(model: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Each forward pass inside adds its tokens' hidden states `(R, T, H)` and scores `(R, T)`.
-
-    The model is a sequence classifier, not wrapped for training.
-    """
+    """Each forward pass inside adds its tokens' hidden states `(R, T, H)` and scores `(R, T)`."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def keep(head: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> None:

@@ -83,10 +83,7 @@ def on_head(model: Any, hook: Hook) -> Iterator[None]:
 def separate_scores(
     model: Any, bare: Any, input_ids: Tensor, attention_mask: Tensor
 ) -> tuple[Tensor, Any]:
-    """Scores `(R,)` of all rows in one forward pass, and the model's output.
-
-    The model is the classifier as it trains; `bare` is the same, unwrapped. The rows are `(R, T)`.
-    """
+    """Scores `(R,)` of rows `(R, T)` in one pass, and the output; `bare`: the model, unwrapped."""
     columns = score_positions(input_ids, attention_mask, pad_token_of(bare))
     tokens = {"input_ids": input_ids, "attention_mask": attention_mask}
     with scores_at(bare, columns, input_ids.shape[1]):
@@ -104,10 +101,7 @@ def pad_token_of(model: Any) -> int | None:
 def batched_logits(
     model: PreTrainedModel, rows: list[list[int]], filler: int, batch_size: int
 ) -> Tensor:
-    """A classifier's logits for R lists of token ids, `(R, labels)` float32 on CPU.
-
-    A forward pass takes up to `batch_size` rows of similar length, padded with the token `filler`.
-    """
+    """A classifier's logits for R lists of token ids, `(R, labels)` float32 on CPU."""
     logits = torch.zeros(len(rows), model.config.num_labels)
     for chosen in similar_lengths([len(row) for row in rows], batch_size):
         batch = [rows[row] for row in chosen]
