@@ -225,6 +225,7 @@ def make_trainer(ppo_config, tokenizer, make_policy, make_reward_model):
             "value_model": make_reward_model(kind, seed=1),
             "ptx_dataset": None,
             "callbacks": None,
+            "sampler": None,
         }
         given = {name: options.pop(name, default) for name, default in given.items()}
         return PPOTrainer(ppo_config(**options), **given)

@@ -17,8 +17,8 @@ from trl import ModelConfig
 
 from trl_instruct.configs import PPOConfig, RewardConfig
 from trl_instruct.files import write_json
+from trl_instruct.generation import sampling
 from trl_instruct.models.shared_base import SharedBase, view_of
-from trl_instruct.ppo_trainer import trainer as ppo_trainer
 from trl_instruct.ppo_trainer.trainer import PPOTrainer
 from trl_instruct.reward_trainer.trainer import RankingRewardTrainer
 from trl_instruct.rewards.reward_model import RewardModel
@@ -96,7 +96,7 @@ def main(folder, how=None):
     if how == "one_base":
         policy, ref_policy, judge, value = one_base(folder)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    ppo_trainer.generate = prepared
+    sampling.generate = prepared
     trainer = PPOTrainer(
         PPOConfig(
             output_dir=str(folder),

@@ -176,6 +176,7 @@ OWN = {
             "ppo_trainer/test_ppo_trainer.py::test_the_scores_belong_to_their_ep",
             "local_rollout_forward_batch_size response_length",
         ),
+        ("generation/test_sampler.py::test_sampling_has_a_batch_size_of_", "rollout_batch_size"),
         ("ppo_trainer/test_advantages.py::test_every_estimator_that_is", "kl_estimator"),
         ("ppo_trainer/test_advantages.py::test_gae_equals_the_naive_sum", "gamma lam"),
         ("ppo_trainer/test_advantages.py::test_advantages_and_returns_may", "lam_alpha value_lam"),

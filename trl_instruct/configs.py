@@ -192,6 +192,7 @@ class PPOConfig(SamplingConfig, TrainingArguments):
     num_mini_batches: int = 8
     num_ppo_epochs: int = 1
     local_rollout_forward_batch_size: int = 64
+    rollout_batch_size: int | None = None
     missing_eos_penalty: float | None = None
     missing_eos_score: float | None = None
     on_error: Literal["stop", "skip"] = "stop"
@@ -239,6 +240,12 @@ class PPOConfig(SamplingConfig, TrainingArguments):
             raise InputError(
                 f"adaptive_kl_horizon is {self.adaptive_kl_horizon}; it must be above {fifth:g}, a "
                 "fifth of the rollout batch, or one iteration could make kl_coef 0 or negative."
+            )
+        if (self.rollout_batch_size or 0) * self.world_size > 5 * fifth:
+            raise InputError(
+                f"rollout_batch_size is {self.rollout_batch_size}, but an iteration has "
+                f"{5 * fifth / self.world_size:g} episodes a device, and it says how many are "
+                "sampled at once; gradient_accumulation_steps and num_mini_batches set the number."
             )
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise InputError("missing_eos_penalty and missing_eos_score exclude each other.")

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 import trl_instruct.ppo_trainer.trainer as ours
 import trl_instruct.recipes.ppo as stage
 from trl_instruct.data.rendering import render_prompts
+from trl_instruct.generation import sampling
 from trl_instruct.generation.logits import spread
 from trl_instruct.padding import completion_lengths, right_padded_mask
 from trl_instruct.ppo_trainer import micro_batch
@@ -199,7 +200,7 @@ def watch_ours(monkeypatch, watch):
         policy_loss=micro_batch.policy_loss,
         value_loss=micro_batch.value_loss,
     )
-    monkeypatch.setattr(ours, "generate", generate)
+    monkeypatch.setattr(sampling, "generate", generate)
     monkeypatch.setattr(ours, "ppo_sums", ppo_sums)
     monkeypatch.setattr(micro_batch, "policy_loss", policy_loss)
     monkeypatch.setattr(micro_batch, "value_loss", value_loss)

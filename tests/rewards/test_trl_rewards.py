@@ -85,7 +85,7 @@ def test_what_ppo_gives_are_the_tokens_with_their_eos(make_trainer):
     rollout = trainer.score(trainer.sample(rows), rows)
     assert list(map(len, seen)) == rollout.completion_lengths.tolist()
     assert rollout.scores.tolist() == OVERLONG(seen)
-    ended = [ids[-1] in trainer.eos_token_ids for ids in seen]
+    ended = [ids[-1] in trainer.sampler.eos_token_ids for ids in seen]
     assert ended == rollout.ended.tolist()
 
 

@@ -1,9 +1,11 @@
 """Prompts -> completions: tokenised, cut to fit, sampled from the policy, decoded."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,6 +13,7 @@ from trl_instruct.configs import PPOConfig
 from trl_instruct.data.rendering import completion_texts, render_prompts
 from trl_instruct.errors import InputError
 from trl_instruct.generation import token_sampling
+from trl_instruct.generation.sampler import Drawn
 from trl_instruct.generation.token_sampling import NEVER, Sampling
 from trl_instruct.models.properties import context_length, evaluating
 from trl_instruct.option_checks import check_stop_strings
@@ -138,6 +141,32 @@ def generate(
     completions, stopped = completions.flatten(0, 1), stopped.flatten()
     lengths, ended = completion_lengths(completions, eos_token_ids)
     return completions, torch.minimum(lengths, stopped), ended | (stopped < NEVER)
+
+
+class TransformersSampler:
+    """The sampler that is there always: the policy itself draws (`generate`), so nothing follows.
+
+    Under an accelerator it draws in the precision of the training.
+    """
+
+    def begin(
+        self,
+        policy: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        """As in `Sampler`."""
+        self.policy, self.tokenizer, self.accelerator = policy, tokenizer, accelerator
+        self.eos_token_ids = eos_token_ids(policy, tokenizer)
+
+    def follow(self) -> None:
+        """The weights are the policy's own."""
+
+    def draw(self, prompts: Sequence[Sequence[int]], sampling: Sampling, **options: Any) -> Drawn:
+        """As in `Sampler`; this one has no log-probabilities of its own."""
+        given: Any = {"eos_token_ids": self.eos_token_ids, "tokenizer": self.tokenizer, **options}
+        with self.accelerator.autocast() if self.accelerator else nullcontext():
+            return Drawn(*generate(self.policy, prompts, sampling, **given))
 
 
 class Completion(NamedTuple):

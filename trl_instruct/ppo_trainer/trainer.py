@@ -20,7 +20,8 @@ from transformers.trainer_utils import TrainOutput
 from trl_instruct.configs import PPOConfig
 from trl_instruct.data.records import require_columns
 from trl_instruct.data.sources import Source
-from trl_instruct.generation.sampling import eos_token_ids, generate, pad_prompts, prompt_tokens
+from trl_instruct.generation.sampler import Sampler
+from trl_instruct.generation.sampling import TransformersSampler, pad_prompts, prompt_tokens
 from trl_instruct.generation.token_sampling import Sampling
 from trl_instruct.models import sharding
 from trl_instruct.models.load import reference_of
@@ -73,6 +74,7 @@ class PPOTrainer(IterationTrainer):
         value_model: a scalar sequence classifier with the policy's tokenizer; every weight that is
             not frozen trains.
         ptx_dataset: pretraining text (column `text`) for PPO-ptx, if `ptx_coef` is not 0.
+        sampler: what draws the completions (`generation/sampler.py`); default: as `args` says.
         gold: a reward that is logged as objective/gold but not trained on: if it falls while the
             score rises, the policy exploits its reward.
 
@@ -97,6 +99,7 @@ class PPOTrainer(IterationTrainer):
         ptx_dataset: Dataset | IterableDataset | None = None,
         gold: RewardFunction | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        sampler: Sampler | None = None,
         **others: Any,
     ):
         check_arguments(others, PPOConfig.REFUSED)
@@ -107,7 +110,6 @@ class PPOTrainer(IterationTrainer):
         if isinstance(reward_model, nn.Module):
             reward_model = RewardModel(reward_model, processing_class)
         self.reward, self.gold = reward_model, gold
-        self.eos_token_ids = eos_token_ids(model, processing_class)
         disable_dropout_and_rescaling(model)
         disable_dropout_and_rescaling(value_model)
         super().__init__(
@@ -139,6 +141,8 @@ class PPOTrainer(IterationTrainer):
         iterations = math.ceil(episodes / self.batch_size)
         self.num_iterations = args.max_steps if args.max_steps > 0 else iterations
         self.iterations_per_epoch = len(self.prompts) / self.batch_size
+        self.sampler = sampler or TransformersSampler()
+        self.sampler.begin(self.policy, processing_class, self.accelerator)
 
     @property
     def policy(self) -> PreTrainedModel:
@@ -189,16 +193,10 @@ class PPOTrainer(IterationTrainer):
         prompts = [self.prompts[row] for row in rows]
         model = self.accelerator.unwrap_model(self.model)
         size = self.args.local_rollout_forward_batch_size
-        sampling = Sampling.of(self.args, size)
+        sampling = Sampling.of(self.args, self.args.rollout_batch_size or size)
         with sharding.gathered_weights(self.accelerator, self.model_wrapped):
-            with self.accelerator.autocast():
-                completions, lengths, ended = generate(
-                    self.policy,
-                    prompts,
-                    sampling,
-                    eos_token_ids=self.eos_token_ids,
-                    tokenizer=self.processing_class,
-                )
+            self.sampler.follow()
+            completions, lengths, ended, _ = self.sampler.draw(prompts, sampling)
             tokens = (*pad_prompts(prompts, completions.device), completions, lengths, ended)
             blank = torch.zeros(completions.shape, device=completions.device)  # not known yet
             rollout = Rollout(*tokens, blank, blank, blank, scores=blank[:, 0])
