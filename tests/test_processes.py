@@ -111,6 +111,39 @@ def test_two_processes_evaluate_a_reward_model_as_one_does(tmp_path):
     assert two == pytest.approx(one, abs=1e-5)
 
 
+def test_two_processes_share_out_what_is_measured_and_sampled(tmp_path):
+    """The same figures as one process; of evaluate's 5 x 2 + 10 completions, each judges a part."""
+    found = {}
+    for count in (1, 2):
+        launch(count, SCRIPT.with_name("shared_work.py"), tmp_path)
+        folder = tmp_path / str(count)
+        found[count] = json.loads((folder / "found.json").read_text(encoding="utf-8"))
+        read = [json.loads(path.read_text()) for path in sorted(folder.glob("read-*.json"))]
+        assert read == {1: [20], 2: [3 * 2 + 5, 2 * 2 + 5]}[count]
+        lines = (folder / "candidates" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+        asked = [json.loads(line)["prompt"] for line in lines]
+        assert asked == [row["prompt"] for row in json.loads((folder / "prompts.json").read_text())]
+        counts = found[count].pop("candidates")["train"]
+        assert counts["responses"] + counts["duplicates"] + counts["empty"] == 15
+    assert_same(found[2], found[1], unlike={"path", "seconds", "train_loss", "train_accuracy"})
+
+
+def assert_same(one, other, *, unlike):
+    """That two trees of JSON are the same, except at these keys."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one.keys() - unlike:
+            assert_same(one[key], other[key], unlike=unlike)
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for mine, theirs in zip(one, other, strict=True):
+            assert_same(mine, theirs, unlike=unlike)
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+    else:
+        assert one == other
+
+
 def test_ppo_in_two_processes_from_the_command_line(tmp_path, saved_policy, saved_reward_model):
     prompts = write(tmp_path / "prompts.jsonl", PROMPTS)
     options = {

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from trl import ModelConfig
 
 from trl_instruct.configs import EvaluateConfig, PPOConfig
@@ -78,6 +79,8 @@ def compare(
     tokenizers = dict.fromkeys(models, tokenizer)
     subject = Subject(how, ModelConfig(), models, tokenizers, prompts, one_seed=True)
     summary = _summary(chain, measured_evaluation(subject, rewards))
+    if not PartialState().is_main_process:  # it had its share of the work
+        return summary
     path = Path(summary_file or folder / "summary.json")
     write_json(path, summary)
     list_too(path)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
@@ -49,7 +50,7 @@ def evaluate(
     """Measure checkpoints side by side on held-out prompts; print the table, save JSON and figure.
 
     One checkpoint is in memory at a time. The judges are loaded first, wait on the CPU, and score
-    all completions one judge after the other. Of several processes, only one works.
+    all completions one judge after the other. Several processes share out prompts and completions.
 
     Args:
         models: checkpoints by name (base, SFT, ...), each a model as in `sft` or an adapter folder.
@@ -105,19 +106,19 @@ def evaluate(
             for name, judge in judges.items()
         }
         run.begin()
-        if not run.is_main:
-            return StageResult(run.folder)
         evaluation = measured_evaluation(subject, rewards)
         evaluation["reward_models"] = {
             name: {what: metrics[what] for what in ("accuracy", "ceiling") if what in metrics}
             for name, judge in judges.items()
             if "accuracy" in (metrics := read_metrics(judge))
         }
-        write_json(run.new / EVALUATION_FILE, evaluation)
-        plot(evaluation, run.new / FIGURE)
-        say(render(evaluation))
-        say(f"\nEvaluation: {run.folder / EVALUATION_FILE}   figure: {run.folder / FIGURE}")
-        run.write_metrics({"prompts": evaluation["prompts"], "models": len(models)})
+        if run.is_main:
+            write_json(run.new / EVALUATION_FILE, evaluation)
+            plot(evaluation, run.new / FIGURE)
+            say(render(evaluation))
+            say(f"\nEvaluation: {run.folder / EVALUATION_FILE}   figure: {run.folder / FIGURE}")
+            run.write_metrics({"prompts": evaluation["prompts"], "models": len(models)})
+        PartialState().wait_for_everyone()
         return StageResult(run.folder, evaluation)
 
 
@@ -175,8 +176,9 @@ def measured_evaluation(subject: Subject, rewards: dict[str, RewardFunction]) ->
     """The content of evaluation.json, except `reward_models`."""
     drawn = len(subject.prompts) * (len(subject.models) + subject.several)
     read = len(subject.models) * len(subject.demonstrations or ())
-    off = subject.config.disable_tqdm
-    total = drawn * (1 + len(rewards)) + read
+    processes = PartialState()
+    off = subject.config.disable_tqdm or not processes.is_main_process
+    total = -(-(drawn * (1 + len(rewards)) + read) // processes.num_processes)
     with progress_bar("evaluate", total, unit="text", disable=off) as bar:
         models, several = measure(subject, rewards, bar.update)
     best_of = None

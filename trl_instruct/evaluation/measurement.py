@@ -7,7 +7,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_instruct.configs import EvaluateConfig
@@ -24,9 +24,16 @@ from trl_instruct.generation.sampling import (
     sample_several,
 )
 from trl_instruct.models.load import load_policy
+from trl_instruct.models.processes import seed_process, shared_out
 from trl_instruct.models.properties import ModelSource, context_length, evaluating
 from trl_instruct.padding import pad_rows, similar_lengths
-from trl_instruct.rewards.function import RewardFunction, as_completions, call_reward, place_on
+from trl_instruct.rewards.function import (
+    RewardFunction,
+    as_completions,
+    call_reward,
+    merge_states,
+    place_on,
+)
 
 JUDGED_AT_ONCE = 512
 Progress: TypeAlias = Callable[[int], Any]
@@ -98,8 +105,9 @@ def measure(
     """Sample every model, measure it against the reference, and score its completions.
 
     One model is in memory at a time. The reference comes last and is loaded only once. The judges
-    wait on the CPU until all is sampled, and then take turns. `progress` is called with the number
-    of texts that were sampled, read or judged.
+    wait on the CPU until all is sampled, and then take turns. Several processes share out the
+    texts, and each gets all measurements. `progress` is called with the number of texts that this
+    process has sampled, read or judged.
     """
     models, several = _sample_all(subject, progress)
     prompts, copies = subject.prompts, subject.several
@@ -137,8 +145,12 @@ def _sample_all(
     if subject.several:
         tokenizer, sampling = subject.tokenizers[subject.reference], subject.sampling
         token_lists, _ = prompt_tokens(subject.prompts[:], tokenizer, reference, sampling)
-        given = reference, tokenizer, token_lists, subject.several, sampling
-        several = [completion for row in sample_several(*given, progress) for completion in row]
+
+        def drawn(mine: list[list[int]]) -> list[list[Completion]]:
+            how = subject.several, sampling, progress
+            return list(sample_several(reference, tokenizer, mine, *how))
+
+        several = [one for row in shared_out(token_lists, drawn) for one in row]
     return {name: found[name] for name in subject.models}, several
 
 
@@ -176,9 +188,13 @@ def sample(
     Columns and errors are as in `prompt_tokens`, progress as in `generate`.
     """
     with explained(f"seed is {seed}"):
-        set_seed(seed)
+        seed_process(seed)
     token_lists, _ = prompt_tokens(columns, tokenizer, policy, sampling)
-    return token_lists, complete(policy, tokenizer, token_lists, sampling, progress=progress)
+
+    def drawn(mine: list[list[int]]) -> list[Completion]:
+        return complete(policy, tokenizer, mine, sampling, progress=progress)
+
+    return token_lists, shared_out(token_lists, drawn)
 
 
 @torch.no_grad()
@@ -194,34 +210,44 @@ def sequence_logprobs(
     The model may be any with the same vocabulary. Its logits are divided by the temperature of
     `sampling`. `progress` is called with the number of completions of each finished batch.
     """
-    summed = torch.zeros(len(prompts))
-    lengths = [len(asked) + len(own) for asked, own in zip(prompts, completions, strict=True)]
-    with evaluating(model):
+
+    def summed(texts: list[tuple[list[int], list[int]]]) -> list[float]:
+        found = torch.zeros(len(texts))
+        lengths = [len(asked) + len(own) for asked, own in texts]
         for rows in similar_lengths(lengths, sampling.batch_size):
-            asked = pad_prompts([prompts[row] for row in rows], model.device)
-            own = [completions[row] for row in rows]
+            asked, own = zip(*(texts[row] for row in rows), strict=True)
             counts = torch.tensor([len(ids) for ids in own], device=model.device)
-            tokens = *asked, pad_rows(own, 0).to(model.device), counts
+            answers = pad_rows([*own], 0).to(model.device)
+            tokens = *pad_prompts(asked, model.device), answers, counts
             logprobs = completion_logprobs(model, *tokens, temperature=sampling.temperature)
-            summed[rows] = logprobs.sum(dim=1).cpu()
+            found[rows] = logprobs.sum(dim=1).cpu()
             progress(len(rows))
-    return summed
+        return found.tolist()
+
+    with evaluating(model):
+        return torch.tensor(shared_out(zip(prompts, completions, strict=True), summed))
 
 
 def _judge(
     prompts: Dataset, completions: list[Completion], reward: RewardFunction, progress: Progress
 ) -> list[float]:
     """Scores of one completion per prompt, JUDGED_AT_ONCE at a time; other columns reach it."""
-    scores: list[float] = []
-    for start in range(0, len(completions), JUDGED_AT_ONCE):
-        part = completions[start : start + JUDGED_AT_ONCE]
-        columns = prompts[start : start + JUDGED_AT_ONCE]
-        asked = columns.pop("prompt")
-        columns["completion_ids"] = [completion.ids for completion in part]
-        texts = as_completions(asked, [completion.text for completion in part])
-        scores += call_reward(reward, asked, texts, columns)
-        progress(len(part))
-    return scores
+
+    def scores(rows: list[int]) -> list[float]:
+        found: list[float] = []
+        for start in range(0, len(rows), JUDGED_AT_ONCE):
+            part = rows[start : start + JUDGED_AT_ONCE]
+            columns, drawn = prompts[part], [completions[row] for row in part]
+            asked = columns.pop("prompt")
+            columns["completion_ids"] = [completion.ids for completion in drawn]
+            texts = as_completions(asked, [completion.text for completion in drawn])
+            found += call_reward(reward, asked, texts, columns)
+            progress(len(part))
+        return found
+
+    judged = shared_out(range(len(completions)), scores)
+    merge_states(reward)
+    return judged
 
 
 def shown_samples(

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import TrainerControl, TrainerState, set_seed
+from transformers import TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from trl_instruct.errors import InputError
+from trl_instruct.models.processes import seed_process
 from trl_instruct.models.resuming import ResumableTrainer
 from trl_instruct.models.sharding import load_shards, mark_fsdp_root
 from trl_instruct.rewards.function import RewardFunction, load_states, states_of
@@ -43,7 +44,7 @@ class IterationTrainer(ResumableTrainer):
     def begin_training(self, checkpoint: Path | None = None) -> None:
         """Set up optimizer, scheduler, processes, callbacks; restore all but the weights."""
         args = self.args
-        set_seed(args.seed + 100_003 * self.accelerator.process_index)  # ranks must differ
+        seed_process(args.seed)
         if args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         self.create_optimizer()

@@ -46,9 +46,7 @@ def rollout_scores(
         raise function.RewardError(
             f"{found[0]}, and {len(found) - 1} more" if found[1:] else found[0]
         )
-    for part in function.parts_of(reward):
-        if hasattr(part, "merge"):
-            part.merge(gather_object([part.state_dict()]))
+    function.merge_states(reward)
     return scores, len(found)
 
 

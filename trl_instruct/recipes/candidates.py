@@ -4,12 +4,14 @@ import copy
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase, set_seed
+from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_instruct.configs import CandidatesConfig
@@ -21,6 +23,7 @@ from trl_instruct.errors import InputError
 from trl_instruct.files import written_at_once
 from trl_instruct.generation.sampling import Completion, Sampling, prompt_tokens, sample_several
 from trl_instruct.models.load import load_policy
+from trl_instruct.models.processes import seed_process, shared_out
 from trl_instruct.models.properties import ModelSource, model_name
 from trl_instruct.models.tokenizers import check_tokenizer, load_tokenizer
 from trl_instruct.recipes.chain import check_format, remember_reading
@@ -35,10 +38,7 @@ Labeler = Callable[[Sequence[float]], Sequence[float]]
 
 
 def candidates(config: CandidatesConfig, model_config: ModelConfig) -> StageResult:
-    """The stage: write train.jsonl and, if there is an eval dataset, test.jsonl.
-
-    Only the main process samples: all processes would write the same file.
-    """
+    """The stage: write train.jsonl and, if there is an eval dataset, test.jsonl."""
     config, model_config = stage_options(
         CandidatesConfig, config, model_config, None, config.dataset_name, {}, trains=False
     )
@@ -53,8 +53,6 @@ def candidates(config: CandidatesConfig, model_config: ModelConfig) -> StageResu
             _check_unranked(written)
     with run_stage("candidates", config, model_config) as run:
         run.begin()
-        if not run.is_main:
-            return StageResult(run.folder)
         metrics = {}
         for name, (source, split) in sources.items():
             own: Any = copy.copy(config)
@@ -68,8 +66,11 @@ def candidates(config: CandidatesConfig, model_config: ModelConfig) -> StageResu
         prompts, labeler = config.dataset_name or "several data sets", config.gold or "nobody yet"
         made = f"{config.num_candidates} completions for each prompt of {prompts}, sampled from "
         made += f"{policy}; ranked by {labeler}"
-        write_card(run.new, run.repository or run.folder.name, made)
-        return StageResult(run.folder, run.write_metrics(metrics))
+        if run.is_main:
+            write_card(run.new, run.repository or run.folder.name, made)
+            metrics = run.write_metrics(metrics)
+        PartialState().wait_for_everyone()
+        return StageResult(run.folder, metrics)
 
 
 def sample_candidates(
@@ -88,7 +89,7 @@ def sample_candidates(
 
     Each line has the prompt's columns, `responses` and an empty `ranks` for a person to fill in
     (1 = best, equal = tie). With `gold`, a simulated labeler gives `scores` instead, and
-    `gold_scores` are its scores without noise.
+    `gold_scores` are its scores without noise. Several processes share out the prompts.
 
     Args:
         policy: usually the SFT model.
@@ -132,20 +133,26 @@ def sample_candidates(
     if gold is not None:
         gold = load_reward(gold, tokenizer, batch_size=size, **trust)
         place_on(gold, model.device)
-        labeler = labeler or SimulatedLabeler(seed=config.seed).label
-    set_seed(config.seed)
-    counts = {"prompts": len(records), "prompts_cut": cut}
-    counts |= dict.fromkeys(("responses", "empty", "duplicates", "prompts_left_out"), 0)
-    with (
-        progress_bar("candidates", len(records) * count, unit="text") as bar,
-        written_at_once(path) as file,
-    ):
-        several = sample_several(model, tokenizer, token_lists, count, sampling, bar.update)
-        for record, drawn in zip(records, several, strict=True):
-            ranking = _ranking(record, drawn, gold, labeler, counts)
-            if ranking is not None:
-                file.write(json.dumps(ranking, ensure_ascii=False) + "\n")
-    return counts
+        noise = config.seed + PartialState().process_index
+        labeler = labeler or SimulatedLabeler(seed=noise).label
+    seed_process(config.seed)
+    counts = Counter(responses=0, empty=0, duplicates=0, prompts_left_out=0)
+
+    def rankings(rows: list[int]) -> list[str]:
+        """Lines of the file for these records."""
+        asked, main = [token_lists[row] for row in rows], PartialState().is_main_process
+        with progress_bar("candidates", len(rows) * count, unit="text", disable=not main) as bar:
+            several = sample_several(model, tokenizer, asked, count, sampling, bar.update)
+            drawn = zip(records.select(rows), several, strict=True)
+            made = [_ranking(record, texts, gold, labeler, counts) for record, texts in drawn]
+        return [json.dumps(one, ensure_ascii=False) for one in made if one is not None]
+
+    lines = shared_out(range(len(records)), rankings)
+    total = {name: sum(c[name] for c in gather_object([counts])) for name in counts}
+    if PartialState().is_main_process:
+        with written_at_once(path) as file:
+            file.writelines(f"{line}\n" for line in lines)
+    return {"prompts": len(records), "prompts_cut": cut, **total}
 
 
 def _check_unranked(path: Path) -> None:
@@ -164,7 +171,7 @@ def _ranking(
     drawn: list[Completion],
     gold: RewardFunction | None,
     labeler: Labeler | None,
-    counts: dict[str, int],
+    counts: Counter[str],
 ) -> dict[str, Any] | None:
     """One record to rank, or None (counted) if there is nothing to rank."""
     written = [completion for completion in drawn if completion.text.strip()]

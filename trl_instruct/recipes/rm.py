@@ -24,6 +24,7 @@ from trl_instruct.errors import InputError
 from trl_instruct.models.adapters import CLASSIFIER
 from trl_instruct.models.load import load_reward_model
 from trl_instruct.models.properties import ModelSource
+from trl_instruct.models.sharding import gathered_weights
 from trl_instruct.recipes import stage
 from trl_instruct.recipes.chain import remember_reading
 from trl_instruct.recipes.dry_run import tell_lengths, tell_records
@@ -118,8 +119,9 @@ def rm(
             "truncated": trainer.truncated,
             "data": asdict(data.counts),
             "format": form_of(data.train[0]),
-            **_measure(run, RewardModel(trainer.model, tokenizer), data),
         }
+        with gathered_weights(trainer.accelerator, trainer.model_wrapped):
+            metrics |= _measure(run, RewardModel(trainer.model, tokenizer, shared=True), data)
         result = run.finish(trainer, metrics)
         if data.held_out is not None or data.demonstrations is not None:
             run.say(render(metrics, run.folder / FIGURE))

@@ -15,6 +15,8 @@ from functools import cache
 from threading import Thread, current_thread
 from typing import Any, NamedTuple, TypeVar
 
+from accelerate.utils import gather_object
+
 from trl_instruct.console import shown
 from trl_instruct.errors import InputError, harmless, redact
 
@@ -357,6 +359,13 @@ def load_states(reward: RewardFunction, states: list[dict[str, Any]]) -> None:
         )
     for part, state in zip(remembering, states, strict=True):
         part.load_state_dict(state)
+
+
+def merge_states(reward: RewardFunction) -> None:
+    """Give a reward's state what it has seen in every process; all of them call this."""
+    for part in parts_of(reward):
+        if hasattr(part, "merge"):
+            part.merge(gather_object([part.state_dict()]))
 
 
 def counts_of(reward: RewardFunction) -> list[dict[str, int]]:

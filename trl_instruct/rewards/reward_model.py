@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_instruct.models.processes import shared_out
 from trl_instruct.models.properties import context_length, model_name
 from trl_instruct.models.tokenizers import check_tokenizer
 from trl_instruct.rewards.score_position import batched_logits
@@ -22,7 +23,8 @@ class RewardModel:
     (`ids_are_of`), the model reads the sampled tokens, as in the paper. Texts longer than its
     context are cut from the left and counted in `truncated`. The shift in its config is subtracted:
     demonstrations score 0 on average. Where the score is read: `rewards/score_position.py`. It
-    is called `name` in messages; by default as its model, an adapter as its base.
+    is called `name` in messages; by default as its model, an adapter as its base. With `shared`,
+    all processes call it with the same texts, and each scores a part of them.
     """
 
     def __init__(
@@ -32,11 +34,12 @@ class RewardModel:
         *,
         batch_size: int = 64,
         name: str | None = None,
+        shared: bool = False,
     ):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = check_tokenizer(tokenizer, model_name(model))
         self.batch_size, self.__name__ = batch_size, name or model_name(model)
-        self.reads_ids, self.truncated = False, 0
+        self.reads_ids, self.truncated, self.shared = False, 0, shared
 
     def to(self, device: torch.device) -> None:
         """Move the model to the device."""
@@ -79,5 +82,9 @@ class RewardModel:
             self.truncated += sum(len(row) > context for row in rows)
             rows = [row[-context:] for row in rows]
         filler = self.tokenizer.pad_token_id
-        logits = batched_logits(self.model, rows, filler, self.batch_size)
-        return [float(score) - self.shift for score in logits.squeeze(-1)]
+
+        def scores(rows: list[list[int]]) -> list[float]:
+            return batched_logits(self.model, rows, filler, self.batch_size).squeeze(-1).tolist()
+
+        found = shared_out(rows, scores) if self.shared else scores(rows)
+        return [score - self.shift for score in found]
