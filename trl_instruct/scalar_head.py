@@ -79,9 +79,8 @@ class ScalarHead(PreTrainedModel):
     ) -> SequenceClassifierOutputWithPast:
         """Scores of B sequences `(B, T)`: `logits` is `(B, num_labels)`.
 
-        The mask `(B, T)` is 1 on a row's tokens, which must be contiguous; None: all. `use_cache`
-        and `return_dict` have no effect. InputError for a mask of another shape, or another
-        argument that would affect the score.
+        The mask `(B, T)` is 1 on a row's tokens, which must be adjacent; None: all. InputError for
+        an argument that would affect the score; `use_cache` and `return_dict` have no effect.
         """
         given = [name for name, value in others.items() if not (value is None or value is False)]
         if given:

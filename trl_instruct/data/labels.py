@@ -93,16 +93,10 @@ class Answer(NamedTuple):
 
 
 class LabelStore:
-    """Items and answers in a database.
+    """Items and answers in a database; InputError if it is none, or cannot be reached.
 
-    Args:
-        address: a file, which SQLite makes, or the address of a server, in SQLAlchemy's notation:
-            `postgresql+psycopg://me@host/labels`.
-
-    `token` opens the page: the same for all sessions, so that open pages outlive a restart.
-
-    Raises:
-        InputError: the file is no such database, or the server cannot be reached.
+    The address is a file, which SQLite makes, or a server's, in SQLAlchemy's notation:
+    `postgresql+psycopg://me@host/labels`. `token` opens the page, also after a restart.
     """
 
     def __init__(self, address: str | Path):

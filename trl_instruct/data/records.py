@@ -161,7 +161,6 @@ def openings(texts: AnyDataset, tokenizer: Any, length: int) -> AnyDataset:
 
     The task of Ziegler et al. 2019, section 3.1: continue texts (from `load_texts`) in a given
     style. An opening has `length` tokens of the policy's tokenizer; a shorter text is used whole.
-    InputError for an opening of white space only.
     """
 
     def opening(batch: Mapping[str, list[str]]) -> dict[str, list[str]]:
@@ -286,11 +285,7 @@ def check_records(
     check: Callable[[Record], Any],
     reading: Reading = AS_PUBLISHED,
 ) -> AnyDataset:
-    """The dataset, with `check` run on each record (of a stream: as it is read).
-
-    `check` raises an `InputError`, to which this adds the file and line or row. If `reading` skips
-    bad records, they are left out and counted; InputError if that leaves none.
-    """
+    """The dataset, with `check` run on each record; `reading` says what becomes of faulty ones."""
 
     def passes(record: dict[str, Any], row: int) -> bool:
         try:

@@ -25,8 +25,7 @@ def comparison_rows(store: LabelStore) -> tuple[str, list[list[str]]]:
     """How often people prefer each model to the first, and how they rate it: a line and a table.
 
     A tie counts half, and so does a prompt that all models answer with the same words: nobody is
-    asked about it. Several labels of a prompt are one group for the interval. "Equal length" is in
-    letters. Without labels there are no rows.
+    asked about it. Several labels of a prompt are one group for the interval.
     """
     compared = [item for item in store.items() if "sources" in item.columns]
     labels = [answer for answer in store.answers() if answer.action == "label"]

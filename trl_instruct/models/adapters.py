@@ -240,11 +240,10 @@ def trained_weights(model: nn.Module) -> dict[nn.Parameter, Tensor]:
 
 
 def keep_float32(model: PreTrainedModel, before: dict[nn.Parameter, Tensor]) -> None:
-    """Restore the float32 weights of what trains over a frozen base.
+    """Restore the float32 weights of what trains over a frozen base, from `trained_weights`.
 
     Over a quantised base, TRL's trainers round them to bfloat16: at a learning rate of 1e-5 most
-    updates would be lost. The model is the trainer's, before its optimizer is created; `before` is
-    from `trained_weights`. Weights added since, a new adapter's, become float32.
+    updates would be lost. Weights added since, a new adapter's, become float32.
     """
     if is_quantized(model):
         for parameter in model.parameters():

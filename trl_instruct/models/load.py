@@ -40,8 +40,6 @@ def load_policy(
     """A causal language model; weights in float32 unless `model_config.dtype` says otherwise.
 
     An adapter trains further over its base if `model_config` asks for LoRA; else it is merged.
-    InputError without a model there, or for one that is no language model, an unfinished stage, an
-    adapter of another model, or LoRA options that differ from the adapter's.
     """
     if isinstance(source, PreTrainedModel | PeftModel):
         if not source.can_generate():
@@ -86,7 +84,6 @@ def load_reward_model(
     If transformers has no such class for the architecture, `scalar_head.py` has one. With
     `fresh_head`, the source may be any language model, whose unembedding is replaced by a scalar
     head drawn from N(0, 1 / sqrt(hidden + 1)), as in Stiennon et al. 2020 (the class has no bias).
-    InputError without a model there or a scalar head (unless fresh), or for an unfinished stage.
     """
     if isinstance(source, PeftModel):
         source = copy.deepcopy(source).merge_and_unload().requires_grad_(True)

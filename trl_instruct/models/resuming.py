@@ -47,10 +47,9 @@ def all_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(folder: Path, checkpoint: str | bool) -> Path | None:
-    """The checkpoint that `resume_from_checkpoint` names; all processes call it.
+    """The checkpoint that `resume_from_checkpoint` names, if it is whole; all processes call it.
 
-    It names a checkpoint's folder; True is the last whole one in the stage's folder, AUTO that, or
-    None if there is none. InputError if it is missing or damaged.
+    A folder; True: the last whole one in the stage's folder; AUTO: that, or None if there is none.
     """
     found = [_find(folder, checkpoint) if PartialState().is_main_process else None]
     path, fault = broadcast_object_list(found)[0]

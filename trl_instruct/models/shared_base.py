@@ -30,8 +30,6 @@ class SharedBase:
     """A frozen base model, loaded once, and the roles that are adapters over it.
 
     The policy starts from `source`: an adapter, whose base is used, or the base itself.
-    `model_config` has the precision of the base (full, 8 or 4 bit) and the form of a new adapter.
-    InputError as in `load_policy`.
     """
 
     def __init__(
@@ -91,10 +89,9 @@ def view_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def classifier_around(model: PreTrainedModel) -> PreTrainedModel:
-    """A scalar sequence classifier around the backbone of a model without adapters, its head zeros.
+    """A scalar sequence classifier, its head zero, around the backbone of a model without adapters.
 
-    The two share one trunk: a change to it in one is a change in the other. InputError if the
-    architecture's classifier and language model have different backbones.
+    The two share one trunk: a change to it in one is a change in the other.
     """
     config = copy.deepcopy(model.config)
     config.num_labels = 1

@@ -15,11 +15,9 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     special_tokens: dict[str, str] | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, with the EOS and pad tokens that all stages rely on.
+    """The tokenizer of a model, with EOS and pad tokens, as all stages need them; pads on the left.
 
-    It pads on the left. EOS serves as a missing pad token: masks come from lengths, so pad == eos
-    does no harm. A loaded model's is where that was loaded from. InputError without one there, or
-    for what `check_tokenizer`, which takes `special_tokens`, refuses.
+    EOS serves as a missing pad token: masks come from lengths, so pad == eos does no harm.
     """
     path = model_name(source)
     try:

@@ -105,9 +105,8 @@ class IterationTrainer(ResumableTrainer):
     def judge_weights(self, measured: dict[str, Any], *, may_fail: str | None = None) -> None:
         """Credit what an iteration measures before its update to the weights that it sampled with.
 
-        The last iteration left these weights. If `metric_for_best_model` is the best so far, their
-        checkpoint is kept; with `save_strategy` best it is saved now, otherwise there may be none,
-        and the weights do not count. The metric that `may_fail` names may be missing.
+        If `metric_for_best_model`, which may be missing if `may_fail` names it, is the best so far,
+        their checkpoint is kept; with `save_strategy` best it is saved now, else there may be none.
         """
         name, state = self.args.metric_for_best_model, self.state
         if name not in (*measured, may_fail, None):

@@ -68,12 +68,10 @@ def load_roles(
 ) -> Roles:
     """Load the four roles: adapters over the policy's base share it, others load separately.
 
-    The policy, whose tokenizer is given, starts from `model`; the value function from `value`,
-    `"policy"` or `"value_head"` (None: the reward model if it has the policy's tokenizer, else the
-    policy). `share_base` None shares the base if possible, True requires it, False forbids it.
-    `model_config` is for the policy and a shared base; a separate reward model takes precision and
-    quantisation from it, as in TRL; a value model without an adapter is float32. InputError as in
-    `load_policy` and `load_reward`, and if `share_base` is true but not possible.
+    The policy starts from `model`; the value function from `value`, `"policy"` or `"value_head"`
+    (None: the reward model if it has the policy's tokenizer, else the policy). `share_base` None
+    shares the base if possible, True requires it. A separate reward model takes precision and
+    quantisation from `model_config`, as in TRL; a value model without an adapter is float32.
     """
     load_unsharded()
     reward = sole_reward(reward, config.reward_weights)

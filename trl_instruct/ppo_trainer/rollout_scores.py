@@ -25,9 +25,8 @@ def rollout_scores(
     """Scores of this process's completions, and how many were skipped in all processes.
 
     Afterwards a reward's state is merged over the processes (its `merge`), or reset on an error.
-    Arguments are as in `call_reward`; `rows` are the prompts' in the dataset, from 0. `skip` gives
-    NaN to a completion that the reward fails on, instead of raising an error: a RewardError in
-    every process, if the reward failed in one (`skip`: on every completion).
+    `rows` are the prompts' in the dataset. A reward that failed in one process is a RewardError in
+    all; with `skip`, only if it failed on every completion: others have the score NaN.
     """
     before, given = function.states_of(reward), (reward, prompts, completions, columns)
     faults: Mapping[Any, str] = {}

@@ -169,9 +169,8 @@ def option_errors() -> Iterator[None]:
 def config_text(config: StageConfig, model_config: ModelConfig) -> str:
     """The resolved options as YAML that `--config` reads back to an equal config.
 
-    All options of the stage are in it; of the 100 and more of transformers, and of ModelConfig,
-    only those that differ from the library's default, here or in TRL's own dataclass. Secrets are
-    redacted; `resolve` then asks for them.
+    All options of the stage are in it; of those of transformers and ModelConfig only what differs
+    from the library's default, here or in TRL's own dataclass. Secrets are redacted.
     """
     values = redact({**dataclasses.asdict(model_config), **config.to_dict()})
     # to_dict hides tokens; these two are not secrets.

@@ -42,10 +42,9 @@ ppo_state.json pytorch_model* global_step* latest zero_to_fp32.py *.model additi
 
 
 class RunFiles:
-    """The files of one run in its folder, listed in the folder's manifest.
+    """The files of one run in its folder, listed in the folder's manifest. Links are not followed.
 
-    What is listed and unchanged is ours: that, and checkpoints, may be removed or replaced. Links
-    are not followed.
+    What is listed and unchanged is ours: that, and checkpoints, may be removed or replaced.
     """
 
     def __init__(self, folder: Path):

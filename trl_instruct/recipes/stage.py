@@ -61,10 +61,8 @@ def run_stage(name: str, config: StageConfig, model_config: ModelConfig) -> Iter
     """The run of a stage in its folder, seeded.
 
     The folder does not change before `begin`: a mistake found while data and models load costs no
-    earlier run. Metrics are written last: a folder with the resolved config but no metrics is a
-    stage that was cut short. A stage that fails in a new folder, with nothing to resume from,
-    leaves no files. InputError without output_dir, or for one with another run or other files, or
-    without the checkpoint to resume from.
+    earlier run. Metrics are written last: a folder with a config but no metrics is a stage that was
+    cut short. One that fails in a new folder, with nothing to resume from, leaves no files.
     """
     run = StageRun(name, config, model_config)
     try:

@@ -58,8 +58,7 @@ def shared_scores(
 ) -> tuple[Tensor, Any]:
     """Scores `(R,)` of responses in shared rows, and the model's output (ignore its logits).
 
-    The model is as in `separate_scores`, the rows are from `share_prefix`. `columns` `(R,)` tell
-    where the score is read in the separate rows; `dtype` is the model's compute dtype.
+    `columns` `(R,)` tell where the score is read in the separate rows; `dtype` is that of compute.
     """
     with token_scores(bare) as seen:
         outputs, places = _forward_shared(model, bare, shared, dtype, SPLIT_FROM)
@@ -96,12 +95,10 @@ def _forward_shared(
 def sharing_fault(
     model: Any, bare: Any, input_ids: Tensor, lengths: Tensor, dtype: torch.dtype
 ) -> str | None:
-    """Why the model cannot share a prefix, found by trying; None if it can.
+    """Why the model cannot share a prefix, found by trying; None if it can, then without a mask.
 
-    If it can without a mask, in place of SDPA, it does so from now on.
     Compares the response tokens' last hidden states: a head that is still zero hides differences.
-    The model is as in `shared_scores`, in eval mode; `input_ids` `(K, T)` and `lengths` `(K,)` are
-    the rows of the longest ranking, padded on the right.
+    `input_ids` `(K, T)` and `lengths` `(K,)` are the longest ranking's rows, padded on the right.
     """
     if not isinstance(getattr(bare, "score", None), nn.Module):
         return "it has no head `score` on every token"

@@ -50,17 +50,9 @@ def call_reward(
 ) -> list[float]:
     """Scores of a reward function, checked: B finite floats.
 
-    If the function raises, it is called for one completion at a time to find the faulty one.
-
-    Args:
-        reward: any callable with the signature above.
-        prompts, completions: B texts, or B lists of messages.
-        columns: `completion_ids` and further columns, B values each.
-
-    Raises:
-        InputError: the names of its parameters do not fit.
-        RewardError: it raised, or returned a wrong number of scores, None, or a score that is not
-            a finite number. Its state (`state_dict`) is then as before the call.
+    If it raises, it is called for one completion at a time to find the faulty one; its state
+    (`state_dict`) is then as before the call. InputError if the names of its parameters do not fit;
+    RewardError if it raised, or returned None, another number of scores or one that is not finite.
     """
     scores = call_part(reward, prompts, completions, columns, none_is_fault=True)
     return [score for score in scores if score is not None]  # None was a fault
@@ -97,11 +89,9 @@ def call_part(
 def try_reward(
     reward: RewardFunction, prompts: Texts, completions: Texts, columns: Columns
 ) -> tuple[list[float], dict[int, str]]:
-    """Scores of a reward function that may fail on some completions.
+    """Scores of a reward function, NaN where it fails, and the faults by the completion's index.
 
-    A call that fails as a whole is repeated for one completion at a time. Arguments and InputError
-    as in `call_reward`. Returns B floats, NaN where it failed; the faults, by the completion's
-    index.
+    A call that fails as a whole is repeated for one completion at a time.
     """
     call = _Call(reward, prompts, completions, _wanted(reward, columns))
     count, before = len(completions), _Memory(reward)

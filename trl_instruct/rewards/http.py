@@ -120,8 +120,7 @@ def check_token(token: str | None) -> str | None:
 def post_json(url: str, content: Any, token: str | None, timeout: float, retries: int) -> Any:
     """Send JSON, return the JSON that comes back; the arguments are those of `HTTPReward`.
 
-    A redirect, which would carry the token along, is an error, as are content that JSON cannot
-    hold, and an answer that is not JSON or is larger than 64 MiB.
+    An error: a redirect, which would carry the token along, and an answer larger than 64 MiB.
     """
     try:
         body = json.dumps(content, allow_nan=False).encode()

@@ -45,8 +45,7 @@ def score_positions(input_ids: Tensor, attention_mask: Tensor, pad_token_id: int
 def scores_at(model: Any, columns: Tensor, width: int) -> Iterator[None]:
     """Make the classifier's logits those of the given tokens, whatever it treats as padding.
 
-    `columns` `(R,)` has the token of each row, `width` is T, tokens in a row. The classifier is not
-    wrapped for training; nothing changes for one without a head `score` on every token.
+    `columns` `(R,)` has the token of each row, `width` is T; a `score` on every token is needed.
     """
 
     def read(head: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> Tensor | None:

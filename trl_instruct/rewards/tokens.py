@@ -2,11 +2,8 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from hashlib import sha256
 from typing import Any
 
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from trl_instruct.data.rendering import completion_texts, record_of, render
@@ -23,8 +20,7 @@ def reward_rows(
 
     They are the sampled tokens if those fit the text, otherwise the tokenised text. By the reward
     model's tokenizer, too, each completion was decoded from `completion_ids`, with or without those
-    that ended it (None: only the texts are known). `columns` hold `tools` and
-    `chat_template_kwargs`, if the records have them.
+    that ended it (None: only the texts are known).
     """
     sampled = _sampled(completions, completion_ids, tokenizer)
     rows = []
@@ -81,26 +77,17 @@ def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase)
 def _rules(tokenizer: Any) -> tuple[Any, ...]:
     """The chat template, the special tokens that it may write (all but padding), and the rest."""
     tokens = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if k != "pad_token"}
-    return tokenizer.chat_template, tokens, _digest(tokenizer.backend_tokenizer, len(tokenizer))
-
-
-@lru_cache(maxsize=8)
-def _digest(core: Tokenizer, size: int) -> str:
-    """Digest of vocabulary, merges and the rest, megabytes: cached until tokens are added (`size`).
-
-    Padding and truncation are left out: they are those of the last call.
-    """
-    rules = json.loads(core.to_str()) | {"padding": None, "truncation": None}
-    return sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+    of_the_last_call: Any = {"padding": None, "truncation": None}
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) | of_the_last_call
+    return tokenizer.chat_template, tokens, rules
 
 
 def cut_prompt(rows: list[list[int]], prompt_ids: list[int], *, max_length: int) -> list[list[int]]:
     """The rows of one prompt's responses, with the prompt cut from the left until they fit.
 
-    All lose the same tokens, as many as the longest needs, so that the responses are judged after
-    the same prompt. A response is never cut, and one token of the prompt stays: a row that does not
-    fit even then is returned too long, and does not shorten the others. A row is prompt + response,
-    of at most `max_length` tokens; all begin with `prompt_ids`.
+    All lose the same tokens, so that the responses are judged after the same prompt. A response is
+    never cut, and one token of the prompt stays: a row that does not fit even then is returned too
+    long, and does not shorten the others. All rows begin with `prompt_ids`.
     """
     most = max(0, len(prompt_ids) - 1)
     longest = max((len(row) for row in rows if len(row) - most <= max_length), default=0)

@@ -20,18 +20,11 @@ SHARES: dict[str, float] = lexicon.WORLD["shares"]
 
 @dataclass(frozen=True)
 class Task:
-    """What one instruction asks for.
+    """What one instruction asks for, in one of `WORDINGS` paraphrases.
 
-    A task of format ``list``, ``dashes`` or ``sentence`` asks for ``groups`` of items, and perhaps
-    for a ``word``; one of format ``answer`` asks whether ``noun`` is a ``category``.
-
-    Args:
-        format: one of :data:`FORMATS`.
-        groups: (category, count) of the items asked for.
-        tone: a key of ``TONES``, or "" if none is asked for.
-        word: a word the reply must use, or "".
-        noun, category: those asked about.
-        wording: which paraphrase the instruction has, 0 <= wording < ``WORDINGS``.
+    In format ``list``, ``dashes`` or ``sentence``: ``groups`` of (category, count) items, perhaps a
+    tone, a key of ``TONES``, and a ``word`` to use; in format ``answer``: whether ``noun`` is a
+    ``category``.
 
     >>> Task("list", groups=(("flower", 1), ("city", 1)), tone="politely", word="hill").prompt
     'Name one flower and one city, politely. Use the word hill.\\n'
