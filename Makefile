@@ -25,7 +25,7 @@ endif
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-real bench-imdb bench-imdb-scratch bench-rm bench-ppo bench-ppo-tiny bench-memory report break check check-data weights label test test-unit test-oldest test-browser release-check mutate docs clean FORCE $(STAGES)
+.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-real bench-imdb bench-imdb-scratch bench-rm bench-ppo bench-ppo-tiny bench-memory bench-critic check-gpu report break check check-data weights label test test-unit test-oldest test-browser release-check mutate docs clean FORCE $(STAGES)
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -140,6 +140,13 @@ bench-ppo: install-trl112  ## PPO: iterations of ours and of TRL 1.12's (about f
 
 bench-ppo-tiny: install-trl112  ## PPO of ours and of TRL 1.12's on the tiny world: gold, seconds (ten minutes)
 	.venv-trl112/bin/python benchmarks/ppo_tiny.py
+
+bench-critic: install  ## PPO, its critic's options, TRL's RLOO and GRPO, side by side (two hours of one core)
+	@$(MAKE) sft rm CONFIG=tiny
+	python benchmarks/critic.py $(DATA)
+
+check-gpu: install  ## one GPU measured from its rates to whole runs of ppo (at most 12 minutes)
+	python benchmarks/check_gpu.py
 
 bench-memory: install  ## PPO's memory: four models, and one base in four roles (about five minutes)
 	python benchmarks/memory.py
