@@ -4,7 +4,6 @@
 clone, for `accelerate launch`.
 """
 
-import inspect
 import os
 import sys
 import traceback
@@ -87,9 +86,9 @@ def _named_command(arguments: list[str]) -> str:
 
 
 def _about(name: str) -> dict[str, str]:
-    """How help describes a command: the first line of its docstring, and an example behind it."""
-    first, _, example = inspect.cleandoc(str(COMMANDS[name].__doc__)).partition("\n\n")
-    return {"description": first, "epilog": example and f"example:\n{example}"}
+    """How help describes a command: by its docstring, and an example behind the options."""
+    example = f"example:\n{TABLES['examples'][name]}" if name in TABLES["examples"] else ""
+    return {"description": str(COMMANDS[name].__doc__), "epilog": example}
 
 
 def parser_of(name: str, **how: Any) -> OptionParser:
@@ -131,19 +130,13 @@ def init_command(arguments: list[str]) -> None:
 
 
 def pretrain_command(arguments: list[str]) -> None:
-    """Stage 0: a tokenizer and a small base model from scratch.
-
-    trl-instruct pretrain --dataset_name texts.jsonl --output_dir runs/base --architecture gpt2
-    """
+    """Stage 0: a tokenizer and a small base model from scratch."""
     config, _ = _parse("pretrain", arguments)
     _tell(f"base model: {pretrain(config.dataset_name, config=config)}")
 
 
 def sft_command(arguments: list[str]) -> None:
-    """Stage 1: fine-tune a model on demonstrations.
-
-    trl-instruct sft --model_name_or_path gpt2 --dataset_name tiny:demonstrations --output_dir sft
-    """
+    """Stage 1: fine-tune a model on demonstrations."""
     _tell_diagnosis("sft", _run("sft", *_parse("sft", arguments)))
 
 
@@ -161,10 +154,7 @@ def _run(name: str, config: Any, model_config: ModelConfig) -> StageResult:
 
 
 def candidates_command(arguments: list[str]) -> None:
-    """Between 1 and 2: sample completions for a labeler to rank.
-
-    trl-instruct candidates --model_name_or_path sft --dataset_name tiny:prompts --output_dir k
-    """
+    """Between 1 and 2: sample completions for a labeler to rank."""
     candidates(*_parse("candidates", arguments))
 
 
@@ -217,18 +207,12 @@ def _tell_diagnosis(name: str, folder: StageResult) -> None:
 
 
 def rm_command(arguments: list[str]) -> None:
-    """Stage 2: train a reward model from rankings or pairs.
-
-    trl-instruct rm --model_name_or_path sft --dataset_name rankings.jsonl --output_dir rm
-    """
+    """Stage 2: train a reward model from rankings or pairs."""
     _tell_diagnosis("rm", _run("rm", *_parse("rm", arguments)))
 
 
 def ppo_command(arguments: list[str]) -> None:
-    """Stage 3: optimise a policy against a reward with PPO.
-
-    trl-instruct ppo --config recipes/configs/tiny/ppo.yaml --kl_coef 0.05
-    """
+    """Stage 3: optimise a policy against a reward with PPO."""
     config, model_config = _parse("ppo", arguments)
     result = _run("ppo", config, model_config)
     if (config.eval_dataset_name or config.dataset_test_split) and PartialState().is_main_process:
@@ -244,10 +228,7 @@ def ppo_command(arguments: list[str]) -> None:
 
 
 def check_command(arguments: list[str]) -> None:
-    """Dry run of sft, rm or ppo: list every fault, train nothing.
-
-    trl-instruct check sft --config sft.yaml --learning_rate 1e-5
-    """
+    """Dry run of sft, rm or ppo: list every fault, train nothing."""
     stage = _parse("check", arguments[:1]).stage
     config, model_config = _parse("check", arguments[1:], stage)
     config.faults = []
@@ -270,10 +251,7 @@ def _add_check_options(parser: ArgumentParser) -> None:
 
 
 def evaluate_command(arguments: list[str]) -> None:
-    """Measure checkpoints side by side on held-out prompts.
-
-    trl-instruct evaluate --models base=gpt2 sft ppo --judges rm --dataset_name p.jsonl
-    """
+    """Measure checkpoints side by side on held-out prompts."""
     config, model_config = _parse("evaluate", arguments)
     models = named_sources(config.models or [], "models")
     judges = named_sources(config.judges or [], "judges")

@@ -47,9 +47,7 @@ def share_interval(
     it, as by one more group. If all values are 0, or all are 1, a group counts as one value. With
     fewer than two groups, low and high are NaN.
 
-    Args:
-        values, weights: `(N,)`; weights None: all 1.
-        groups: `(N,)` number of each value's group; None: all values are independent.
+    Values, weights (None: all 1) and numbers of their groups (None: all differ) are `(N,)`.
 
     >>> [round(number, 2) for number in share_interval(torch.ones(5))]
     [1.0, 0.57, 1.0]

@@ -79,8 +79,7 @@ def completion_lengths(completion_ids: Tensor, eos_token_ids: list[int]) -> tupl
     return torch.where(ended, first_eos + 1, completion_ids.shape[1]), ended
 
 
-FULL = 0.8
-"""Minimum fraction of a batch that is text."""
+FULL = 0.8  # minimum fraction of a batch that is text
 
 
 def similar_lengths(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -11,8 +11,9 @@ from trl_instruct.data.ties import wins
 from trl_instruct.intervals import share_interval
 
 NEWTON_STEPS = 50
+# L2 penalty on both coefficients of the length-controlled win rate, in units of one completion.
 PENALTY = 1.0
-"""L2 penalty on both coefficients of the length-controlled win rate, in units of one completion."""
+REPEATED = 4  # length of the n-grams whose repetition is measured
 
 
 def win_rate(
@@ -37,7 +38,7 @@ def win_rate(
 
 
 def length_controlled(won: Tensor, longer: Tensor) -> float:
-    """The win rate at equal length.
+    """The win rate at equal length, of `(B,)` wins (1, 0, or one half).
 
     A logistic regression of the win on the length difference d, as in AlpacaEval 2 (Dubois et al.
     2024, Length-Controlled AlpacaEval, section 3, without its prompt term, which needs many models
@@ -48,11 +49,8 @@ def length_controlled(won: Tensor, longer: Tensor) -> float:
     fitted to all B prompts by maximum likelihood less PENALTY / 2 * (theta^2 + phi^2). Without the
     penalty both diverge if all completions win, or all longer ones do. It pulls the rate a little
     towards one half: near it, by 4 / B of the way. If the two models are swapped, theta changes
-    its sign and phi does not, so the two rates add up to 1.
-
-    Args:
-        won: `(B,)` 1, 0, or one half.
-        longer: `(B,)` d: length minus the baseline's length; sd(d) has B in the denominator.
+    its sign and phi does not, so the two rates add up to 1. `longer` is d, `(B,)`: length minus the
+    baseline's length; sd(d) has B in the denominator.
     """
     spread = longer.std(correction=0)
     slope = torch.tanh(longer / spread) if spread > 0 else torch.zeros_like(longer)
@@ -107,17 +105,11 @@ def best_of_n_kl(n: int) -> float:
 def chances_to_be_best(scores: Tensor, n: int) -> Tensor:
     """Probability that each sample is the best of n drawn from the N without replacement.
 
+    From scores `(B, N)`, with n at most N; `(B, N)` float64, each row adds up to 1:
     (C(i, n) - C(i - 1, n)) / C(N, n) for the i-th sample in ascending order. With these weights all
     N samples give an unbiased estimate of lower variance than one set of n (Nakano et al. 2021,
     WebGPT, appendix I; used by Gao et al. 2022, Scaling Laws for Reward Model Overoptimization).
     Ties split their probabilities equally.
-
-    Args:
-        scores: `(B, N)`.
-        n: at most N.
-
-    Returns:
-        `(B, N)` float64; each row adds up to 1.
 
     >>> chances_to_be_best(torch.tensor([[3.0, 1.0, 2.0]]), 2)  # pairs 31, 32, 12: 3 wins two
     tensor([[0.6667, 0.0000, 0.3333]], dtype=torch.float64)
@@ -131,10 +123,6 @@ def chances_to_be_best(scores: Tensor, n: int) -> Tensor:
     below = torch.searchsorted(ordered, scores.contiguous(), right=False)
     up_to = torch.searchsorted(ordered, scores.contiguous(), right=True)
     return (within[up_to] - within[below]) / (up_to - below)
-
-
-REPEATED = 4
-"""Length of the n-grams whose repetition is measured."""
 
 
 def ngrams(tokens: Sequence[Any], n: int) -> list[tuple[Any, ...]]:

@@ -39,10 +39,8 @@ def pair_loss(chosen: Tensor, rejected: Tensor, weights: Tensor, *, center: floa
     - sum of weight * (log sigmoid(r_w - r_l) - center * (r_w + r_l)^2); the second term keeps the
     scores around 0 (Eisenstein et al. 2023, equation 2).
 
-    Args:
-        chosen, rejected: r_w and r_l, scores of the better and the worse response.
-        weights: of the comparisons; the three shapes must broadcast.
-        center: TRL's `center_rewards_coefficient`.
+    `chosen` and `rejected` are r_w and r_l, scores of the better and the worse response, whose
+    shapes must broadcast with the weights'; `center` is TRL's `center_rewards_coefficient`.
     """
     losses = center * (chosen + rejected) ** 2 - logsigmoid(chosen - rejected)
     return (weights * losses).sum()

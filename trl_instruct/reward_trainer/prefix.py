@@ -99,11 +99,9 @@ def split_attention(
     """Attention `(1, N, H, D)` of shared rows, joined without padding, by two calls for each.
 
     A prefix attends to itself; its responses, padded at their end, to copies of it and themselves.
-
-    Args:
-        attend: from query, key, value `(R, H, T, D)` and a mask (None: causal) to `(R, T, H, D)`.
-        tensors: query, key, value `(1, H, N, D)`; key and value may have fewer heads.
-        lengths: of each row: the prefix, then what each response adds; their sum is N.
+    `attend` goes from query, key, value `(R, H, T, D)` and a mask (None: causal) to `(R, T, H, D)`.
+    The tensors are query, key, value `(1, H, N, D)`; key and value may have fewer heads. The
+    lengths of each row are those of the prefix, then what each response adds; their sum is N.
     """
     sizes = [size for row in lengths for size in row]
     # Query, key and value `(H, T, D)` of each prefix and response.
@@ -128,12 +126,8 @@ def split_attention(
 def prefix_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     """Attention mask of shared rows: the prefix is causal, a response sees the prefix and itself.
 
-    Args:
-        segments: `(B, S)` as in `SharedRows`. Padding sees something too, or softmax is 0/0.
-        dtype: the model's; the mask is added to its attention scores.
-
-    Returns:
-        `(B, 1, S, S)`: 0 where the query (row) sees the key (column), else the lowest number.
+    `(B, 1, S, S)`, to be added to attention scores of that dtype: 0 where the query (row) sees the
+    key (column), else the lowest number. Padding sees something too, or softmax is 0/0.
 
     >>> (prefix_mask(torch.tensor([[0, 1, 1, 2]]), torch.float32) == 0).int().tolist()
     [[[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]]]
@@ -163,10 +157,8 @@ def sharing_pays(shared: Sequence[int], separate: Sequence[int], hidden_size: in
     """Whether shared rows with a mask are less work than one row per response.
 
     A layer's work on a row of T tokens is about T (24 h^2 + 4 T h), with h the hidden size: the
-    mask hides responses from each other after all were compared.
-
-    Args:
-        shared, separate: shapes `(B, S)` and `(R, T)` of the rows.
+    mask hides responses from each other after all were compared. `shared` and `separate` are the
+    shapes `(B, S)` and `(R, T)` of the rows.
 
     >>> sharing_pays((1, 832), (9, 320), hidden_size=768)
     True

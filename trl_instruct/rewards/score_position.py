@@ -26,9 +26,7 @@ Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]
 def score_positions(input_ids: Tensor, attention_mask: Tensor, pad_token_id: int | None) -> Tensor:
     """Column at which each row's score is read, `(R,)`: its last token that is not padding.
 
-    Args:
-        input_ids, attention_mask: `(R, T)`, padded on either side.
-        pad_token_id: of the model's config.
+    Ids and mask are `(R, T)`, padded on either side; the pad token is that of the model's config.
 
     >>> ids, mask = torch.tensor([[5, 2, 2], [2, 5, 6]]), torch.tensor([[1, 1, 0], [0, 1, 1]])
     >>> score_positions(ids, mask, None).tolist(), score_positions(ids, mask, 2).tolist()
