@@ -206,7 +206,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
             ("scores - args.missing_eos_penalty", "scores + args.missing_eos_penalty"),
             ("ended | scores.isnan()", "ended"),
             ("ended | scores.isnan(), scores, args", "~ended, scores, args"),
-            ("            part.merge(", "            (lambda states: None)("),
+            ("    function.merge_states(reward)", "    (lambda reward: None)(reward)"),
         ],
     ),
     (
