@@ -517,7 +517,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         "rewards/reward_model.py",
         "rewards/test_load_rewards.py test_reward_shift.py -k 'long_texts or on_average'",
         [
-            ("float(score) - self.shift for", "float(score) for"),
+            ("score - self.shift for", "score for"),
             ("score + self.shift for", "score for"),
             ("row[-context:]", "row[:context]"),
         ],

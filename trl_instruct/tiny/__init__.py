@@ -5,14 +5,3 @@ from trl_instruct.tiny.labeler import SimulatedLabeler
 from trl_instruct.tiny.replies import flawed_reply, good_reply
 from trl_instruct.tiny.splits import split
 from trl_instruct.tiny.world import Task, sample_task
-
-__all__ = [
-    "SimulatedLabeler",
-    "Task",
-    "explain",
-    "flawed_reply",
-    "gold_score",
-    "good_reply",
-    "sample_task",
-    "split",
-]
