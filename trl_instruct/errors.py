@@ -38,8 +38,7 @@ _IN_TEXT = re.compile(  # each group is what comes before a secret
 def redact(content: Any) -> Any:
     """The content, text or nested lists and dicts, with passwords, tokens and keys as `***`.
 
-    In text: those in addresses, headers and JSON, and tokens of the Hub. In dicts: the values of
-    keys that name a secret.
+    In text: those in addresses, headers, JSON, tokens of the Hub; in dicts: by the name of the key.
 
     >>> redact({"reward": "http://me:pw@host/score?api_key=k", "token": "t", "pad_token": "<p>"})
     {'reward': 'http://***@host/score?api_key=***', 'token': '***', 'pad_token': '<p>'}
@@ -57,8 +56,7 @@ def redact(content: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """The text with all but printable characters and line breaks escaped: also those that turn
-    the direction of writing.
+    """The text, all but line breaks and printable characters (right-to-left marks, too) escaped.
 
     >>> print(printable("a\\x1b[2J\\nb\\u202e"))
     a\\x1b[2J
@@ -70,8 +68,7 @@ def printable(text: str) -> str:
 
 
 def harmless(text: str, most: int = 10_000) -> str:
-    """The text for a message: secrets redacted, the rest printable, the middle of what is long
-    left out.
+    """The text for a message: printable, secrets redacted, the middle of a long one left out.
 
     >>> harmless("0123456789", most=4)
     '01 ... 89'
@@ -83,8 +80,7 @@ def harmless(text: str, most: int = 10_000) -> str:
 class InputError(ValueError):
     """A user's mistake: data, a path, an option. Nothing has been written when it is raised.
 
-    The message says what was given (with values), what is needed, and what to do about it; it is
-    made `harmless`.
+    The message, made `harmless`, says what was given (with values), what is needed, what to do.
     """
 
     def __init__(self, message: str):

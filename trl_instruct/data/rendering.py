@@ -135,8 +135,7 @@ def record_of(columns: Mapping[str, Sequence[Any]], row: int) -> dict[str, Any]:
 def template_arguments(record: Mapping[str, Any] | None) -> dict[str, Any]:
     """Keywords of the chat template: `tools`, and the entries of `chat_template_kwargs`.
 
-    Tables give every struct the union of its keys, so that absent keys come back as null; they are
-    left out.
+    Tables give every struct the union of its keys: absent ones come back as null, and are left out.
 
     >>> template_arguments({"tools": '[{"name": "now"}]', "chat_template_kwargs": {"a": 1, "b": None}})
     {'tools': [{'name': 'now'}], 'a': 1}

@@ -38,9 +38,8 @@ def compare(
 ) -> dict[str, Any]:
     """Measure a PPO policy beside the models it came from; print the table and save it.
 
-    The stages' configs name the SFT policy, its base model, the reward model and the rankings. The
-    folder may come from elsewhere: code, addresses, and files outside the stages' folders are used
-    only if they are passed.
+    The stages' configs name the SFT policy, its base model, the reward model and the rankings. They
+    may come from elsewhere: code, addresses, and files outside their folders must be passed.
 
     Args:
         policy: output folder of `ppo`.

@@ -41,8 +41,7 @@ def length_controlled(won: Tensor, longer: Tensor) -> float:
     """The win rate at equal length, of `(B,)` wins (1, 0, or one half).
 
     A logistic regression of the win on the length difference d, as in AlpacaEval 2 (Dubois et al.
-    2024, Length-Controlled AlpacaEval, section 3, without its prompt term, which needs many models
-    to fit):
+    2024, Length-Controlled AlpacaEval, section 3; its prompt term needs many models to fit):
 
         P(win) = sigmoid(theta + phi * tanh(d / sd(d))),    length-controlled = sigmoid(theta)
 

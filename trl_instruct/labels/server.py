@@ -45,8 +45,7 @@ class LabelPage:
     """What the page asks for; where responses came from never leaves it.
 
     `labels_per_prompt` labelers label an item of the store, and answer the questions about each
-    response with yes or no. `answer`: a prompt -> the answer of each model by its name; None:
-    nothing to try.
+    response with yes or no. `answer`: a prompt -> the answer of each model; None: nothing to try.
     """
 
     def __init__(

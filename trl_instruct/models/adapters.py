@@ -54,9 +54,7 @@ class Adapter:
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> "Adapter":
-        """The adapter in a folder; InputError if its stage has not finished, its config is broken,
-        or base or weights lack.
-        """
+        """The adapter in a folder; InputError if unfinished, broken, or without base or weights."""
         path = os.fspath(folder)
         check_finished(Path(path))
         broken = f"{os.path.join(path, CONFIG)!r} is not an adapter's config as peft writes it"

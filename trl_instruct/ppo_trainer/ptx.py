@@ -16,8 +16,7 @@ from trl_instruct.errors import InputError
 class PretrainingRows:
     """Endless full rows, each of `length` tokens: the texts end to end, with an EOS after each.
 
-    A `Dataset` of texts (column `text`) is reshuffled in every pass; a stream keeps its order. The
-    tokenizer is the policy's.
+    A `Dataset` of texts (column `text`) is reshuffled in every pass; a stream keeps its order.
     """
 
     def __init__(

@@ -99,8 +99,7 @@ def sample_candidates(
         labeler: gold scores of one prompt's candidates -> its own scores; default: gaussian noise
             at which two labelers agree on 73 % of pairs.
         processing_class: the policy's tokenizer, if it is not in the policy's folder.
-        config, model_config, options: as in `sft`, with `CandidatesConfig`: num_candidates,
-            response_length, seed, ...
+        config, model_config, options: as in `sft`, with `CandidatesConfig` (num_candidates, ...).
 
     Returns:
         Counts: prompts, prompts_cut (at max_prompt_length), responses, empty (completions without

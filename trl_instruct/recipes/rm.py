@@ -59,8 +59,7 @@ def rm(
         model: usually the SFT result; its unembedding is replaced by a scalar head.
         dataset: rankings (`prompt`, `responses` and `ranks` or `scores`, or best first), or pairs
             (`prompt`, `chosen`, `rejected`); named as in `sft`.
-        eval_dataset: rankings or pairs to measure the accuracy on; default: `eval_size` of the
-            prompts, held out.
+        eval_dataset: rankings or pairs for the accuracy; default: `eval_size` of the prompts.
         demonstrations: records (as in `sft`) that are to score 0 on average: the model's config
             keeps their mean score as its shift. None: no shift.
         processing_class, config, model_config, callbacks, options: as in `sft`.

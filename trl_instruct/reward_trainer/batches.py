@@ -27,8 +27,7 @@ def tokenize_rankings(
     """Tokenize a batch of rankings, numbered by `rows`, for a reward model: a row per response.
 
     Columns: response_ids; ranks; weight; comparisons, their number; overlong, responses left out;
-    truncated, whether the prompt was cut; longest, tokens of the longest row; length, tokens of the
-    shared row.
+    truncated, whether the prompt was cut; longest and length, tokens of longest and shared row.
     """
     weights = batch.get("weight") or [None] * len(batch["prompt"])
     records = []

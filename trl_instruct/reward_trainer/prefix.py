@@ -2,8 +2,7 @@
 
 A ranking's rows [prompt, response 1], ..., [prompt, response K] begin alike. A shared row
 [prompt, response 1, ..., response K] computes their common prefix once. A response sees the prompt
-and itself, and its positions continue from the prompt's, so every token has the same hidden state
-as in a separate row.
+and itself, at positions after the prompt's: each hidden state is the same as in a separate row.
 """
 
 from collections.abc import Callable, Sequence

@@ -23,8 +23,7 @@ class Task:
     """What one instruction asks for, in one of `WORDINGS` paraphrases.
 
     In format ``list``, ``dashes`` or ``sentence``: ``groups`` of (category, count) items, perhaps a
-    tone, a key of ``TONES``, and a ``word`` to use; in format ``answer``: whether ``noun`` is a
-    ``category``.
+    tone of ``TONES`` and a ``word`` to use; in ``answer``: whether ``noun`` is a ``category``.
 
     >>> Task("list", groups=(("flower", 1), ("city", 1)), tone="politely", word="hill").prompt
     'Name one flower and one city, politely. Use the word hill.\\n'
