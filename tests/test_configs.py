@@ -23,7 +23,13 @@ from trl_instruct.data.records import load_prompts
 from trl_instruct.errors import InputError
 from trl_instruct.option_checks import has_bf16
 from trl_instruct.ppo_trainer.trainer import PPOTrainer
-from trl_instruct.recipes.options import config_text, field_types, resolve, stage_options
+from trl_instruct.recipes.options import (
+    config_text,
+    field_types,
+    named_sources,
+    resolve,
+    stage_options,
+)
 from trl_instruct.recipes.ppo import ppo
 
 CONFIGS = [PretrainConfig, SFTConfig, CandidatesConfig, RewardConfig, PPOConfig]
@@ -279,3 +285,8 @@ def test_stages_that_do_not_stream_say_so(config_class):
     options = {"use_cpu": True, "dataset_streaming": True}
     with pytest.raises(InputError, match="dataset_streaming: sft alone reads while it trains"):
         stage_options(config_class, None, None, "x", "d.jsonl", options, trains=False)
+
+
+def test_sources_are_named_by_their_last_part():
+    named = named_sources(["base=gpt2", "runs/mine/sft/", "rewards.py:brevity"], "models")
+    assert named == {"base": "gpt2", "sft": "runs/mine/sft/", "brevity": "rewards.py:brevity"}

@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 
 from trl_instruct import cli
 from trl_instruct.configs import SFTConfig
-from trl_instruct.console import in_markdown, progress_bar, say, table
+from trl_instruct.console import brief, in_markdown, one_line, plural, progress_bar, say, table
 from trl_instruct.data.records import load_demonstrations, load_prompts
 from trl_instruct.errors import InputError, located
 from trl_instruct.models.tokenizers import load_tokenizer
@@ -134,3 +134,11 @@ def test_a_name_in_a_model_card_stays_a_name(tmp_path, name):
 
 def test_a_plain_name_is_not_changed():
     assert in_markdown("runs/sft-1_2 (eval_accuracy: 5%)") == "runs/sft-1_2 (eval_accuracy: 5%)"
+
+
+def test_texts_on_a_line_of_their_own():
+    assert one_line("An owl.\nA crow.\t\n") == "An owl. | A crow."
+    assert brief("0123456789\n", most=4) == "0123..."
+    assert in_markdown("a|<b>_c_") == "a&#124;&#60;b&#62;&#95;c&#95;"
+    assert table([["", "mean"], ["base", "0.5"]]) == ["      mean", "base  0.5"]
+    assert (plural(1, "tie"), plural(1200, "tie")) == ("1 tie", "1,200 ties")

@@ -139,6 +139,7 @@ def test_what_would_have_to_change_the_score_is_refused(make_reward_model):
 def test_only_language_models_without_a_classifier_get_one(make_reward_model):
     known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     assert issubclass(known[RwkvConfig], ScalarHead) and issubclass(known[MambaConfig], ScalarHead)
+    assert known[RwkvConfig].__name__ == "RwkvForSequenceClassification"
     for config_class in (RwkvConfig, LlamaConfig, ViTConfig):
         before = known.get(config_class, None)
         register_scalar_head(config_class)

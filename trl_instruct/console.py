@@ -87,21 +87,13 @@ def say(text: str, file: TextIO | None = None, *, secret: bool = False) -> None:
 
 
 def one_line(content: Any) -> str:
-    """A text, or messages, on one line, escaped as in `printable`.
-
-    >>> one_line("An owl.\\nA crow.\\t\\n")
-    'An owl. | A crow.'
-    """
+    """A text, or messages, on one line, escaped as in `printable`."""
     text = content if isinstance(content, str) else " / ".join(m["content"] for m in content)
     return printable(" | ".join(text.strip().splitlines()))
 
 
 def brief(text: str, most: int = 200) -> str:
-    """The beginning of a text, on one line.
-
-    >>> brief("0123456789\\n", most=4)
-    '0123...'
-    """
+    """The beginning of a text, on one line."""
     line = one_line(text[: 2 * most])
     return line if len(line) <= most else f"{line[:most]}..."
 
@@ -115,20 +107,12 @@ def shown(value: Any) -> str:
 
 
 def in_markdown(text: str) -> str:
-    """A text as it is, on one line, in Markdown: no markup, no HTML, no end of a table's cell.
-
-    >>> in_markdown("a|<b>_c_")
-    'a&#124;&#60;b&#62;&#95;c&#95;'
-    """
+    """A text as it is, on one line, in Markdown: no markup, no HTML, no end of a table's cell."""
     return re.sub(r"[]&<>[|`*~#$!\\]|\b_|_\b", lambda c: f"&#{ord(c[0])};", one_line(text))
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of rows with aligned columns.
-
-    >>> table([["", "mean"], ["base", "0.5"]])
-    ['      mean', 'base  0.5']
-    """
+    """Lines of rows with aligned columns."""
     cells = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in cells]
@@ -143,9 +127,5 @@ def progress_bar(name: str, total: int, **options: Any) -> tqdm:
 
 
 def plural(count: int, noun: str) -> str:
-    """A count with its noun.
-
-    >>> plural(1, "tie"), plural(1200, "tie")
-    ('1 tie', '1,200 ties')
-    """
+    """A count with its noun."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

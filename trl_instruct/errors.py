@@ -39,9 +39,6 @@ def redact(content: Any) -> Any:
     """The content, text or nested lists and dicts, with passwords, tokens and keys as `***`.
 
     In text: those in addresses, headers, JSON, tokens of the Hub; in dicts: by the name of the key.
-
-    >>> redact({"reward": "http://me:pw@host/score?api_key=k", "token": "t", "pad_token": "<p>"})
-    {'reward': 'http://***@host/score?api_key=***', 'token': '***', 'pad_token': '<p>'}
     """
     if isinstance(content, str):
         return _IN_TEXT.sub(lambda m: (m[m.lastindex] if m.lastindex else "") + REDACTED, content)
@@ -56,23 +53,14 @@ def redact(content: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """The text, all but line breaks and printable characters (right-to-left marks, too) escaped.
-
-    >>> print(printable("a\\x1b[2J\\nb\\u202e"))
-    a\\x1b[2J
-    b\\u202e
-    """
+    """The text, all but line breaks and printable characters (right-to-left marks, too) escaped."""
     return "\n".join(
         "".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in text.splitlines()
     )
 
 
 def harmless(text: str, most: int = 10_000) -> str:
-    """The text for a message: printable, secrets redacted, the middle of a long one left out.
-
-    >>> harmless("0123456789", most=4)
-    '01 ... 89'
-    """
+    """The text for a message: printable, secrets redacted, the middle of a long one left out."""
     text, half = redact(text), most // 2
     return printable(text if len(text) <= most else f"{text[:half]} ... {text[-half:]}")
 
@@ -100,12 +88,6 @@ def located(place: str | Callable[[], str]) -> Iterator[None]:
     """Put a place, such as "Prompt 3", in front of an `InputError` raised inside.
 
     The place is text, or a function that looks it up, called only on an error.
-
-    >>> with located("Prompt 3"):
-    ...     raise InputError("`prompt` is empty.")
-    Traceback (most recent call last):
-    ...
-    trl_instruct.errors.InputError: Prompt 3: `prompt` is empty.
     """
     try:
         yield
@@ -115,14 +97,7 @@ def located(place: str | Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def explained(fault: str) -> Iterator[None]:
-    """Turn an error about content that is not as expected into an `InputError`.
-
-    >>> with explained("The row is not as Nectar is published"):
-    ...     {}["answers"]
-    Traceback (most recent call last):
-    ...
-    trl_instruct.errors.InputError: The row is not as Nectar is published (KeyError: 'answers').
-    """
+    """Turn an error about content that is not as expected into an `InputError`."""
     try:
         yield
     except InputError:
@@ -141,11 +116,7 @@ def needs_extra(name: str) -> Iterator[None]:
 
 
 def summary(error: Exception, most: int = 300) -> str:
-    """A library's error in one line: its first, or all of them if the first announces the others.
-
-    >>> summary(ValueError("None could be loaded from one of: \\n(1) a file\\n(2) the Hub"))
-    'None could be loaded from one of: (1) a file (2) the Hub'
-    """
+    """A library's error in one line: its first, or all of them if the first announces others."""
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     return harmless(" ".join(lines) if lines[0].endswith(":") else lines[0], most)
 

@@ -9,6 +9,7 @@ import pytest
 
 from trl_instruct.diagnosis.finding import WORDS
 from trl_instruct.diagnosis.page import diagnose, verdict
+from trl_instruct.diagnosis.ppo import _smooth
 from trl_instruct.recipes.chain import FinishedStage
 
 FLAT = {
@@ -281,3 +282,8 @@ def test_every_finding_has_its_words_and_is_listed_in_docs():
 
 def is_finding(node):
     return isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("found", "_found")
+
+
+def test_curves_are_smoothed_by_a_trailing_mean():
+    assert _smooth([0.0, 3.0, 6.0, 9.0]) == [0.0, 1.5, 3.0, 6.0]
+    assert verdict([]) == "No fault found."

@@ -180,3 +180,9 @@ def test_make_trains_on_what_people_said():
         [*make[:5], "sft", "candidates", "rm", "CONFIG=tiny"],
         cwd=ROOT, check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
+
+
+def test_an_answer_that_several_models_gave_is_shown_once():
+    shown = comparison("2+2=", {"sft": "4", "ppo": "4", "base": "5"})
+    sources = [["sft", "ppo"], ["base"]]
+    assert shown == {"prompt": "2+2=", "responses": ["4", "5"], "sources": sources}

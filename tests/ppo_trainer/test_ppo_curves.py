@@ -97,3 +97,9 @@ def test_samples_are_shown_as_often_as_asked_and_curves_saved(saved_policy, tmp_
     assert (result.path / curves.FIGURE).is_file()
     ppo(saved_policy, vowels, prompts, tmp_path / "y", num_sample_generations=0, **options)
     assert "/5] > Q" not in capsys.readouterr().out
+
+
+def test_a_sample_as_the_terminal_shows_it_and_when():
+    shown = curves.sample_text(2, 9, "Name a bird.\n", "An owl.\nA crow.", 0.5)
+    assert shown == "[2/9] > Name a bird.\n      An owl. | A crow.  [score 0.50]"
+    assert [step for step in range(1, 10) if curves.is_due(step, 9, times=3)] == [3, 6, 9]

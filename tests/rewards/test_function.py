@@ -14,6 +14,7 @@ from trl_instruct.rewards.combined import Clipped, TimeLimit, WeightedSum
 from trl_instruct.rewards.function import (
     RewardError,
     RewardUnreachableError,
+    as_text,
     call_reward,
     counts_of,
     try_reward,
@@ -305,3 +306,7 @@ def test_a_time_limit_changes_nothing_else():
     assert call_reward(limited, PROMPTS[:2], ["a", "bb"], {"answer": ["w", "x"]}) == [1, 2]
     with pytest.raises(RewardError, match="'Lengths' gave the score nan.*completion 3"):
         call_reward(limited, PROMPTS, COMPLETIONS, COLUMNS)
+
+
+def test_messages_as_text():
+    assert as_text([{"role": "user", "content": "Name a city."}]) == "Name a city."

@@ -3,6 +3,7 @@ import random
 import pytest
 
 from trl_instruct.tiny import Task, explain, flawed_reply, gold_score, good_reply, sample_task
+from trl_instruct.tiny.gold import reader_remark
 from trl_instruct.tiny.lexicon import (
     CATEGORIES,
     CHATTER,
@@ -211,3 +212,15 @@ def test_more_text_never_helps_a_good_reply():
 def test_flawed_replies_score_between():
     rng = random.Random(9)
     assert 0.3 < mean_score(lambda task: flawed_reply(task, rng)) < 0.6
+
+
+def test_remarks_name_what_is_wrong():
+    task = Task("list", groups=(("flower", 2),))
+    assert reader_remark(task, "A rose and a crow") == "Wrong: flower, ending."
+    assert reader_remark(task, "A rose and a lily.") == "Good."
+    parts = {"flower": True, "format": True}
+    penalties = {"junk": 0.0, "repetition": 0.2, "ending": 0.0, "superfluous": 0.2}
+    assert explain(task, "A rose, a rose and a crow.") == parts | penalties
+    polite = Task("list", groups=(("flower", 2),), tone="politely").to_json()
+    said = ["Gladly! A rose and a lily.", "Alas,"]
+    assert gold_score(["", ""], said, [polite] * 2) == [1.0, 0.0]

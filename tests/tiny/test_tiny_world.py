@@ -7,7 +7,17 @@ from itertools import combinations
 import pytest
 
 from trl_instruct.tiny import Task, flawed_reply, good_reply, sample_task, split
-from trl_instruct.tiny.lexicon import CATEGORIES, CATEGORY_OF, CHATTER, NOUNS, TONES
+from trl_instruct.tiny.lexicon import (
+    CATEGORIES,
+    CATEGORY_OF,
+    CHATTER,
+    NOUNS,
+    TONES,
+    join_and,
+    phrase,
+    plural,
+    with_article,
+)
 from trl_instruct.tiny.splits import END_OF_TEXT as EOS
 from trl_instruct.tiny.splits import SHARES, SIZES, owner
 from trl_instruct.tiny.world import FORMATS, WORDINGS
@@ -188,3 +198,17 @@ def test_split_is_the_same_in_every_process(splits):
 def test_unknown_split_lists_the_names():
     with pytest.raises(ValueError, match="'train'.*pretraining, demonstrations, .*test"):
         split("train")
+
+
+def test_words_of_the_lexicon():
+    assert (with_article("owl"), with_article("rose")) == ("an owl", "a rose")
+    assert (phrase("owl"), phrase("rose"), phrase("Rome")) == ("an owl", "a rose", "Rome")
+    assert (plural("city"), plural("rose")) == ("cities", "roses")
+    assert join_and(["a rose", "a lily", "Rome"]) == "a rose, a lily and Rome"
+
+
+def test_a_task_and_its_reply():
+    task = Task("answer", noun="rose", category="tool", tone="sadly")
+    assert good_reply(task, random.Random(1)) == "Alas, no, because a rose is a flower."
+    assert Task.from_json(task.to_json()) == task
+    assert split("validation").column_names == ["prompt", "completion", "task"]

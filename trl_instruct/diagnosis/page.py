@@ -165,11 +165,7 @@ def diagnose(chain: Mapping[str, FinishedStage]) -> list[Finding]:
 
 
 def verdict(findings: Sequence[Finding]) -> str:
-    """The findings in one sentence: the first stage at fault affects those after it.
-
-    >>> verdict([])
-    'No fault found.'
-    """
+    """The findings in one sentence: the first stage at fault affects those after it."""
     faulty = [finding.stage for finding in findings if finding.level == "fault"]
     if not faulty:
         return "No fault found."

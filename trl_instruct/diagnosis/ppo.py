@@ -159,11 +159,7 @@ def _window(values: Sequence[float]) -> int:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Trailing mean over a sixth of the curve (at least 3 points, fewer at its start).
-
-    >>> _smooth([0.0, 3.0, 6.0, 9.0])
-    [0.0, 1.5, 3.0, 6.0]
-    """
+    """Trailing mean over a sixth of the curve (at least 3 points, fewer at its start)."""
     window = _window(values)
     return [
         statistics.fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)

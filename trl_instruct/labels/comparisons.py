@@ -10,11 +10,7 @@ from trl_instruct.intervals import mean_interval, show_interval
 
 
 def comparison(prompt: Any, answers: Mapping[str, str]) -> dict[str, Any]:
-    """An item for the store: an answer that several models gave is shown once.
-
-    >>> comparison("2+2=", {"sft": "4", "ppo": "4", "base": "5"})
-    {'prompt': '2+2=', 'responses': ['4', '5'], 'sources': [['sft', 'ppo'], ['base']]}
-    """
+    """An item for the store: an answer that several models gave is shown once."""
     sources: dict[str, list[str]] = {}
     for name, text in answers.items():
         sources.setdefault(text, []).append(name)

@@ -27,12 +27,7 @@ PANELS: tuple[tuple[str, str, str], ...] = (
 
 
 def sample_text(step: int, steps: int, prompt: Any, completion: str, score: float) -> str:
-    """One prompt and completion of an iteration, for the terminal.
-
-    >>> print(sample_text(2, 9, "Name a bird.\\n", "An owl.\\nA crow.", 0.5))
-    [2/9] > Name a bird.
-          An owl. | A crow.  [score 0.50]
-    """
+    """One prompt and completion of an iteration, for the terminal."""
     asked = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
     asked, said = one_line(asked), one_line(completion)
     place = f"[{step}/{steps}]"
@@ -40,11 +35,7 @@ def sample_text(step: int, steps: int, prompt: Any, completion: str, score: floa
 
 
 def is_due(step: int, steps: int, *, times: int) -> bool:
-    """Whether this is one of `times` evenly spaced steps, which include the last step.
-
-    >>> [step for step in range(1, 10) if is_due(step, 9, times=3)]
-    [3, 6, 9]
-    """
+    """Whether this is one of `times` evenly spaced steps, which include the last step."""
     return step * times // steps > (step - 1) * times // steps
 
 

@@ -125,9 +125,6 @@ def named_sources(sources: Iterable[str], what: str) -> dict[str, str]:
     """Models or rewards by name, from texts `name=source` or a source, named by its last part.
 
     InputError if two have the same name.
-
-    >>> named_sources(["base=gpt2", "runs/mine/sft/", "rewards.py:brevity"], "models")
-    {'base': 'gpt2', 'sft': 'runs/mine/sft/', 'brevity': 'rewards.py:brevity'}
     """
     found: dict[str, str] = {}
     for text in sources:

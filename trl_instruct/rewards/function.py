@@ -301,11 +301,7 @@ def as_completions(prompts: Sequence[Any], texts: Sequence[str]) -> list[Any]:
 
 
 def as_text(content: Any) -> str:
-    """A prompt or completion as text; messages are joined by newlines.
-
-    >>> as_text([{"role": "user", "content": "Name a city."}])
-    'Name a city.'
-    """
+    """A prompt or completion as text; messages are joined by newlines."""
     return content if isinstance(content, str) else "\n".join(m["content"] for m in content)
 
 

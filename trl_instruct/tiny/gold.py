@@ -50,10 +50,6 @@ def gold_score(
 
     The share of its task's constraints that it meets, minus the penalties, in [0, 1]. Completions
     are texts without special tokens; the task of each, as json, says what is asked.
-
-    >>> task = Task("list", groups=(("flower", 2),), tone="politely").to_json()
-    >>> gold_score(["", ""], ["Gladly! A rose and a lily.", "Alas,"], [task] * 2)
-    [1.0, 0.0]
     """
     scores = []
     for completion, asked in zip(completions, task, strict=True):
@@ -65,13 +61,7 @@ def gold_score(
 
 
 def explain(task: Task, completion: str) -> dict[str, bool | float]:
-    """The parts of a gold score: a bool per constraint (met or not) and a float per penalty.
-
-    >>> explain(Task("list", groups=(("flower", 2),)), "A rose, a rose and a crow.")
-    ... # doctest: +NORMALIZE_WHITESPACE
-    {'flower': True, 'format': True,
-     'junk': 0.0, 'repetition': 0.2, 'ending': 0.0, 'superfluous': 0.2}
-    """
+    """The parts of a gold score: a bool per constraint (met or not) and a float per penalty."""
     text = completion.strip().lower()
     openings = _OPENING.findall(text)
     start = _OPENING.match(text)
@@ -94,13 +84,7 @@ def explain(task: Task, completion: str) -> dict[str, bool | float]:
 
 
 def reader_remark(task: Task, reply: str) -> str:
-    """A reader's remark on a reply: all that is wrong with it, named as in :func:`explain`.
-
-    >>> reader_remark(Task("list", groups=(("flower", 2),)), "A rose and a crow")
-    'Wrong: flower, ending.'
-    >>> reader_remark(Task("list", groups=(("flower", 2),)), "A rose and a lily.")
-    'Good.'
-    """
+    """A reader's remark on a reply: all that is wrong with it, named as in :func:`explain`."""
     report = explain(task, reply).items()
     faults = [name for name, value in report if value is False or (value and value is not True)]
     return f"Wrong: {', '.join(faults)}." if faults else "Good."

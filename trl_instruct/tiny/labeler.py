@@ -13,11 +13,6 @@ class SimulatedLabeler:
 
     The noise, of that standard deviation in units of the gold score, depends on the seed (which
     labeler it is) and on everything labeled before. ValueError if it is negative.
-
-    >>> SimulatedLabeler(noise=0.0).label([0.25, 1.0])
-    [0.25, 1.0]
-    >>> SimulatedLabeler(seed=1).label([0.5]) == SimulatedLabeler(seed=1).label([0.5])
-    True
     """
 
     def __init__(self, noise: float = DEFAULT_NOISE, seed: int = 0):

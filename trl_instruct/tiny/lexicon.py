@@ -18,37 +18,21 @@ CHATTER: list[str] = WORLD["chatter"]
 
 
 def with_article(word: str) -> str:
-    """The indefinite article and a word.
-
-    >>> with_article("owl"), with_article("rose")
-    ('an owl', 'a rose')
-    """
+    """The indefinite article and a word."""
     return f"{'an' if word[0] in 'aeio' else 'a'} {word}"
 
 
 def phrase(noun: str) -> str:
-    """A noun as replies write it.
-
-    >>> phrase("owl"), phrase("rose"), phrase("Rome")
-    ('an owl', 'a rose', 'Rome')
-    """
+    """A noun as replies write it."""
     return noun if CATEGORY_OF[noun] in WORLD["without_article"] else with_article(noun)
 
 
 def plural(category: str) -> str:
-    """The plural of a category.
-
-    >>> plural("city"), plural("rose")
-    ('cities', 'roses')
-    """
+    """The plural of a category."""
     return category[:-1] + "ies" if category.endswith("y") else category + "s"
 
 
 def join_and(phrases: list[str]) -> str:
-    """The phrases as an English enumeration.
-
-    >>> join_and(["a rose", "a lily", "Rome"])
-    'a rose, a lily and Rome'
-    """
+    """The phrases as an English enumeration."""
     *rest, last = phrases
     return f"{', '.join(rest)} and {last}" if rest else last

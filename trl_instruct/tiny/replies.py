@@ -21,12 +21,7 @@ class _Draft:
 
 
 def good_reply(task: Task, rng: random.Random) -> str:
-    """A reply that meets every constraint of the task and has nothing else.
-
-    >>> task = Task("answer", noun="rose", category="tool", tone="sadly")
-    >>> good_reply(task, random.Random(1))
-    'Alas, no, because a rose is a flower.'
-    """
+    """A reply that meets every constraint of the task and has nothing else."""
     return _render(_good_draft(task, rng), rng)
 
 

@@ -42,9 +42,6 @@ def split(name: str) -> Dataset:
             "rankings", "prompts", "test" (``prompt``, ``task``); ``task`` is json for `gold_score`.
 
     ValueError if no split has that name.
-
-    >>> split("validation").column_names
-    ['prompt', 'completion', 'task']
     """
     if name not in SIZES:
         raise ValueError(f"the tiny world has no split {name!r}; it has: {', '.join(SIZES)}")
