@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from trl_instruct.intervals import mean_interval, share_interval, t_quantile
+from trl_instruct.intervals import (
+    mean_interval,
+    share_interval,
+    show_interval,
+    show_metric,
+    t_quantile,
+)
 
 SIZES = [5, 10, 20, 100]
 
@@ -182,3 +188,9 @@ def test_intervals_of_rankings_hold_the_accuracy_95_times_in_100(size):
         interval = share_interval(right, groups)
         hits.append(interval.low <= 2 / 3 <= interval.high)
     assert 0.93 <= fmean(hits) <= (0.98 if size == 5 else 0.97)
+
+
+def test_intervals_as_tables_show_them():
+    assert show_interval({"mean": 0.5, "low": 0.25, "high": 0.75}) == "0.500 [0.250, 0.750]"
+    gain = {"gain": 0.5, "gain_low": 0.25, "gain_high": 0.75}
+    assert show_metric(gain, "gain", sign="+") == "+0.500 [+0.250, +0.750]"

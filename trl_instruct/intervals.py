@@ -102,20 +102,12 @@ def _correction(count: float) -> float:
 
 
 def show_interval(interval: Mapping[str, float]) -> str:
-    """A mean with its interval, as tables show it.
-
-    >>> show_interval({"mean": 0.5, "low": 0.25, "high": 0.75})
-    '0.500 [0.250, 0.750]'
-    """
+    """A mean with its interval, as tables show it."""
     return "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**interval)
 
 
 def show_metric(metrics: Mapping[str, float], name: str, sign: str = "") -> str:
-    """A metric with its interval (`name`, `name_low`, `name_high`), as tables show it.
-
-    >>> show_metric({"gain": 0.5, "gain_low": 0.25, "gain_high": 0.75}, "gain", sign="+")
-    '+0.500 [+0.250, +0.750]'
-    """
+    """A metric with its interval (`name`, `name_low`, `name_high`), as tables show it."""
     mean, low, high = (f"{metrics[name + end]:{sign}.3f}" for end in ("", "_low", "_high"))
     return f"{mean} [{low}, {high}]"
 

@@ -4,9 +4,15 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from trl_instruct.data.dialogues import extract_prompt
+from trl_instruct.data.dialogues import (
+    extract_prompt,
+    messages_of,
+    prompt_in_dialogue,
+    split_reply,
+)
 from trl_instruct.data.records import (
     check_pair,
+    check_reply,
     load_demonstrations,
     load_prompts,
     load_texts,
@@ -251,3 +257,22 @@ def test_a_fault_in_the_last_message_is_counted_from_the_first():
 def test_a_column_named_like_an_argument_of_rewards(name):
     with pytest.raises(InputError, match=f"a column is called `{name}`, .*Rename it"):
         load_prompts(Dataset.from_list([{"prompt": "a", name: "b"}]))
+
+
+def test_turns_of_either_habit_are_messages():
+    turns = [{"from": "human", "value": "Bye"}]
+    assert messages_of("conversations", turns) == [{"role": "user", "content": "Bye"}]
+    asked = [{"role": "user", "content": "Hi"}]
+    assert split_reply(asked)["asked"] == asked
+    dialogue = [*asked, {"role": "assistant", "content": "Hello."}]
+    assert prompt_in_dialogue({"prompt": "Hi", "chosen": dialogue}, "chosen")
+    both = {"chosen": "2+2= 4", "rejected": "2+2= 5"}
+    assert extract_prompt(both) == {"prompt": "2+2=", "chosen": " 4", "rejected": " 5"}
+
+
+def test_an_empty_reply_is_named():
+    told = r"^`completion` is empty \(''\); write its text or delete the record\.$"
+    with pytest.raises(InputError, match=told):
+        check_reply("completion", "", form="text")
+    texts = Dataset.from_list([{"text": "Once upon a time."}, {"text": ""}])
+    assert load_texts(texts).num_rows == 1

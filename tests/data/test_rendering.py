@@ -341,3 +341,8 @@ def test_a_prompt_that_ends_with_eos(caplog):
     bare.chat_template = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
     render_prompts([[{"role": "user", "content": "Hi"}]], bare)
     assert "1 prompts end with EOS" in caplog.text
+
+
+def test_keywords_of_the_template_without_nulls():
+    given = {"tools": '[{"name": "now"}]', "chat_template_kwargs": {"a": 1, "b": None}}
+    assert template_arguments(given) == {"tools": [{"name": "now"}], "a": 1}

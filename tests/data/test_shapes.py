@@ -9,6 +9,7 @@ from trl_instruct.data import conversion, sources
 from trl_instruct.data.pairs import load_pairs
 from trl_instruct.data.rankings import load_rankings
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
+from trl_instruct.data.recognition import _holds
 from trl_instruct.data.records import load_demonstrations, load_prompts
 from trl_instruct.errors import InputError
 
@@ -1104,3 +1105,8 @@ def test_our_own_fields_are_read_as_they_are():
 def test_other_columns_of_prompts_reach_the_reward():
     prompts = load_prompts(Dataset.from_list([{**ALPACA[0], "level": 3}]))
     assert prompts[0] == {**ALPACA[0], "level": 3, "prompt": "Past tense?\nswim"}
+
+
+def test_what_a_path_says_of_a_value():
+    assert _holds({"answers": [{"rank": 1}]}, "answers[].rank")
+    assert _holds({"labels": [True]}, "labels[]")

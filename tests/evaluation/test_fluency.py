@@ -1,6 +1,6 @@
 import pytest
 
-from trl_instruct.evaluation.statistics import distinct, repetition
+from trl_instruct.evaluation.statistics import distinct, ngrams, repetition
 
 
 def test_repetition_is_the_share_of_4_grams_that_came_before():
@@ -29,3 +29,7 @@ def test_no_bigram_spans_two_completions():
     assert distinct([[1], [2]], 2) == 0.0
     assert distinct([[1], [1, 2]], 2) == 1.0
     assert distinct([[]], 1) == 0.0
+
+
+def test_ngrams_in_order():
+    assert ngrams("abc", 2) == [("a", "b"), ("b", "c")]

@@ -26,9 +26,6 @@ def messages_of(field: str, turns: Any) -> list[dict[str, str]]:
 
     Contents of several text parts are joined. InputError without a list of turns, for a role that
     nobody uses, or a part that is no text.
-
-    >>> messages_of("conversations", [{"from": "human", "value": "Bye"}])
-    [{'role': 'user', 'content': 'Bye'}]
     """
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise InputError(f"`{field}` is {kind_of(turns)}; a list of messages is needed.")
@@ -72,9 +69,6 @@ def split_reply(messages: list[Any]) -> dict[str, Any]:
     A reply that nobody asked for at the beginning, and turns after the last reply, are left out:
     `cut` says so. `asked` is what a policy would continue, if the user has the last word. A
     dialogue without a reply is a prompt.
-
-    >>> split_reply([{"role": "user", "content": "Hi"}])["asked"]
-    [{'role': 'user', 'content': 'Hi'}]
     """
     asked = next((i for i, m in enumerate(messages) if m.get("role") == "user"), len(messages))
     kept = [m for i, m in enumerate(messages) if i >= asked or m.get("role") != "assistant"]
@@ -87,11 +81,7 @@ def split_reply(messages: list[Any]) -> dict[str, Any]:
 
 
 def extract_prompt(record: Record) -> dict[str, Any]:
-    """Move what `chosen` and `rejected` both begin with into `prompt`.
-
-    >>> extract_prompt({"chosen": "2+2= 4", "rejected": "2+2= 5"})
-    {'prompt': '2+2=', 'chosen': ' 4', 'rejected': ' 5'}
-    """
+    """Move what `chosen` and `rejected` both begin with into `prompt`."""
     chosen, rejected = record["chosen"], record["rejected"]
     shorter = min(len(chosen), len(rejected))
     end = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
@@ -121,12 +111,7 @@ def take_off_prompts(dataset: AnyDataset, where: Source, fields: tuple[str, ...]
 
 
 def prompt_in_dialogue(record: Record, field: str) -> bool:
-    """Whether the text `prompt` is also a message of the conversation in `field`.
-
-    >>> dialogue = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
-    >>> prompt_in_dialogue({"prompt": "Hi", "chosen": dialogue}, "chosen")
-    True
-    """
+    """Whether the text `prompt` is also a message of the conversation in `field`."""
     prompt, dialogue = record.get("prompt"), record.get(field)
     if not isinstance(prompt, str) or not isinstance(dialogue, list):
         return False

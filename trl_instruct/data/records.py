@@ -130,10 +130,6 @@ def load_texts(
 
     Rows of white space (paragraph breaks of some corpora) are left out; their number is logged.
     InputError if `text` is missing, null or not text, or no row has any text.
-
-    >>> from datasets import Dataset
-    >>> load_texts(Dataset.from_list([{"text": "Once upon a time."}, {"text": ""}])).num_rows
-    1
     """
     if isinstance(source, list):
         return mixed(partial(load_texts, reading=reading), source, streaming)
@@ -220,13 +216,7 @@ def check_dialogue(record: Record) -> None:
 
 
 def check_reply(field: str, value: Any, *, form: str) -> None:
-    """Check a reply: text, or messages that end with the assistant's, as `form` is the prompt's.
-
-    >>> check_reply("completion", "", form="text")
-    Traceback (most recent call last):
-    ...
-    trl_instruct.errors.InputError: `completion` is empty (''); write its text or delete the record.
-    """
+    """Check a reply: text, or messages that end with the assistant's, as `form` is the prompt's."""
     check_content(field, value)
     found = "messages" if isinstance(value, list) else "text"
     if found != form:

@@ -136,10 +136,7 @@ def template_arguments(record: Mapping[str, Any] | None) -> dict[str, Any]:
     """Keywords of the chat template: `tools`, and the entries of `chat_template_kwargs`.
 
     Tables give every struct the union of its keys: absent ones come back as null, and are left out.
-
-    >>> template_arguments({"tools": '[{"name": "now"}]', "chat_template_kwargs": {"a": 1, "b": None}})
-    {'tools': [{'name': 'now'}], 'a': 1}
-    """  # noqa: E501
+    """
     record = record or {}
     tools = record.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools

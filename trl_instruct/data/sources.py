@@ -93,9 +93,6 @@ def load_records(source: Any, split: str = "train", streaming: bool = False) -> 
 
     Raises:
         InputError: missing file or split, unknown extension, malformed JSON (and line), no records.
-
-    >>> load_records(Dataset.from_list([{"prompt": "Name a city."}])).num_rows
-    1
     """
     where = Source.of(source, split)
     if isinstance(source, (DatasetDict, datasets.IterableDatasetDict)):

@@ -81,11 +81,7 @@ def best_of_n(picked_by: Tensor, scores: Mapping[str, Tensor]) -> list[dict[str,
 
 
 def sizes(most: int) -> list[int]:
-    """1, 2, 4, ... and `most` itself.
-
-    >>> sizes(6)
-    [1, 2, 4, 6]
-    """
+    """1, 2, 4, ... and `most` itself."""
     return [*(2**power for power in range((most - 1).bit_length())), most]
 
 
@@ -125,11 +121,7 @@ def chances_to_be_best(scores: Tensor, n: int) -> Tensor:
 
 
 def ngrams(tokens: Sequence[Any], n: int) -> list[tuple[Any, ...]]:
-    """All n-grams, in order.
-
-    >>> ngrams("abc", 2)
-    [('a', 'b'), ('b', 'c')]
-    """
+    """All n-grams, in order."""
     return list(zip(*(tokens[start:] for start in range(n)), strict=False))
 
 

@@ -38,11 +38,6 @@ def reliability(labeled: Sequence[Labeled]) -> dict[str, dict[str, float]]:
 
     By name: rankings, and what `agreement` returns, if somebody else ranked the same pairs. {} if
     there are fewer than two labelers.
-
-    >>> rows = [Labeled(0, [0, 1], ranks, 1.0, name, None)
-    ...         for name, ranks in (("anna", [1, 2]), ("bob", [2, 1]), ("carl", [1, 2]))]
-    >>> {name: found["mean"] for name, found in reliability(rows).items()}
-    {'bob': 0.0, 'anna': 0.5, 'carl': 0.5}
     """
     rankings = Counter(str(one.labeler) for one in labeled if one.labeler is not None)
     if len(rankings) < 2:
