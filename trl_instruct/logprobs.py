@@ -10,13 +10,8 @@ def log_distribution(logits: Tensor, *, temperature: float) -> Tensor:
     """Log-probability of every token of the vocabulary under the sampling distribution.
 
     The only tensor of this size in a step: log-probabilities, their gradient and entropy use it.
-
-    Args:
-        logits: `(N, V)`.
-        temperature: that of sampling; logits are divided by it, or the importance ratio is wrong.
-
-    Returns:
-        `(N, V)` float32, nats.
+    Logits `(N, V)` are divided by the temperature of sampling, or the importance ratio is wrong;
+    the result is `(N, V)` float32, nats.
 
     >>> log_distribution(torch.zeros(1, 4), temperature=1.0).exp()
     tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
@@ -26,14 +21,7 @@ def log_distribution(logits: Tensor, *, temperature: float) -> Tensor:
 
 
 def token_logprobs(log_probs: Tensor, token_ids: Tensor) -> Tensor:
-    """Log-probability of each token.
-
-    Args:
-        log_probs: `(N, V)`, a `log_distribution`.
-        token_ids: `(N,)`.
-
-    Returns:
-        `(N,)` nats.
+    """Log-probability of each token, `(N,)` nats, from a `log_distribution` `(N, V)`.
 
     >>> token_logprobs(torch.tensor([[-1.0, -2.0]]), torch.tensor([1]))
     tensor([-2.])
@@ -42,13 +30,9 @@ def token_logprobs(log_probs: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def logprobs_in_parts(logits: Tensor, token_ids: Tensor, *, temperature: float) -> Tensor:
-    """Log-probability of each token if no gradient is needed: `(N,)` nats.
+    """Log-probability of each token, from logits `(N, V)`, if no gradient is needed: `(N,)` nats.
 
     Computed in parts, to avoid a second tensor of the logits' size.
-
-    Args:
-        logits, token_ids: `(N, V)` and `(N,)`.
-        temperature: as in `log_distribution`.
 
     >>> logprobs_in_parts(torch.zeros(2, 4), torch.tensor([0, 3]), temperature=1.0).exp()
     tensor([0.2500, 0.2500])
@@ -60,13 +44,7 @@ def logprobs_in_parts(logits: Tensor, token_ids: Tensor, *, temperature: float) 
 
 
 def entropy(log_probs: Tensor) -> Tensor:
-    """Entropy of each token's distribution.
-
-    Args:
-        log_probs: `(N, V)`, a `log_distribution`.
-
-    Returns:
-        `(N,)` nats.
+    """Entropy of each token's distribution, `(N,)` nats, from a `log_distribution` `(N, V)`.
 
     >>> entropy(log_distribution(torch.zeros(1, 4), temperature=1.0)).exp()
     tensor([4.])

@@ -60,12 +60,7 @@ def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1
     Schulman, http://joschu.net/blog/kl-approx.html. As a penalty in the reward, k1 has the gradient
     of the KL; k3 has that of KL(policy || ref) - KL(ref || policy), so it is only logged.
 
-    Args:
-        logprobs, ref_logprobs: `(B, C)` log-probabilities of the sampled tokens, nats.
-        estimator: "k1" or "k3".
-
-    Raises:
-        ValueError: unknown estimator.
+    Both arguments are `(B, C)` log-probabilities of the sampled tokens, nats.
 
     >>> kl_per_token(torch.tensor([[-1.0]]), torch.tensor([[-1.5]]))
     tensor([[0.5000]])

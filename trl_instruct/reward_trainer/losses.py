@@ -14,13 +14,8 @@ def pair_weights(ranks: Tensor, weights: Tensor | None = None, *, ties: str = "d
     number of prompts, not over their weights, so it does not matter how a batch is split; use
     weights of mean 1. A prompt without comparisons does not count.
 
-    Args:
-        ranks: `(B, K)` 1 = best, equal = tie, 0 = no response.
-        weights: `(B,)` of the prompts; None: all 1.
-        ties: as in `wins`.
-
-    Returns:
-        `(B, K, K)`: of response i over response j, 0 if that is not a comparison.
+    From ranks `(B, K)` (1 = best, equal = tie, 0 = no response) and weights `(B,)` of the prompts
+    (None: all 1), `(B, K, K)`: of response i over response j, 0 if that is not a comparison.
 
     >>> pair_weights(torch.tensor([[1, 2, 0]]))[0].tolist()
     [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
