@@ -59,3 +59,8 @@ def test_every_epoch_has_an_order_of_its_own_that_comes_back():
     assert list(sampler) != first
     sampler.set_epoch(0)
     assert list(sampler) == first
+
+
+def test_small_batches_by_hand():
+    assert similar_lengths([9, 3, 10, 3], 8) == [[1, 3], [0, 2]]
+    assert sorted(length_batches([3, 1, 2], 2, seed=0)) == [0, 1, 2]

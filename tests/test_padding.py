@@ -7,8 +7,11 @@ import torch
 from trl_instruct.padding import (
     completion_lengths,
     left_padded_mask,
+    pad_rows,
+    padding_before,
     position_ids,
     right_padded_mask,
+    unpadded,
 )
 from trl_instruct.ppo_trainer.advantages import masked_mean, masked_whiten
 
@@ -71,3 +74,14 @@ def test_whitening_leaves_its_argument_alone_and_survives_a_single_token():
     values = torch.tensor([[3.0, 5.0]])
     assert masked_whiten(values, torch.tensor([[True, False]])).tolist() == [[0.0, 0.0]]
     assert values.tolist() == [[3.0, 5.0]]
+
+
+def test_rows_and_their_padding_by_hand():
+    assert right_padded_mask(torch.tensor([1, 3]), 3).int().tolist() == [[1, 0, 0], [1, 1, 1]]
+    mask = torch.tensor([[False, True, True], [True, True, False]])
+    assert position_ids(mask).tolist() == [[0, 0, 1], [0, 1, 0]]
+    assert padding_before(torch.tensor([[0, 0, 1], [1, 1, 0]])).tolist() == [2, 0]
+    lengths, ended = completion_lengths(torch.tensor([[5, 2, 2], [5, 6, 7]]), [2])
+    assert (lengths.tolist(), ended.tolist()) == ([2, 3], [True, False])
+    assert pad_rows([[1, 2], [3]], 0).tolist() == [[1, 2], [3, 0]]
+    assert unpadded(torch.tensor([[1, 2], [3, 0]]), torch.tensor([2, 1])) == [[1, 2], [3]]

@@ -24,30 +24,18 @@ def left_padded_mask(lengths: Tensor, width: int) -> Tensor:
 
 
 def right_padded_mask(lengths: Tensor, width: int) -> Tensor:
-    """Like `left_padded_mask`, for sequences at the left end of their row (completions).
-
-    >>> right_padded_mask(torch.tensor([1, 3]), 3).int().tolist()
-    [[1, 0, 0], [1, 1, 1]]
-    """
+    """Like `left_padded_mask`, for sequences at the left end of their row (completions)."""
     columns = torch.arange(width, device=lengths.device)
     return columns < lengths.unsqueeze(1)
 
 
 def position_ids(mask: Tensor) -> Tensor:
-    """Position of each token among the real tokens of its row, `(B, T)` int64; padding gets 0.
-
-    >>> position_ids(torch.tensor([[False, True, True], [True, True, False]])).tolist()
-    [[0, 0, 1], [0, 1, 0]]
-    """
+    """Position of each token among the real tokens of its row, `(B, T)` int64; padding gets 0."""
     return (mask.long().cumsum(dim=1) - 1).masked_fill(~mask, 0)
 
 
 def padding_before(mask: Tensor) -> Tensor:
-    """Columns before each row's first real token, `(B,)` int64, by a mask `(B, T)`, bool or 0 / 1.
-
-    >>> padding_before(torch.tensor([[0, 0, 1], [1, 1, 0]])).tolist()
-    [2, 0]
-    """
+    """Columns before each row's first real token, `(B,)` int64, by a mask `(B, T)`."""
     return mask.int().argmax(dim=1)
 
 
@@ -69,9 +57,6 @@ def completion_lengths(completion_ids: Tensor, eos_token_ids: list[int]) -> tupl
 
     From `(B, C)` ids come `(B,)` int64 in 1..C and `(B,)` bool. Tokens after the first EOS are
     filler and ignored, whatever their value.
-
-    >>> completion_lengths(torch.tensor([[5, 2, 2], [5, 6, 7]]), [2])
-    (tensor([2, 3]), tensor([ True, False]))
     """
     is_eos = torch.isin(completion_ids, torch.tensor(eos_token_ids, device=completion_ids.device))
     ended = is_eos.any(dim=1)
@@ -83,11 +68,7 @@ FULL = 0.8  # minimum fraction of a batch that is text
 
 
 def similar_lengths(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Batches of up to `batch_size` rows for forward passes, shortest first, 20 % padding at most.
-
-    >>> similar_lengths([9, 3, 10, 3], 8)
-    [[1, 3], [0, 2]]
-    """
+    """Batches of up to `batch_size` rows, shortest first, 20 % padding at most."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
         batch = [*batches[-1], row] if batches else [row]
@@ -109,9 +90,6 @@ def length_batches(
 
     transformers' group_by_length also sorts the batches of a pool: long and short texts then come
     in waves, and a small model learns markedly less.
-
-    >>> sorted(length_batches([3, 1, 2], 2, seed=0))
-    [0, 1, 2]
     """
     rng = random.Random(seed)
     rows = list(range(len(lengths)))
@@ -148,20 +126,12 @@ class LengthBatchSampler(Sampler[int]):
 
 
 def pad_rows(rows: list[list[int]], filler: int) -> Tensor:
-    """Rows of unequal length as one tensor, padded on the right.
-
-    >>> pad_rows([[1, 2], [3]], 0).tolist()
-    [[1, 2], [3, 0]]
-    """
+    """Rows of unequal length as one tensor, padded on the right."""
     tensors = [torch.tensor(row) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=filler)
 
 
 def unpadded(ids: Tensor, lengths: Tensor) -> list[list[int]]:
-    """The rows of `(B, T)` without padding on the right.
-
-    >>> unpadded(torch.tensor([[1, 2], [3, 0]]), torch.tensor([2, 1]))
-    [[1, 2], [3]]
-    """
+    """The rows of `(B, T)` without padding on the right."""
     rows = zip(ids.tolist(), lengths.tolist(), strict=True)
     return [row[:length] for row, length in rows]

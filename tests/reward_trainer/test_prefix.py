@@ -12,6 +12,7 @@ from trl_instruct.reward_trainer.prefix import (
     prefix_blocks,
     prefix_mask,
     share_prefix,
+    sharing_pays,
     split_attention,
 )
 
@@ -127,3 +128,8 @@ def test_the_mask_is_of_the_models_kind_and_of_the_longest_row(dtype):
     mask = prefix_mask(share([[1, 2, 3], [1, 4]], [[5], [6]]).segments, dtype)
     assert (mask.dtype, mask.shape) == (dtype, (2, 1, 4, 4))
     assert set(mask.unique().tolist()) == {0.0, torch.finfo(dtype).min}
+
+
+def test_sharing_pays_for_short_responses():
+    assert sharing_pays((1, 832), (9, 320), hidden_size=768)
+    assert not sharing_pays((1, 3630), (9, 430), hidden_size=768)

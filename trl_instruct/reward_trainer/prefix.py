@@ -158,11 +158,6 @@ def sharing_pays(shared: Sequence[int], separate: Sequence[int], hidden_size: in
     A layer's work on a row of T tokens is about T (24 h^2 + 4 T h), with h the hidden size: the
     mask hides responses from each other after all were compared. `shared` and `separate` are the
     shapes `(B, S)` and `(R, T)` of the rows.
-
-    >>> sharing_pays((1, 832), (9, 320), hidden_size=768)
-    True
-    >>> sharing_pays((1, 3630), (9, 430), hidden_size=768)
-    False
     """
     works = [rows * t * (6 * hidden_size + t) for rows, t in (shared, separate)]
     return works[0] < works[1]
