@@ -178,9 +178,30 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         ],
     ),
     (
-        "ppo_trainer/trainer.py",
+        "ppo_trainer/rollout_scores.py",
         "rewards/test_reward_faults.py -k judge",
-        [("everywhere.nanmean()", "everywhere.mean()")],
+        [("for s in part if not math.isnan(s)]", "for s in part]")],
+    ),
+    (
+        "ppo_trainer/exploitation.py",
+        "ppo_trainer/test_exploitation.py",
+        [
+            ("[*series[begin : begin + apart], *series[last - apart + 1 :]]", "series"),
+            ("FALSE_ALARMS / len(series) ** 2", "FALSE_ALARMS"),
+            ("> z * error", "> z * error**2"),
+            ("score[last] < max(score)", "score[last] < min(score)"),
+            ("judge[last] >= judge[last - WINDOW] or", ""),
+        ],
+    ),
+    (
+        "rewards/ensemble.py",
+        "rewards/test_ensemble.py",
+        [("(lowest - s) / beta", "(s - lowest) / beta"), ("lowest - beta", "lowest + beta")],
+    ),
+    (
+        "reward_trainer/evaluation.py",
+        "reward_trainer/test_reward_evaluation.py -k dissent",
+        [("part.accuracy(-part.margins)", "part.accuracy(part.margins)"), ("< 0)", "> 0)")],
     ),
     (
         "ppo_trainer/rollouts.py",
@@ -252,11 +273,6 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         ],
     ),
     (
-        "ppo_trainer/trainer.py",
-        RESUME,
-        [("            load_weights(self.value_model, checkpoint / VALUE)\n", "")],
-    ),
-    (
         "ppo_trainer/run_state.py",
         RESUME,
         [
@@ -264,6 +280,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
             ("        trainer.average.load(checkpoint / EMA)\n", "        pass\n"),
             ('        trainer.kl_coef = progress["kl_coef"]', "        pass"),
             ('    load_states(trainer.reward, progress["reward"])\n', ""),
+            ("    load_weights(trainer.value_model, checkpoint / VALUE)\n", ""),
         ],
     ),
     (

@@ -226,6 +226,7 @@ def make_trainer(ppo_config, tokenizer, make_policy, make_reward_model):
             "ptx_dataset": None,
             "callbacks": None,
             "sampler": None,
+            "gold": None,
         }
         given = {name: options.pop(name, default) for name, default in given.items()}
         return PPOTrainer(ppo_config(**options), **given)

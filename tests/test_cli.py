@@ -176,6 +176,7 @@ def test_every_stage_has_help(stage, capsys):
     told = capsys.readouterr().out
     own = {"serve-reward": "--port", "evaluate": "--best_of_n", "candidates": "--num_candidates"}
     own |= {"report": "--evaluation", "merge": "--dtype", "export": "--rating_order"}
+    own |= {"average": "output_dir"}
     own |= {"label": "--labels_per_prompt", "check": "sft", "init": "--like"}
     known = own.get(stage, "--learning_rate")
     assert known in told and "%%" not in told
@@ -370,7 +371,8 @@ def test_a_full_disk_behind_a_librarys_error(monkeypatch, capsys, inner, outer, 
 
 
 @pytest.mark.parametrize(
-    "script", sorted({*cli.COMMANDS} - {"export", "init", "label", "merge", "serve-reward"})
+    "script",
+    sorted({*cli.COMMANDS} - {"average", "export", "init", "label", "merge", "serve-reward"}),
 )
 def test_the_scripts_are_the_commands(script):
     text = (ROOT / "recipes" / f"{script}.py").read_text()

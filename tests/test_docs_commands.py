@@ -44,7 +44,7 @@ NOT_RUN = {
     "curl": "needs the server of the line above; tests/rewards/test_http.py has one",
 }
 # In the order of the pipeline; merge takes the adapter that is there at first.
-ORDER = ["init", "merge", "pretrain", "sft", "candidates", "label", "rm", "ppo"]
+ORDER = ["init", "merge", "pretrain", "sft", "candidates", "label", "rm", "average", "ppo"]
 ORDER += ["check", "evaluate", "report", "export"]
 CANDIDATES = [{"prompt": f"Q{n}: ", "responses": list("abcd")} for n in range(8)]
 SHORT = {

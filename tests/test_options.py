@@ -153,6 +153,7 @@ OWN = {
         ("data/test_preferences.py::test_held_out_rankings_stay_whole", "eval_size"),
         ("data/test_rankings.py::test_the_order_of_numbers_can_be_given_too", "rating_order"),
         ("data/test_preferences.py::test_labelers_are_left_out", "leave_out_labelers"),
+        ("recipes/test_members.py::test_members_differ", "members member"),
     ),
     "ppo": OURS
     | table(
@@ -199,6 +200,8 @@ OWN = {
         ("rewards/test_reward_faults.py::test_a_fixed_score_without_eos", "missing_eos_score"),
         ("rewards/test_reward_faults.py::test_a_skipped_episode_counts_nowhere", "on_error"),
         ("rewards/test_reward_faults.py::test_a_judge_that_is_not_trained_on", "gold"),
+        ("rewards/test_ensemble.py::test_a_list_is_combined", "combine combine_beta"),
+        ("ppo_trainer/test_exploitation.py::test_a_run_ends_at_its_peak", "stop_when_exploited"),
         ("rewards/test_reward_tokens.py::test_a_cut_prompt_is_read_whole", "max_prompt_length"),
         ("generation/test_sampling.py::test_sampling_is_from_the_full", "temperature"),
         ("evaluation/test_prompt_forms.py::test_prompts_of_a_file", "opening_length"),

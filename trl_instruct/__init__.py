@@ -27,6 +27,7 @@ _DOORS = {
     "rewards.http": "HTTPReward",
     "rewards.server": "RewardServer",
     "rewards.judge": "LLMJudge",
+    "rewards.ensemble": "Ensemble Bounded",
     "rewards.combined": "WeightedSum Clipped Normalised LengthPenalty TimeLimit",
     "reward_trainer.trainer": "RankingRewardTrainer",
     "ppo_trainer.trainer": "PPOTrainer",

@@ -32,6 +32,7 @@ from trl_instruct.recipes.candidates import candidates
 from trl_instruct.recipes.chain import read_chain
 from trl_instruct.recipes.flags import OptionParser, parse
 from trl_instruct.recipes.init import init, recipe_names
+from trl_instruct.recipes.members import average
 from trl_instruct.recipes.options import named_sources
 from trl_instruct.recipes.ppo import ppo
 from trl_instruct.recipes.pretrain import pretrain
@@ -171,6 +172,8 @@ def serve_reward_command(arguments: list[str]) -> None:
     reward = load_reward(
         named if len(named) > 1 else named[0],
         weights=options.reward_weights,
+        combine=options.combine,
+        combine_beta=options.combine_beta,
         model_config=ModelConfig(dtype=options.dtype),
         trust_remote_code=options.trust_remote_code,
     )
@@ -198,7 +201,7 @@ def report_command(arguments: list[str]) -> None:
     say(f"report: {path}")
 
 
-def _tell_diagnosis(name: str, folder: StageResult) -> None:
+def _tell_diagnosis(name: str, folder: StageResult | Path) -> None:
     """Print the stage's diagnosis, and write the report on all stages so far."""
     if PartialState().is_main_process:
         for line in summary_lines({name: read_chain(folder)[name]}):
@@ -208,7 +211,9 @@ def _tell_diagnosis(name: str, folder: StageResult) -> None:
 
 def rm_command(arguments: list[str]) -> None:
     """Stage 2: train a reward model from rankings or pairs."""
-    _tell_diagnosis("rm", _run("rm", *_parse("rm", arguments)))
+    result = _run("rm", *_parse("rm", arguments))
+    for folder in map(Path, result.metrics.get("members", [result])):
+        _tell_diagnosis("rm", folder)
 
 
 def ppo_command(arguments: list[str]) -> None:
@@ -264,6 +269,12 @@ def merge_command(arguments: list[str]) -> None:
     _tell(f"merged: {merge(options.adapter, options.output_dir, dtype=options.dtype)}")
 
 
+def average_command(arguments: list[str]) -> None:
+    """Average the weights of reward models into one (WARM)."""
+    options = _parse("average", arguments)
+    _tell(f"reward model: {average(options.models, options.output_dir)}")
+
+
 def label_command(arguments: list[str]) -> None:
     """Open a page on which people rank or compare answers."""
     options = _parse("label", arguments)
@@ -282,7 +293,7 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     for command in (
         *(init_command, pretrain_command, sft_command, candidates_command, label_command),
         *(rm_command, ppo_command, check_command, evaluate_command, report_command),
-        *(export_command, merge_command, serve_reward_command),
+        *(export_command, merge_command, average_command, serve_reward_command),
     )
 }
 # What a command reads: a config with TRL's ModelConfig, or what a function adds to its parser; of

@@ -141,6 +141,8 @@ class RewardConfig(StageConfig, trl.RewardConfig):
     eval_size: float = 0.1
     demonstrations_name: str | None = None
     early_stopping_patience: int | None = None
+    members: int = 1
+    member: int | None = None
     rating_order: list[str] | None = None
     leave_out_labelers: list[str] | None = None
     truncate_prompt: bool = False
@@ -148,6 +150,8 @@ class RewardConfig(StageConfig, trl.RewardConfig):
     def __post_init__(self) -> None:
         if self.early_stopping_patience is not None:
             self.load_best_model_at_end = True
+        if self.members > 1 and (self.member is not None or self.push_to_hub):
+            raise InputError("members excludes member and push_to_hub: push each of the folders.")
         metric: str | None = getattr(self, "metric_for_best_model", None)
         self.metric_for_best_model = metric or ("accuracy" if self.load_best_model_at_end else None)
         super().__post_init__()
@@ -180,7 +184,10 @@ class PPOConfig(SamplingConfig, TrainingArguments):
     engine: Literal["trl_instruct", "trl"] = "trl_instruct"
     reward_model_path: list[str] | None = None
     reward_weights: list[float] | None = None
+    combine: Literal["mean", "min", "pessimistic"] | None = None
+    combine_beta: float | None = None
     gold: str | None = None
+    stop_when_exploited: bool = False
     summary_file: str | None = None
     learning_rate: float = 3e-6
     lr_scheduler_type: str = "constant_with_warmup"
@@ -228,6 +235,15 @@ class PPOConfig(SamplingConfig, TrainingArguments):
     metric_for_best_model: str | None = None
 
     def __post_init__(self) -> None:
+        if self.stop_when_exploited:
+            limit: int | None = getattr(self, "save_total_limit", None)
+            self.save_total_limit = limit or 1
+            if self.metric_for_best_model not in (None, "objective/gold"):
+                raise InputError(
+                    f"metric_for_best_model is {self.metric_for_best_model!r}, but "
+                    "stop_when_exploited keeps the best by objective/gold. Leave it out."
+                )
+            self.metric_for_best_model = "objective/gold"
         if self.metric_for_best_model is None and self.engine == "trl_instruct":
             fixed = self.adaptive_kl_target is None
             self.metric_for_best_model = f"objective/{'rlhf_reward' if fixed else 'scores'}"

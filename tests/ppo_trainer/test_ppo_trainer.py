@@ -449,7 +449,8 @@ def test_text_prompts_and_further_columns_reach_the_reward(make_trainer, prompts
     assert sorted(used[:16]) == sorted(used[16:]) == list(range(16))
     for asked, completions, numbers, columns in calls:
         assert asked == [prompts[number] for number in numbers]
-        assert set(columns) == {"source", "completion_ids"} and columns["source"] == ["x"] * 8
+        assert set(columns) == {"source", "completion_ids", "log_metric"}  # as in TRL
+        assert columns["source"] == ["x"] * 8
         decode = trainer.processing_class.decode
         for ids, text in zip(columns["completion_ids"], completions, strict=True):
             assert text in (decode(ids), decode(ids[:-1]))  # without what ended it

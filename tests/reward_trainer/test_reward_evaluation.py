@@ -12,6 +12,7 @@ from trl_instruct.errors import InputError
 from trl_instruct.intervals import t_quantile
 from trl_instruct.reward_trainer.evaluation import (
     best_of_k,
+    by_dissent,
     calibration,
     calibration_errors,
     comparisons,
@@ -405,3 +406,16 @@ def test_the_noise_ceiling_is_the_accuracy_of_the_gold_scores(tokenizer):
     assert "ceiling" not in known["by_k"]["2"]
     cells = known["by_distance"]
     assert (cells["1"]["ceiling"], cells["2"]["ceiling"]) == (0.5, 0.5)
+
+
+def test_dissent_by_hand():
+    """Three pairs: all members right; one of three against a mean that is right; all wrong."""
+    labeled = [Labeled(n, [2 * n, 2 * n + 1], [1, 2], 1.0, None, None) for n in range(3)]
+    members = [[2, 0, 1, 0, 0, 1], [4, 0, 2, 0, 0, 3], [3, 0, 0, 1.5, 0, 2]]
+    mean = [sum(scores) / 3 for scores in zip(*members, strict=True)]
+    pairs, *own = (comparisons(labeled, scores, [1] * 6) for scores in (mean, *members))
+    none, one = by_dissent(pairs, torch.stack([part.margins for part in own]))
+    assert (none["dissent"], none["pairs"], none["error"]["mean"]) == (0, 2, 0.5)
+    assert (one["dissent"], one["pairs"], one["error"]["mean"]) == (1, 1, 0.0)
+    # 2, 4, 3 and -1, -3, -2: standard deviation sqrt(2 / 3)
+    assert none["disagreement"] == pytest.approx((2 / 3) ** 0.5)

@@ -205,7 +205,7 @@ def test_a_list_is_a_weighted_sum(saved_reward_model):
     assert_same(both, [0.5 * m + 2 * len(c) for m, c in zip(model, COMPLETIONS, strict=True)])
     with pytest.raises(InputError, match="2 reward weights were given for 1 rewards"):
         load_reward([length], weights=[1.0, 2.0])
-    with pytest.raises(InputError, match="belong to a list"):
+    with pytest.raises(InputError, match="is for a list"):
         load_reward(length, weights=[1.0])
     assert load_reward([length]) is length
 

@@ -65,7 +65,9 @@ def compare(
     paths = {"base": base, "sft": sft, "ppo": folder}
     models: dict[str, Any] = {n: path for n, path in paths.items() if isinstance(path, str | Path)}
     trust: Any = {"trust_remote_code": trust_remote_code}
-    rewards = {"rm": load_reward(config.reward_model_path, weights=config.reward_weights, **trust)}
+    together = {"combine": config.combine, "combine_beta": config.combine_beta, **trust}
+    together["weights"] = config.reward_weights
+    rewards = {"rm": load_reward(config.reward_model_path, **together)}
     if config.gold is not None:
         rewards["gold"] = load_reward(config.gold, **trust)
     tokenizer = load_tokenizer(folder, **trust)

@@ -69,7 +69,7 @@ def check_launch(accelerator: Accelerator, models: list[nn.Module], *, average: 
         "models that were loaded as shards; load them before PPOConfig is made, or call ppo()": any(
             hasattr(weight, "ds_id") for weight in weights
         ),
-        "ema_decay; leave it out": average,
+        "ema_decay or stop_when_exploited; leave them out": average,
         "weights that policy and value model share; set share_base to false and omit value_head": (
             len(set(map(id, weights))) < len(weights)
         ),

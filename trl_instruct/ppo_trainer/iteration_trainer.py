@@ -7,6 +7,7 @@ as in any Trainer. PPO uses private methods of the Trainer in this file only.
 import math
 import random
 import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,23 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
+from trl_instruct.console import get_logger
 from trl_instruct.errors import InputError
 from trl_instruct.models.processes import seed_process
 from trl_instruct.models.resuming import ResumableTrainer
 from trl_instruct.models.sharding import load_shards, mark_fsdp_root
+from trl_instruct.ppo_trainer.exploitation import GOLD, Exploited, Judged, exploited, recent
+from trl_instruct.ppo_trainer.run_state import restore
 from trl_instruct.rewards.function import RewardFunction, load_states, states_of
+
+logger = get_logger(__name__)
 
 
 class IterationTrainer(ResumableTrainer):
     """Does what `Trainer.train` does before, between and after the iterations of a subclass.
 
-    The subclass sets `num_iterations` and `iterations_per_epoch`, and calls `begin_training`,
+    The subclass sets `num_iterations`, `iterations_per_epoch` and `judged` (of each iteration its
+    number and what `stop_when_exploited` watches), and calls `begin_training`,
     `begin_iteration`, `judge_weights`, `end_iteration` and `end_training` in that order.
     """
 
@@ -40,6 +47,7 @@ class IterationTrainer(ResumableTrainer):
     metrics: dict[str, Any]
     reward: RewardFunction
     beginning: tuple[Any, ...]
+    judged: list[tuple[int, float, float, float]]
 
     def begin_training(self, checkpoint: Path | None = None) -> None:
         """Set up optimizer, scheduler, processes, callbacks; restore all but the weights."""
@@ -47,6 +55,8 @@ class IterationTrainer(ResumableTrainer):
         seed_process(args.seed)
         if args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        self.turned: Exploited | None = None
+        self.told_by_rewards: dict[str, list[float]] = defaultdict(list)
         self.create_optimizer()
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         mark_fsdp_root(self.model_wrapped)
@@ -84,7 +94,12 @@ class IterationTrainer(ResumableTrainer):
     def begin_iteration(self) -> None:
         """Remember what sampling and scoring change, and call the callbacks."""
         self.beginning = self._moment()
+        self.told_by_rewards.clear()
         self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
+
+    def log_metric(self, name: str, value: float) -> None:
+        """Log a number that a reward tells, as objective/<name>."""
+        self.told_by_rewards[f"objective/{name}"].append(value)
 
     def end_iteration(self, metrics: dict[str, Any]) -> None:
         """Count the iteration, log its metrics by name, and save a checkpoint if one is due."""
@@ -115,11 +130,28 @@ class IterationTrainer(ResumableTrainer):
                 f"one of {', '.join(sorted(measured))}."
             )
         saves = self.args.save_strategy == SaveStrategy.BEST or state.global_step == self.saved_step
+        if self.args.stop_when_exploited:
+            measured, saves = self._watch(measured), True
         if name not in measured or not state.global_step or not saves:
             return
         if self._determine_best_metric({f"eval_{name}": measured[name]}, trial=None):
-            self._save_beginning()
             state.best_model_checkpoint = str(self.checkpoint_of(state.global_step))
+            self._save_beginning()
+
+    def _watch(self, measured: dict[str, Any]) -> dict[str, Any]:
+        """Note what the judge says; if it has turned, this iteration is the last.
+
+        Returns, as the metric whose best is the peak, its mean over the last iterations.
+        """
+        names = (GOLD, f"{GOLD}_se", "objective/scores")
+        if not measured.keys() >= set(names):
+            return {}
+        self.judged.append((self.state.global_step, *(measured[name] for name in names)))
+        self.turned = exploited([Judged(*rest) for _, *rest in self.judged])
+        if self.turned is not None:
+            self.control.should_training_stop = True
+        mean = recent([mean for _, mean, *_ in self.judged])[-1]
+        return {GOLD: mean} if math.isfinite(mean) else {}
 
     def _save_beginning(self) -> None:
         """Save the run as it was when this iteration began, unless that has been done."""
@@ -151,6 +183,15 @@ class IterationTrainer(ResumableTrainer):
 
     def end_training(self) -> TrainOutput:
         """Call the callbacks and return the last iteration's metrics."""
+        peak = self.state.best_model_checkpoint
+        if self.turned is not None and peak is not None:
+            logger.warning(
+                "%s has turned: %.3f at its peak, now %.3f. The run ends; its result is the policy "
+                "at the peak, %s.",
+                *(GOLD, self.state.best_metric, self.judged[-1][1], peak),
+            )
+            restore(self, Path(peak))
+            self.metrics["peak_iteration"] = int(peak.rpartition("-")[2])
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         metrics = {**self.metrics, "epoch": self.state.epoch}
         return TrainOutput(self.state.global_step, metrics["loss/policy"], metrics)

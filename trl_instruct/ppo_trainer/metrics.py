@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from trl_instruct.ppo_trainer.advantages import kl_per_token, masked_mean, masked_moments
@@ -77,6 +78,13 @@ def mean_over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     means = {name: statistics.fmean(step[name] for step in steps) for name in steps[0]}
     variance = statistics.pvariance(step["val/ratio"] for step in steps)
     return {**means, "val/ratio_var": variance, "policy/steps": len(steps)}
+
+
+def told_means(told: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Mean of each number that the rewards of any process told in an iteration."""
+    everywhere = gather_object([dict(told)])
+    names = sorted({name for part in everywhere for name in part})
+    return {n: statistics.fmean(v for part in everywhere for v in part.get(n, ())) for n in names}
 
 
 def check_finite(means: Mapping[str, Tensor], iteration: int) -> None:

@@ -22,6 +22,7 @@ from trl_instruct.models.sharding import cast_like_sharded, launched_sharded, lo
 from trl_instruct.models.shared_base import SharedBase, classifier_around, view_of
 from trl_instruct.models.tokenizers import check_same_tokens, load_tokenizer
 from trl_instruct.ppo_trainer.rollouts import disable_dropout_and_rescaling
+from trl_instruct.rewards.ensemble import Ensemble
 from trl_instruct.rewards.function import RewardFunction, parts_of, place_on, tell_tokenizer
 from trl_instruct.rewards.load import is_python, load_reward, sole_reward
 from trl_instruct.rewards.reward_model import RewardModel
@@ -69,9 +70,10 @@ def load_roles(
     """Load the four roles: adapters over the policy's base share it, others load separately.
 
     The policy starts from `model`; the value function from `value`, `"policy"` or `"value_head"`
-    (None: the reward model if it has the policy's tokenizer, else the policy). `share_base` None
-    shares the base if possible, True requires it. A separate reward model takes precision and
-    quantisation from `model_config`, as in TRL; a value model without an adapter is float32.
+    (None: the reward model, or the first of an ensemble's, if it has the policy's tokenizer, else
+    the policy). `share_base` None shares the base if possible, True requires it. A separate reward
+    model takes precision and quantisation from `model_config`, as in TRL; a value model without an
+    adapter is float32.
     """
     load_unsharded()
     reward = sole_reward(reward, config.reward_weights)
@@ -87,15 +89,21 @@ def load_roles(
         _over(base, reward, tokenizer, config),
         tokenizer,
         weights=config.reward_weights,
+        combine=config.combine,
+        combine_beta=config.combine_beta,
         batch_size=config.local_rollout_forward_batch_size,
         model_config=replace(model_config, **separate),
         **trust,
     )
+    first = judge
+    if isinstance(judge, Ensemble):
+        first = judge.parts[0]
+        reward = reward[0] if isinstance(reward, list | tuple) else first
     if value is None:
-        own = judge.tokenizer.get_vocab() if isinstance(judge, RewardModel) else None
+        own = first.tokenizer.get_vocab() if isinstance(first, RewardModel) else None
         value = reward if own == tokenizer.get_vocab() else FROM_POLICY
     if value is reward and (is_python(reward) or isinstance(reward, nn.Module)):
-        value = judge  # functions and loaded models cannot be loaded a second time
+        value = first  # functions and loaded models cannot be loaded a second time
     if value == VALUE_HEAD:
         if model_config.use_peft or isinstance(policy, PeftModel) or config.engine == "trl":
             raise InputError(

@@ -1,5 +1,8 @@
 """Scores of a rollout in all processes: a failure in one is known in all."""
 
+import math
+import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,6 +50,26 @@ def rollout_scores(
         )
     function.merge_states(reward)
     return scores, len(found)
+
+
+def judged_metrics(
+    judge: function.RewardFunction, *given: Any, rows: Sequence[int], iteration: int
+) -> dict[str, float]:
+    """What a reward that is not trained on says of the completions of all processes.
+
+    objective/gold, its mean; gold_se, the standard error of that; gold_failed, how often it failed;
+    {} with a warning if it failed altogether. Arguments as of `rollout_scores`.
+    """
+    try:
+        scores, failed = rollout_scores(judge, *given, rows=rows, skip=True)
+    except function.RewardError as error:
+        warnings.warn(f"Iteration {iteration}, gold: {error}", stacklevel=3)
+        return {}
+    known = [s for part in gather_object([scores]) for s in part if not math.isnan(s)]
+    found = {"objective/gold": statistics.fmean(known)}
+    if len(known) > 1:
+        found["objective/gold_se"] = statistics.stdev(known) / math.sqrt(len(known))
+    return found | ({"objective/gold_failed": failed} if failed else {})
 
 
 def without_eos(scores: Tensor, ended: Tensor, args: PPOConfig) -> Tensor:

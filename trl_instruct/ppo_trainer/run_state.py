@@ -25,6 +25,8 @@ def save_rest(trainer: Any, folder: Path, value_state: dict[str, Tensor] | None)
         "ptx": trainer.pretraining and trainer.pretraining.state(),
         "reward": states_of(trainer.reward),
         "metrics": trainer.metrics,
+        # An iteration that is saved as it began will be judged again.
+        "judged": [one for one in trainer.judged if one[0] < trainer.state.global_step],
     }
     write_json(folder / PPO_STATE, progress)
 
@@ -38,10 +40,17 @@ def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         model.load_state_dict(saved.state_dict())
 
 
+def restore(trainer: Any, checkpoint: Path) -> None:
+    """Load policy, value model and what `save_rest` wrote into a PPOTrainer."""
+    load_weights(trainer.policy, checkpoint)
+    load_weights(trainer.value_model, checkpoint / VALUE)
+    load_rest(trainer, checkpoint)
+
+
 def load_rest(trainer: Any, checkpoint: Path) -> None:
     """Restore what `save_rest` wrote, except the value model's weights and a changed kl_coef."""
     progress = read_json(checkpoint / PPO_STATE)
-    trainer.metrics = progress["metrics"]
+    trainer.metrics, trainer.judged = progress["metrics"], progress.get("judged", [])
     if trainer.args.kl_coef == progress["kl_coef_given"]:
         trainer.kl_coef = progress["kl_coef"]  # where it has adapted to
     load_states(trainer.reward, progress["reward"])

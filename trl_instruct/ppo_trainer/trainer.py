@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -20,6 +18,7 @@ from transformers.trainer_utils import TrainOutput
 from trl_instruct.configs import PPOConfig
 from trl_instruct.data.records import require_columns
 from trl_instruct.data.sources import Source
+from trl_instruct.errors import InputError
 from trl_instruct.generation.sampler import Sampler
 from trl_instruct.generation.sampling import TransformersSampler, pad_prompts, prompt_tokens
 from trl_instruct.generation.token_sampling import Sampling
@@ -40,11 +39,16 @@ from trl_instruct.ppo_trainer.advantages import (
 from trl_instruct.ppo_trainer.curves import LOGGED_SAMPLES, is_due, show_samples
 from trl_instruct.ppo_trainer.ema import MovingAverage
 from trl_instruct.ppo_trainer.iteration_trainer import IterationTrainer, set_learning_rate
-from trl_instruct.ppo_trainer.metrics import check_finite, iteration_metrics, mean_over_steps
+from trl_instruct.ppo_trainer.metrics import (
+    check_finite,
+    iteration_metrics,
+    mean_over_steps,
+    told_means,
+)
 from trl_instruct.ppo_trainer.micro_batch import add_ptx_gradient, ppo_sums
 from trl_instruct.ppo_trainer.ptx import PretrainingRows, pretraining_rows
 from trl_instruct.ppo_trainer.roles import check_roles, place_frozen
-from trl_instruct.ppo_trainer.rollout_scores import rollout_scores, without_eos
+from trl_instruct.ppo_trainer.rollout_scores import judged_metrics, rollout_scores, without_eos
 from trl_instruct.ppo_trainer.rollouts import (
     PolicyAndValue,
     Rollout,
@@ -53,7 +57,7 @@ from trl_instruct.ppo_trainer.rollouts import (
     prompt_batches,
     with_logprobs,
 )
-from trl_instruct.ppo_trainer.run_state import VALUE, load_rest, load_weights, save_rest
+from trl_instruct.ppo_trainer.run_state import restore, save_rest
 from trl_instruct.rewards.function import RewardError, RewardFunction, as_completions
 from trl_instruct.rewards.reward_model import RewardModel
 
@@ -119,10 +123,15 @@ class PPOTrainer(IterationTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        averaged = args.ema_decay is not None
+        if args.stop_when_exploited and gold is None:
+            raise InputError(
+                "stop_when_exploited watches gold, a judge that is not trained on: give a member "
+                "that is left out of the reward, a second reward model, or `tiny`."
+            )
+        averaged = args.ema_decay is not None or args.stop_when_exploited
         sharding.check_launch(self.accelerator, [model, value_model], average=averaged)
         place_frozen(self.accelerator, self.ref_model, [self.reward, self.gold], processing_class)
-        self.kl_coef = args.kl_coef
+        self.kl_coef, self.judged = args.kl_coef, []
         self.skipped = 0
         self.average: MovingAverage | None = None
         self.pretraining: PretrainingRows | None = None
@@ -168,7 +177,7 @@ class PPOTrainer(IterationTrainer):
             rollout = self.score(rollout, rows)
             rewards, kl = self.rewards(rollout)
             advantages, returns = self.advantages(rollout, rewards)
-            measured = self.measure(rollout, kl, returns) | self.second_opinion(rollout, rows)
+            measured = self.second_opinion(rollout, rows) | self.measure(rollout, kl, returns)
             self.judge_weights(measured, may_fail="objective/gold" if self.gold else None)
             stats = self.update(rollout, advantages, returns)
             metrics = measured | stats | self.progress()
@@ -223,27 +232,21 @@ class PPOTrainer(IterationTrainer):
     def reward_inputs(
         self, rollout: Rollout, rows: Sequence[int]
     ) -> tuple[list[Any], list[Any], dict[str, list[Any]]]:
-        """The arguments of a reward function: prompts, completions, columns."""
+        """The arguments of a reward function: prompts, completions, columns and, as in TRL,
+        `log_metric(name, value)`, whose values of an iteration are logged by their mean."""
         columns = self.train_dataset.select(list(rows))[:]
         prompts = columns.pop("prompt")
         texts = rollout.texts(self.processing_class, self.args.stop_strings)
         ids = unpadded(rollout.completion_ids, rollout.completion_lengths)
-        return prompts, as_completions(prompts, texts), {**columns, "completion_ids": ids}
+        columns |= {"completion_ids": ids, "log_metric": self.log_metric}
+        return prompts, as_completions(prompts, texts), columns
 
     def second_opinion(self, rollout: Rollout, rows: Sequence[int]) -> dict[str, float]:
         """objective/gold, from a reward that is not trained on; if it fails, the run continues."""
         if self.gold is None:
             return {}
-        given = self.reward_inputs(rollout, rows)
-        try:
-            scores, failed = rollout_scores(self.gold, *given, rows=rows, skip=True)
-        except RewardError as error:
-            told = f"Iteration {self.state.global_step + 1}, gold: {error}"
-            warnings.warn(told, stacklevel=2)
-            return {}
-        everywhere = torch.tensor([score for part in gather_object([scores]) for score in part])
-        mean = float(everywhere.nanmean())
-        return {"objective/gold": mean} | ({"objective/gold_failed": failed} if failed else {})
+        given, iteration = self.reward_inputs(rollout, rows), self.state.global_step + 1
+        return judged_metrics(self.gold, *given, rows=rows, iteration=iteration)
 
     def rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Per-token rewards including the KL penalty, and the KL itself: each `(B, C)`."""
@@ -333,13 +336,10 @@ class PPOTrainer(IterationTrainer):
     def begin(self, resume_from_checkpoint: str | bool | None) -> None:
         """Start the run, or resume it from a checkpoint."""
         checkpoint = self.remember(resume_from_checkpoint)
-        if checkpoint is not None:
-            load_weights(self.policy, checkpoint)
-            load_weights(self.value_model, checkpoint / VALUE)
         if self.args.ema_decay is not None:
             self.average = MovingAverage(self.policy, self.args.ema_decay)
         if checkpoint is not None:
-            load_rest(self, checkpoint)
+            restore(self, checkpoint)
         self.begin_training(checkpoint)
 
     def measure(self, rollout: Rollout, kl: Tensor, returns: Tensor) -> dict[str, Any]:
@@ -348,6 +348,7 @@ class PPOTrainer(IterationTrainer):
             **iteration_metrics(self.accelerator, rollout, kl, returns, kl_coef=self.kl_coef),
             **({"objective/skipped": self.skipped} if self.args.on_error == "skip" else {}),
             "objective/kl_coef": self.kl_coef,
+            **told_means(self.told_by_rewards),
         }
 
     def progress(self) -> dict[str, float]:

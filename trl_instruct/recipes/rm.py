@@ -12,11 +12,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
+    set_seed,
 )
 from trl import ModelConfig
 
 from trl_instruct.configs import RewardConfig
 from trl_instruct.data import preferences
+from trl_instruct.data.pairs import bootstrap
 from trl_instruct.data.records import form_of
 from trl_instruct.data.rendering import Rendered, render_all
 from trl_instruct.data.sources import Record, iterate
@@ -28,6 +30,7 @@ from trl_instruct.models.sharding import gathered_weights
 from trl_instruct.recipes import stage
 from trl_instruct.recipes.chain import remember_reading
 from trl_instruct.recipes.dry_run import tell_lengths, tell_records
+from trl_instruct.recipes.members import MEMBERS_APART, train_members
 from trl_instruct.recipes.memory import Work, memory_table
 from trl_instruct.recipes.options import data_of, held_out_of, named_source, stage_options
 from trl_instruct.reward_trainer.evaluation import evaluate_reward, numbered
@@ -53,7 +56,8 @@ def rm(
 ) -> stage.StageResult:
     """Stage 2: train a reward model from rankings (InstructGPT 3.5, C.2).
 
-    All C(K,2) comparisons of a ranking, ties dropped, are one batch element.
+    All C(K,2) comparisons of a ranking, ties dropped, are one batch element. With `members` there
+    are several models, in folders below output_dir (see `train_members`).
 
     Args:
         model: usually the SFT result; its unembedding is replaced by a scalar head.
@@ -84,18 +88,31 @@ def rm(
         )
     remember_reading(config, model)
     test = held_out_of(dataset, eval_dataset, config)
-    with stage.run_stage("rm", config, model_config) as run:
-        base, tokenizer = stage.starting_point(run, model, processing_class)
-        data = preferences.load_preferences(
+
+    def load(tokenizer: PreTrainedTokenizerBase) -> preferences.Preferences:
+        return preferences.load_preferences(
             data_of(dataset, config),
             test and test[0],
             named_source(demonstrations, config, "demonstrations_name"),
             config,
             fits=partial(_check_rendering, tokenizer=tokenizer),
         )
+
+    if config.members > 1:
+        given: Any = {"eval_dataset": eval_dataset, "demonstrations": demonstrations}
+        given |= {"processing_class": processing_class, "callbacks": callbacks}
+        train = partial(rm, model, dataset, model_config=model_config, **given)
+        return train_members(train, load, model, config)
+    with stage.run_stage("rm", config, model_config) as run:
+        base, tokenizer = stage.starting_point(run, model, processing_class)
+        data = load(tokenizer)
         run.say(str(data.counts))
         stage.check_chat_template(data.train, tokenizer, config)
         trust: Any = {"trust_remote_code": config.trust_remote_code}
+        if config.member is not None:
+            own_seed = config.seed + MEMBERS_APART * config.member
+            data = data._replace(train=bootstrap(data.train, own_seed))
+            set_seed(own_seed)  # of the head
         classifier = load_reward_model(base, model_config, fresh_head=True, **trust)
         stage.fit_together(config, classifier, tokenizer)
         trainer = _trainer(run, classifier, tokenizer, data, callbacks)

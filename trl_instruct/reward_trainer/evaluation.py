@@ -4,7 +4,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -109,23 +109,20 @@ def evaluate_reward(
         -log sigmoid(margin), nats; calibration (see there); calibration_error, calibration_floor,
         calibration_floor_high (see `calibration_errors`); length_correlation (see
         `within_prompt_correlation`); by_k, by_distance and by_labeler, accuracies by size of the
-        ranking, difference of ranks and, if there are several, labeler; see `best_of_k`; if known,
-        ceiling (accuracy of `gold_scores`) and agreement (see `agreement`); eval_prompts,
-        eval_rankings, eval_pairs.
+        ranking, difference of ranks and, if there are several, labeler; see `best_of_k`,
+        `spreads`; if known, ceiling (accuracy of `gold_scores`) and agreement (see `agreement`);
+        eval_prompts, eval_rankings, eval_pairs.
     """
     held_out = numbered(rankings)
     ids = response_ids(held_out.responses, tokenizer)
-    columns: dict[str, list[Any]] = {"completion_ids": ids}
-    for name in {name for given in held_out.arguments for name in given}:
-        columns[name] = [given.get(name) for given in held_out.arguments]
-    scores = call_reward(reward, held_out.prompts, held_out.responses, columns)
-    lengths = list(map(len, ids))
+    scores, lengths = response_scores(reward, held_out, ids), list(map(len, ids))
     pairs = comparisons(held_out.rankings, scores, lengths)
     metrics: dict[str, Any] = {
         **_named("accuracy", pairs.accuracy(pairs.margins)),
         **_named("length_accuracy", pairs.accuracy(pairs.longer)),
         **_named("above_length", pairs.above_length()),
         **best_of_k(held_out.rankings, scores),
+        **spreads(held_out.rankings, scores),
         "log_loss": _mean(softplus(-pairs.margins), pairs.weights),
         **calibration_errors(pairs),
         "length_correlation": within_prompt_correlation(scores, lengths, held_out.prompt_numbers),
@@ -140,6 +137,66 @@ def evaluate_reward(
     known = {"ceiling": pairs.ceiling(), "agreement": agreement(held_out.rankings)}
     metrics |= {name: value for name, value in known.items() if value is not None}
     return RewardEvaluation(metrics, scores, lengths)
+
+
+def response_scores(
+    reward: RewardFunction, held_out: Numbered, ids: list[list[int]]
+) -> list[float]:
+    """A reward's scores of all distinct responses, whose tokens (`response_ids`) are given."""
+    columns: dict[str, list[Any]] = {"completion_ids": ids}
+    for name in {name for given in held_out.arguments for name in given}:
+        columns[name] = [given.get(name) for given in held_out.arguments]
+    return call_reward(reward, held_out.prompts, held_out.responses, columns)
+
+
+def evaluate_members(
+    rewards: Sequence[RewardFunction], rankings: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Accuracy of the mean of several rewards, and `by_dissent`; else as `evaluate_reward`."""
+    held_out = numbered(rankings)
+    ids = response_ids(held_out.responses, tokenizer)
+    members = [response_scores(reward, held_out, ids) for reward in rewards]
+    mean = [statistics.fmean(scores) for scores in zip(*members, strict=True)]
+    pairs, *own = (comparisons(held_out.rankings, s, [0] * len(ids)) for s in (mean, *members))
+    margins = torch.stack([one.margins for one in own])
+    accuracy = pairs.accuracy(pairs.margins)._asdict()
+    return {"accuracy": accuracy, "by_dissent": by_dissent(pairs, margins)}
+
+
+def by_dissent(pairs: Comparisons, margins: Tensor) -> list[dict[str, Any]]:
+    """How often the members' mean is wrong, by how many of them say so: does doubt tell of error?
+
+    `margins` `(M, N)` are the members', `pairs` have those of their mean. For each number of
+    members that prefer the other response of a pair (dissent): error (1 - accuracy, 95 %
+    interval), disagreement (standard deviation of the M margins, mean over the pairs), pairs.
+    """
+    apart, rows = margins.std(dim=0, correction=0), []
+    dissent = (margins.sign() * pairs.margins.sign() < 0).sum(dim=0)
+    for number in dissent.unique().tolist():
+        part = pairs.where(dissent == number)
+        row: dict[str, Any] = {"dissent": number, "pairs": len(part.margins)}
+        row["error"] = part.accuracy(-part.margins)._asdict()
+        rows.append({**row, "disagreement": apart[dissent == number].mean().item()})
+    return rows
+
+
+def spreads(labeled: Sequence[Labeled], scores: Sequence[float]) -> dict[str, float]:
+    """Mean difference of the scores of two responses to a prompt: of tied ones, and of others.
+
+    A good model gives tied responses nearly the same. Weighted as in `evaluate_reward`; tied_spread
+    is missing without ties, untied_spread without other pairs.
+
+    >>> ranking = Labeled(0, [0, 1, 2], [1, 1, 2], 1.0, None, None)
+    >>> spreads([ranking], scores=[1.0, 0.5, -1.0])
+    {'tied_spread': 0.5, 'untied_spread': 1.75}
+    """
+    found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for one in labeled:
+        given = zip(one.ranks, [scores[response] for response in one.responses], strict=True)
+        for (rank, score), (other, beside) in combinations(given, 2):
+            found[rank == other].append((abs(score - beside), one.weight))
+    named = {"tied_spread": found[True], "untied_spread": found[False]}
+    return {k: _mean(*torch.tensor(rows).double().T) for k, rows in named.items() if rows}
 
 
 def comparisons(

@@ -28,6 +28,9 @@ def render(metrics: dict[str, Any], figure: Path) -> str:
     if "best_of_k" in metrics:
         chance = f"chance: {metrics['best_of_k_chance']:.3f}"
         rows.append(("best of K on top", show_metric(metrics, "best_of_k"), chance))
+    if "tied_spread" in metrics:
+        others = f"of others: {metrics['untied_spread']:.3f}"
+        rows.append(("scores of tied differ by", f"{metrics['tied_spread']:.3f}", others))
     if "ceiling" in metrics:
         rows.append(("  noise ceiling", f"{metrics['ceiling']:.3f}", "of the labeler"))
     if "agreement" in metrics:

@@ -17,6 +17,7 @@ from trl_instruct.models.properties import ModelSource, is_nameless
 from trl_instruct.models.tokenizers import load_tokenizer
 from trl_instruct.rewards.classifier import ClassifierReward
 from trl_instruct.rewards.combined import WeightedSum
+from trl_instruct.rewards.ensemble import Ensemble
 from trl_instruct.rewards.function import RewardFunction
 from trl_instruct.rewards.http import HTTPReward
 from trl_instruct.rewards.reward_model import RewardModel
@@ -32,6 +33,8 @@ def load_reward(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     weights: Sequence[float] | None = None,
+    combine: str | None = None,
+    combine_beta: float | None = None,
     batch_size: int = 64,
     model_config: ModelConfig | None = None,
     trust_remote_code: bool = False,
@@ -42,10 +45,11 @@ def load_reward(
         reward: a function or reward object, a scalar reward model (folder, Hub id, loaded),
             `"tiny"` (the gold scorer), the address of a reward server (`http://...`), a function or
             reward object in a Python file (`rewards.py:brevity`; the file is run), or a list of
-            these for their weighted sum. A scalar encoder classifier (BERT) becomes a
-            `ClassifierReward` with its logit.
+            these for their weighted sum, or an `Ensemble` of them. A scalar encoder classifier
+            (BERT) becomes a `ClassifierReward` with its logit.
         tokenizer: for a loaded model that did not come from a folder with a tokenizer.
         weights: of a list; default 1 each.
+        combine, combine_beta: of a list, `Ensemble`'s combine and beta; default: their sum.
         batch_size: completions per forward pass of a model.
         model_config: how to load a model: dtype, `load_in_8bit`, `load_in_4bit`.
         trust_remote_code: whether a model from the Hub may run its own code.
@@ -53,13 +57,21 @@ def load_reward(
     Raises:
         InputError: the reward is not found, has several labels, or does not fit the weights.
     """
+    if combine is not None and weights is not None:
+        raise InputError("reward_weights are of a sum; leave them or combine out.")
+    if combine_beta is not None and combine != "pessimistic":
+        raise InputError("combine_beta is of combine: pessimistic; set that, or leave it out.")
     reward = sole_reward(reward, weights)
     trust: Any = {"trust_remote_code": trust_remote_code}
     if isinstance(reward, list | tuple):
         options: Any = {"batch_size": batch_size, "model_config": model_config, **trust}
-        return WeightedSum([load_reward(part, tokenizer, **options) for part in reward], weights)
-    if weights is not None:
-        raise InputError("reward_weights belong to a list of rewards; one reward was given.")
+        parts = [load_reward(part, tokenizer, **options) for part in reward]
+        if combine is None:
+            return WeightedSum(parts, weights)
+        return Ensemble(parts, combine, beta=1.0 if combine_beta is None else combine_beta)
+    for option, given in {"reward_weights": weights, "combine": combine}.items():
+        if given is not None:
+            raise InputError(f"{option} is for a list of rewards; one reward was given.")
     if isinstance(reward, str) and reward == TINY:
         return gold_score
     if reward is None:
