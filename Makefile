@@ -25,7 +25,7 @@ endif
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-real bench-imdb bench-imdb-scratch bench-rm bench-ppo bench-ppo-tiny bench-memory bench-critic check-gpu report break check check-data weights label test test-unit test-oldest test-browser release-check mutate docs clean FORCE $(STAGES)
+.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-real bench-imdb bench-imdb-scratch bench-rm bench-ppo bench-ppo-tiny bench-over-optimisation bench-memory bench-critic check-gpu report break check check-data weights label test test-unit test-oldest test-browser release-check mutate docs clean FORCE $(STAGES)
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -147,6 +147,9 @@ bench-critic: install  ## PPO, its critic's options, TRL's RLOO and GRPO, side b
 
 check-gpu: install  ## one GPU measured from its rates to whole runs of ppo (at most 12 minutes)
 	python benchmarks/check_gpu.py
+
+bench-over-optimisation: install  ## gold and KL against six rewards, with and without the stop (two hours; go on with ARGS)
+	python benchmarks/over_optimisation.py $(ARGS)
 
 bench-memory: install  ## PPO's memory: four models, and one base in four roles (about five minutes)
 	python benchmarks/memory.py
