@@ -47,7 +47,7 @@ def load_preferences(
     order = config.rating_order
     train = load_either(dataset, config.dataset_train_split, reading, order, counts)
     left_out = set(config.leave_out_labelers or ())
-    train = _without(train, left_out, reading, must_be_there=True)
+    train = _without(train, left_out, reading, strict=True)
     if reading.skips or (config.eval_size and held_out is None):
         train = check_records(train, reading.source, fits, reading)
     test, others = None, reading.of_another()
@@ -112,14 +112,12 @@ def as_rankings(preferences: Dataset) -> Dataset:
     )
 
 
-def _without(
-    rows: Dataset, labelers: set[str], reading: Reading, must_be_there: bool = False
-) -> Dataset:
-    """The records that are not by these labelers; how many that leaves out is told."""
+def _without(rows: Dataset, labelers: set[str], reading: Reading, strict: bool = False) -> Dataset:
+    """The records not by these labelers (`strict`: who must be there); tells what is left out."""
     source, none = reading.source, "all {} records are by labelers that leave_out_labelers names."
     named = iterate(rows, "labeler") if "labeler" in rows.column_names else ()
     found = {str(name) for name in named if name is not None}
-    if must_be_there and (unknown := sorted(labelers - found)):
+    if strict and (unknown := sorted(labelers - found)):
         there = f"there are {', '.join(sorted(found))}" if found else "no record has a `labeler`"
         raise InputError(
             f"{source.name}: leave_out_labelers names {unknown[0]!r}, but {there}. Name one of "

@@ -262,9 +262,7 @@ def _check_start(path: Path, builder: str, where: Source) -> None:
         )
 
 
-def _guarded(
-    dataset: IterableDataset, path: Path, builder: str, where: Source
-) -> Iterator[dict[str, Any]]:
+def _guarded(dataset: IterableDataset, path: Path, builder: str, where: Source) -> Iterator[Record]:
     """Rows of a streamed file; a reader's error becomes an `InputError` with its line."""
     try:
         yield from dataset

@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from trl_instruct.console import progress_bar
@@ -42,9 +42,7 @@ class Interruption(TrainerCallback):
     def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
         self.begun = True
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.requested = any(gather_object([self.requested]))
         if self.requested:
             control.should_save = control.should_training_stop = True
@@ -78,10 +76,8 @@ class ProgressBar(TrainerCallback):
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        shown = {label: logs[key] for label, key in self.labels.items() if logs and key in logs}
+    def on_log(self, *_: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        shown = {label: logs[key] for label, key in self.labels.items() if key in logs}
         if self.bar is not None and shown:
             self.bar.set_postfix({k: f"{float(v):.3g}" for k, v in shown.items()}, refresh=False)
 

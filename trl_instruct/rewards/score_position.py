@@ -77,13 +77,10 @@ def on_head(model: Any, hook: Hook) -> Iterator[None]:
         config.pad_token_id = pad_token_id
 
 
-def separate_scores(
-    model: Any, bare: Any, input_ids: Tensor, attention_mask: Tensor
-) -> tuple[Tensor, Any]:
+def separate_scores(model: Any, bare: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
     """Scores `(R,)` of rows `(R, T)` in one pass, and the output; `bare`: the model, unwrapped."""
-    columns = score_positions(input_ids, attention_mask, pad_token_of(bare))
-    tokens = {"input_ids": input_ids, "attention_mask": attention_mask}
-    with scores_at(bare, columns, input_ids.shape[1]):
+    tokens = {"input_ids": ids, "attention_mask": mask}
+    with scores_at(bare, score_positions(ids, mask, pad_token_of(bare)), ids.shape[1]):
         outputs = model(**tokens, **accepted(unwrapped(bare), use_cache=False))
     return outputs.logits.squeeze(-1), outputs
 
