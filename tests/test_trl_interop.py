@@ -12,6 +12,7 @@ from trl_instruct.data.pairs import load_pairs, rankings_to_pairs
 from trl_instruct.data.rankings import load_rankings
 from trl_instruct.rewards.classifier import ClassifierReward
 from trl_instruct.rewards.combined import Clipped, LengthPenalty, Normalised, WeightedSum
+from trl_instruct.rewards.ensemble import Bounded, Ensemble
 from trl_instruct.rewards.function import call_reward, reward_name
 from trl_instruct.rewards.http import HTTPReward
 from trl_instruct.rewards.judge import LLMJudge
@@ -76,6 +77,8 @@ def every_adapter(reward_model, make_reward_model, chat_tokenizer):
             LengthPenalty(0.1),
             politely,
             WeightedSum([model, politely], [1.0, 2.0]),
+            Ensemble([model, LengthPenalty(0.2)], "pessimistic"),
+            Bounded(model),
             Clipped(Normalised(model), low=-3, high=3),
         ]
 
@@ -108,6 +111,7 @@ def test_every_adapter_drops_in(
     made.train()
     ((prompts, completions, answer),) = seen
     (log,) = [log for log in made.state.log_history if "rewards/counted/mean" in log]
+    assert log["disagreement"] > 0  # of the ensemble
     for adapter in every_adapter[:-1]:
         scores = call_reward(adapter, prompts, completions, {"answer": answer})
         mean = log[f"rewards/{reward_name(adapter)}/mean"]
