@@ -194,3 +194,8 @@ def test_intervals_as_tables_show_them():
     assert show_interval({"mean": 0.5, "low": 0.25, "high": 0.75}) == "0.500 [0.250, 0.750]"
     gain = {"gain": 0.5, "gain_low": 0.25, "gain_high": 0.75}
     assert show_metric(gain, "gain", sign="+") == "+0.500 [+0.250, +0.750]"
+
+
+def test_students_interval_by_hand():
+    assert [round(number, 2) for number in mean_interval([0.0, 1.0])] == [0.5, -5.85, 6.85]
+    assert [round(t_quantile(freedom), 3) for freedom in (1, 4, 19)] == [12.706, 2.776, 2.093]

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from trl_instruct.logprobs import entropy, log_distribution, token_logprobs
+from trl_instruct.logprobs import entropy, log_distribution, logprobs_in_parts, token_logprobs
 
 # Logits 0 and ln 3: odds of 1 to 3, squared at temperature 1/2, their root at temperature 2.
 LOGITS = torch.tensor([[[0.0, math.log(3.0)]]])
@@ -26,3 +26,12 @@ def test_logprobs_are_float32_and_stable():
     logprobs = token_logprobs(log_distribution(logits, temperature=1.0), torch.tensor([[0]]))
     assert logprobs.dtype is torch.float32
     assert logprobs.item() == 0.0
+
+
+def test_four_tokens_that_are_equally_likely():
+    even = log_distribution(torch.zeros(1, 4), temperature=1.0)
+    torch.testing.assert_close(even.exp(), torch.full((1, 4), 0.25))
+    torch.testing.assert_close(entropy(even).exp(), torch.tensor([4.0]))
+    parts = logprobs_in_parts(torch.zeros(2, 4), torch.tensor([0, 3]), temperature=1.0)
+    torch.testing.assert_close(parts.exp(), torch.full((2,), 0.25))
+    assert token_logprobs(torch.tensor([[-1.0, -2.0]]), torch.tensor([1])).tolist() == [-2.0]

@@ -12,20 +12,13 @@ def log_distribution(logits: Tensor, *, temperature: float) -> Tensor:
     The only tensor of this size in a step: log-probabilities, their gradient and entropy use it.
     Logits `(N, V)` are divided by the temperature of sampling, or the importance ratio is wrong;
     the result is `(N, V)` float32, nats.
-
-    >>> log_distribution(torch.zeros(1, 4), temperature=1.0).exp()
-    tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
     """
     logits = logits.float()
     return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
 
 
 def token_logprobs(log_probs: Tensor, token_ids: Tensor) -> Tensor:
-    """Log-probability of each token, `(N,)` nats, from a `log_distribution` `(N, V)`.
-
-    >>> token_logprobs(torch.tensor([[-1.0, -2.0]]), torch.tensor([1]))
-    tensor([-2.])
-    """
+    """Log-probability of each token, `(N,)` nats, from a `log_distribution` `(N, V)`."""
     return log_probs.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
 
 
@@ -33,9 +26,6 @@ def logprobs_in_parts(logits: Tensor, token_ids: Tensor, *, temperature: float) 
     """Log-probability of each token, from logits `(N, V)`, if no gradient is needed: `(N,)` nats.
 
     Computed in parts, to avoid a second tensor of the logits' size.
-
-    >>> logprobs_in_parts(torch.zeros(2, 4), torch.tensor([0, 3]), temperature=1.0).exp()
-    tensor([0.2500, 0.2500])
     """
     parts = zip(logits.split(TOKENS_AT_ONCE), token_ids.split(TOKENS_AT_ONCE), strict=True)
     return torch.cat(
@@ -44,9 +34,5 @@ def logprobs_in_parts(logits: Tensor, token_ids: Tensor, *, temperature: float) 
 
 
 def entropy(log_probs: Tensor) -> Tensor:
-    """Entropy of each token's distribution, `(N,)` nats, from a `log_distribution` `(N, V)`.
-
-    >>> entropy(log_distribution(torch.zeros(1, 4), temperature=1.0)).exp()
-    tensor([4.])
-    """
+    """Entropy of each token's distribution, `(N,)` nats, from a `log_distribution` `(N, V)`."""
     return -torch.linalg.vecdot(log_probs.exp(), log_probs)

@@ -275,3 +275,9 @@ def test_real_rankings(name, pairs):
 
 def test_real_pairs():
     assert len(load_pairs(real("hh_helpful_pairs_train.jsonl.gz"))) == 4660
+
+
+def test_a_tie_is_no_pair_or_one_in_each_order():
+    ranking = canonical_ranking({"prompt": "?", "responses": list("abc"), "ranks": [1, 1, 2]})
+    assert ranking_to_pairs(ranking) == [(0, 2), (1, 2)]
+    assert ranking_to_pairs(ranking, ties="half") == [(0, 1), (1, 0), (0, 2), (1, 2)]

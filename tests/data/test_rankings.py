@@ -295,3 +295,17 @@ def test_real_rankings(name, expected):
     counts = RankingCounts()
     assert len(load_rankings(path, counts=counts)) == expected.records
     assert counts == expected
+
+
+def test_rankings_and_their_counts_by_hand():
+    labels = {"responses": ["a", "b", "c"], "ratings": ["ok", "good", "ok"]}
+    assert canonical_ranks(labels, rating_order=["good", "ok", "poor"]) == [2, 1, 2]
+    assert canonical_ranks({"responses": ["a", "b"]}) == [1, 2]
+    assert (dense_ranks([1, 1, 3]), dense_ranks([-0.5, -2.0, -0.5])) == ([1, 1, 2], [2, 1, 2])
+    record = {"prompt": "2+2=", "responses": ["4", "5", "4"], "ranks": [3, 2, 1]}
+    assert canonical_ranking(record) == Ranking("2+2=", ["5", "4"], [2, 1], None, 1)
+    counts = RankingCounts()
+    responses = ["4", "four", "5", "4"]
+    counts.add(canonical_ranking({"prompt": "?", "responses": responses, "ranks": [1, 1, 2, 1]}))
+    told = "1 ranking of 3 responses: 2 strict pairs, 1 tie, 1 repeated response, "
+    assert str(counts) == told + "0 rankings without a pair"

@@ -62,3 +62,9 @@ def test_prompts_count_the_same():
 )
 def test_sizes_double_up_to_all_samples(most, expected):
     assert sizes(most) == expected
+
+
+def test_the_best_of_two_by_hand():
+    assert best_of_n_kl(1) == 0.0
+    chances = chances_to_be_best(torch.tensor([[3.0, 1.0, 2.0]]), 2)  # pairs 31, 32, 12
+    torch.testing.assert_close(chances, torch.tensor([[2 / 3, 0, 1 / 3]], dtype=torch.float64))

@@ -33,3 +33,8 @@ def test_no_bigram_spans_two_completions():
 
 def test_ngrams_in_order():
     assert ngrams("abc", 2) == [("a", "b"), ("b", "c")]
+
+
+def test_shares_of_ngrams_by_hand():
+    assert repetition(["abababa", "abcde"]) == 0.25  # abab baba abab baba; abcd bcde
+    assert distinct(["abab", "ab"], 2) == 0.5  # ab ba ab; ab

@@ -133,3 +133,10 @@ def test_the_mask_is_of_the_models_kind_and_of_the_longest_row(dtype):
 def test_sharing_pays_for_short_responses():
     assert sharing_pays((1, 832), (9, 320), hidden_size=768)
     assert not sharing_pays((1, 3630), (9, 430), hidden_size=768)
+
+
+def test_prefix_and_mask_by_hand():
+    rows = torch.tensor([[7, 8, 1], [7, 8, 0], [7, 9, 1]])
+    assert common_prefix(rows, torch.tensor([3, 2, 3]), torch.tensor([2, 1])).tolist() == [1, 2]
+    seen = (prefix_mask(torch.tensor([[0, 1, 1, 2]]), torch.float32) == 0).int()
+    assert seen.tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]]]

@@ -224,3 +224,9 @@ def test_the_same_response_twice_is_no_fault(reward_model):
     row = torch.tensor([[1, 2, 3, 256]] * 2)
     lengths = torch.tensor([4, 4])
     assert sharing_fault(reward_model.eval(), reward_model, row, lengths, torch.float32) is None
+
+
+def test_the_last_token_that_is_not_padding():
+    ids, mask = torch.tensor([[5, 2, 2], [2, 5, 6]]), torch.tensor([[1, 1, 0], [0, 1, 1]])
+    assert score_positions(ids, mask, None).tolist() == [1, 2]
+    assert score_positions(ids, mask, 2).tolist() == [0, 2]

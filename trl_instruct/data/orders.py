@@ -17,12 +17,6 @@ def canonical_ranks(record: Record, rating_order: Sequence[Any] | None = None) -
 
     InputError for a field that is null, not one per response, not finite or contradictory; and for
     a column that looks like an order under another name.
-
-    >>> canonical_ranks({"responses": ["a", "b", "c"], "ratings": ["ok", "good", "ok"]},
-    ...                 rating_order=["good", "ok", "poor"])
-    [2, 1, 2]
-    >>> canonical_ranks({"responses": ["a", "b"]})
-    [1, 2]
     """
     responses = record.get("responses")
     if not isinstance(responses, list):
@@ -65,11 +59,7 @@ def _refuse_unread_order(record: Record) -> None:
 
 
 def dense_ranks(values: Sequence[float]) -> list[int]:
-    """Ranks without gaps, the smallest value first.
-
-    >>> dense_ranks([1, 1, 3]), dense_ranks([-0.5, -2.0, -0.5])
-    ([1, 1, 2], [2, 1, 2])
-    """
+    """Ranks without gaps, the smallest value first."""
     position = {value: rank for rank, value in enumerate(sorted(set(values)), start=1)}
     return [position[value] for value in values]
 

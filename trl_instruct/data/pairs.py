@@ -110,12 +110,7 @@ def ranking_to_pairs(
     max_pairs: int | None = None,
     seed: int = 0,
 ) -> list[tuple[int, int]]:
-    """Index pairs (chosen, rejected) of one ranking; arguments as `rankings_to_pairs`.
-
-    >>> ranking = canonical_ranking({"prompt": "?", "responses": list("abc"), "ranks": [1, 1, 2]})
-    >>> ranking_to_pairs(ranking), ranking_to_pairs(ranking, ties="half")
-    ([(0, 2), (1, 2)], [(0, 1), (1, 0), (0, 2), (1, 2)])
-    """
+    """Index pairs (chosen, rejected) of one ranking; arguments as `rankings_to_pairs`."""
     ranks = ranking.ranks
     reach = 1 if which == "adjacent" else len(ranks)
     compared = []

@@ -47,12 +47,6 @@ class RankingCounts:
 
     Fields: `records` read; their distinct `responses`; `pairs` with a winner; `ties`; `duplicates`,
     responses that repeat another of the same ranking; `records_without_pair`.
-
-    >>> counts = RankingCounts()
-    >>> counts.add(canonical_ranking({"prompt": "2+2=", "responses": ["4", "four", "5", "4"],
-    ...                               "ranks": [1, 1, 2, 1]}))
-    >>> print(counts)
-    1 ranking of 3 responses: 2 strict pairs, 1 tie, 1 repeated response, 0 rankings without a pair
     """
 
     records: int = 0
@@ -188,9 +182,6 @@ def canonical_ranking(
     Of identical responses the best-ranked one stays; `duplicates` counts the others. Text responses
     to a messages prompt become assistant messages. `form`: what the prompt must be; None: either.
     InputError for a faulty field, which is named, or if all responses are identical.
-
-    >>> canonical_ranking({"prompt": "2+2=", "responses": ["4", "5", "4"], "ranks": [3, 2, 1]})
-    Ranking(prompt='2+2=', responses=['5', '4'], ranks=[2, 1], scores=None, duplicates=1)
     """
     form = form or records.form_of(record)
     records.check_prompt(record, form=form)

@@ -90,9 +90,6 @@ def best_of_n_kl(n: int) -> float:
 
     Stiennon et al. 2020, Learning to summarize from human feedback, G.3. Exact if no two samples
     are ever the same; otherwise an upper bound (Beirami et al. 2024).
-
-    >>> best_of_n_kl(1)
-    0.0
     """
     return math.log(n) - (n - 1) / n
 
@@ -105,9 +102,6 @@ def chances_to_be_best(scores: Tensor, n: int) -> Tensor:
     N samples give an unbiased estimate of lower variance than one set of n (Nakano et al. 2021,
     WebGPT, appendix I; used by Gao et al. 2022, Scaling Laws for Reward Model Overoptimization).
     Ties split their probabilities equally.
-
-    >>> chances_to_be_best(torch.tensor([[3.0, 1.0, 2.0]]), 2)  # pairs 31, 32, 12: 3 wins two
-    tensor([[0.6667, 0.0000, 0.3333]], dtype=torch.float64)
     """
     total = scores.shape[1]
     all_subsets = math.comb(total, n)
@@ -130,9 +124,6 @@ def repetition(completions: Sequence[Sequence[Any]]) -> float:
 
     1 - distinct 4-grams / 4-grams, "seq-rep-4" of Welleck et al. 2019 (Neural Text Generation with
     Unlikelihood Training). A completion of fewer than 4 tokens repeats nothing: 0.
-
-    >>> repetition(["abababa", "abcde"])  # abab baba abab baba; abcd bcde
-    0.25
     """
     shares = []
     for tokens in completions:
@@ -147,9 +138,6 @@ def distinct(completions: Sequence[Sequence[Any]], n: int) -> float:
     Li et al. 2016 (A Diversity-Promoting Objective Function for Neural Conversation Models) divide
     by the number of words, which is the same for n = 1; here 1 means that no n-gram repeats. The
     value falls with the number of completions: compare models on the same prompts.
-
-    >>> distinct(["abab", "ab"], 2)  # ab ba ab; ab
-    0.5
     """
     found = [gram for tokens in completions for gram in ngrams(tokens, n)]
     return len(set(found)) / len(found) if found else 0.0

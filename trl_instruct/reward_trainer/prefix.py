@@ -77,10 +77,6 @@ def common_prefix(input_ids: Tensor, lengths: Tensor, counts: Tensor) -> Tensor:
     """Length `(B,)` of the prefix of each ranking's rows. Arguments as in `share_prefix`.
 
     A row's last token, where its score is read, is never shared.
-
-    >>> rows = torch.tensor([[7, 8, 1], [7, 8, 0], [7, 9, 1]])
-    >>> common_prefix(rows, torch.tensor([3, 2, 3]), torch.tensor([2, 1])).tolist()
-    [1, 2]
     """
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
     rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
@@ -127,9 +123,6 @@ def prefix_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
 
     `(B, 1, S, S)`, to be added to attention scores of that dtype: 0 where the query (row) sees the
     key (column), else the lowest number. Padding sees something too, or softmax is 0/0.
-
-    >>> (prefix_mask(torch.tensor([[0, 1, 1, 2]]), torch.float32) == 0).int().tolist()
-    [[[[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]]]
     """
     place = torch.arange(segments.shape[1], device=segments.device)
     visible = _visible(segments.unsqueeze(2), segments.unsqueeze(1), place.unsqueeze(1), place)

@@ -27,10 +27,6 @@ def score_positions(input_ids: Tensor, attention_mask: Tensor, pad_token_id: int
     """Column at which each row's score is read, `(R,)`: its last token that is not padding.
 
     Ids and mask are `(R, T)`, padded on either side; the pad token is that of the model's config.
-
-    >>> ids, mask = torch.tensor([[5, 2, 2], [2, 5, 6]]), torch.tensor([[1, 1, 0], [0, 1, 1]])
-    >>> score_positions(ids, mask, None).tolist(), score_positions(ids, mask, 2).tolist()
-    ([1, 2], [0, 2])
     """
     counts = attention_mask.bool()
     if pad_token_id is not None:
