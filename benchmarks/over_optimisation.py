@@ -23,7 +23,7 @@ import statistics
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -38,7 +38,7 @@ from trl_instruct.generation.sampling import Sampling, prompt_tokens, sample_sev
 from trl_instruct.intervals import mean_interval
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.tokenizers import load_tokenizer
-from trl_instruct.ppo_trainer.exploitation import Judged, exploited
+from trl_instruct.ppo_trainer.exploitation import Judged, turned_from
 from trl_instruct.recipes.members import average
 from trl_instruct.tiny import gold_score
 
@@ -150,12 +150,21 @@ def run(reward: str, kl_coef: float, passes: int, seed: int) -> dict[str, Any]:
     }
 
 
-def stop_of(series: dict[str, list], name: str) -> Any:
-    """Where the rule ends a run by a judge's series, and the peak it returns to; None: nowhere."""
+class Stop(NamedTuple):
+    """The iteration in which the rule ends a run, and that of the peak to which it returns."""
+
+    step: int
+    peak: int
+
+
+def stop_of(series: dict[str, list], name: str) -> Stop | None:
+    """Where the rule ends a run by a judge's series; None: nowhere."""
     parts = (series[name], series[f"{name}_se"], series["scores"])
     judged = [Judged(*one) for one in zip(*parts, strict=True)]
-    ends = range(1, len(judged) + 1)
-    return next(filter(None, (exploited(judged[:end]) for end in ends)), None)
+    for step in range(len(judged)):
+        if (peak := turned_from(judged[: step + 1])) is not None:
+            return Stop(step, peak)
+    return None
 
 
 def read() -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from trl_instruct.errors import InputError
 from trl_instruct.models.processes import seed_process
 from trl_instruct.models.resuming import ResumableTrainer
 from trl_instruct.models.sharding import load_shards, mark_fsdp_root
-from trl_instruct.ppo_trainer.exploitation import GOLD, Exploited, Judged, exploited, recent
+from trl_instruct.ppo_trainer.exploitation import GOLD, Judged, recent, turned_from
 from trl_instruct.ppo_trainer.run_state import restore
 from trl_instruct.rewards.function import RewardFunction, load_states, states_of
 
@@ -55,7 +55,7 @@ class IterationTrainer(ResumableTrainer):
         seed_process(args.seed)
         if args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-        self.turned: Exploited | None = None
+        self.turned = False
         self.told_by_rewards: dict[str, list[float]] = defaultdict(list)
         self.create_optimizer()
         self.model_wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
@@ -147,9 +147,8 @@ class IterationTrainer(ResumableTrainer):
         if not measured.keys() >= set(names):
             return {}
         self.judged.append((self.state.global_step, *(measured[name] for name in names)))
-        self.turned = exploited([Judged(*rest) for _, *rest in self.judged])
-        if self.turned is not None:
-            self.control.should_training_stop = True
+        if turned_from([Judged(*rest) for _, *rest in self.judged]) is not None:
+            self.turned = self.control.should_training_stop = True
         mean = recent([mean for _, mean, *_ in self.judged])[-1]
         return {GOLD: mean} if math.isfinite(mean) else {}
 
@@ -184,7 +183,7 @@ class IterationTrainer(ResumableTrainer):
     def end_training(self) -> TrainOutput:
         """Call the callbacks and return the last iteration's metrics."""
         peak = self.state.best_model_checkpoint
-        if self.turned is not None and peak is not None:
+        if self.turned and peak is not None:
             logger.warning(
                 "%s has turned: %.3f at its peak, now %.3f. The run ends; its result is the policy "
                 "at the peak, %s.",
