@@ -602,6 +602,26 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
     ),
     ("ppo_trainer/ptx.py", TWO, [("[mine::processes]", "[:count]")]),
     (
+        "models/precision.py",
+        "models/test_precision.py",
+        [
+            ("isinstance(m, nn.Embedding)", "isinstance(m, nn.GELU)"),
+            (" and weight not in shared", ""),
+            ("head.weight is not bare", "head.weight is bare"),
+            ("    compute_in_float32(head)\n", ""),
+        ],
+    ),
+    (
+        "scalar_head.py",
+        "models/test_precision.py",
+        [("enabled=False", "enabled=True")],
+    ),
+    (
+        "ppo_trainer/roles.py",
+        "models/test_precision.py",
+        [("if dtype is MIXED.get(accelerator.mixed_precision):", "if dtype:")],
+    ),
+    (
         "ppo_trainer/advantages.py",
         TWO,
         [("moments or masked_moments(values, mask)", "masked_moments(values, mask)")],

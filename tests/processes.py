@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.utils import DistributedType
 from conftest import PROMPTS, byte_tokenizer, letters, tiny_model
 from datasets import Dataset
 from trl import ModelConfig
@@ -43,6 +44,22 @@ def prepared(policy, prompts, sampling, *, eos_token_ids, **options):
 def in_order(trainer):
     """Minibatches with the same episodes for any number of processes."""
     return lambda: torch.arange(trainer.local_batch_size).split(trainer.minibatch_size)
+
+
+def fsdp(trainer):
+    return trainer.accelerator.distributed_type == DistributedType.FSDP
+
+
+def after_each_backward(trainer):
+    """After each, whether the policy's gradients are where an optimizer reads them: the shards."""
+    backward, seen = trainer.accelerator.backward, []
+
+    def spy(loss, **options):
+        backward(loss, **options)
+        seen.append(all(weight.grad is not None for weight in trainer.policy.parameters()))
+
+    trainer.accelerator.backward = spy
+    return seen
 
 
 def failing(prompts, completions):
@@ -134,11 +151,15 @@ def main(folder, how=None):
         ptx_dataset=Dataset.from_dict({"text": [f"some text {row}" for row in range(30)]}),
     )
     trainer.minibatches = in_order(trainer)
+    reduced = after_each_backward(trainer)
     trainer.train(resume_from_checkpoint=(folder / "checkpoint-1").is_dir() or None)
     trainer.save_model(str(folder))
     logs = [{k: v for k, v in log.items() if k != "eps"} for log in trainer.state.log_history]
     if trainer.is_world_process_zero():
-        write_json(folder / "logs.json", {"processes": processes, "logs": logs})
+        plugin = trainer.accelerator.state.fsdp_plugin if fsdp(trainer) else None
+        policy = plugin and plugin.mixed_precision_policy
+        told = {"reduced": reduced, "reduce_dtype": str(policy and policy.reduce_dtype)}
+        write_json(folder / "logs.json", {"processes": processes, "logs": logs, **told})
 
 
 if __name__ == "__main__":

@@ -182,6 +182,10 @@ OWN = {
         ("ppo_trainer/test_advantages.py::test_gae_equals_the_naive_sum", "gamma lam"),
         ("ppo_trainer/test_advantages.py::test_advantages_and_returns_may", "lam_alpha value_lam"),
         ("ppo_trainer/test_ppo_trainer.py::test_at_first_the_value", "value_warmup_iterations"),
+        (
+            "models/test_precision.py::test_a_run_with_frozen_models_in_bfloat16",
+            "frozen_dtype cast_lm_head_to_fp32",
+        ),
         ("ppo_trainer/test_ema.py::test_the_average_is_what_is_saved", "ema_decay"),
         ("ppo_trainer/test_ppo_curves.py::test_samples_are_shown", "num_sample_generations"),
         ("ppo_trainer/test_ppo_run.py::test_how_long_a_run_is", "total_episodes"),

@@ -167,6 +167,7 @@ class SamplingConfig(StageConfig):
     max_prompt_length: int | None = None
     temperature: float = 1.0
     stop_strings: list[str] | None = None
+    frozen_dtype: Literal["bfloat16", "float16", "float32"] | None = None
 
 
 @_with_help
@@ -215,6 +216,7 @@ class PPOConfig(SamplingConfig, TrainingArguments):
     ptx_streaming: bool = False
     ptx_max_length: int = 512
     ptx_rows_per_episode: int = 8
+    cast_lm_head_to_fp32: bool = False
     ema_decay: float | None = None
     cliprange: float = 0.2
     cliprange_high: float | None = None

@@ -174,6 +174,22 @@ def read_beside_adapter(model: PreTrainedModel, folder: Path) -> None:
         keep_shift(model, values[SHIFT], values[STD])
 
 
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32, under autocast too, which would round to 16 bit."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """As `nn.Linear`'s."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return nn.functional.linear(hidden.float(), self.weight.float(), bias)
+
+
+def compute_in_float32(head: Any) -> None:
+    """Make a linear head, whatever its weights' dtype, a `Float32Linear`."""
+    if type(head) is nn.Linear:
+        head.__class__ = Float32Linear
+
+
 def score_head(model: PreTrainedModel) -> nn.Linear:
     """The scalar head of a sequence classifier; InputError if it has none."""
     head = getattr(model, "score", None)

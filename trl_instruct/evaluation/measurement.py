@@ -24,6 +24,7 @@ from trl_instruct.generation.sampling import (
     sample_several,
 )
 from trl_instruct.models.load import load_policy
+from trl_instruct.models.precision import frozen_dtype
 from trl_instruct.models.processes import seed_process, shared_out
 from trl_instruct.models.properties import ModelSource, context_length, evaluating
 from trl_instruct.padding import pad_rows, similar_lengths
@@ -114,7 +115,7 @@ def measure(
     repeated = prompts.select([row for row in range(len(prompts)) for _ in range(copies)])
     table: dict[str, Tensor] = {}
     for judge, reward in rewards.items():
-        place_on(reward, PartialState().device)
+        place_on(reward, PartialState().device, frozen_dtype(subject.config))
         for model in models.values():
             model.scores[judge] = _judge(prompts, model.sampled, reward, progress)
         if several:

@@ -21,7 +21,7 @@ from trl import ModelConfig, get_peft_config
 
 from trl_instruct.errors import NOT_AS_EXPECTED, InputError, explained, summary
 from trl_instruct.models.properties import check_finished, model_name
-from trl_instruct.scalar_head import read_beside_adapter
+from trl_instruct.scalar_head import compute_in_float32, read_beside_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT = "base_fingerprint.txt"  # which base an adapter was trained over
@@ -224,11 +224,7 @@ def float32_head(model: PreTrainedModel) -> PreTrainedModel:
     head = getattr(model, "score", None)
     if isinstance(head, ModulesToSaveWrapper):
         head = head.modules_to_save[head.active_adapter]
-        if head.weight.dtype is not torch.float32:
-            head.to(torch.float32)
-            head.register_forward_pre_hook(
-                lambda _, given: tuple(hidden.to(torch.float32) for hidden in given)
-            )
+        compute_in_float32(head.to(torch.float32))
     return model
 
 

@@ -100,6 +100,7 @@ def load_reward_model(
         hidden = scalar_head.score_head(model).in_features
         nn.init.normal_(scalar_head.score_head(model).weight, std=1.0 / math.sqrt(hidden + 1))
         scalar_head.forget_shift(model)
+    scalar_head.compute_in_float32(getattr(model, "score", None))  # an encoder has another
     return model
 
 

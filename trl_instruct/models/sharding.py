@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from trl.models import unwrap_model_for_generation
 from trl_instruct.errors import InputError
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}  # accelerate's names
 
 
 def launched_sharded() -> bool:
@@ -85,11 +87,18 @@ def check_launch(accelerator: Accelerator, models: list[nn.Module], *, average: 
             )
 
 
-def configure_deepspeed(accelerator: Accelerator, *, episodes: int, max_grad_norm: float) -> None:
-    """Tell DeepSpeed, which clips and steps on its own, what a step is; otherwise a no-op.
+def configure(accelerator: Accelerator, *, episodes: int, max_grad_norm: float) -> None:
+    """Before `prepare`: tell DeepSpeed, which clips and steps on its own, what a step is; have FSDP
+    add up gradients, and return values, in float32, where accelerate has it round both to 16 bit.
 
-    Comes before `prepare`. `episodes` are those of an optimizer step in this process.
+    `episodes` are those of an optimizer step in this process. Otherwise a no-op.
     """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+            )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.state.deepspeed_plugin.deepspeed_config.update(
             train_micro_batch_size_per_gpu=episodes,
@@ -105,7 +114,7 @@ def cast_like_sharded(accelerator: Accelerator, frozen: nn.Module) -> None:
     Under mixed precision they compute with 16-bit weights, but a whole model keeps float32: the
     reference would differ from the policy that it copies. Buffers stay unchanged, as the policy's.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    dtype = MIXED.get(accelerator.mixed_precision)
     if accelerator.distributed_type in SHARDED and dtype is not None:
         for weight in frozen.parameters():
             weight.data = weight.data.to(dtype)
@@ -149,11 +158,14 @@ def is_zero3(accelerator: Accelerator) -> bool:
 
 @contextmanager
 def micro_batch(accelerator: Accelerator, model: nn.Module, *, last: bool) -> Iterator[None]:
-    """Around a prepared model's passes: gradients are exchanged in a step's last micro-batch."""
+    """Around a prepared model's passes: gradients are exchanged in a step's last micro-batch.
+
+    FSDP exchanges them in each: until then a process keeps the whole gradient, not its shard.
+    """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.sync_gradients = last  # its backward then also takes the step
         yield
-    elif last:
+    elif last or isinstance(model, FSDPModule):
         yield
     else:
         with accelerator.no_sync(model):

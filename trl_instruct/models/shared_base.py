@@ -20,7 +20,7 @@ from trl_instruct.errors import InputError
 from trl_instruct.models.adapters import CLASSIFIER, Adapter, is_adapter, with_lora
 from trl_instruct.models.load import base_of, load_policy
 from trl_instruct.models.properties import ModelSource, model_name
-from trl_instruct.scalar_head import register_scalar_head
+from trl_instruct.scalar_head import compute_in_float32, register_scalar_head
 
 # How transformers marks a model with quantised weights.
 MARKS = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized", "quantization_method")
@@ -111,6 +111,7 @@ def classifier_around(model: PreTrainedModel) -> PreTrainedModel:
     place = {"device": model.get_input_embeddings().weight.device, "dtype": model.dtype}
     classifier.score = nn.Linear(config.get_text_config().hidden_size, 1, bias=False, **place)
     nn.init.zeros_(classifier.score.weight)
+    compute_in_float32(classifier.score)
     for name in MARKS:
         if hasattr(model, name):
             setattr(classifier, name, getattr(model, name))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
@@ -16,9 +17,15 @@ from trl import ModelConfig
 from trl_instruct.configs import PPOConfig
 from trl_instruct.errors import InputError
 from trl_instruct.models.adapters import is_quantized, with_lora
-from trl_instruct.models.load import load_policy, load_reward_model
+from trl_instruct.models.load import load_policy, load_reward_model, reference_of
+from trl_instruct.models.precision import cast_lm_head_to_fp32, store_in
 from trl_instruct.models.properties import ModelSource, model_name
-from trl_instruct.models.sharding import cast_like_sharded, launched_sharded, load_unsharded
+from trl_instruct.models.sharding import (
+    MIXED,
+    cast_like_sharded,
+    launched_sharded,
+    load_unsharded,
+)
 from trl_instruct.models.shared_base import SharedBase, classifier_around, view_of
 from trl_instruct.models.tokenizers import check_same_tokens, load_tokenizer
 from trl_instruct.ppo_trainer.rollouts import disable_dropout_and_rescaling
@@ -85,6 +92,8 @@ def load_roles(
     goes_on = base.adapter is not None if base else isinstance(policy, PeftModel)
     ref_policy = view_of(policy).requires_grad_(False) if goes_on else None
     separate: Any = {"use_peft": False, "model_revision": "main", "attn_implementation": None}
+    if config.frozen_dtype and not (model_config.load_in_8bit or model_config.load_in_4bit):
+        separate["dtype"] = "float32"  # `place_frozen` stores it in frozen_dtype
     judge: Any = load_reward(
         _over(base, reward, tokenizer, config),
         tokenizer,
@@ -193,18 +202,38 @@ def _insist(base: SharedBase, roles: Roles) -> None:
             )
 
 
+def reference_for(
+    policy: PreTrainedModel, ref_model: PreTrainedModel | None, config: PPOConfig
+) -> PreTrainedModel | None:
+    """The reference given, or the policy's (`reference_of`); both get their heads' precision."""
+    for model in (policy, ref_model):
+        if config.cast_lm_head_to_fp32 and model is not None:
+            cast_lm_head_to_fp32(model)
+    return ref_model or reference_of(policy)
+
+
 def place_frozen(
     accelerator: Accelerator,
     ref_model: PreTrainedModel | None,
     judges: Sequence[RewardFunction | None],
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    trained: Sequence[nn.Module],
 ) -> None:
-    """Put frozen models on the run's device; tell the rewards whose tokens they get."""
+    """Put frozen models on the run's device, stored in `dtype` except what they share with those
+    that train; tell the rewards whose tokens they get.
+
+    The reference is stored so only if the policy computes in that dtype: else it would differ.
+    """
+    shared = {weight for model in trained for weight in model.parameters()}
     if ref_model is not None:
         disable_dropout_and_rescaling(ref_model)
+        if dtype is MIXED.get(accelerator.mixed_precision):
+            store_in(ref_model, dtype, shared)
         ref_model.eval().requires_grad_(False).to(accelerator.device)
         cast_like_sharded(accelerator, ref_model)
     for judge in judges:
         if judge is not None:
-            place_on(judge, accelerator.device)
+            place_on(judge, accelerator.device, dtype, shared)
             tell_tokenizer(judge, tokenizer)

@@ -20,7 +20,12 @@ from trl_instruct.generation.sampling import decode
 from trl_instruct.logprobs import logprobs_in_parts
 from trl_instruct.models.properties import call, disable_dropout, unwrapped
 from trl_instruct.padding import right_padded_mask, similar_lengths
-from trl_instruct.scalar_head import disable_rescaling, score_head, shift_of
+from trl_instruct.scalar_head import (
+    compute_in_float32,
+    disable_rescaling,
+    score_head,
+    shift_of,
+)
 
 
 class ValueModel(nn.Module):
@@ -32,6 +37,7 @@ class ValueModel(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
+        compute_in_float32(score_head(model))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
         """Value after each token: `(B, T)`, float32. Arguments `(B, T)`."""

@@ -23,7 +23,7 @@ from trl_instruct.generation.sampler import Sampler
 from trl_instruct.generation.sampling import TransformersSampler, pad_prompts, prompt_tokens
 from trl_instruct.generation.token_sampling import Sampling
 from trl_instruct.models import sharding
-from trl_instruct.models.load import reference_of
+from trl_instruct.models.precision import frozen_dtype
 from trl_instruct.models.properties import evaluating, model_name
 from trl_instruct.models.tokenizers import check_tokenizer
 from trl_instruct.option_checks import check_arguments
@@ -47,7 +47,7 @@ from trl_instruct.ppo_trainer.metrics import (
 )
 from trl_instruct.ppo_trainer.micro_batch import add_ptx_gradient, ppo_sums
 from trl_instruct.ppo_trainer.ptx import PretrainingRows, pretraining_rows
-from trl_instruct.ppo_trainer.roles import check_roles, place_frozen
+from trl_instruct.ppo_trainer.roles import check_roles, place_frozen, reference_for
 from trl_instruct.ppo_trainer.rollout_scores import judged_metrics, rollout_scores, without_eos
 from trl_instruct.ppo_trainer.rollouts import (
     PolicyAndValue,
@@ -110,7 +110,7 @@ class PPOTrainer(IterationTrainer):
         require_columns(train_dataset.column_names, Source.of(train_dataset), ["prompt"], "PPO")
         check_roles(model, ref_model, reward_model, value_model)
         check_tokenizer(processing_class, model_name(model))
-        self.ref_model = ref_model or reference_of(model)
+        self.ref_model = reference_for(model, ref_model, args)
         if isinstance(reward_model, nn.Module):
             reward_model = RewardModel(reward_model, processing_class)
         self.reward, self.gold = reward_model, gold
@@ -130,7 +130,8 @@ class PPOTrainer(IterationTrainer):
             )
         averaged = args.ema_decay is not None or args.stop_when_exploited
         sharding.check_launch(self.accelerator, [model, value_model], average=averaged)
-        place_frozen(self.accelerator, self.ref_model, [self.reward, self.gold], processing_class)
+        frozen = self.accelerator, self.ref_model, [self.reward, self.gold], processing_class
+        place_frozen(*frozen, dtype=frozen_dtype(args), trained=[model, value_model])
         self.kl_coef, self.judged = args.kl_coef, []
         self.skipped = 0
         self.average: MovingAverage | None = None
@@ -143,7 +144,7 @@ class PPOTrainer(IterationTrainer):
         self.minibatch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
         sharding.load_unsharded()  # models loaded later (checkpoints, comparisons) are whole
         clip, size = args.max_grad_norm or 0.0, self.minibatch_size
-        sharding.configure_deepspeed(self.accelerator, episodes=size, max_grad_norm=clip)
+        sharding.configure(self.accelerator, episodes=size, max_grad_norm=clip)
         self.local_batch_size = self.minibatch_size * args.num_mini_batches
         self.batch_size = self.local_batch_size * self.accelerator.num_processes
         episodes = args.total_episodes or int(args.num_train_epochs * len(train_dataset))

@@ -23,6 +23,7 @@ from trl_instruct.errors import InputError
 from trl_instruct.files import written_at_once
 from trl_instruct.generation.sampling import Completion, Sampling, prompt_tokens, sample_several
 from trl_instruct.models.load import load_policy
+from trl_instruct.models.precision import frozen_dtype
 from trl_instruct.models.processes import seed_process, shared_out
 from trl_instruct.models.properties import ModelSource, model_name
 from trl_instruct.models.tokenizers import check_tokenizer, load_tokenizer
@@ -131,7 +132,7 @@ def sample_candidates(
     gold = config.gold if gold is None else gold
     if gold is not None:
         gold = load_reward(gold, tokenizer, batch_size=size, **trust)
-        place_on(gold, model.device)
+        place_on(gold, model.device, frozen_dtype(config))
         noise = config.seed + PartialState().process_index
         labeler = labeler or SimulatedLabeler(seed=noise).label
     seed_process(config.seed)

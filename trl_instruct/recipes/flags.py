@@ -67,6 +67,8 @@ class OptionParser(TrlParser):
             kind = re.search(r"\b(bool|int|float)\b", str(self.types.get(name, given.get("type"))))
             given.setdefault("metavar", kind[0].upper() if kind else "TEXT")
         most = WIDTH if self.types and not self.whole else None
+        if name == "dtype" and self.headings.get(name):
+            given["default"] = None  # as in `resolve`
         if "help" in given:
             given["help"] = _described(given["help"] or "", given.get("default"), most)
         if name not in self.headings:

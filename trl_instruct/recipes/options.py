@@ -23,6 +23,7 @@ from trl_instruct.data.conversion import mixture_of
 from trl_instruct.data.sources import name_of
 from trl_instruct.errors import REDACTED, InputError, kind_of, redact
 from trl_instruct.models.adapters import DECIDED
+from trl_instruct.models.precision import rounds_frozen
 from trl_instruct.option_checks import TABLES, check_finite, check_refused
 
 Config = TypeVar("Config", bound=StageConfig)
@@ -56,7 +57,10 @@ def resolve(
         raise InputError(f"model_config= and options {sorted(model_options)} were given; use one.")
     with option_errors():
         config = config_class(**{k: v for k, v in options.items() if k in stage_fields})
-        return config, copy.copy(model_config) if model_config else ModelConfig(**model_options)
+        # TRL's default of dtype would hide whether it was given: see `stage_options`.
+        unset = {} if "dtype" in config_class.REFUSED else {"dtype": None}
+        made = ModelConfig(**{**unset, **model_options})
+        return config, copy.copy(model_config) if model_config else made
 
 
 def check_redacted(options: Mapping[str, Any]) -> None:
@@ -205,6 +209,9 @@ def stage_options(
     config, model_config = resolve(config_class, config, model_config, options)
     check_finite(model_config)
     check_refused(config_class.REFUSED, model_config)
+    if model_config.dtype is None:
+        half = model_config.use_peft and rounds_frozen(config) and not config.merge_adapter
+        model_config.dtype = "bfloat16" if half else "float32"  # merged, it would stay rounded
     if output_dir is not None:
         config.output_dir = os.fspath(output_dir)
     if isinstance(dataset, list):

@@ -9,16 +9,19 @@ the prompt dataset's further columns. A function gets only what it has parameter
 import asyncio
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Awaitable, Callable, Container, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, wait
 from functools import cache
 from threading import Thread, current_thread
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from accelerate.utils import gather_object
+from torch import nn
 
 from trl_instruct.console import shown
 from trl_instruct.errors import InputError, harmless, redact
+from trl_instruct.models.precision import store_in
 
 Scores = list[float | None]
 RewardFunction = Callable[..., Sequence[float | None] | Awaitable[Sequence[float | None]]]
@@ -316,9 +319,19 @@ def parts_of(reward: RewardFunction) -> list[Any]:
     return list({id(part): part for part in parts}.values())
 
 
-def place_on(reward: RewardFunction, device: Any) -> None:
-    """Move a reward's models to a device: `to(device)` of each part that has it."""
+def place_on(
+    reward: RewardFunction,
+    device: Any,
+    dtype: torch.dtype = torch.float32,
+    shared: Container[nn.Parameter] = (),
+) -> None:
+    """Move a reward's models to a device: `to(device)` of each part that has it.
+
+    Their linear layers are stored in `dtype` (see `store_in`, also for `shared`).
+    """
     for part in parts_of(reward):
+        if isinstance(model := getattr(part, "model", None), nn.Module):
+            store_in(model, dtype, shared)
         if hasattr(part, "to"):
             part.to(device)
 

@@ -12,7 +12,7 @@ from trl_instruct.models.properties import context_length, model_name
 from trl_instruct.models.tokenizers import check_tokenizer
 from trl_instruct.rewards.score_position import batched_logits
 from trl_instruct.rewards.tokens import reward_rows, same_tokenizer
-from trl_instruct.scalar_head import keep_shift, shift_of
+from trl_instruct.scalar_head import compute_in_float32, keep_shift, shift_of
 
 
 class RewardModel:
@@ -37,6 +37,7 @@ class RewardModel:
         shared: bool = False,
     ):
         self.model = model.eval().requires_grad_(False)
+        compute_in_float32(getattr(model, "score", None))
         self.tokenizer = check_tokenizer(tokenizer, model_name(model))
         self.batch_size, self.__name__ = batch_size, name or model_name(model)
         self.reads_ids, self.truncated, self.shared = False, 0, shared

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trl_instruct.models.precision import autocast_of
 from trl_instruct.models.properties import accepted, unwrapped
 from trl_instruct.padding import pad_rows, right_padded_mask, similar_lengths
 from trl_instruct.scalar_head import ScalarHead
@@ -98,6 +99,7 @@ def batched_logits(
         lengths = torch.tensor([len(row) for row in batch])
         ids = pad_rows(batch, filler).to(model.device)
         mask = right_padded_mask(lengths, ids.shape[1]).long().to(ids.device)
-        _, output = separate_scores(model, model, ids, mask)
+        with autocast_of(model):
+            _, output = separate_scores(model, model, ids, mask)
         logits[chosen] = output.logits.float().cpu()
     return logits

@@ -1,0 +1,155 @@
+"""Frozen models in 16 bit, heads in float32."""
+
+import copy
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_model
+from peft import LoraConfig, get_peft_model
+from test_roles import roles_of
+from torch import nn
+from trl import ModelConfig
+
+from trl_instruct.configs import SFTConfig
+from trl_instruct.errors import InputError
+from trl_instruct.models import precision
+from trl_instruct.models.precision import autocast_of, cast_lm_head_to_fp32, store_in
+from trl_instruct.models.shared_base import view_of
+from trl_instruct.ppo_trainer.rollouts import ValueModel
+from trl_instruct.recipes import options
+from trl_instruct.recipes.flags import parse
+from trl_instruct.recipes.options import stage_options
+from trl_instruct.rewards.function import place_on
+from trl_instruct.rewards.reward_model import RewardModel
+
+IDS = torch.tensor([[72, 105, 33, 10, 99]])
+HALF = torch.autocast("cpu", torch.bfloat16)
+
+
+def reward_model(**options):
+    return RewardModel(tiny_model(classifier=True, seed=1, **options), byte_tokenizer())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_under_autocast_a_model_in_16_bit_is_the_one_in_32_bit(kind, tied):
+    """Bit by bit: autocast rounds the same weights. So the KL to the reference begins at 0."""
+    model = tiny_model(kind, tie_word_embeddings=tied).eval()
+    half = copy.deepcopy(model)
+    store_in(half, torch.bfloat16)
+    with HALF:
+        torch.testing.assert_close(half(IDS).logits, model(IDS).logits, rtol=0, atol=0)
+    dtypes = {name: w.dtype for name, w in half.named_parameters()}
+    assert {torch.bfloat16, torch.float32} == {*dtypes.values()}
+    assert half.get_input_embeddings().weight.dtype is torch.float32
+    assert half.get_output_embeddings().weight.dtype is [torch.bfloat16, torch.float32][tied]
+    store_in(model, torch.float32)
+    assert {w.dtype for w in model.parameters()} == {torch.float32}
+
+
+def test_weights_of_models_that_train_keep_their_precision():
+    policy = get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear"))
+    frozen = view_of(policy).requires_grad_(False)
+    store_in(frozen, torch.bfloat16, {*policy.parameters()})
+    assert {w.dtype for w in policy.parameters()} == {torch.float32}
+
+
+def test_a_reward_model_computes_in_its_precision_with_its_head_in_float32():
+    reward, exact = reward_model(), reward_model()
+    place_on(reward, "cpu", torch.bfloat16)
+    assert reward.model.score.weight.dtype is torch.float32
+    texts = [["Q: "] * 3, ["yes", "no, never", "a"]]
+    scores = reward(*texts)
+    with HALF:
+        assert scores == exact(*texts)
+    assert scores != reward_model()(*texts)
+    assert scores == pytest.approx(reward_model()(*texts), abs=0.1)
+    assert any(score != torch.tensor(score).bfloat16().item() for score in scores)  # not rounded
+    assert type(autocast_of(exact.model)) is not type(autocast_of(reward.model))
+
+
+def test_values_are_float32_under_autocast():
+    value = ValueModel(tiny_model(classifier=True))
+    with HALF:
+        found = value(IDS, torch.ones_like(IDS), torch.arange(5).unsqueeze(0))
+    assert found.dtype is torch.float32
+    assert not torch.equal(found, found.bfloat16().float())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_in_float32(tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    twin, head = copy.deepcopy(model), model.lm_head
+    cast_lm_head_to_fp32(model)
+    with HALF:
+        hidden = model.base_model(IDS).last_hidden_state.float()
+        rounded, exact = twin(IDS).logits, copy.deepcopy(model)(IDS).logits
+    assert (rounded.dtype, exact.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(exact, hidden @ head.weight.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(IDS).logits, twin(IDS).logits, rtol=0, atol=0)
+    half = tiny_model(tie_word_embeddings=tied).bfloat16()
+    cast_lm_head_to_fp32(half)
+    assert half(IDS).logits.dtype is torch.float32
+    assert half.lm_head.weight.dtype is [torch.float32, torch.bfloat16][tied]
+
+
+def test_a_head_with_an_adapter_cannot_be_cast():
+    config = LoraConfig(target_modules=["lm_head"])
+    with pytest.raises(InputError, match="cast_lm_head_to_fp32 needs an lm_head that is a plain"):
+        cast_lm_head_to_fp32(get_peft_model(tiny_model(), config))
+
+
+def test_defaults_on_an_accelerator_and_on_a_cpu(monkeypatch):
+    def frozen(**given):
+        return precision.frozen_dtype(SimpleNamespace(**{"frozen_dtype": None, **given}))
+
+    assert frozen(bf16=True, use_cpu=False) is torch.float32
+    monkeypatch.setattr(precision, "has_bf16", lambda: True)
+    assert frozen(bf16=True, use_cpu=False) is torch.bfloat16
+    assert frozen(bf16=False, use_cpu=False) is frozen(bf16=True, use_cpu=True) is torch.float32
+    assert frozen(bf16=True, use_cpu=False, frozen_dtype="float32") is torch.float32
+    assert frozen(bf16=False, use_cpu=True, frozen_dtype="bfloat16") is torch.bfloat16
+
+
+def test_a_base_under_adapters_is_loaded_in_bfloat16_on_an_accelerator(monkeypatch):
+    def dtype(*models, **given):
+        options = {"use_cpu": True, **given}
+        _, model = stage_options(SFTConfig, *models or (None, None), "x", "d.jsonl", options)
+        return model.dtype
+
+    assert dtype(use_peft=True) == "float32"
+    monkeypatch.setattr(options, "rounds_frozen", lambda config: True)
+    assert dtype(use_peft=True) == "bfloat16"
+    assert dtype() == dtype(use_peft=True, merge_adapter=True) == "float32"
+    assert dtype(use_peft=True, dtype="float32") == "float32"
+    assert dtype(None, ModelConfig(use_peft=True)) == "float32"  # TRL's own default, unseen
+    flags = ["--use_peft", "true", "--use_cpu", "true", "--output_dir", "x"]
+    for given, found in (([], "bfloat16"), (["--dtype", "float32"], "float32")):
+        parsed = parse(SFTConfig, [*flags, *given])
+        assert stage_options(SFTConfig, *parsed, None, "d.jsonl", {})[1].dtype == found
+
+
+def test_frozen_dtype_goes_before_dtype(saved_policy, saved_reward_model, ppo_config, tokenizer):
+    given = ppo_config, tokenizer, saved_policy, saved_reward_model
+    lora = {"use_peft": True, "dtype": "bfloat16"}
+    assert roles_of(*given, **lora).reward.model.dtype is torch.bfloat16
+    own = roles_of(partial(ppo_config, frozen_dtype="float32"), *given[1:], **lora).reward.model
+    assert own.dtype is torch.float32
+    assert isinstance(own.score, nn.Linear)
+
+
+def test_a_run_with_frozen_models_in_bfloat16(make_trainer):
+    """The reference computes as the policy does, so that the KL begins at 0."""
+    trainer = make_trainer(bf16=True, frozen_dtype="bfloat16", max_steps=2, learning_rate=1e-2)
+    assert trainer.ref_model.lm_head.weight.dtype is torch.bfloat16
+    assert trainer.policy.lm_head.weight.dtype is torch.float32
+    trainer.train()
+    logs = [log["objective/kl"] for log in trainer.state.log_history if "objective/kl" in log]
+    assert logs[0] == 0 and logs[1] != 0
+    plain = make_trainer(bf16=False, frozen_dtype="bfloat16", cast_lm_head_to_fp32=True)
+    assert {w.dtype for w in plain.ref_model.parameters()} == {torch.float32}
+    heads = plain.policy.lm_head, plain.ref_model.lm_head
+    assert [type(head).__name__ for head in heads] == ["Float32Linear"] * 2
