@@ -1,8 +1,4 @@
-"""The command line: TrlParser turns YAML and flags into the calls that Python users make.
-
-`trl-instruct sft --config sft.yaml --learning_rate 1e-5`; recipes/*.py are the same commands in a
-clone, for `accelerate launch`.
-"""
+"""The command line: TrlParser turns YAML and flags into the calls that Python users make."""
 
 import os
 import sys

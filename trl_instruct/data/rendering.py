@@ -20,9 +20,8 @@ from trl_instruct.errors import InputError, located
 
 logger = get_logger(__name__)
 
+# Columns of a record that its chat template reads, as in TRL.
 ARGUMENTS = ("tools", "chat_template_kwargs")
-"""Columns of a record that its chat template reads, as in TRL."""
-
 # Texts before which a completion is tokenised, or after which it is decoded, as if inside a text.
 ANCHORS = ("a", "\n", ".")
 

@@ -27,10 +27,7 @@ MARKS = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized", "quantization
 
 
 class SharedBase:
-    """A frozen base model, loaded once, and the roles that are adapters over it.
-
-    The policy starts from `source`: an adapter, whose base is used, or the base itself.
-    """
+    """A frozen base, loaded once, and the roles over it; the policy starts from `source`."""
 
     def __init__(
         self, source: ModelSource, model_config: ModelConfig, *, trust_remote_code: bool = False

@@ -15,10 +15,7 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     special_tokens: dict[str, str] | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, with EOS and pad tokens, as all stages need them; pads on the left.
-
-    EOS serves as a missing pad token: masks come from lengths, so pad == eos does no harm.
-    """
+    """The tokenizer of a model, padding on the left, with EOS (also for a missing pad token)."""
     path = model_name(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -73,10 +73,7 @@ def judged_metrics(
 
 
 def without_eos(scores: Tensor, ended: Tensor, args: PPOConfig) -> Tensor:
-    """The scores `(B,)` with `missing_eos_penalty` and `missing_eos_score` applied.
-
-    Scores are NaN where the reward failed; `ended` `(B,)` is False without an EOS or stop string.
-    """
+    """The scores `(B,)`, some NaN, after `missing_eos_penalty` and `missing_eos_score`."""
     if args.missing_eos_penalty is not None:
         scores = scores - args.missing_eos_penalty * ~ended
     if args.missing_eos_score is not None:

@@ -17,10 +17,7 @@ def recipe_names() -> list[str]:
 
 
 def init(name: str, like: str = "start") -> list[Path]:
-    """Write `recipes/configs/<name>/`, a copy of a recipe under that name, and what it needs.
-
-    The copies name folders of runs after it. Returns the new files, relative to the current folder.
-    """
+    """Write `recipes/configs/<name>/`, a copy of a recipe under that name, and what it needs."""
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise InputError(f"A recipe's name has letters, digits, - and _; {name!r} was given.")
     if like not in recipe_names():

@@ -43,9 +43,7 @@ def train_members(
     """Train `config.members` reward models in member-1, member-2, ...; each as `rm` leaves it.
 
     `train` is `rm`, called with a member's config, and `load` reads the preferences; what is held
-    out is the same for all. Returns output_dir; its metrics, also in members.json, are the members'
-    folders and what `evaluate_members` measures. A dry run ends with the first member. InputError
-    as `rm`, and for a loaded model.
+    out is the same for all. Returns output_dir, with the members' folders and `evaluate_members`.
     """
     if isinstance(model, nn.Module):
         raise InputError(

@@ -148,10 +148,7 @@ def _check_ending(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Refuse, or tell of, a chat template whose replies end with no EOS of the model.
-
-    Base models have a template that ends a turn with `<|im_end|>`, but the EOS `<|endoftext|>`.
-    """
+    """Refuse, or tell of, a chat template whose replies end with no EOS, as base models have."""
     first = first_record(rendered, Source.of(rendered))
     if "completion_mask" not in first:
         return  # TRL renders

@@ -92,10 +92,7 @@ def call_part(
 def try_reward(
     reward: RewardFunction, prompts: Texts, completions: Texts, columns: Columns
 ) -> tuple[list[float], dict[int, str]]:
-    """Scores of a reward function, NaN where it fails, and the faults by the completion's index.
-
-    A call that fails as a whole is repeated for one completion at a time.
-    """
+    """Scores of a reward function, NaN where it fails, and the faults by the completion's index."""
     call = _Call(reward, prompts, completions, _wanted(reward, columns))
     count, before = len(completions), _Memory(reward)
     try:

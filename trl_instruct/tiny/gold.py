@@ -34,8 +34,7 @@ _BODIES = {
     "sentence": re.compile(rf"(?: |^){_ITEM} {_any_of(lexicon.VERBS)} {_ITEMS}{_PLACE}\.?"),
     "answer": re.compile(rf"(?: |^)(?:yes|no), because ({_ITEM}) is ({_KIND})\.?"),
 }
-_GLUE = ("a", "an", "the", "and", "is")
-"""Words that any reply may repeat."""
+_GLUE = ("a", "an", "the", "and", "is")  # words that any reply may repeat
 _WORLD = frozenset(
     {*_CATEGORY, *lexicon.CATEGORIES, *lexicon.PLACES, *lexicon.PREPOSITIONS, *lexicon.VERBS}
     | {*_GLUE, "yes", "no", "because"}

@@ -13,13 +13,11 @@ from trl_instruct.tiny.replies import flawed_reply, good_reply
 from trl_instruct.tiny.world import Task, sample_task
 
 SIZES: dict[str, int] = {name: part["size"] for name, part in WORLD["splits"].items()}
+# Percent of all instructions that belong to each split.
 SHARES: dict[str, int] = {name: part["share"] for name, part in WORLD["splits"].items()}
-"""Percent of all instructions that belong to each split."""
-
+# The base model's EOS stands between a reply and a reader's remark, as between two documents: from
+# the remarks a base model learns what makes a reply bad, before a reward model sees rankings.
 END_OF_TEXT = "<|endoftext|>"
-"""The base model's EOS, which separates a reply from a reader's remark as it does two documents.
-From the remarks the base model learns what makes a reply bad, as models of the web do, so the
-reward model knows it before it sees the first ranking."""
 
 
 def owner(task: Task) -> str:

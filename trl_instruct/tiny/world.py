@@ -12,9 +12,7 @@ FORMATS = list(INSTRUCTIONS)
 FORMAT_WEIGHTS = [lexicon.WORLD["format_weights"][name] for name in FORMATS]
 COUNTS: dict[int, str] = lexicon.WORLD["counts"]
 WORD_CLAUSES: list[str] = lexicon.WORLD["word_clauses"]
-WORDINGS = len(WORD_CLAUSES)
-"""How many paraphrases every instruction has."""
-
+WORDINGS = len(WORD_CLAUSES)  # paraphrases of every instruction
 SHARES: dict[str, float] = lexicon.WORLD["shares"]
 
 
