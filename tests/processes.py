@@ -22,6 +22,7 @@ from trl_instruct.generation import sampling
 from trl_instruct.models.shared_base import SharedBase, view_of
 from trl_instruct.ppo_trainer.trainer import PPOTrainer
 from trl_instruct.reward_trainer.trainer import RankingRewardTrainer
+from trl_instruct.rewards.ensemble import Ensemble
 from trl_instruct.rewards.reward_model import RewardModel
 from trl_instruct.scalar_head import score_head
 
@@ -60,6 +61,10 @@ def after_each_backward(trainer):
 
     trainer.accelerator.backward = spy
     return seen
+
+
+def halved(prompts, completions):
+    return [score / 2 for score in letters(prompts, completions)]
 
 
 def failing(prompts, completions):
@@ -108,7 +113,8 @@ def main(folder, how=None):
             write_json(folder / "metrics.json", found)
         return
     on_error = how if how in ("skip", "stop") else None
-    policy, ref_policy, judge = tiny_model(), None, failing if on_error else letters
+    several = Ensemble([letters, halved], "pessimistic")
+    policy, ref_policy, judge = tiny_model(), None, failing if on_error else several
     value = tiny_model(classifier=True, seed=1)
     if how == "one_base":
         policy, ref_policy, judge, value = one_base(folder)
@@ -146,6 +152,7 @@ def main(folder, how=None):
         model=policy,
         ref_model=ref_policy,
         reward_model=judge,
+        gold=letters,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         value_model=value,
         ptx_dataset=Dataset.from_dict({"text": [f"some text {row}" for row in range(30)]}),

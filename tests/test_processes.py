@@ -38,7 +38,8 @@ def results(folder):
 
 
 def test_two_processes_with_half_the_batch_each_do_what_one_does(tmp_path):
-    """Rewards and advantages whitened, KL adapted, ptx, moving average: all over both."""
+    """Rewards and advantages whitened, KL adapted, ptx, moving average, what an ensemble and gold
+    tell: all over both."""
     ran = {}
     for count in (1, 2):
         folder = tmp_path / str(count)
@@ -46,6 +47,7 @@ def test_two_processes_with_half_the_batch_each_do_what_one_does(tmp_path):
         written = json.loads((folder / "logs.json").read_text(encoding="utf-8"))
         assert written["processes"] == count
         ran[count] = (written["logs"], results(folder))
+    assert ran[2][0][0].keys() >= {"objective/disagreement", "objective/gold_se"}
     for one, two in zip(ran[1][0], ran[2][0], strict=True):
         assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
     torch.testing.assert_close(ran[2][1], ran[1][1])
