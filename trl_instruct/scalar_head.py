@@ -20,13 +20,13 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import logging
 
 from trl_instruct.errors import InputError
 from trl_instruct.padding import padding_before, roll_rows
+from trl_instruct.types import Model
 
 logger = logging.get_logger(__name__)
 
@@ -42,14 +42,14 @@ def register_scalar_head(config_class: type[PreTrainedConfig]) -> None:
     backbone = MODEL_MAPPING[config_class]
     name = backbone.__name__.removesuffix("Model") + "ForSequenceClassification"
     # The backbone's base class has the prefix of its weights, their initialisation, ...
-    family = next(c for c in backbone.__mro__[1:] if issubclass(c, PreTrainedModel))
+    family = next(c for c in backbone.__mro__[1:] if issubclass(c, Model))
     # transformers reads a model's module to learn which attention and expert kernels it supports.
     classifier = type(name, (ScalarHead, family), {"__module__": backbone.__module__})
     # Without exist_ok, transformers ignores classes for its own configs.
     AutoModelForSequenceClassification.register(config_class, classifier, exist_ok=True)
 
 
-class ScalarHead(PreTrainedModel):
+class ScalarHead(Model):
     """Last token's hidden state -> linear head, over any backbone.
 
     The attention mask, never a token id, tells which token is last. Rows are first moved to the
@@ -114,7 +114,7 @@ class ScalarHead(PreTrainedModel):
             )
 
 
-def disable_rescaling(model: PreTrainedModel) -> None:
+def disable_rescaling(model: Model) -> None:
     """Switch off, and undo, RWKV's halving of weights in place on every change to eval mode.
 
     It keeps float16 from overflowing. But weights saved in eval mode are wrong once loaded (halved
@@ -142,31 +142,31 @@ SHIFT, STD = "reward_shift", "reward_std"
 SHIFT_FILE = "reward_config.json"
 
 
-def shift_of(model: PreTrainedModel) -> float:
+def shift_of(model: Model) -> float:
     """The shift in the model's config; 0 if it has none."""
     return float(getattr(model.config, SHIFT, None) or 0.0)
 
 
-def keep_shift(model: PreTrainedModel, shift: float, std: float) -> None:
+def keep_shift(model: Model, shift: float, std: float) -> None:
     """Put the demonstrations' mean score and its standard deviation in the model's config."""
     setattr(model.config, SHIFT, shift)
     setattr(model.config, STD, std)
 
 
-def forget_shift(model: PreTrainedModel) -> None:
+def forget_shift(model: Model) -> None:
     """Remove the shift of a head that was replaced."""
     for name in (SHIFT, STD):
         vars(model.config).pop(name, None)
 
 
-def save_beside_adapter(model: PreTrainedModel, folder: Path) -> None:
+def save_beside_adapter(model: Model, folder: Path) -> None:
     """Write the shift, if the model has one, into an adapter's folder."""
     values = {name: getattr(model.config, name, None) for name in (SHIFT, STD)}
     if values[SHIFT] is not None:
         (folder / SHIFT_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def read_beside_adapter(model: PreTrainedModel, folder: Path) -> None:
+def read_beside_adapter(model: Model, folder: Path) -> None:
     """Give a model with an adapter the shift in the adapter's folder, not its base's."""
     forget_shift(model)
     if (folder / SHIFT_FILE).is_file():
@@ -190,7 +190,7 @@ def compute_in_float32(head: Any) -> None:
         head.__class__ = Float32Linear
 
 
-def score_head(model: PreTrainedModel) -> nn.Linear:
+def score_head(model: Model) -> nn.Linear:
     """The scalar head of a sequence classifier; InputError if it has none."""
     head = getattr(model, "score", None)
     if isinstance(head, ModulesToSaveWrapper):

@@ -13,10 +13,10 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from trl_instruct.console import get_logger
 from trl_instruct.errors import InputError, located
+from trl_instruct.types import Tokenizer
 
 logger = get_logger(__name__)
 
@@ -44,10 +44,7 @@ class Rendered(NamedTuple):
 
 
 def render(
-    prompt: Any,
-    completion: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    record: Mapping[str, Any] | None = None,
+    prompt: Any, completion: Any, tokenizer: Tokenizer, record: Mapping[str, Any] | None = None
 ) -> Rendered:
     """Prompt and completion as token ids. Arguments and errors as `render_all`."""
     (rendered,) = render_all(prompt, [completion], tokenizer, record)
@@ -57,7 +54,7 @@ def render(
 def render_all(
     prompt: Any,
     completions: Sequence[Any],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     record: Mapping[str, Any] | None = None,
 ) -> list[Rendered]:
     """A prompt with each of its completions as token ids.
@@ -96,7 +93,7 @@ def render_all(
 
 
 def render_prompt(
-    prompt: Any, tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any] | None = None
+    prompt: Any, tokenizer: Tokenizer, record: Mapping[str, Any] | None = None
 ) -> list[int]:
     """Ids of a prompt, a text or messages, as a policy continues it: without an EOS behind it."""
     if isinstance(prompt, str):
@@ -107,9 +104,7 @@ def render_prompt(
 
 
 def render_prompts(
-    prompts: Sequence[Any],
-    tokenizer: PreTrainedTokenizerBase,
-    columns: Mapping[str, Sequence[Any]] | None = None,
+    prompts: Sequence[Any], tokenizer: Tokenizer, columns: Mapping[str, Sequence[Any]] | None = None
 ) -> list[list[int]]:
     """Ids of B prompts; `columns` may hold `ARGUMENTS`. An InputError has the prompt's number."""
     rows = []
@@ -144,10 +139,7 @@ def template_arguments(record: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def completion_texts(
-    rows: Sequence[list[int]],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    skip_special_tokens: bool = True,
+    rows: Sequence[list[int]], tokenizer: Tokenizer, *, skip_special_tokens: bool = True
 ) -> list[str]:
     """Texts of sampled completions, with the space that some decoders strip (Llama 2, T5)."""
     anchor = _ids(ANCHORS[0], tokenizer)
@@ -159,12 +151,12 @@ def completion_texts(
     ]
 
 
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _ids(text: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of a text, without what the tokenizer adds around it."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _plain(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before a prompt (BOS), and its ids; not what it appends.
 
     InputError if the prompt itself ends with EOS. (Alone, it is GPT-2's beginning of a text.)
@@ -184,7 +176,7 @@ def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], li
     return [], full
 
 
-def _after_anchor(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _after_anchor(text: str, tokenizer: Tokenizer) -> list[int]:
     """The ids of a text that continues another one, whose tokens it does not join."""
     for anchor in ANCHORS:
         before, whole = _ids(anchor, tokenizer), _ids(anchor + text, tokenizer)
@@ -193,7 +185,7 @@ def _after_anchor(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return _ids(text, tokenizer)
 
 
-def _chat(messages: Sequence[Any], tokenizer: PreTrainedTokenizerBase, **arguments: Any) -> str:
+def _chat(messages: Sequence[Any], tokenizer: Tokenizer, **arguments: Any) -> str:
     """The messages in the chat template; InputError if there is none, or if it refuses them."""
     if tokenizer.chat_template is None:
         raise InputError(

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_instruct.configs import EvaluateConfig
@@ -30,6 +29,7 @@ from trl_instruct.recipes.options import data_of, named_source, stage_options
 from trl_instruct.recipes.stage import StageResult, run_stage
 from trl_instruct.rewards.function import RewardFunction
 from trl_instruct.rewards.load import load_reward
+from trl_instruct.types import Tokenizer
 
 EVALUATION_FILE = "evaluation.json"
 SAVED_SAMPLES = 20
@@ -42,7 +42,7 @@ def evaluate(
     *,
     judges: Mapping[str, Any] | None = None,
     demonstrations: Any = None,
-    processing_class: PreTrainedTokenizerBase | None = None,
+    processing_class: Tokenizer | None = None,
     config: EvaluateConfig | None = None,
     model_config: ModelConfig | None = None,
     **options: Any,
@@ -153,10 +153,10 @@ def _check_names(
 
 def _tokenizers(
     models: Mapping[str, ModelSource],
-    processing_class: PreTrainedTokenizerBase | None,
+    processing_class: Tokenizer | None,
     *,
     trust_remote_code: bool,
-) -> dict[str, PreTrainedTokenizerBase]:
+) -> dict[str, Tokenizer]:
     """One per model; without a chat template (base models) it takes that of the first with one."""
     tokenizers = {}
     for name, source in models.items():

@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from trl_instruct.logprobs import logprobs_in_parts
 from trl_instruct.models.properties import accepted, unwrapped
 from trl_instruct.padding import position_ids, right_padded_mask, roll_rows
+from trl_instruct.types import Model
 
 
 class Sequences(NamedTuple):
@@ -23,7 +23,7 @@ class Sequences(NamedTuple):
     states: Tensor
 
 
-def completion_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+def completion_logits(model: Model, sequences: Sequences) -> Tensor:
     """Logits that the completions' tokens are drawn from, `(N, V)`, row by row.
 
     The unembedding runs at `states` only: over a prompt of 256 tokens, or the padding after short

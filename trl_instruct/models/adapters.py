@@ -15,13 +15,13 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, get_peft_config
 
 from trl_instruct.errors import NOT_AS_EXPECTED, InputError, explained, summary
 from trl_instruct.models.properties import check_finished, model_name
 from trl_instruct.scalar_head import compute_in_float32, read_beside_adapter
+from trl_instruct.types import Model
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT = "base_fingerprint.txt"  # which base an adapter was trained over
@@ -107,7 +107,7 @@ class Adapter:
                 "merge first (trl-instruct merge ADAPTER OUTPUT_DIR) and start from the result."
             )
 
-    def on(self, model: PreTrainedModel, *, trainable: bool = True) -> peft.PeftModel:
+    def on(self, model: Model, *, trainable: bool = True) -> peft.PeftModel:
         """Its base, which never trains, with the adapter in float32, and a reward model's shift."""
         with self._fitting(model):
             adapted = peft.PeftModel.from_pretrained(model, self.folder, is_trainable=trainable)
@@ -116,7 +116,7 @@ class Adapter:
         read_beside_adapter(adapted, Path(self.folder))
         return float32_head(adapted)
 
-    def on_classifier(self, model: PreTrainedModel) -> peft.PeftModel:
+    def on_classifier(self, model: Model) -> peft.PeftModel:
         """A scalar classifier over its base, with its LoRA weights; InputError as in `on`."""
         config, heads = copy.deepcopy(self.config), {"lm_head", "score"}
         config.task_type, config.inference_mode = CLASSIFIER, False
@@ -132,7 +132,7 @@ class Adapter:
         return float32_head(adapted)
 
     @contextlib.contextmanager
-    def _fitting(self, model: PreTrainedModel) -> Iterator[None]:
+    def _fitting(self, model: Model) -> Iterator[None]:
         """Turn peft's errors about an adapter that does not fit into an InputError."""
         try:
             yield
@@ -193,7 +193,7 @@ def peft_config_of(model_config: ModelConfig, task_type: str = POLICY) -> peft.P
 
 
 def new_adapter_config(
-    model: PreTrainedModel, model_config: ModelConfig, task_type: str = POLICY
+    model: Model, model_config: ModelConfig, task_type: str = POLICY
 ) -> peft.PeftConfig | None:
     """The config of a model's new adapter; None if it needs none."""
     config = peft_config_of(model_config, task_type)
@@ -211,15 +211,13 @@ def new_adapter_config(
     return config
 
 
-def with_lora(
-    model: PreTrainedModel, model_config: ModelConfig, task_type: str = POLICY
-) -> PreTrainedModel:
+def with_lora(model: Model, model_config: ModelConfig, task_type: str = POLICY) -> Model:
     """The model, with a LoRA adapter if `model_config` asks for one (see `new_adapter_config`)."""
     config = new_adapter_config(model, model_config, task_type)
     return float32_head(peft.get_peft_model(model, config)) if config else model
 
 
-def float32_head(model: PreTrainedModel) -> PreTrainedModel:
+def float32_head(model: Model) -> Model:
     """Make an adapter classifier's head float32, as peft makes LoRA's: bfloat16 loses updates."""
     head = getattr(model, "score", None)
     if isinstance(head, ModulesToSaveWrapper):
@@ -233,7 +231,7 @@ def trained_weights(model: nn.Module) -> dict[nn.Parameter, Tensor]:
     return {p: p.data for p in model.parameters() if p.requires_grad}
 
 
-def keep_float32(model: PreTrainedModel, before: dict[nn.Parameter, Tensor]) -> None:
+def keep_float32(model: Model, before: dict[nn.Parameter, Tensor]) -> None:
     """Restore the float32 weights of what trains over a frozen base, from `trained_weights`.
 
     Over a quantised base, TRL's trainers round them to bfloat16: at a learning rate of 1e-5 most

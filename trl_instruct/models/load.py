@@ -14,12 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import ModelConfig, get_quantization_config
 
 from trl_instruct import scalar_head
@@ -28,6 +23,7 @@ from trl_instruct.errors import InputError
 from trl_instruct.models import adapters, properties
 from trl_instruct.models.properties import ModelSource, check_finished, is_nameless, unwrapped
 from trl_instruct.models.tokenizers import load_tokenizer
+from trl_instruct.types import Model
 
 HEAD = "score.weight"
 
@@ -36,12 +32,12 @@ quiet_libraries()
 
 def load_policy(
     source: ModelSource, model_config: ModelConfig, *, trust_remote_code: bool = False
-) -> PreTrainedModel:
+) -> Model:
     """A causal language model; weights in float32 unless `model_config.dtype` says otherwise.
 
     An adapter trains further over its base if `model_config` asks for LoRA; else it is merged.
     """
-    if isinstance(source, PreTrainedModel | PeftModel):
+    if isinstance(source, Model | PeftModel):
         if not source.can_generate():
             raise InputError(
                 f"A {type(source).__name__} was given; an AutoModelForCausalLM is needed."
@@ -64,7 +60,7 @@ def keeps_adapter(model_config: ModelConfig) -> bool:
 
 def base_of(
     adapter: adapters.Adapter, model_config: ModelConfig, kind: Any, trust_remote_code: bool
-) -> PreTrainedModel:
+) -> Model:
     """The base that an adapter names, of that kind of AutoModel; InputError if it has changed."""
     adapter.check_base()
     if model_config.use_peft:
@@ -78,7 +74,7 @@ def load_reward_model(
     *,
     fresh_head: bool = False,
     trust_remote_code: bool = False,
-) -> PreTrainedModel:
+) -> Model:
     """A scalar `AutoModelForSequenceClassification` (`num_labels=1`).
 
     If transformers has no such class for the architecture, `scalar_head.py` has one. With
@@ -87,7 +83,7 @@ def load_reward_model(
     """
     if isinstance(source, PeftModel):
         source = copy.deepcopy(source).merge_and_unload().requires_grad_(True)
-    if isinstance(source, PreTrainedModel):
+    if isinstance(source, Model):
         bare = fresh_head and not hasattr(source, "score")
         model = _classifier_from_policy(source) if bare else source
         scalar_head.score_head(model)
@@ -106,7 +102,7 @@ def load_reward_model(
 
 def _adapter_classifier(
     source: str | os.PathLike, model_config: ModelConfig, fresh_head: bool, trust_remote_code: bool
-) -> PreTrainedModel:
+) -> Model:
     """A reward model from a reward model's adapter folder; with a fresh head, from any."""
     adapter = adapters.Adapter.read(source)
     if not fresh_head:
@@ -119,7 +115,7 @@ def _adapter_classifier(
     return adapter.on_classifier(base) if fresh_head else adapter.on(base)
 
 
-def _classifier_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
+def _classifier_from_policy(policy: Model) -> Model:
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     scalar_head.register_scalar_head(type(config))
@@ -131,10 +127,10 @@ def _classifier_from_policy(policy: PreTrainedModel) -> PreTrainedModel:
 
 def needs_base(source: ModelSource, model_config: ModelConfig) -> bool:
     """Whether a new adapter's base exists only in memory: it is saved, so that peft can load it."""
-    return model_config.use_peft and isinstance(source, PreTrainedModel) and is_nameless(source)
+    return model_config.use_peft and isinstance(source, Model) and is_nameless(source)
 
 
-def reference_of(policy: PreTrainedModel) -> PreTrainedModel | None:
+def reference_of(policy: Model) -> Model | None:
     """A frozen copy of the policy; None for a LoRA policy, whose base is the reference."""
     if isinstance(policy, PeftModel):
         return None
@@ -147,7 +143,7 @@ def _load(
     model_config: ModelConfig,
     trust_remote_code: bool,
     may_lack: str | None = None,
-) -> PreTrainedModel:
+) -> Model:
     path = os.fspath(source)
     check_finished(Path(path))
     arguments: dict[str, Any] = {"dtype": _dtype(model_config)}
@@ -188,7 +184,7 @@ def _load(
     return model
 
 
-def _keep_layout(model: PreTrainedModel) -> None:
+def _keep_layout(model: Model) -> None:
     """Keep the layout in which 4-bit weights were loaded.
 
     On CPUs with AVX512-BF16, bitsandbytes (0.49, 0.50) repacks them in place at the first
@@ -202,7 +198,7 @@ def _keep_layout(model: PreTrainedModel) -> None:
 
 def merged(
     adapter: adapters.Adapter, model_config: ModelConfig, *, trust_remote_code: bool = False
-) -> PreTrainedModel:
+) -> Model:
     """The model with an adapter merged into its weights, in full precision: less rounds both."""
     judges = adapter.config.task_type == adapters.CLASSIFIER
     kind = AutoModelForSequenceClassification if judges else AutoModelForCausalLM

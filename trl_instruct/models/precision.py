@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trl_instruct.errors import InputError
 from trl_instruct.models.properties import unwrapped
 from trl_instruct.option_checks import has_bf16
 from trl_instruct.scalar_head import Float32Linear, compute_in_float32
+from trl_instruct.types import Model
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -54,7 +54,7 @@ def autocast_of(model: nn.Module) -> AbstractContextManager:
     return nullcontext()
 
 
-def cast_lm_head_to_fp32(model: PreTrainedModel) -> None:
+def cast_lm_head_to_fp32(model: Model) -> None:
     """Compute a language model's logits in float32, as TRL's GRPOTrainer does (ScaleRL).
 
     A head that is not tied to the embeddings is stored in float32, too. InputError if it is no

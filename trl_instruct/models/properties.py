@@ -10,12 +10,13 @@ from typing import Any, TypeAlias
 
 from peft import PeftModel
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from trl_instruct.errors import InputError, summary
 from trl_instruct.files import CONFIG_FILE, METRICS_FILE, listed_files
+from trl_instruct.types import Model
 
-ModelSource: TypeAlias = str | os.PathLike | PreTrainedModel
+ModelSource: TypeAlias = str | os.PathLike | Model
 
 
 def accepted(module: nn.Module, **arguments: Any) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
         _set_rates_to_zero(module)
         config = vars(module).get("config")
-        if isinstance(config, PretrainedConfig) and not isinstance(module, PreTrainedModel):
+        if isinstance(config, PretrainedConfig) and not isinstance(module, Model):
             # Some layers read a rate there (Falcon, GPT-J). The model saves its own, unchanged.
             if id(config) not in still:
                 still[id(config)] = copy.copy(config)
@@ -65,12 +66,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+def unwrapped(model: Model) -> Model:
     """The model inside a PEFT wrapper, with its adapter; any other model unchanged."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def context_length(model: PreTrainedModel) -> int | None:
+def context_length(model: Model) -> int | None:
     """Most tokens the model can attend to; None if its architecture has no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -79,14 +80,14 @@ def model_name(source: ModelSource | None) -> str:
     """A model's name in messages, and where to look for its tokenizer; InputError without one."""
     if source is None:
         raise InputError("No model was given: set model_name_or_path to a Hub id or a folder.")
-    if isinstance(source, PreTrainedModel | PeftModel):
+    if isinstance(source, Model | PeftModel):
         return source.config._name_or_path or type(source).__name__
     return os.fspath(source)
 
 
 def is_nameless(source: ModelSource) -> bool:
     """Whether the source is a model in memory that was not loaded from anywhere."""
-    return isinstance(source, PreTrainedModel | PeftModel) and not source.config._name_or_path
+    return isinstance(source, Model | PeftModel) and not source.config._name_or_path
 
 
 def check_finished(folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import ModelConfig
 
 from trl_instruct.errors import InputError
@@ -21,6 +21,7 @@ from trl_instruct.models.adapters import CLASSIFIER, Adapter, is_adapter, with_l
 from trl_instruct.models.load import base_of, load_policy
 from trl_instruct.models.properties import ModelSource, model_name
 from trl_instruct.scalar_head import compute_in_float32, register_scalar_head
+from trl_instruct.types import Model
 
 # How transformers marks a model with quantised weights.
 MARKS = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized", "quantization_method")
@@ -72,7 +73,7 @@ class SharedBase:
         return self.adapter.on_classifier(model)
 
 
-def view_of(model: PreTrainedModel) -> PreTrainedModel:
+def view_of(model: Model) -> Model:
     """A copy of a model, with or without adapters, that shares its frozen weights only."""
     shared: dict[int, nn.Module | Tensor] = {}
     for part in model.modules():
@@ -85,7 +86,7 @@ def view_of(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, shared)
 
 
-def classifier_around(model: PreTrainedModel) -> PreTrainedModel:
+def classifier_around(model: Model) -> Model:
     """A scalar sequence classifier, its head zero, around the backbone of a model without adapters.
 
     The two share one trunk: a change to it in one is a change in the other.

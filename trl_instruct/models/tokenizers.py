@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from trl_instruct.errors import InputError
 from trl_instruct.models.properties import ModelSource, load_fault, model_name
+from trl_instruct.types import Model, Tokenizer
 
 
 def load_tokenizer(
@@ -14,7 +15,7 @@ def load_tokenizer(
     revision: str = "main",
     trust_remote_code: bool = False,
     special_tokens: dict[str, str] | None = None,
-) -> PreTrainedTokenizerBase:
+) -> Tokenizer:
     """The tokenizer of a model, padding on the left, with EOS (also for a missing pad token)."""
     path = model_name(source)
     try:
@@ -30,8 +31,8 @@ def load_tokenizer(
 
 
 def check_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, name: str, special_tokens: dict[str, str] | None = None
-) -> PreTrainedTokenizerBase:
+    tokenizer: Tokenizer, name: str, special_tokens: dict[str, str] | None = None
+) -> Tokenizer:
     """The tokenizer with pad and `special_tokens`; InputError for unknown ones, or without EOS."""
     for role, token in (special_tokens or {}).items():
         if token not in tokenizer.get_vocab():
@@ -51,7 +52,7 @@ def check_tokenizer(
     return tokenizer
 
 
-def install_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+def install_chat_template(tokenizer: Tokenizer, path: str) -> None:
     """Set the tokenizer's chat template from a Jinja file, as TRL's chat_template_path does."""
     file = Path(path)
     if file.suffix not in (".jinja", ".j2"):
@@ -61,7 +62,7 @@ def install_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None
     tokenizer.chat_template = file.read_text(encoding="utf-8")
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+def check_vocabulary(tokenizer: Tokenizer, model: Model) -> None:
     """InputError if the tokenizer has ids that the model has no embedding for."""
     embedding = model.get_input_embeddings()
     # An adapter's wrapper has only the weight, which in turn is empty where ZeRO-3 shards it.
@@ -75,9 +76,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel)
         )
 
 
-def check_same_tokens(
-    one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, names: tuple[str, str]
-) -> None:
+def check_same_tokens(one: Tokenizer, other: Tokenizer, names: tuple[str, str]) -> None:
     """InputError if two tokenizers of one base, called `names`, give a token different ids."""
     known = other.get_vocab()
     for token, number in one.get_vocab().items():

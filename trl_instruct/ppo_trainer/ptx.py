@@ -7,10 +7,10 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from trl_instruct.configs import PPOConfig
 from trl_instruct.errors import InputError
+from trl_instruct.types import Tokenizer
 
 
 class PretrainingRows:
@@ -20,12 +20,7 @@ class PretrainingRows:
     """
 
     def __init__(
-        self,
-        texts: Dataset | IterableDataset,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        length: int,
-        seed: int,
+        self, texts: Dataset | IterableDataset, tokenizer: Tokenizer, *, length: int, seed: int
     ):
         self.texts, self.tokenizer, self.length, self.seed = texts, tokenizer, length, seed
         self.passes = 0
@@ -76,7 +71,7 @@ class PretrainingRows:
 
 
 def pretraining_rows(
-    texts: Dataset | IterableDataset | None, tokenizer: PreTrainedTokenizerBase, args: PPOConfig
+    texts: Dataset | IterableDataset | None, tokenizer: Tokenizer, args: PPOConfig
 ) -> PretrainingRows:
     """The pretraining rows of a run with `ptx_coef`; InputError if it has no texts."""
     if texts is None:

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_instruct.configs import PPOConfig
@@ -20,12 +19,7 @@ from trl_instruct.models.adapters import is_quantized, with_lora
 from trl_instruct.models.load import load_policy, load_reward_model, reference_of
 from trl_instruct.models.precision import cast_lm_head_to_fp32, store_in
 from trl_instruct.models.properties import ModelSource, model_name
-from trl_instruct.models.sharding import (
-    MIXED,
-    cast_like_sharded,
-    launched_sharded,
-    load_unsharded,
-)
+from trl_instruct.models.sharding import MIXED, cast_like_sharded, launched_sharded, load_unsharded
 from trl_instruct.models.shared_base import SharedBase, classifier_around, view_of
 from trl_instruct.models.tokenizers import check_same_tokens, load_tokenizer
 from trl_instruct.ppo_trainer.rollouts import disable_dropout_and_rescaling
@@ -34,6 +28,7 @@ from trl_instruct.rewards.function import RewardFunction, parts_of, place_on, te
 from trl_instruct.rewards.load import is_python, load_reward, sole_reward
 from trl_instruct.rewards.reward_model import RewardModel
 from trl_instruct.scalar_head import score_head
+from trl_instruct.types import Model, Tokenizer
 
 
 def check_roles(
@@ -60,17 +55,17 @@ VALUE_HEAD = "value_head"  # it is a head of zeros on the policy itself, which b
 class Roles(NamedTuple):
     """The four roles. `ref_policy` None: a copy of the policy, or a fresh adapter's base."""
 
-    policy: PreTrainedModel
-    ref_policy: PreTrainedModel | None
+    policy: Model
+    ref_policy: Model | None
     reward: RewardFunction
-    value: PreTrainedModel
+    value: Model
 
 
 def load_roles(
     model: ModelSource,
     reward: Any,
     value: ModelSource | None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     config: PPOConfig,
     model_config: ModelConfig,
 ) -> Roles:
@@ -147,9 +142,7 @@ def _shares(model: ModelSource, config: PPOConfig, model_config: ModelConfig) ->
     return fault is None and config.share_base is not False
 
 
-def _over(
-    base: SharedBase | None, reward: Any, tokenizer: PreTrainedTokenizerBase, config: PPOConfig
-) -> Any:
+def _over(base: SharedBase | None, reward: Any, tokenizer: Tokenizer, config: PPOConfig) -> Any:
     """The reward; those of its models that are adapters over the base are loaded onto it."""
     if isinstance(reward, list | tuple):
         return [_over(base, part, tokenizer, config) for part in reward]
@@ -162,9 +155,7 @@ def _over(
     return RewardModel(base.classifier(adapter), own, batch_size=size)
 
 
-def _full_value_model(
-    source: Any, model: ModelSource, policy: PreTrainedModel, **trust: bool
-) -> PreTrainedModel:
+def _full_value_model(source: Any, model: ModelSource, policy: Model, **trust: bool) -> Model:
     """A full-size value model: from a reward model, or from the policy with a head of zeros."""
     if source != FROM_POLICY:
         judge = source.model if isinstance(source, RewardModel) else None
@@ -202,9 +193,7 @@ def _insist(base: SharedBase, roles: Roles) -> None:
             )
 
 
-def reference_for(
-    policy: PreTrainedModel, ref_model: PreTrainedModel | None, config: PPOConfig
-) -> PreTrainedModel | None:
+def reference_for(policy: Model, ref_model: Model | None, config: PPOConfig) -> Model | None:
     """The reference given, or the policy's (`reference_of`); both get their heads' precision."""
     for model in (policy, ref_model):
         if config.cast_lm_head_to_fp32 and model is not None:
@@ -214,9 +203,9 @@ def reference_for(
 
 def place_frozen(
     accelerator: Accelerator,
-    ref_model: PreTrainedModel | None,
+    ref_model: Model | None,
     judges: Sequence[RewardFunction | None],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
     dtype: torch.dtype,
     trained: Sequence[nn.Module],

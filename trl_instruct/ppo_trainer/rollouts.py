@@ -20,12 +20,7 @@ from trl_instruct.generation.sampling import decode
 from trl_instruct.logprobs import logprobs_in_parts
 from trl_instruct.models.properties import call, disable_dropout, unwrapped
 from trl_instruct.padding import right_padded_mask, similar_lengths
-from trl_instruct.scalar_head import (
-    compute_in_float32,
-    disable_rescaling,
-    score_head,
-    shift_of,
-)
+from trl_instruct.scalar_head import compute_in_float32, disable_rescaling, score_head, shift_of
 
 
 class ValueModel(nn.Module):

@@ -5,11 +5,11 @@ from typing import Any
 
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from trl_instruct.files import read_json, write_json
 from trl_instruct.models.resuming import PPO_STATE
 from trl_instruct.rewards.function import load_states, states_of
+from trl_instruct.types import Model
 
 VALUE, EMA = "value_model", "ema.safetensors"
 
@@ -31,7 +31,7 @@ def save_rest(trainer: Any, folder: Path, value_state: dict[str, Tensor] | None)
     write_json(folder / PPO_STATE, progress)
 
 
-def load_weights(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+def load_weights(model: Model | PeftModel, folder: Path) -> None:
     """Load into a model, or its adapter, the weights that its `save_pretrained` wrote."""
     if isinstance(model, PeftModel):
         set_peft_model_state_dict(model, load_peft_weights(str(folder)))

@@ -17,14 +17,7 @@ import torch
 import trl
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import GenerationConfig, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_utils import TrainOutput
 
@@ -39,6 +32,7 @@ from trl_instruct.ppo_trainer.rollouts import disable_dropout_and_rescaling
 from trl_instruct.rewards import function
 from trl_instruct.rewards.reward_model import RewardModel
 from trl_instruct.scalar_head import score_head, shift_of
+from trl_instruct.types import Model, Tokenizer
 
 
 class RewardModule(nn.Module):
@@ -57,7 +51,7 @@ class RewardModule(nn.Module):
 
     base_model_prefix = "backbone"
 
-    def __init__(self, reward: function.RewardFunction, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, reward: function.RewardFunction, tokenizer: Tokenizer):
         super().__init__()
         self.reward = reward
         self.tokenizer = tokenizer
@@ -139,12 +133,12 @@ class UpstreamTrainer(Trainer):
     def __init__(
         self,
         args: PPOConfig,
-        processing_class: PreTrainedTokenizerBase,
-        model: PreTrainedModel,
-        ref_model: PreTrainedModel | None,
-        reward_model: function.RewardFunction | PreTrainedModel,
+        processing_class: Tokenizer,
+        model: Model,
+        ref_model: Model | None,
+        reward_model: function.RewardFunction | Model,
         train_dataset: Dataset,
-        value_model: PreTrainedModel,
+        value_model: Model,
         callbacks: list[TrainerCallback] | None = None,
         **unused: Any,
     ):
@@ -153,7 +147,7 @@ class UpstreamTrainer(Trainer):
         self.prompts, self.cut_prompts = prompt_tokens(
             train_dataset[:], processing_class, model, args
         )
-        if isinstance(reward_model, PreTrainedModel):
+        if isinstance(reward_model, Model):
             reward_model = RewardModel(reward_model, processing_class)
         judge = RewardModule(reward_model, processing_class)
         records = zip(train_dataset, self.prompts, strict=True)
@@ -253,7 +247,7 @@ def _trl_ppo() -> ModuleType:
     return module
 
 
-def _prepare(policy: PreTrainedModel, value: PreTrainedModel, config: PPOConfig) -> None:
+def _prepare(policy: Model, value: Model, config: PPOConfig) -> None:
     """Change the models as our trainer does and TRL's does not: both then train the same ones."""
     for model in (unwrapped(policy), value.base_model):
         if not accepted(model, position_ids=None):
@@ -269,7 +263,7 @@ def _prepare(policy: PreTrainedModel, value: PreTrainedModel, config: PPOConfig)
             model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
 
 
-def _tell_departures(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def _tell_departures(config: PPOConfig, tokenizer: Tokenizer) -> None:
     """Warn if TRL's trainer does not do what these options say."""
     told, steps, limit = [], config.num_mini_batches, config.max_grad_norm
     if steps > 1:

@@ -11,7 +11,6 @@ from accelerate import PartialState
 from huggingface_hub import ModelCard
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_instruct.configs import RewardConfig
@@ -29,6 +28,7 @@ from trl_instruct.rewards.function import place_on
 from trl_instruct.rewards.load import load_reward
 from trl_instruct.rewards.tokens import same_tokenizer
 from trl_instruct.scalar_head import keep_shift, shift_of
+from trl_instruct.types import Tokenizer
 
 MEMBERS_APART = 10_007  # seeds of two members' heads
 MEMBERS_FILE = "members.json"
@@ -36,7 +36,7 @@ MEMBERS_FILE = "members.json"
 
 def train_members(
     train: Callable[..., StageResult],
-    load: Callable[[PreTrainedTokenizerBase], Preferences],
+    load: Callable[[Tokenizer], Preferences],
     model: ModelSource,
     config: RewardConfig,
 ) -> StageResult:

@@ -7,7 +7,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 from trl import ModelConfig
 
 from trl_instruct.configs import PPOConfig
@@ -31,6 +31,7 @@ from trl_instruct.recipes.publishing import without_secrets
 from trl_instruct.recipes.stage import StageResult, StageRun, run_stage, starting_point
 from trl_instruct.rewards.function import counts_of, parts_of
 from trl_instruct.rewards.load import Reward, load_reward
+from trl_instruct.types import Tokenizer
 
 
 def ppo(
@@ -41,7 +42,7 @@ def ppo(
     *,
     ptx_dataset: Any = None,
     value_model: ModelSource | None = None,
-    processing_class: PreTrainedTokenizerBase | None = None,
+    processing_class: Tokenizer | None = None,
     config: PPOConfig | None = None,
     model_config: ModelConfig | None = None,
     callbacks: list[TrainerCallback] | None = None,

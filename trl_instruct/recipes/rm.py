@@ -7,13 +7,7 @@ from functools import partial
 from typing import Any
 
 from peft import PeftModel
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from trl import ModelConfig
 
 from trl_instruct.configs import RewardConfig
@@ -39,6 +33,7 @@ from trl_instruct.reward_trainer.tables import FIGURE, plot, render
 from trl_instruct.reward_trainer.trainer import RankingRewardTrainer
 from trl_instruct.rewards.reward_model import RewardModel
 from trl_instruct.scalar_head import save_beside_adapter
+from trl_instruct.types import Model, Tokenizer
 
 
 def rm(
@@ -48,7 +43,7 @@ def rm(
     *,
     eval_dataset: Any = None,
     demonstrations: Any = None,
-    processing_class: PreTrainedTokenizerBase | None = None,
+    processing_class: Tokenizer | None = None,
     config: RewardConfig | None = None,
     model_config: ModelConfig | None = None,
     callbacks: list[TrainerCallback] | None = None,
@@ -89,7 +84,7 @@ def rm(
     remember_reading(config, model)
     test = held_out_of(dataset, eval_dataset, config)
 
-    def load(tokenizer: PreTrainedTokenizerBase) -> preferences.Preferences:
+    def load(tokenizer: Tokenizer) -> preferences.Preferences:
         return preferences.load_preferences(
             data_of(dataset, config),
             test and test[0],
@@ -147,8 +142,8 @@ def rm(
 
 def _trainer(
     run: stage.StageRun,
-    classifier: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    classifier: Model,
+    tokenizer: Tokenizer,
     data: preferences.Preferences,
     callbacks: list[TrainerCallback] | None,
 ) -> RankingRewardTrainer:
@@ -173,7 +168,7 @@ def _trainer(
     )
 
 
-def _check_rendering(record: Record, *, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_rendering(record: Record, *, tokenizer: Tokenizer) -> None:
     """InputError for a record, of any kind, that the chat template refuses."""
     if isinstance(record["prompt"], str) or tokenizer.chat_template is None:
         return
@@ -182,9 +177,7 @@ def _check_rendering(record: Record, *, tokenizer: PreTrainedTokenizerBase) -> N
     render_all(record["prompt"], replies, tokenizer, record)
 
 
-def _tell(
-    run: stage.StageRun, data: preferences.Preferences, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def _tell(run: stage.StageRun, data: preferences.Preferences, tokenizer: Tokenizer) -> None:
     """Show the first response of the first rankings, and the lengths of all."""
 
     def rendered(record: Record) -> list[Rendered]:

@@ -14,14 +14,7 @@ from typing import Any
 from accelerate import DistributedType, PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    set_seed,
-)
+from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from trl import ModelConfig
@@ -41,6 +34,7 @@ from trl_instruct.recipes.options import config_text, option_errors
 from trl_instruct.recipes.progress import Interruption, ProgressBar, hold_trackers, way_on
 from trl_instruct.recipes.publishing import create_repository, model_card, publish, without_secrets
 from trl_instruct.recipes.run_files import BASE, RunFiles
+from trl_instruct.types import Model, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -191,7 +185,7 @@ class StageRun:
             raise InputError(fault)
         self.begun = True
 
-    def save_base(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
+    def save_base(self, model: Model, tokenizer: Tokenizer) -> Path:
         """Save a base model that exists only in memory; its folder, which a new adapter names."""
         if self.is_main:
             self.files.lock()
@@ -209,7 +203,7 @@ class StageRun:
         return self.folder / BASE
 
     def new_trainer(
-        self, kind: Any, model: PreTrainedModel, *, task: Any = adapters.POLICY, **given: Any
+        self, kind: Any, model: Model, *, task: Any = adapters.POLICY, **given: Any
     ) -> Any:
         """A trainer, over a new adapter if options ask for one; what trains stays float32."""
         adapter = adapters.new_adapter_config(model, self.model_config, task)
@@ -332,8 +326,8 @@ class StageRun:
 
 
 def starting_point(
-    run: StageRun, model: ModelSource, processing_class: PreTrainedTokenizerBase | None
-) -> tuple[ModelSource, PreTrainedTokenizerBase]:
+    run: StageRun, model: ModelSource, processing_class: Tokenizer | None
+) -> tuple[ModelSource, Tokenizer]:
     """The source of the model to train, and its tokenizer; the run's config names the model."""
     model_config = run.model_config
     model_config.model_name_or_path = model_name(model)
@@ -360,9 +354,7 @@ def starting_point(
     return model, tokenizer
 
 
-def fit_together(
-    config: SFTConfig | RewardConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def fit_together(config: SFTConfig | RewardConfig, model: Model, tokenizer: Tokenizer) -> None:
     """Limit max_length to the model's context; InputError if the tokenizer is another model's."""
     context = context_length(model)
     if context is not None and config.max_length is not None:
@@ -371,7 +363,7 @@ def fit_together(
 
 
 def check_chat_template(
-    dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, config: SFTConfig | RewardConfig
+    dataset: AnyDataset, tokenizer: Tokenizer, config: SFTConfig | RewardConfig
 ) -> None:
     """InputError for messages without a chat template."""
     known = tokenizer.chat_template or config.chat_template_path

@@ -6,20 +6,20 @@ from itertools import combinations, takewhile
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from trl_instruct.data.rendering import record_of, render_all
 from trl_instruct.errors import located
 from trl_instruct.padding import pad_rows, right_padded_mask
 from trl_instruct.rewards.tokens import cut_prompt
+from trl_instruct.types import Tokenizer
 
 
 def tokenize_rankings(
     batch: dict[str, list[Any]],
     rows: Sequence[int],
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     max_length: int | None,
     truncate_prompt: bool = False,
     ties: str = "drop",
@@ -59,7 +59,7 @@ def tokenize_rankings(
 
 
 def tokenize_pair(
-    record: Mapping[str, Any], row: int, tokenizer: PreTrainedTokenizerBase
+    record: Mapping[str, Any], row: int, tokenizer: Tokenizer
 ) -> dict[str, list[int]]:
     """A pair as the ids that TRL's RewardTrainer takes."""
     pair = [record["chosen"], record["rejected"]]

@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import softplus
-from transformers import PreTrainedTokenizerBase
 
 from trl_instruct.data.pairs import content_key, prompt_key, ranking_to_pairs
 from trl_instruct.data.rankings import Ranking
@@ -22,6 +21,7 @@ from trl_instruct.errors import InputError
 from trl_instruct.intervals import Interval, share_interval
 from trl_instruct.reward_trainer.labelers import Labeled, agreement
 from trl_instruct.rewards.function import RewardFunction, as_text, call_reward
+from trl_instruct.types import Tokenizer
 
 MOST_BINS, LEAST_PAIRS = 10, 30
 DRAWS = 200  # of a perfect model's rankings
@@ -92,7 +92,7 @@ class Comparisons(NamedTuple):
 
 
 def evaluate_reward(
-    reward: RewardFunction, rankings: Dataset, tokenizer: PreTrainedTokenizerBase
+    reward: RewardFunction, rankings: Dataset, tokenizer: Tokenizer
 ) -> RewardEvaluation:
     """Measure a reward on rankings that it was not trained on. Each response is scored once.
 
@@ -150,7 +150,7 @@ def response_scores(
 
 
 def evaluate_members(
-    rewards: Sequence[RewardFunction], rankings: Dataset, tokenizer: PreTrainedTokenizerBase
+    rewards: Sequence[RewardFunction], rankings: Dataset, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """Accuracy of the mean of several rewards, and `by_dissent`; else as `evaluate_reward`."""
     held_out = numbered(rankings)
@@ -313,7 +313,7 @@ def within_prompt_correlation(
     return ((a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt()).item()
 
 
-def response_ids(responses: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def response_ids(responses: Sequence[Any], tokenizer: Tokenizer) -> list[list[int]]:
     """Tokens of each response (text or messages), without special tokens."""
     texts = list(map(as_text, responses))
     return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []

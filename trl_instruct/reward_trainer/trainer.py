@@ -9,7 +9,7 @@ from datasets import IterableDataset
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 from trl import RewardTrainer
 
 from trl_instruct.console import get_logger
@@ -29,6 +29,7 @@ from trl_instruct.rewards.score_position import (
     scores_at,
     separate_scores,
 )
+from trl_instruct.types import Tokenizer
 
 logger = get_logger(__name__)
 
@@ -70,7 +71,7 @@ class RankingRewardTrainer(ResumableTrainer, RewardTrainer):
         data_collator: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
+        processing_class: Tokenizer | None = None,
         *,
         forward: str | None = None,
         **kwargs: Any,
@@ -98,7 +99,7 @@ class RankingRewardTrainer(ResumableTrainer, RewardTrainer):
         self.add_callback(callback)
 
     def _prepare_dataset(
-        self, dataset: Any, processing_class: PreTrainedTokenizerBase, args: Any, name: str
+        self, dataset: Any, processing_class: Tokenizer, args: Any, name: str
     ) -> Any:
         columns = dataset.column_names or list(next(iter(dataset)))
         if "longest" in columns:  # prepared before
@@ -304,7 +305,7 @@ class _NoPadTokenIfEos(TrainerCallback):
     An adapter is saved without a config, so it trains with `own`, the pad token of its base.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, own: int | None):
+    def __init__(self, tokenizer: Tokenizer, own: int | None):
         self.is_eos, self.own = tokenizer.pad_token_id == tokenizer.eos_token_id, own
 
     def settle(self, model: Any) -> None:

@@ -6,17 +6,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from trl_instruct.errors import InputError
 from trl_instruct.models.properties import context_length, model_name
 from trl_instruct.rewards.function import Texts, as_text
 from trl_instruct.rewards.score_position import batched_logits
+from trl_instruct.types import Model, Tokenizer
 
 
 class ClassifierReward:
@@ -42,11 +38,11 @@ class ClassifierReward:
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | Model,
         labels: str | Mapping[str, float],
         *,
         measure: Literal["probability", "logit", "log_odds"] = "logit",
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Tokenizer | None = None,
         with_prompt: bool = True,
         batch_size: int = 64,
     ):
@@ -94,7 +90,7 @@ class ClassifierReward:
         return self.tokenizer(text, truncation=True, max_length=self.context)["input_ids"]
 
 
-def _weights(labels: Mapping[str, float], model: PreTrainedModel) -> Tensor:
+def _weights(labels: Mapping[str, float], model: Model) -> Tensor:
     """Weight of each of the model's labels, `(L,)` float64."""
     known = {str(name): int(index) for index, name in model.config.id2label.items()}
     unknown = [name for name in labels if name not in known]

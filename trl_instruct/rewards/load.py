@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig
 from trl import ModelConfig
 
 from trl_instruct.errors import InputError
@@ -22,6 +22,7 @@ from trl_instruct.rewards.function import RewardFunction
 from trl_instruct.rewards.http import HTTPReward
 from trl_instruct.rewards.reward_model import RewardModel
 from trl_instruct.tiny import gold_score
+from trl_instruct.types import Tokenizer
 
 TINY = "tiny"
 
@@ -30,7 +31,7 @@ Reward: TypeAlias = ModelSource | RewardFunction | Sequence[ModelSource | Reward
 
 def load_reward(
     reward: Any,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Tokenizer | None = None,
     *,
     weights: Sequence[float] | None = None,
     combine: str | None = None,

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_instruct.models.processes import shared_out
 from trl_instruct.models.properties import context_length, model_name
@@ -13,6 +12,7 @@ from trl_instruct.models.tokenizers import check_tokenizer
 from trl_instruct.rewards.score_position import batched_logits
 from trl_instruct.rewards.tokens import reward_rows, same_tokenizer
 from trl_instruct.scalar_head import compute_in_float32, keep_shift, shift_of
+from trl_instruct.types import Model, Tokenizer
 
 
 class RewardModel:
@@ -29,8 +29,8 @@ class RewardModel:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        model: Model,
+        tokenizer: Tokenizer,
         *,
         batch_size: int = 64,
         name: str | None = None,
@@ -46,7 +46,7 @@ class RewardModel:
         """Move the model to the device."""
         self.model.to(device)
 
-    def ids_are_of(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def ids_are_of(self, tokenizer: Tokenizer) -> None:
         """Set the tokenizer of `completion_ids`: they are read if the model's own is the same."""
         self.reads_ids = same_tokenizer(tokenizer, self.tokenizer)
 

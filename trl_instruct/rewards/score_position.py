@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from trl_instruct.models.precision import autocast_of
 from trl_instruct.models.properties import accepted, unwrapped
 from trl_instruct.padding import pad_rows, right_padded_mask, similar_lengths
 from trl_instruct.scalar_head import ScalarHead
+from trl_instruct.types import Model
 
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]
 
@@ -89,9 +89,7 @@ def pad_token_of(model: Any) -> int | None:
 
 
 @torch.no_grad()
-def batched_logits(
-    model: PreTrainedModel, rows: list[list[int]], filler: int, batch_size: int
-) -> Tensor:
+def batched_logits(model: Model, rows: list[list[int]], filler: int, batch_size: int) -> Tensor:
     """A classifier's logits for R lists of token ids, `(R, labels)` float32 on CPU."""
     logits = torch.zeros(len(rows), model.config.num_labels)
     for chosen in similar_lengths([len(row) for row in rows], batch_size):

@@ -4,15 +4,16 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from trl_instruct.data.rendering import completion_texts, record_of, render
+from trl_instruct.types import Tokenizer
 
 
 def reward_rows(
     prompts: Sequence[Any],
     completions: Sequence[Any],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     completion_ids: Sequence[list[int]] | None = None,
     columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[list[int]]:
@@ -36,9 +37,7 @@ def reward_rows(
 
 
 def _sampled(
-    completions: Sequence[Any],
-    completion_ids: Sequence[list[int]] | None,
-    tokenizer: PreTrainedTokenizerBase,
+    completions: Sequence[Any], completion_ids: Sequence[list[int]] | None, tokenizer: Tokenizer
 ) -> Sequence[list[int] | None]:
     """The sampled tokens of each text, without what ended it.
 
@@ -65,7 +64,7 @@ def _answer(completion: Any) -> str | None:
     return completion[0].get("content") if roles == ["assistant"] else None
 
 
-def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
     """Whether two tokenizers give the same tokens for all texts and messages."""
     if one is other:
         return True
