@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 
 from trl_instruct.console import get_logger
+from trl_instruct.data.sources import Record
 from trl_instruct.errors import InputError, located
 from trl_instruct.types import Tokenizer
 
@@ -44,7 +45,7 @@ class Rendered(NamedTuple):
 
 
 def render(
-    prompt: Any, completion: Any, tokenizer: Tokenizer, record: Mapping[str, Any] | None = None
+    prompt: Any, completion: Any, tokenizer: Tokenizer, record: Record | None = None
 ) -> Rendered:
     """Prompt and completion as token ids. Arguments and errors as `render_all`."""
     (rendered,) = render_all(prompt, [completion], tokenizer, record)
@@ -52,10 +53,7 @@ def render(
 
 
 def render_all(
-    prompt: Any,
-    completions: Sequence[Any],
-    tokenizer: Tokenizer,
-    record: Mapping[str, Any] | None = None,
+    prompt: Any, completions: Sequence[Any], tokenizer: Tokenizer, record: Record | None = None
 ) -> list[Rendered]:
     """A prompt with each of its completions as token ids.
 
@@ -92,9 +90,7 @@ def render_all(
     return rendered
 
 
-def render_prompt(
-    prompt: Any, tokenizer: Tokenizer, record: Mapping[str, Any] | None = None
-) -> list[int]:
+def render_prompt(prompt: Any, tokenizer: Tokenizer, record: Record | None = None) -> list[int]:
     """Ids of a prompt, a text or messages, as a policy continues it: without an EOS behind it."""
     if isinstance(prompt, str):
         before, ids = _plain(prompt, tokenizer)
@@ -126,7 +122,7 @@ def record_of(columns: Mapping[str, Sequence[Any]], row: int) -> dict[str, Any]:
     return {name: columns[name][row] for name in ARGUMENTS if columns.get(name) is not None}
 
 
-def template_arguments(record: Mapping[str, Any] | None) -> dict[str, Any]:
+def template_arguments(record: Record | None) -> dict[str, Any]:
     """Keywords of the chat template: `tools`, and the entries of `chat_template_kwargs`.
 
     Tables give every struct the union of its keys: absent ones come back as null, and are left out.

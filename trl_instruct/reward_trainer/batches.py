@@ -1,6 +1,6 @@
 """Rankings as token rows, one per response, and batches of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, takewhile
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from trl_instruct.data.rendering import record_of, render_all
+from trl_instruct.data.sources import Record
 from trl_instruct.errors import located
 from trl_instruct.padding import pad_rows, right_padded_mask
 from trl_instruct.rewards.tokens import cut_prompt
@@ -58,9 +59,7 @@ def tokenize_rankings(
     return {name: [record[name] for record in records] for name in records[0]}
 
 
-def tokenize_pair(
-    record: Mapping[str, Any], row: int, tokenizer: Tokenizer
-) -> dict[str, list[int]]:
+def tokenize_pair(record: Record, row: int, tokenizer: Tokenizer) -> dict[str, list[int]]:
     """A pair as the ids that TRL's RewardTrainer takes."""
     pair = [record["chosen"], record["rejected"]]
     with located(f"Pair {row + 1}"):
