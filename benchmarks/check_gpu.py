@@ -53,6 +53,7 @@ from trl_instruct.configs import PPOConfig, RewardConfig
 from trl_instruct.errors import InputError
 from trl_instruct.generation.sampling import TransformersSampler
 from trl_instruct.generation.token_sampling import Sampling
+from trl_instruct.ppo_trainer import token_statistics
 from trl_instruct.ppo_trainer.rollouts import PolicyAndValue, Rollout, ValueModel, with_logprobs
 from trl_instruct.ppo_trainer.trainer import PPOTrainer
 from trl_instruct.reward_trainer.trainer import RankingRewardTrainer
@@ -67,7 +68,8 @@ NAMES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num
 CLASSIFIER = AutoModelForSequenceClassification
 QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
 SAMPLERS: dict[str, Callable[[], Any]] = {"transformers": TransformersSampler}
-CHUNKS: dict[str, dict[str, Any]] = {"whole": {}}
+# On which kinds of devices log-probabilities are computed in tiles: nowhere, or as in a run.
+CHUNKS = {"whole": set(), "chunked": token_statistics.KERNEL_ON}
 LORA: dict[str, Any] = {"use_peft": True, "lora_r": 16, "lora_target_modules": "all-linear"}
 PHASES = {"sample": "sampling and scoring", "score": "reward", "update": "updates"}
 
@@ -277,9 +279,9 @@ def random_rollout(setting: Setting) -> Rollout:
 def update(setting: Setting) -> dict[str, Any]:
     """An optimizer step on two full models of the middle shape, in mixed precision."""
     found: dict[str, Any] = {}
-    for name, options in CHUNKS.items():
+    for name, token_statistics.KERNEL_ON in CHUNKS.items():
         with tempfile.TemporaryDirectory() as folder, peak(setting) as most:
-            trainer = make_trainer(setting, setting.middle, Path(folder), bf16=True, **options)
+            trainer = make_trainer(setting, setting.middle, Path(folder), bf16=True)
             trainer.begin_training()
             rollout = random_rollout(setting).select(torch.arange(trainer.minibatch_size))
             ones = torch.ones_like(rollout.values)

@@ -53,8 +53,9 @@ def test_nothing_flows_through_padding(make_policy, make_reward_model, kind):
     model = PolicyAndValue(make_policy(kind), ValueModel(make_reward_model(kind)))
     prompts, lengths = pad_prompts([[5, 6, 7], [8]], torch.device("cpu"))
     completions = torch.tensor([[20, 21, 22], [23, 9, 9]])
-    logits, values = model(join(prompts, lengths, completions, torch.tensor([3, 1])))
-    assert (logits.shape, values.shape) == ((4, 258), (4,))
-    (logits[3].sum() + values[3]).backward()
+    sequences = join(prompts, lengths, completions, torch.tensor([3, 1]))
+    logprobs, _, values = model(sequences, torch.tensor([20, 21, 22, 23]))
+    assert (logprobs.shape, values.shape) == ((4,), (4,))
+    (logprobs[3] + values[3]).backward()
     embedding = model.policy.get_input_embeddings().weight.grad
     assert embedding[8].any() and not embedding[[0, 5, 20]].any()

@@ -10,11 +10,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
 from trl_instruct.errors import InputError
-from trl_instruct.generation import logits as generation_logits
 from trl_instruct.generation.logits import completion_logprobs
 from trl_instruct.generation.sampling import pad_prompts
 from trl_instruct.padding import right_padded_mask
-from trl_instruct.ppo_trainer import rollouts
+from trl_instruct.ppo_trainer import token_statistics
 from trl_instruct.ppo_trainer.advantages import gae, kl_per_token, masked_whiten
 from trl_instruct.ppo_trainer.metrics import (
     check_finite,
@@ -74,14 +73,13 @@ def hand_made_rollout(trainer, completions, lengths, filler=0.0):
 def test_bf16_holds_while_sampling_and_measuring(make_trainer, monkeypatch):
     """And the logits stay as they are, twice as small as in float32, until they are read."""
     trainer, seen, read = make_trainer(bf16=True, max_steps=1), [], []
-    real = rollouts.logprobs_in_parts
+    real = token_statistics.logprobs_in_parts
 
     def spy(logits, *given, **options):
         read.append(logits.dtype)
         return real(logits, *given, **options)
 
-    for module in (rollouts, generation_logits):  # the policy's, the reference's
-        monkeypatch.setattr(module, "logprobs_in_parts", spy)
+    monkeypatch.setattr(token_statistics, "logprobs_in_parts", spy)
     head = trainer.policy.lm_head
     head.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
     trainer.train()

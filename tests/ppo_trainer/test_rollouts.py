@@ -6,7 +6,6 @@ from peft import PromptTuningConfig, get_peft_model
 
 from trl_instruct.generation.logits import completion_logprobs, join, spread
 from trl_instruct.generation.sampling import pad_prompts
-from trl_instruct.logprobs import log_distribution, token_logprobs
 from trl_instruct.padding import right_padded_mask
 from trl_instruct.ppo_trainer.rollouts import (
     PolicyAndValue,
@@ -83,9 +82,8 @@ def test_values_are_read_before_each_token(make_reward_model, kind):
 def test_the_trained_module_computes_what_was_sampled(policy, reward_model):
     model = PolicyAndValue(policy, ValueModel(reward_model))
     tokens = batch(width=3)
-    logits, values = model(join(*tokens))
     mask = right_padded_mask(tokens[3], 3)
-    logprobs = token_logprobs(log_distribution(logits, temperature=0.7), tokens[2][mask])
+    logprobs, _, values = model(join(*tokens), tokens[2][mask], 0.7)
     expected = completion_logprobs(policy, *tokens, temperature=0.7)
     torch.testing.assert_close(logprobs, expected[mask])
     torch.testing.assert_close(values, completion_values(model.value, *tokens)[mask])

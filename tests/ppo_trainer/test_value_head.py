@@ -9,9 +9,11 @@ from test_rollouts import batch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from trl_instruct.errors import InputError
-from trl_instruct.generation.logits import completion_logits, join
+from trl_instruct.generation.logits import join
 from trl_instruct.models.shared_base import classifier_around
+from trl_instruct.padding import right_padded_mask
 from trl_instruct.ppo_trainer.rollouts import PolicyAndValue, ValueModel, state_values
+from trl_instruct.ppo_trainer.token_statistics import token_statistics
 from trl_instruct.recipes.ppo import ppo
 from trl_instruct.scalar_head import score_head
 
@@ -25,18 +27,21 @@ def with_head(policy):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "rwkv", "mamba"])
 def test_one_pass_gives_what_two_give(make_policy, kind):
-    """Logits, values and gradients; a model that passes by its backbone takes two passes."""
+    """Log-probabilities, values, gradients; a model that passes by its backbone needs two."""
     policy = make_policy(kind).eval()
     model = PolicyAndValue(policy, ValueModel(with_head(policy)))
-    sequences, passes = join(*batch()), []
+    tokens, passes = batch(), []
+    sequences = join(*tokens)
+    chosen = tokens[2][right_padded_mask(tokens[3], tokens[2].shape[1])]
     policy.base_model.register_forward_hook(lambda *_: passes.append(1))
-    one = model(sequences)
+    one = model(sequences, chosen)[::2]
     assert len(passes) == 1  # OPT's language model passes by its backbone: its one is the value's
-    two = completion_logits(policy, sequences), state_values(model.value, sequences)
+    apart, _ = token_statistics(policy, sequences, chosen, temperature=1.0)
+    two = apart, state_values(model.value, sequences)
     torch.testing.assert_close(one, two)
     gradients = [
-        torch.autograd.grad(logits.square().mean() + values.sum(), list(model.parameters()))
-        for logits, values in (one, two)
+        torch.autograd.grad(logprobs.square().mean() + values.sum(), list(model.parameters()))
+        for logprobs, values in (one, two)
     ]
     torch.testing.assert_close(*(in_units_of_the_largest(each) for each in gradients))
 

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from trl_instruct.configs import PPOConfig
 from trl_instruct.generation.logits import join, whole_text
-from trl_instruct.logprobs import entropy, log_distribution, token_logprobs
 from trl_instruct.models.sharding import is_zero3, micro_batch
 from trl_instruct.ppo_trainer.losses import policy_loss, value_loss
 from trl_instruct.ppo_trainer.metrics import policy_metrics
@@ -23,10 +22,8 @@ def ppo_sums(
     """
     mask = rollout.mask
     tokens = (rollout.prompt_ids, rollout.prompt_lengths, rollout.completion_ids)
-    logits, values = model(join(*tokens, rollout.counted_lengths))
-    log_probs = log_distribution(logits, temperature=args.temperature)
-    del logits  # as large as log_probs, and not needed for the gradient
-    logprobs = token_logprobs(log_probs, rollout.completion_ids[mask])
+    sequences = join(*tokens, rollout.counted_lengths)
+    logprobs, entropies, values = model(sequences, rollout.completion_ids[mask], args.temperature)
     policy = (logprobs, rollout.logprobs[mask], advantages[mask])
     loss, clipped = policy_loss(
         *policy,
@@ -39,7 +36,7 @@ def ppo_sums(
     per_token = {
         "loss/policy": loss,
         "loss/value": squared,
-        "policy/entropy": entropy(log_probs.detach()),
+        "policy/entropy": entropies,
         "policy/clipfrac": clipped.float(),
         "val/clipfrac": value_clipped.float(),
         **policy_metrics(*policy[:2]),
@@ -55,9 +52,8 @@ def ptx_loss(model: nn.Module, ids: Tensor, *, with_values: bool = False) -> Ten
     `ppo_sums`, the ids `(B, T)` are full rows. `with_values` runs the value model too and ignores
     its values (ZeRO-3 needs that).
     """
-    logits, values = model(whole_text(ids), with_values=with_values)
-    log_probs = log_distribution(logits, temperature=1.0)
-    loss = -token_logprobs(log_probs, ids[:, 1:].flatten()).mean()
+    logprobs, _, values = model(whole_text(ids), ids[:, 1:].flatten(), with_values=with_values)
+    loss = -logprobs.mean()
     return loss if values is None else loss + 0.0 * values.sum()
 
 

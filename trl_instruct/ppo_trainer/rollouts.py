@@ -8,18 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_instruct.generation.logits import (
-    Sequences,
-    at_states,
-    completion_logits,
-    completion_logprobs,
-    join,
-    spread,
-)
+from trl_instruct.generation.logits import Sequences, at_states, join, spread
 from trl_instruct.generation.sampling import decode
-from trl_instruct.logprobs import logprobs_in_parts
 from trl_instruct.models.properties import call, disable_dropout, unwrapped
 from trl_instruct.padding import right_padded_mask, similar_lengths
+from trl_instruct.ppo_trainer.token_statistics import token_statistics
 from trl_instruct.scalar_head import compute_in_float32, disable_rescaling, score_head, shift_of
 
 
@@ -127,18 +120,23 @@ class PolicyAndValue(nn.Module):
         self.config = policy.config
 
     def forward(
-        self, sequences: Sequences, with_values: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logits `(N, V)` and values `(N,)` in the N states of the sequences, row by row."""
+        self,
+        sequences: Sequences,
+        tokens: Tensor,
+        temperature: float = 1.0,
+        with_values: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`token_statistics` of the tokens, and values, in the N states: `(N,)` each, by rows."""
         with last_hidden_states(self.policy) as seen:
-            logits = completion_logits(self.policy, sequences)
+            given = self.policy, sequences, tokens
+            logprobs, entropies = token_statistics(*given, temperature=temperature)
         if not with_values:
-            return logits, None
+            return logprobs, entropies, None
         # The value model may be a head on the policy: then one pass gives both.
         one_trunk = self.value.model.base_model is self.policy.base_model
         if one_trunk and seen:
-            return logits, at_states(self.value.read(seen[-1]), sequences)
-        return logits, state_values(self.value, sequences)
+            return logprobs, entropies, at_states(self.value.read(seen[-1]), sequences)
+        return logprobs, entropies, state_values(self.value, sequences)
 
     @property
     def _no_split_modules(self) -> list[str]:
@@ -218,12 +216,11 @@ def _with_logprobs_at_once(
     tokens, completions = rollout[:4], rollout.completion_ids
     mask = right_padded_mask(rollout.completion_lengths, completions.shape[1])
     # Not model(...): ZeRO-3's hook on that call waits for the other processes, each of which may
-    # have another number of batches. Not model.forward: accelerate's casts all logits to float32.
+    # have another number of batches. Not model.forward: accelerate's is under autocast already.
     read: Any = type(model).forward
-    logits, values = read(model, join(*tokens))
-    logprobs = logprobs_in_parts(logits, completions[mask], temperature=temperature)
-    del logits  # the reference's are as large
+    given = join(*tokens), completions[mask]
+    logprobs, _, values = read(model, *given, temperature)
     with model.policy.disable_adapter() if ref_policy is None else nullcontext():
-        reference = ref_policy or model.policy
-        ref_logprobs = completion_logprobs(reference, *tokens, temperature=temperature)
-    return spread(logprobs, mask), ref_logprobs, spread(values, mask)
+        reference: Any = ref_policy or model.policy
+        ref_logprobs, _ = token_statistics(reference, *given, temperature=temperature)
+    return spread(logprobs, mask), spread(ref_logprobs, mask), spread(values, mask)
