@@ -124,7 +124,7 @@ ONE, OTHER = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
         (launched(DistributedType.MEGATRON_LM), [ONE, OTHER], False, "not supported"),
         (launched(FSDP, fsdp_version=1), [ONE, OTHER], False, "fsdp_version 1; set it to 2"),
         (launched(FSDP, cpu_ram_efficient_loading=True), [ONE, OTHER], False, "set it to false"),
-        (launched(FSDP), [ONE, OTHER], True, "ema_decay; leave it out"),
+        (launched(FSDP), [ONE, OTHER], True, "ema_decay or stop_when_exploited; leave"),
         (launched(DEEPSPEED), [ONE, ONE], False, "policy and value model share; set share_base"),
     ],
 )
