@@ -55,9 +55,8 @@ def rollout_scores(
 def judged_metrics(
     judge: function.RewardFunction, *given: Any, rows: Sequence[int], iteration: int
 ) -> dict[str, float]:
-    """What a reward that is not trained on says of the completions of all processes.
+    """Mean of a reward that is not trained on over all processes, its standard error, failures.
 
-    objective/gold, its mean; gold_se, the standard error of that; gold_failed, how often it failed;
     {} with a warning if it failed altogether. Arguments as of `rollout_scores`.
     """
     try:

@@ -41,14 +41,9 @@ def load_weights(model: Model | PeftModel, folder: Path) -> None:
 
 
 def restore(trainer: Any, checkpoint: Path) -> None:
-    """Load policy, value model and what `save_rest` wrote into a PPOTrainer."""
+    """Load a PPOTrainer's policy and what `save_rest` wrote, except a changed kl_coef."""
     load_weights(trainer.policy, checkpoint)
     load_weights(trainer.value_model, checkpoint / VALUE)
-    load_rest(trainer, checkpoint)
-
-
-def load_rest(trainer: Any, checkpoint: Path) -> None:
-    """Restore what `save_rest` wrote, except the value model's weights and a changed kl_coef."""
     progress = read_json(checkpoint / PPO_STATE)
     trainer.metrics, trainer.judged = progress["metrics"], progress.get("judged", [])
     if trainer.args.kl_coef == progress["kl_coef_given"]:
