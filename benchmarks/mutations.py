@@ -73,8 +73,11 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
     ),
     (
         "ppo_trainer/losses.py",
-        "ppo_trainer/test_ppo_losses.py",
+        "ppo_trainer/test_ppo_losses.py generation/test_vllm.py",
         [
+            ("(logprobs - sampler_logprobs)", "(sampler_logprobs - logprobs)"),
+            (".exp().clamp(max=clip_max)", ".exp()"),
+            (".nan_to_num(nan=0.0).exp()", ".exp()"),
             ("loss, flat = torch.maximum(", "loss, flat = torch.minimum("),
             (
                 "loss, flat = torch.maximum(plain, clipped), clipped >",
@@ -334,8 +337,19 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
             ("ended | (stopped < NEVER)", "ended"),
             ("ids[: length - end])", "ids[:length])"),
             ("ends = [min((t.index(s)", "ends = [max((t.index(s)"),
-            ("[tokenizer.eos_token_id, *own]", "[tokenizer.eos_token_id]"),
             ("completions[rows] = drawn", "completions[start : start + len(rows)] = drawn"),
+        ],
+    ),
+    (
+        "generation/sampler.py",
+        "generation/test_sampling.py generation/test_vllm.py -m 'not slow'",
+        [
+            ("[tokenizer.eos_token_id, *own]", "[tokenizer.eos_token_id]"),
+            ("stopped or len(row) < shape[1])", "stopped)"),
+            ("row[-1] in stops or any(", "any("),
+            (" or any(string in text for string in strings)", ""),
+            ("math.nan if p is None else p", "0.0 if p is None else p"),
+            ("for prompt in prompts for _ in range(copies)]", "for prompt in prompts]"),
         ],
     ),
     (

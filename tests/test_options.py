@@ -177,6 +177,20 @@ OWN = {
             "ppo_trainer/test_ppo_trainer.py::test_the_scores_belong_to_their_ep",
             "local_rollout_forward_batch_size response_length",
         ),
+        (
+            "generation/test_vllm.py::test_what_the_engine_is_told",
+            "use_vllm vllm_mode vllm_model_impl vllm_server_base_url vllm_server_timeout "
+            "vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length "
+            "vllm_tensor_parallel_size vllm_enable_sleep_mode",
+        ),
+        (
+            "generation/test_vllm.py::test_the_policy_loss_is_weighted_by_token",
+            "vllm_importance_sampling_correction vllm_importance_sampling_clip_max",
+        ),
+        (
+            "generation/test_paged.py::test_a_run_repeats_with_its_seed",
+            "use_transformers_continuous_batching",
+        ),
         ("generation/test_sampler.py::test_sampling_has_a_batch_size_of_", "rollout_batch_size"),
         ("ppo_trainer/test_advantages.py::test_every_estimator_that_is", "kl_estimator"),
         ("ppo_trainer/test_advantages.py::test_gae_equals_the_naive_sum", "gamma lam"),

@@ -168,6 +168,17 @@ class SamplingConfig(StageConfig):
     temperature: float = 1.0
     stop_strings: list[str] | None = None
     frozen_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    use_transformers_continuous_batching: bool = False
+    use_vllm: bool = False
+    vllm_mode: Literal["colocate", "server"] = "colocate"
+    vllm_model_impl: Literal["vllm", "transformers"] = "vllm"
+    vllm_server_base_url: str | None = None
+    vllm_server_timeout: float = 240.0
+    vllm_group_port: int = 51216
+    vllm_gpu_memory_utilization: float = 0.3
+    vllm_max_model_length: int | None = None
+    vllm_tensor_parallel_size: int = 1
+    vllm_enable_sleep_mode: bool = False
 
 
 @_with_help
@@ -201,6 +212,8 @@ class PPOConfig(SamplingConfig, TrainingArguments):
     num_ppo_epochs: int = 1
     local_rollout_forward_batch_size: int = 64
     rollout_batch_size: int | None = None
+    vllm_importance_sampling_correction: bool = True
+    vllm_importance_sampling_clip_max: float = 3.0
     missing_eos_penalty: float | None = None
     missing_eos_score: float | None = None
     on_error: Literal["stop", "skip"] = "stop"

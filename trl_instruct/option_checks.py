@@ -65,6 +65,16 @@ NEEDED: dict[str, Callable[[Any], bool]] = {
 }
 
 
+def check_sampler(config: Any) -> None:
+    """InputError for an option that the sampler would ignore."""
+    for switch, values in TABLES["samplers"].items():
+        for reason, names in values.get(getattr(config, switch), {}).items():
+            check_refused(dict.fromkeys(names.split(), reason), config)
+    if not (config.use_vllm or config.use_transformers_continuous_batching):
+        names = ("vllm_importance_sampling_correction", "vllm_importance_sampling_clip_max")
+        check_refused(dict.fromkeys(names, "the policy draws for itself."), config)
+
+
 def check_numbers(config: Any) -> None:
     """InputError for a number that is not as options.yaml says, in the words of NEEDED."""
     for needed, names in TABLES["needed"].items():
@@ -102,6 +112,8 @@ def check_training(config: Any) -> None:
             "kl_estimator is 'k3'; as a reward, its gradient is that of KL(policy || ref) - "
             "KL(ref || policy). Use k1; objective/kl_k3 logs the estimate k3."
         )
+    if hasattr(config, "use_vllm"):
+        check_sampler(config)
     check_stop_strings(getattr(config, "stop_strings", None))
     if config.num_train_epochs <= 0 and config.max_steps <= 0:
         epochs = config.num_train_epochs

@@ -317,9 +317,9 @@ def test_the_kl_is_to_the_reference_over_own_samples(folders, tmp_path, monkeypa
     kept = {}
     original = measurement.sample
 
-    def keep(policy, *arguments, **options):
-        sampled = original(policy, *arguments, **options)
-        kept[policy.config._name_or_path] = sampled
+    def keep(sampler, *arguments, **options):
+        sampled = original(sampler, *arguments, **options)
+        kept[sampler.policy.config._name_or_path] = sampled
         return sampled
 
     monkeypatch.setattr(measurement, "sample", keep)

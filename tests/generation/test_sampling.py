@@ -7,9 +7,9 @@ from transformers import GenerationConfig
 
 from trl_instruct.data.rendering import render_prompts
 from trl_instruct.errors import InputError
+from trl_instruct.generation.sampler import eos_token_ids
 from trl_instruct.generation.sampling import (
     decode,
-    eos_token_ids,
     fit_prompts,
     generate,
     unused_sampling,

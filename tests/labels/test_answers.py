@@ -32,9 +32,9 @@ def asked(monkeypatch):
     seen = []
     original = measurement.complete
 
-    def keep(policy, tokenizer, prompts, *arguments, **options):
-        seen.extend(tokenizer.decode(tokens) for tokens in prompts)
-        return original(policy, tokenizer, prompts, *arguments, **options)
+    def keep(sampler, prompts, *arguments, **options):
+        seen.extend(sampler.tokenizer.decode(tokens) for tokens in prompts)
+        return original(sampler, prompts, *arguments, **options)
 
     monkeypatch.setattr(measurement, "complete", keep)
     return seen

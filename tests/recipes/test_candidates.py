@@ -153,9 +153,9 @@ def test_the_policy_is_loaded_as_the_model_config_says(
 ):
     seen = []
 
-    def spy(policy, *given, **options):
-        seen.append(is_quantized(policy))
-        return sampling.sample_several(policy, *given, **options)
+    def spy(sampler, *given, **options):
+        seen.append(is_quantized(sampler.policy))
+        return sampling.sample_several(sampler, *given, **options)
 
     monkeypatch.setattr(candidates, "sample_several", spy)
     sample(saved_policy, tokenizer, tmp_path / "a.jsonl")

@@ -14,7 +14,9 @@ from trl_instruct.configs import EvaluateConfig
 from trl_instruct.data.rendering import render
 from trl_instruct.data.sources import iterate
 from trl_instruct.errors import InputError, explained
+from trl_instruct.generation.engines import begun
 from trl_instruct.generation.logits import completion_logprobs
+from trl_instruct.generation.sampler import Sampler
 from trl_instruct.generation.sampling import (
     Completion,
     Sampling,
@@ -66,11 +68,11 @@ class Subject(NamedTuple):
         """Name of the model that the KL is measured against."""
         return self.config.reference or self.baseline
 
-    def load(self, name: str) -> PreTrainedModel:
-        """The model of that name, on its device."""
+    def load(self, name: str) -> Sampler:
+        """What samples from the model of that name, which is on its device."""
         trusted = self.config.trust_remote_code
         policy = load_policy(self.models[name], self.model_config, trust_remote_code=trusted)
-        return policy.to(PartialState().device)
+        return begun(policy.to(PartialState().device), self.tokenizers[name], self.config)
 
     @property
     def sampling(self) -> Sampling:
@@ -139,35 +141,33 @@ def _sample_all(
         kl = None
         if subject.tokenizers[name].get_vocab() == vocabulary:
             ids = [completion.ids for completion in sampled]
-            logprobs = sequence_logprobs(reference, prompts, ids, subject.sampling)
+            logprobs = sequence_logprobs(reference.policy, prompts, ids, subject.sampling)
             kl = (torch.tensor(own) - logprobs).tolist()
         found[name] = found[name]._replace(kl=kl)
     several: list[Completion] = []
     if subject.several:
-        tokenizer, sampling = subject.tokenizers[subject.reference], subject.sampling
-        token_lists, _ = prompt_tokens(subject.prompts[:], tokenizer, reference, sampling)
+        tokenizer, sampling = reference.tokenizer, subject.sampling
+        token_lists, _ = prompt_tokens(subject.prompts[:], tokenizer, reference.policy, sampling)
 
         def drawn(mine: list[list[int]]) -> list[list[Completion]]:
             how = subject.several, sampling, progress
-            return list(sample_several(reference, tokenizer, mine, *how))
+            return list(sample_several(reference, mine, *how))
 
         several = [one for row in shared_out(token_lists, drawn) for one in row]
     return {name: found[name] for name in subject.models}, several
 
 
-def _measure(
-    subject: Subject, name: str, policy: PreTrainedModel, progress: Progress
-) -> ModelMeasurement:
+def _measure(subject: Subject, name: str, sampler: Sampler, progress: Progress) -> ModelMeasurement:
     """A model's completions and loss; `kl` still holds the model's own log-probabilities."""
-    given = policy, subject.tokenizers[name]
+    given = sampler.policy, sampler.tokenizer
     # With one seed, related models often sample the same tokens.
     seed = subject.config.seed + (0 if subject.one_seed else list(subject.models).index(name))
     how: Any = {"seed": seed, "progress": progress}
-    prompts, sampled = sample(*given, subject.prompts[:], subject.sampling, **how)
+    prompts, sampled = sample(sampler, subject.prompts[:], subject.sampling, **how)
     own = [0.0] * len(sampled)
     if name != subject.reference:
         ids = [completion.ids for completion in sampled]
-        own = sequence_logprobs(policy, prompts, ids, subject.sampling).tolist()
+        own = sequence_logprobs(sampler.policy, prompts, ids, subject.sampling).tolist()
     loss = None
     if subject.demonstrations is not None:
         size = subject.sampling.batch_size
@@ -176,8 +176,7 @@ def _measure(
 
 
 def sample(
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    sampler: Sampler,
     columns: Mapping[str, Sequence[Any]],
     sampling: Sampling,
     *,
@@ -190,10 +189,10 @@ def sample(
     """
     with explained(f"seed is {seed}"):
         seed_process(seed)
-    token_lists, _ = prompt_tokens(columns, tokenizer, policy, sampling)
+    token_lists, _ = prompt_tokens(columns, sampler.tokenizer, sampler.policy, sampling)
 
     def drawn(mine: list[list[int]]) -> list[Completion]:
-        return complete(policy, tokenizer, mine, sampling, progress=progress)
+        return complete(sampler, mine, sampling, progress=progress)
 
     return token_lists, shared_out(token_lists, drawn)
 

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,7 +12,7 @@ from trl_instruct.configs import PPOConfig
 from trl_instruct.data.rendering import completion_texts, render_prompts
 from trl_instruct.errors import InputError
 from trl_instruct.generation import token_sampling
-from trl_instruct.generation.sampler import Drawn
+from trl_instruct.generation.sampler import Drawn, Rows, Sampler
 from trl_instruct.generation.token_sampling import NEVER, Sampling
 from trl_instruct.models.properties import context_length, evaluating
 from trl_instruct.option_checks import check_stop_strings
@@ -143,30 +142,17 @@ def generate(
     return completions, torch.minimum(lengths, stopped), ended | (stopped < NEVER)
 
 
-class TransformersSampler:
-    """The sampler that is there always: the policy itself draws (`generate`), so nothing follows.
+class TransformersSampler(Sampler):
+    """The policy itself draws (`generate`), in the precision of its training.
 
-    Under an accelerator it draws in the precision of the training.
+    It has no log-probabilities of its own.
     """
 
-    def begin(
-        self,
-        policy: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        accelerator: Accelerator | None = None,
-    ) -> None:
+    def draw(self, prompts: Rows, sampling: Sampling, **options: Any) -> Drawn:
         """As in `Sampler`."""
-        self.policy, self.tokenizer, self.accelerator = policy, tokenizer, accelerator
-        self.eos_token_ids = eos_token_ids(policy, tokenizer)
-
-    def follow(self) -> None:
-        """The weights are the policy's own."""
-
-    def draw(self, prompts: Sequence[Sequence[int]], sampling: Sampling, **options: Any) -> Drawn:
-        """As in `Sampler`; this one has no log-probabilities of its own."""
-        given: Any = {"eos_token_ids": self.eos_token_ids, "tokenizer": self.tokenizer, **options}
+        options |= {"eos_token_ids": self.eos_token_ids, "tokenizer": self.tokenizer}
         with self.accelerator.autocast() if self.accelerator else nullcontext():
-            return Drawn(*generate(self.policy, prompts, sampling, **given))
+            return Drawn(*generate(self.policy, prompts, sampling, **options))
 
 
 class Completion(NamedTuple):
@@ -178,42 +164,27 @@ class Completion(NamedTuple):
 
 
 def complete(
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    **options: Any,
+    sampler: Sampler, prompts: Sequence[Sequence[int]], sampling: Sampling, **options: Any
 ) -> list[Completion]:
-    """Completions of lists of tokens; `generate` takes the options."""
-    ends = eos_token_ids(policy, tokenizer)
-    given = policy, prompts, sampling
-    drawn = generate(*given, eos_token_ids=ends, tokenizer=tokenizer, **options)
-    texts = decode(*drawn, tokenizer, sampling.stop_strings)
+    """Completions of lists of tokens; `Sampler.draw` takes the options."""
+    drawn = sampler.draw(prompts, sampling, **options)[:3]
+    texts = decode(*drawn, sampler.tokenizer, sampling.stop_strings)
     return list(map(Completion, texts, unpadded(*drawn[:2]), drawn[2].tolist()))
 
 
 def sample_several(
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    sampler: Sampler,
     prompts: Sequence[Sequence[int]],
     count: int,
     sampling: Sampling,
     progress: Callable[[int], Any] | None = None,
 ) -> Iterator[list[Completion]]:
-    """Sample `count` completions of each prompt, a list of tokens; progress as in `generate`."""
+    """Sample `count` completions of each prompt, a list of tokens; progress as in `draw`."""
     rows_at_once = max(1, sampling.batch_size * 4 // count)
     for start in range(0, len(prompts), rows_at_once):
         rows = prompts[start : start + rows_at_once]
-        options = {"copies": count, "progress": progress}
-        found = complete(policy, tokenizer, rows, sampling, **options)
+        found = complete(sampler, rows, sampling, copies=count, progress=progress)
         yield from (found[first : first + count] for first in range(0, len(found), count))
-
-
-def eos_token_ids(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a completion: the tokenizer's EOS first, then the model's own."""
-    own = policy.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own] if own is not None else []
-    return list(dict.fromkeys([tokenizer.eos_token_id, *own]))
 
 
 def decode(

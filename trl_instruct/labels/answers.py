@@ -8,6 +8,7 @@ from trl import ModelConfig
 
 from trl_instruct.data.reading import Reading
 from trl_instruct.evaluation.measurement import sample
+from trl_instruct.generation.engines import begun
 from trl_instruct.generation.sampling import Sampling
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource
@@ -40,6 +41,6 @@ def answers_of(
             asked = [[{"role": "user", "content": text}] for text in prompts]
         policy = load_policy(source, ModelConfig(dtype="float32")).to(PartialState().device)
         given = {**(columns or {}), "prompt": asked}
-        _, drawn = sample(policy, tokenizer, given, sampling, seed=seed)
+        _, drawn = sample(begun(policy, tokenizer), given, sampling, seed=seed)
         answers[name] = [completion.text for completion in drawn]
     return answers

@@ -8,6 +8,8 @@ import math
 import random
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +161,22 @@ class IterationTrainer(ResumableTrainer):
         self._save_checkpoint(self.model_wrapped, trial=None)
         self._return_to(now)
 
-    def save_last_state(self, fault: str) -> str:
-        """Save the run as it was before this iteration; returns the fault, and where that is."""
-        if not self.state.global_step:
-            return fault
-        self._save_beginning()
-        told = "holds the run as it was before that: resume it with resume_from_checkpoint."
-        return f"{fault.rstrip('.')}. {self.checkpoint_of(self.state.global_step)} {told}"
+    @contextmanager
+    def saved_on(self, kind: type[InputError]) -> Iterator[None]:
+        """If this error is raised inside, save the run as it was when this iteration began.
+
+        No weight has changed since. The error then also says where the run was saved; the first
+        iteration has nothing to save.
+        """
+        try:
+            yield
+        except kind as error:
+            step, told = self.state.global_step, f"Iteration {self.state.global_step + 1}: {error}"
+            if step:
+                self._save_beginning()
+                told = f"{told.rstrip('.')}. {self.checkpoint_of(step)} holds the run as it was "
+                told += "before that: resume it with resume_from_checkpoint."
+            raise kind(told) from error
 
     def _moment(self) -> tuple[Any, ...]:
         """State of the reward, and of all random number generators of this process."""

@@ -47,6 +47,20 @@ def policy_loss(
     return torch.minimum(loss, limit), flat | (loss > limit)
 
 
+def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, *, clip_max: float) -> Tensor:
+    """Truncated importance sampling of tokens that another program drew: `(N,)` weights of losses.
+
+    weight = min(policy / sampler, clip_max), both before the update; 1 where the sampler's
+    log-probability is NaN. All are `(N,)`. Yao et al. 2025, "Your efficient RL framework secretly
+    brings you off-policy RL training"; in TRL's GRPO, `token_truncate`, with clip_max 3.
+
+    >>> likely, drawn = torch.tensor([0.2, 0.9, 0.5]).log(), torch.tensor([0.4, 0.1, torch.nan])
+    >>> importance_weights(likely, drawn.log(), clip_max=3.0)
+    tensor([0.5000, 3.0000, 1.0000])
+    """
+    return (logprobs - sampler_logprobs).nan_to_num(nan=0.0).exp().clamp(max=clip_max)
+
+
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, *, cliprange_value: float
 ) -> tuple[Tensor, Tensor]:

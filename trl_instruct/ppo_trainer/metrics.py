@@ -23,7 +23,17 @@ def iteration_metrics(
         for name, mean in episode_metrics(rollout, kl, kl_coef=kl_coef).items()
     }
     means |= value_metrics(*accelerator.gather((rollout.values, returns, rollout.mask)))
+    means |= sampler_metrics(accelerator, rollout)
     return {name: float(mean) for name, mean in means.items()}
+
+
+def sampler_metrics(accelerator: Accelerator, rollout: Rollout) -> dict[str, Tensor]:
+    """Mean difference of the policy's log-probabilities to the sampler's, nats, if it has any."""
+    if rollout.sampler_logprobs is None:
+        return {}
+    apart = (rollout.logprobs - rollout.sampler_logprobs).abs()
+    found = accelerator.gather((apart, rollout.mask & ~apart.isnan()))
+    return {"sampling/logprob_diff": masked_mean(*found)}
 
 
 def episode_metrics(rollout: Rollout, kl: Tensor, *, kl_coef: float) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from trl_instruct.configs import PPOConfig
 from trl_instruct.generation.logits import join, whole_text
 from trl_instruct.models.sharding import is_zero3, micro_batch
-from trl_instruct.ppo_trainer.losses import policy_loss, value_loss
+from trl_instruct.ppo_trainer.losses import importance_weights, policy_loss, value_loss
 from trl_instruct.ppo_trainer.metrics import policy_metrics
 from trl_instruct.ppo_trainer.rollouts import Rollout
 
@@ -31,6 +31,10 @@ def ppo_sums(
         cliprange_high=args.cliprange_high,
         dual_clip=args.dual_clip,
     )
+    drawn = rollout.sampler_logprobs
+    if drawn is not None and args.vllm_importance_sampling_correction:
+        clip = args.vllm_importance_sampling_clip_max
+        loss = loss * importance_weights(rollout.logprobs[mask], drawn[mask], clip_max=clip)
     value = (values, rollout.values[mask], returns[mask])
     squared, value_clipped = value_loss(*value, cliprange_value=args.cliprange_value)
     per_token = {

@@ -45,7 +45,7 @@ class Rollout(NamedTuple):
     prompt_ids `(B, P)`, prompt_lengths `(B,)`; completion_ids `(B, C)`, completion_lengths `(B,)`
     with the EOS counted, ended `(B,)` True if there is one; logprobs, ref_logprobs, values `(B, C)`
     per completion token, 0 after the end; scores `(B,)`, NaN if the reward failed: then no token of
-    the episode counts.
+    the episode counts. sampler_logprobs `(B, C)` or None are as in `Drawn`.
     """
 
     prompt_ids: Tensor
@@ -57,6 +57,7 @@ class Rollout(NamedTuple):
     ref_logprobs: Tensor
     values: Tensor
     scores: Tensor
+    sampler_logprobs: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -87,7 +88,8 @@ class Rollout(NamedTuple):
 
     def select(self, rows: Tensor) -> "Rollout":
         """The episodes with these indices."""
-        return Rollout(*(field[rows] for field in self))
+        fields: Any = (None if field is None else field[rows] for field in self)
+        return Rollout(*fields)
 
 
 def prompt_batches(

@@ -19,8 +19,9 @@ from trl_instruct.configs import PPOConfig
 from trl_instruct.data.records import require_columns
 from trl_instruct.data.sources import Source
 from trl_instruct.errors import InputError
-from trl_instruct.generation.sampler import Sampler
-from trl_instruct.generation.sampling import TransformersSampler, pad_prompts, prompt_tokens
+from trl_instruct.generation.engines import sampler_of
+from trl_instruct.generation.sampler import Sampler, SamplerError, draw_in_all
+from trl_instruct.generation.sampling import pad_prompts, prompt_tokens
 from trl_instruct.generation.token_sampling import Sampling
 from trl_instruct.models import sharding
 from trl_instruct.models.precision import frozen_dtype
@@ -151,7 +152,7 @@ class PPOTrainer(IterationTrainer):
         iterations = math.ceil(episodes / self.batch_size)
         self.num_iterations = args.max_steps if args.max_steps > 0 else iterations
         self.iterations_per_epoch = len(self.prompts) / self.batch_size
-        self.sampler = sampler or TransformersSampler()
+        self.sampler = sampler or sampler_of(args)
         self.sampler.begin(self.policy, processing_class, self.accelerator)
 
     @property
@@ -204,12 +205,12 @@ class PPOTrainer(IterationTrainer):
         model = self.accelerator.unwrap_model(self.model)
         size = self.args.local_rollout_forward_batch_size
         sampling = Sampling.of(self.args, self.args.rollout_batch_size or size)
-        with sharding.gathered_weights(self.accelerator, self.model_wrapped):
-            self.sampler.follow()
-            completions, lengths, ended, _ = self.sampler.draw(prompts, sampling)
-            tokens = (*pad_prompts(prompts, completions.device), completions, lengths, ended)
-            blank = torch.zeros(completions.shape, device=completions.device)  # not known yet
-            rollout = Rollout(*tokens, blank, blank, blank, scores=blank[:, 0])
+        gathered = sharding.gathered_weights(self.accelerator, self.model_wrapped)
+        with self.saved_on(SamplerError), gathered:
+            drawn = draw_in_all(self.sampler, prompts, sampling)
+            tokens = *pad_prompts(prompts, drawn.ended.device), *drawn[:3]
+            blank = torch.zeros_like(drawn.completion_ids, dtype=torch.float32)  # not known yet
+            rollout = Rollout(*tokens, blank, blank, blank, blank[:, 0], drawn.logprobs)
             with evaluating(model), self.accelerator.autocast():
                 given = rollout, model, self.ref_model
                 return with_logprobs(*given, temperature=self.args.temperature, batch_size=size)
@@ -222,11 +223,8 @@ class PPOTrainer(IterationTrainer):
         """
         given = self.reward_inputs(rollout, rows)
         skip = self.args.on_error == "skip"
-        try:
+        with self.saved_on(RewardError):
             found, self.skipped = rollout_scores(self.reward, *given, rows=rows, skip=skip)
-        except RewardError as error:
-            told = f"Iteration {self.state.global_step + 1}: {error}"
-            raise RewardError(self.save_last_state(told)) from error
         scores = torch.tensor(found, device=rollout.scores.device)
         return rollout._replace(scores=without_eos(scores, rollout.ended, self.args))
 

@@ -21,6 +21,7 @@ from trl_instruct.data.reading import Reading
 from trl_instruct.data.records import prompts_of
 from trl_instruct.errors import InputError
 from trl_instruct.files import written_at_once
+from trl_instruct.generation.engines import begun
 from trl_instruct.generation.sampling import Completion, Sampling, prompt_tokens, sample_several
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.precision import frozen_dtype
@@ -135,6 +136,7 @@ def sample_candidates(
         place_on(gold, model.device, frozen_dtype(config))
         noise = config.seed + PartialState().process_index
         labeler = labeler or SimulatedLabeler(seed=noise).label
+    sampler = begun(model, tokenizer, config)
     seed_process(config.seed)
     counts = Counter(responses=0, empty=0, duplicates=0, prompts_left_out=0)
 
@@ -142,7 +144,7 @@ def sample_candidates(
         """Lines of the file for these records."""
         asked, main = [token_lists[row] for row in rows], PartialState().is_main_process
         with progress_bar("candidates", len(rows) * count, unit="text", disable=not main) as bar:
-            several = sample_several(model, tokenizer, asked, count, sampling, bar.update)
+            several = sample_several(sampler, asked, count, sampling, bar.update)
             drawn = zip(records.select(rows), several, strict=True)
             made = [_ranking(record, texts, gold, labeler, counts) for record, texts in drawn]
         return [json.dumps(one, ensure_ascii=False) for one in made if one is not None]

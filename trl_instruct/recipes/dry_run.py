@@ -16,6 +16,7 @@ from trl_instruct.data.reading import Reading
 from trl_instruct.data.records import check_records
 from trl_instruct.data.rendering import Rendered
 from trl_instruct.data.sources import Record
+from trl_instruct.generation.engines import begun
 from trl_instruct.generation.sampling import Sampling, prompt_tokens, sample_several
 from trl_instruct.rewards.function import as_completions, call_reward, place_on
 
@@ -109,7 +110,7 @@ def _passes(count: float) -> str:
 def tell_rewards(run: Any, policy: Any, reward: Any, trainer: Any, prompts: Any) -> None:
     """Call the reward on completions of the first prompts."""
     rows = min(SHOWN, len(prompts))
-    given = policy, trainer.processing_class, trainer.prompts[:rows], 1
+    given = begun(policy, trainer.processing_class), trainer.prompts[:rows], 1
     drawn = [one for (one,) in sample_several(*given, Sampling.of(run.config))]
     columns = prompts[:rows]
     asked = columns.pop("prompt")

@@ -15,7 +15,7 @@ from trl_instruct.data.rendering import Rendered, render
 from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, iterate, map_records
 from trl_instruct.errors import InputError, located
 from trl_instruct.files import METRICS_FILE
-from trl_instruct.generation.sampling import eos_token_ids
+from trl_instruct.generation.sampler import eos_token_ids
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.properties import ModelSource, context_length
 from trl_instruct.models.resuming import ResumableTrainer
