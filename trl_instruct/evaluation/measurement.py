@@ -183,10 +183,7 @@ def sample(
     seed: int,
     progress: Progress = int,
 ) -> tuple[list[list[int]], list[Completion]]:
-    """The tokens of each prompt, and one sampled completion of it.
-
-    Columns and errors are as in `prompt_tokens`, progress as in `generate`.
-    """
+    """The tokens of each prompt, and one sampled completion of it."""
     with explained(f"seed is {seed}"):
         seed_process(seed)
     token_lists, _ = prompt_tokens(columns, sampler.tokenizer, sampler.policy, sampling)
@@ -205,11 +202,7 @@ def sequence_logprobs(
     sampling: Sampling,
     progress: Progress = int,
 ) -> Tensor:
-    """Log-probability of each of B completions, `(B,)` nats, float32 on CPU.
-
-    The model may be any with the same vocabulary. Its logits are divided by the temperature of
-    `sampling`. `progress` is called with the number of completions of each finished batch.
-    """
+    """Log-probability of each of B completions, `(B,)` nats, float32 on CPU, at the temperature."""
 
     def summed(texts: list[tuple[list[int], list[int]]]) -> list[float]:
         found = torch.zeros(len(texts))
@@ -275,9 +268,7 @@ def completion_loss(
     """Mean -log p(token) over all completion tokens of the demonstrations, EOS included, nats.
 
     This is the loss of `sft`; exp(loss) is the perplexity. Texts longer than the model's context
-    are cut from the right, as in training. `progress` is called with the number of demonstrations
-    of each finished batch, at most `batch_size`. InputError for a prompt that fills the context, or
-    messages without a chat template.
+    are cut from the right, as in training.
     """
     rows = demonstration_tokens(demonstrations, tokenizer, context_length(policy))
     prompts, completions = zip(*rows, strict=True)
@@ -290,10 +281,7 @@ def completion_loss(
 def demonstration_tokens(
     demonstrations: Dataset, tokenizer: PreTrainedTokenizerBase, context: int | None
 ) -> list[tuple[list[int], list[int]]]:
-    """Prompt and completion of each demonstration as tokens, as `sft` trains on them.
-
-    Both together have at most `context` tokens; None: no limit.
-    """
+    """Prompt and completion of each demonstration as tokens, together at most `context`."""
     rows = []
     for number, record in enumerate(iterate(demonstrations), start=1):
         prompt, completion, _ = render(record["prompt"], record["completion"], tokenizer, record)

@@ -35,11 +35,9 @@ def masked_whiten(
 ) -> Tensor:
     """Values scaled to variance 1 over the real tokens and shifted to mean 0; others are 0.
 
-    Args:
-        values, mask: `(B, T)`, float and bool.
-        shift_mean: False keeps the mean (used for rewards, whose sign carries meaning).
-        moments: mean and unbiased variance (as in lm-human-preferences and TRL) over all
-            processes; default: those of the values.
+    Values and mask are `(B, T)`. Without `shift_mean` the mean stays (for rewards, whose sign has a
+    meaning). `moments` are mean and unbiased variance (as in lm-human-preferences and TRL) over all
+    processes; default: those of the values.
 
     >>> masked_whiten(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]])).tolist()
     [[-0.7071067690849304, 0.7071067690849304, 0.0]]
@@ -79,11 +77,7 @@ def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, *, kl_coef: float
     R(x, y) = r(x, y) - beta * log(policy(y|x) / ref(y|x)), InstructGPT equation 2, spread over
     the tokens: each token bears its own penalty; the last one (EOS included) gets the score.
 
-    Args:
-        scores: `(B,)` one score per completion.
-        kl: `(B, C)` per-token KL, nats.
-        lengths: `(B,)` completion lengths, EOS included.
-        kl_coef: beta.
+    From scores `(B,)`, the KL `(B, C)` of each token, nats, and completion lengths `(B,)`.
 
     >>> token_rewards(torch.tensor([1.0]), torch.tensor([[0.5, 0.5, 9.0]]), torch.tensor([2]),
     ...               kl_coef=0.1)
@@ -103,11 +97,8 @@ def adapted_kl_coef(
     e = clip(KL / target - 1, -0.2, 0.2);  beta <- beta * (1 + e * episodes / horizon)
     (Ziegler et al. 2019, section 2.2, with the horizon of lm-human-preferences).
 
-    Args:
-        kl_coef: beta in this iteration.
-        kl, target: KL to the reference policy in this iteration and its target, nats/completion.
-        horizon: episodes in which a KL at least 20 % off its target changes beta by 20 %.
-        episodes: completions in the iteration.
+    The KL and its target are nats per completion; `episodes` are those of an iteration, `horizon`
+    those in which a KL at least 20 % off its target changes beta by 20 %.
 
     >>> round(adapted_kl_coef(0.1, 12.0, target=6.0, horizon=1000, episodes=500), 6)
     0.11
@@ -122,11 +113,7 @@ def length_adaptive_lam(lengths: Tensor, *, alpha: float) -> Tensor:
     """lambda of each completion, `(B,)`: 1 - 1 / (alpha * length), at least 0.
 
     The weights of GAE then sum to alpha * length: long completions get less bias, short ones less
-    variance (Yue et al. 2025, VAPO, section 4.2, with alpha = 0.05).
-
-    Args:
-        lengths: `(B,)` tokens of the completions.
-        alpha: share of a completion over which advantages look ahead.
+    variance (Yue et al. 2025, VAPO, section 4.2, with alpha = 0.05). Lengths are `(B,)` tokens.
 
     >>> length_adaptive_lam(torch.tensor([10, 40, 100]), alpha=0.05)
     tensor([0.0000, 0.5000, 0.8000])
@@ -142,14 +129,9 @@ def gae(
     delta_t = r_t + gamma * V_{t+1} - V_t;  A_t = delta_t + gamma * lam * A_{t+1};
     the value after the last token is 0, because the episode is over.
 
-    Args:
-        rewards: `(B, C)` per-token rewards.
-        values: `(B, C)` V_t, the value of the state in which token t was chosen.
-        mask: `(B, C)` True on completion tokens.
-        gamma, lam: discount (1 in InstructGPT: no discount) and lambda (0.95), or `(B,)` lambdas.
-
-    Returns:
-        advantages and returns (= advantages + values), `(B, C)`, 0 outside the mask.
+    Rewards r_t, values V_t of the state in which token t was chosen, and the mask, True on
+    completion tokens, are `(B, C)`; gamma is the discount (InstructGPT: 1), lam lambda, or `(B,)`.
+    Returns advantages and returns (= advantages + values), `(B, C)`, 0 outside the mask.
 
     >>> gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), torch.tensor([[True, True]]),
     ...     gamma=1.0, lam=0.5)
@@ -181,10 +163,8 @@ def advantages_and_returns(
 ) -> tuple[Tensor, Tensor]:
     """Advantages as in `gae`, and the returns that the value function learns: each `(B, C)`.
 
-    Args:
-        rewards, values, mask, gamma, lam: as in `gae`.
-        lam_alpha: alpha of `length_adaptive_lam`, whose lambdas replace lam; None: lam.
-        value_lam: lambda of the returns (Yuan et al. 2025, VC-PPO, section 3.2); None: as above.
+    `lam_alpha` is alpha of `length_adaptive_lam`, whose lambdas replace lam; `value_lam` is lambda
+    of the returns (Yuan et al. 2025, VC-PPO, section 3.2); None: as in `gae`.
     """
     given = rewards, values, mask
     used = lam if lam_alpha is None else length_adaptive_lam(mask.sum(dim=1), alpha=lam_alpha)

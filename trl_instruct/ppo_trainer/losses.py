@@ -23,12 +23,9 @@ def policy_loss(
     ratio = policy / policy at sampling time;
     loss = max(-A * ratio, -A * clip(ratio, 1 - cliprange, 1 + cliprange_high)).
 
-    Args:
-        logprobs, old_logprobs: `(N,)` log-probabilities of the tokens, now and at sampling time.
-        advantages: `(N,)`.
-        cliprange: 0.2 in InstructGPT.
-        cliprange_high: the clip above 1 (Yu et al. 2025, DAPO, equation 10); None: cliprange.
-        dual_clip: c; the loss of a token with A < 0 is at most -A * c (Ye et al. 2020, equation 5).
+    Log-probabilities of tokens, now and at sampling time, and advantages A are `(N,)`. cliprange
+    is 0.2 in InstructGPT, cliprange_high the clip above 1 (Yu et al. 2025, DAPO, equation 10; None:
+    cliprange). dual_clip is c: with A < 0 the loss is at most -A * c (Ye et al. 2020, equation 5).
 
     >>> policy_loss(torch.tensor([0.5]), torch.tensor([0.0]), torch.tensor([1.0]), cliprange=0.2)
     (tensor([-1.2000]), tensor([True]))
@@ -68,9 +65,7 @@ def value_loss(
 
     loss = 0.5 * max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2).
 
-    Args:
-        values, old_values, returns: `(N,)` values now and at sampling time, and returns.
-        cliprange_value: c; 0.2.
+    Values V now, V_old at sampling time, and returns R are `(N,)`; c is 0.2.
 
     >>> value_loss(torch.ones(1), torch.zeros(1), torch.ones(1), cliprange_value=0.2)
     (tensor([0.3200]), tensor([True]))
