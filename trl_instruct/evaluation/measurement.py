@@ -7,7 +7,6 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_instruct.configs import EvaluateConfig
@@ -37,6 +36,7 @@ from trl_instruct.rewards.function import (
     merge_states,
     place_on,
 )
+from trl_instruct.types import Model, Tokenizer
 
 JUDGED_AT_ONCE = 512
 Progress: TypeAlias = Callable[[int], Any]
@@ -52,7 +52,7 @@ class Subject(NamedTuple):
     config: EvaluateConfig
     model_config: ModelConfig
     models: dict[str, ModelSource]
-    tokenizers: dict[str, PreTrainedTokenizerBase]
+    tokenizers: dict[str, Tokenizer]
     prompts: Dataset
     demonstrations: Dataset | None = None
     several: int = 0
@@ -196,7 +196,7 @@ def sample(
 
 @torch.no_grad()
 def sequence_logprobs(
-    model: PreTrainedModel,
+    model: Model,
     prompts: Sequence[list[int]],
     completions: Sequence[list[int]],
     sampling: Sampling,
@@ -258,8 +258,8 @@ def shown_samples(
 
 
 def completion_loss(
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    policy: Model,
+    tokenizer: Tokenizer,
     demonstrations: Dataset,
     *,
     batch_size: int = 64,
@@ -279,7 +279,7 @@ def completion_loss(
 
 
 def demonstration_tokens(
-    demonstrations: Dataset, tokenizer: PreTrainedTokenizerBase, context: int | None
+    demonstrations: Dataset, tokenizer: Tokenizer, context: int | None
 ) -> list[tuple[list[int], list[int]]]:
     """Prompt and completion of each demonstration as tokens, together at most `context`."""
     rows = []

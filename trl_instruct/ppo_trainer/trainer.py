@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from trl_instruct.configs import PPOConfig
@@ -61,6 +61,7 @@ from trl_instruct.ppo_trainer.rollouts import (
 from trl_instruct.ppo_trainer.run_state import restore, save_rest
 from trl_instruct.rewards.function import RewardError, RewardFunction, as_completions
 from trl_instruct.rewards.reward_model import RewardModel
+from trl_instruct.types import Model, Tokenizer
 
 
 class PPOTrainer(IterationTrainer):
@@ -90,17 +91,17 @@ class PPOTrainer(IterationTrainer):
     """
 
     args: PPOConfig
-    processing_class: PreTrainedTokenizerBase
+    processing_class: Tokenizer
 
     def __init__(
         self,
         args: PPOConfig,
-        processing_class: PreTrainedTokenizerBase,
-        model: PreTrainedModel,
-        ref_model: PreTrainedModel | None,
-        reward_model: RewardFunction | PreTrainedModel,
+        processing_class: Tokenizer,
+        model: Model,
+        ref_model: Model | None,
+        reward_model: RewardFunction | Model,
         train_dataset: Dataset,
-        value_model: PreTrainedModel,
+        value_model: Model,
         ptx_dataset: Dataset | IterableDataset | None = None,
         gold: RewardFunction | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -156,12 +157,12 @@ class PPOTrainer(IterationTrainer):
         self.sampler.begin(self.policy, processing_class, self.accelerator)
 
     @property
-    def policy(self) -> PreTrainedModel:
+    def policy(self) -> Model:
         """The policy without the processes' wrappers."""
         return self.accelerator.unwrap_model(self.model).policy
 
     @property
-    def value_model(self) -> PreTrainedModel:
+    def value_model(self) -> Model:
         """The value model without the processes' wrappers."""
         return self.accelerator.unwrap_model(self.model).value.model
 

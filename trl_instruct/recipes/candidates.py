@@ -11,7 +11,6 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from trl_instruct.configs import CandidatesConfig
@@ -35,6 +34,7 @@ from trl_instruct.recipes.stage import StageResult, run_stage
 from trl_instruct.rewards.function import RewardFunction, as_completions, call_reward, place_on
 from trl_instruct.rewards.load import load_reward
 from trl_instruct.tiny import SimulatedLabeler
+from trl_instruct.types import Tokenizer
 
 Labeler = Callable[[Sequence[float]], Sequence[float]]
 
@@ -82,7 +82,7 @@ def sample_candidates(
     *,
     gold: Any = None,
     labeler: Labeler | None = None,
-    processing_class: PreTrainedTokenizerBase | None = None,
+    processing_class: Tokenizer | None = None,
     config: CandidatesConfig | None = None,
     model_config: ModelConfig | None = None,
     **options: Any,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import Trainer
 
 from trl_instruct.console import one_line, plural
 from trl_instruct.data.reading import Reading
@@ -19,6 +19,7 @@ from trl_instruct.data.sources import Record
 from trl_instruct.generation.engines import begun
 from trl_instruct.generation.sampling import Sampling, prompt_tokens, sample_several
 from trl_instruct.rewards.function import as_completions, call_reward, place_on
+from trl_instruct.types import Tokenizer
 
 SHOWN, HEAD = 2, 50
 FEW_STEPS = 10
@@ -28,7 +29,7 @@ class StageEnd(Exception):  # noqa: N818 - it is no error
     """What comes before the first step is all: a dry run, or a run that had ended before."""
 
 
-def shown_tokens(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> str:
+def shown_tokens(rendered: Rendered, tokenizer: Tokenizer) -> str:
     """A record token by token, white space escaped; what counts in loss or score in brackets."""
 
     def texts(ids: list[int]) -> list[str]:

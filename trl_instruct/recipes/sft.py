@@ -5,7 +5,7 @@ from typing import Any
 
 import trl
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 from trl import ModelConfig
 
 from trl_instruct.configs import SFTConfig
@@ -26,6 +26,7 @@ from trl_instruct.recipes.memory import Work, memory_table
 from trl_instruct.recipes.options import data_of, held_out_of, stage_options
 from trl_instruct.recipes.pretrain import tiny_base
 from trl_instruct.rewards.load import TINY
+from trl_instruct.types import Model, Tokenizer
 
 
 class SFTTrainer(ResumableTrainer, trl.SFTTrainer):
@@ -38,7 +39,7 @@ def sft(
     output_dir: str | os.PathLike | None = None,
     *,
     eval_dataset: Any = None,
-    processing_class: PreTrainedTokenizerBase | None = None,
+    processing_class: Tokenizer | None = None,
     config: SFTConfig | None = None,
     model_config: ModelConfig | None = None,
     callbacks: list[TrainerCallback] | None = None,
@@ -129,7 +130,7 @@ def _tiny_base(run: stage.StageRun) -> stage.StageResult:
     return tiny_base(folder, seed=run.config.seed)
 
 
-def _tell(run: stage.StageRun, rendered: AnyDataset, tokenizer: PreTrainedTokenizerBase) -> None:
+def _tell(run: stage.StageRun, rendered: AnyDataset, tokenizer: Tokenizer) -> None:
     """Show the first demonstrations with their loss mask, and the lengths of all."""
     if isinstance(rendered, IterableDataset) or "input_ids" not in rendered.column_names:
         run.say("the trainer itself renders the demonstrations: they are not shown")
@@ -143,10 +144,7 @@ def _tell(run: stage.StageRun, rendered: AnyDataset, tokenizer: PreTrainedTokeni
 
 
 def _check_ending(
-    run: stage.StageRun,
-    rendered: Dataset,
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    run: stage.StageRun, rendered: Dataset, policy: Model, tokenizer: Tokenizer
 ) -> None:
     """Refuse, or tell of, a chat template whose replies end with no EOS, as base models have."""
     first = first_record(rendered, Source.of(rendered))
@@ -170,10 +168,7 @@ def _check_ending(
 
 
 def render_demonstrations(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    config: SFTConfig,
-    reading: Reading = AS_PUBLISHED,
+    dataset: Dataset, tokenizer: Tokenizer, config: SFTConfig, reading: Reading = AS_PUBLISHED
 ) -> tuple[Dataset, int]:
     """Demonstrations with the ids that SFTTrainer takes, and how many of them max_length cuts.
 
