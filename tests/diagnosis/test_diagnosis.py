@@ -243,6 +243,17 @@ def test_over_optimisation_is_told_with_the_iteration_where_it_turned():
     assert int(finding.told.split("iteration ")[1].rstrip(".")) in (11, 12)
 
 
+def test_a_run_that_was_stopped_is_judged_up_to_its_peak():
+    chain = ppo(
+        objective__scores=lambda x: x,
+        objective__gold=lambda x: 0.5 + (x if x < 0.4 else 0.8 - x),
+        objective__kl=lambda x: 0.3 if x < 0.5 else 90.0,
+    )
+    assert {"over_optimised", "kl_blow_up"} <= set(names(chain))
+    stopped = chain["ppo"]._replace(metrics={**chain["ppo"].metrics, "peak_iteration": 8})
+    assert names({"ppo": stopped}) == []
+
+
 def test_a_gold_score_that_falls_with_the_score_or_within_its_noise_is_no_exploit():
     falling = ppo(objective__scores=lambda x: -x, objective__gold=lambda x: 0.8 - 0.5 * x)
     assert names(falling) == []

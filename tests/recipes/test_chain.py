@@ -116,6 +116,15 @@ def test_a_stage_that_is_gone_is_a_gap_and_a_hub_id_is_none(tmp_path):
     )
 
 
+def test_rewards_in_code_are_not_gone_and_members_are_found(tmp_path):
+    stage(tmp_path / "ppo", "ppo", reward_model_path=str(tmp_path / "rewards.py:brevity"))
+    assert read_chain(tmp_path / "ppo")["ppo"].gaps == ()
+    stage(tmp_path / "member-1", "rm")
+    members = [str(tmp_path / "member-1"), str(tmp_path / "rewards.py:brevity")]
+    stage(tmp_path / "careful", "ppo", reward_model_path=members)
+    assert list(read_chain(tmp_path / "careful")) == ["rm", "ppo"]
+
+
 @pytest.mark.parametrize("config", ["defaults:\n- base\n", "[1]", "a: ["])
 def test_files_of_another_tool_are_no_stage(tmp_path, config):
     (tmp_path / "config.yaml").write_text(config)

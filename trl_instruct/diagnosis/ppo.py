@@ -17,12 +17,19 @@ _found = partial(found, "ppo")
 
 
 def diagnose_ppo(run: FinishedStage) -> Iterator[Finding]:
-    """What the checks find whose metrics the run has logged (TRL's own trainer lacks some)."""
+    """What the checks find whose metrics the run has logged (TRL's own trainer lacks some).
+
+    A run that `stop_when_exploited` ended is as long as its result, up to the judge's peak.
+    """
     if not run.curve("objective/kl"):
         yield _found("ppo_unmeasured", "no logs in its folder")
         return
+    peak = run.metrics.get("peak_iteration")
+    if peak is not None:
+        run = run._replace(logs=[log for log in run.logs if log["step"] <= peak])
     for check, *needed in CHECKS:
-        if all(run.curve(name) for name in needed):
+        ended = peak is not None and check is _episodes  # on purpose
+        if not ended and all(run.curve(name) for name in needed):
             yield from check(run)
 
 

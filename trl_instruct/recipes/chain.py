@@ -121,12 +121,13 @@ def _came_from(run: FinishedStage) -> tuple[list[FinishedStage], tuple[str, ...]
     earlier, gaps = [], []
     for name in ("model_name_or_path", "reward_model_path", "dataset_name"):
         given = run.config.get(name)
+        given = given[0] if isinstance(given, list) and given else given  # of an ensemble
         if not isinstance(given, str):
             continue
         try:
             if found := _read(Path(given).parent if name == "dataset_name" else Path(given)):
                 earlier.append(found)
-            elif not os.path.exists(given) and (
+            elif not (os.path.exists(given) or ".py:" in given) and (
                 os.path.isabs(given) or os.path.isdir(os.path.dirname(given))  # no Hub id
             ):
                 gaps.append(f"{name} is {given!r}, which is gone")
