@@ -13,7 +13,8 @@ from trl_instruct.padding import (
     right_padded_mask,
     unpadded,
 )
-from trl_instruct.ppo_trainer.advantages import masked_mean, masked_whiten
+from trl_instruct.ppo_trainer.advantages import masked_mean, masked_moments, masked_whiten
+from trl_instruct.ppo_trainer.metrics import mean_over_steps
 
 VALUES = torch.tensor([[1.0, 2.0, 6.0], [4.0, math.nan, math.inf]])
 MASK = torch.tensor([[True, True, True], [True, False, False]])
@@ -85,3 +86,10 @@ def test_rows_and_their_padding_by_hand():
     assert (lengths.tolist(), ended.tolist()) == ([2, 3], [True, False])
     assert pad_rows([[1, 2], [3]], 0).tolist() == [[1, 2], [3, 0]]
     assert unpadded(torch.tensor([[1, 2], [3, 0]]), torch.tensor([2, 1])) == [[1, 2], [3]]
+
+
+def test_moments_and_means_by_hand():
+    moments = masked_moments(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
+    assert [value.item() for value in moments] == [2.0, 2.0]
+    found = mean_over_steps([{"val/ratio": 0.5}, {"val/ratio": 1.5}])
+    assert found == {"val/ratio": 1.0, "val/ratio_var": 0.25, "policy/steps": 2}

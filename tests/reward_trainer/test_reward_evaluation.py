@@ -419,3 +419,9 @@ def test_dissent_by_hand():
     assert (one["dissent"], one["pairs"], one["error"]["mean"]) == (1, 1, 0.0)
     # 2, 4, 3 and -1, -3, -2: standard deviation sqrt(2 / 3)
     assert none["disagreement"] == pytest.approx((2 / 3) ** 0.5)
+
+
+def test_the_best_of_four_and_a_correlation_by_hand():
+    found = best_of_k([Labeled(0, [0, 1, 2, 3], [1, 2, 3, 3], 1.0, None, None)], [0.5, 0.5, -1, 0])
+    assert (found["best_of_k"], found["best_of_k_chance"]) == (0.5, 0.25)
+    assert within_prompt_correlation([1.0, 2.0, 9.0, 8.0], [10, 20, 1, 2], [0, 0, 1, 1]) == 0.0

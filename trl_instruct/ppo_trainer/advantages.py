@@ -17,9 +17,6 @@ def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of the values `(B, T)` where the mask `(B, T)` is True.
 
     The variance of a single value is 0.
-
-    >>> masked_moments(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
-    (tensor(2.), tensor(2.))
     """
     mean, count = masked_mean(values, mask), mask.sum()
     variance = masked_mean((values - mean) ** 2, mask) * count / (count - 1).clamp(min=1)

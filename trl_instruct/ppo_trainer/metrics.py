@@ -80,11 +80,7 @@ def policy_metrics(logprobs: Tensor, old_logprobs: Tensor) -> dict[str, Tensor]:
 
 
 def mean_over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of each metric over the optimizer steps of an iteration, and the ratio's variance.
-
-    >>> mean_over_steps([{"val/ratio": 0.5}, {"val/ratio": 1.5}])
-    {'val/ratio': 1.0, 'val/ratio_var': 0.25, 'policy/steps': 2}
-    """
+    """Mean of each metric over the optimizer steps of an iteration, and the ratio's variance."""
     means = {name: statistics.fmean(step[name] for step in steps) for name in steps[0]}
     variance = statistics.pvariance(step["val/ratio"] for step in steps)
     return {**means, "val/ratio_var": variance, "policy/steps": len(steps)}

@@ -228,11 +228,6 @@ def best_of_k(labeled: Sequence[Labeled], scores: Sequence[float]) -> dict[str, 
     first, each of them is right, and chance is their share of K. A ranking without a pair with a
     winner is skipped. Returns best_of_k, best_of_k_low, best_of_k_high (95 %, a prompt is one
     measurement) and best_of_k_chance, the mean.
-
-    >>> ranking = Labeled(0, [0, 1, 2, 3], [1, 2, 3, 3], 1.0, None, None)
-    >>> found = best_of_k([ranking], scores=[0.5, 0.5, -1.0, 0.0])
-    >>> found["best_of_k"], found["best_of_k_chance"]
-    (0.5, 0.25)
     """
     rows = []
     for one in (one for one in labeled if max(one.ranks) > 1):
@@ -297,9 +292,6 @@ def within_prompt_correlation(
     scores, which no comparison shows. So ranks within a prompt (equal values share the mean rank),
     less their mean, are correlated over all prompts. All arguments have one value per distinct
     response. The result is NaN if scores or lengths never differ within a prompt.
-
-    >>> within_prompt_correlation([1.0, 2.0, 9.0, 8.0], [10, 20, 1, 2], [0, 0, 1, 1])
-    0.0
     """
     groups = defaultdict(list)
     for score, length, prompt in zip(scores, lengths, prompts, strict=True):
