@@ -71,7 +71,7 @@ def check_sampler(config: Any) -> None:
         for reason, names in values.get(getattr(config, switch), {}).items():
             check_refused(dict.fromkeys(names.split(), reason), config)
     if not (config.use_vllm or config.use_transformers_continuous_batching):
-        names = ("vllm_importance_sampling_correction", "vllm_importance_sampling_clip_max")
+        names = [name for name in vars(config) if name.startswith("vllm_importance_sampling_")]
         check_refused(dict.fromkeys(names, "the policy draws for itself."), config)
 
 

@@ -83,8 +83,7 @@ class PagedSampler(Sampler):
             found = [*self.policy.generate_batch(asked, how, config).values()]
         faults = [one.error for one in found if one.error is not None]
         if faults or len(found) < len(asked):
-            told = faults[0] if faults else "its thread ended"
-            raise SamplerError(f"generate_batch failed: {told}.")
+            raise SamplerError(f"generate_batch failed: {[*faults, 'its thread ended'][0]}.")
         return [one.generated_tokens for one in found], [one.logprobs for one in found]
 
 
@@ -102,8 +101,7 @@ class VLLMSampler(Sampler):
         server, size = self.options.vllm_mode == "server", self.options.vllm_tensor_parallel_size
         if accelerator is None and (server or size > 1):
             raise InputError(
-                "vllm_mode server and vllm_tensor_parallel_size are for ppo. Leave them out: each "
-                "process samples its share of the prompts."
+                "vllm_mode server and vllm_tensor_parallel_size are for ppo. Leave them out here."
             )
         self.processes = accelerator or Accelerator()
         super().begin(policy, tokenizer, self.processes)
@@ -190,10 +188,8 @@ class VLLMSampler(Sampler):
 def check_policy(policy: Model) -> None:
     """InputError for a policy whose weights vLLM cannot be given."""
     if not all(weight.is_floating_point() for weight in policy.parameters()):
-        raise InputError(
-            "use_vllm with load_in_8bit or load_in_4bit: vLLM takes new weights in full precision "
-            "only. Leave one of them out."
-        )
+        told = "with load_in_8bit or load_in_4bit: vLLM takes new weights in full precision only"
+        raise InputError(f"use_vllm {told}. Leave one of them out.")
     config = policy.active_peft_config if isinstance(policy, PeftModel) else LoraConfig()
     more = ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices")
     if not isinstance(config, LoraConfig) or any(getattr(config, name, None) for name in more):

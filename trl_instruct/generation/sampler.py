@@ -21,9 +21,8 @@ class SamplerError(InputError):
 
 
 class Drawn(NamedTuple):
-    """Completions of B prompts, `(B, C)` ids with filler after the end.
+    """Completions of B prompts: `(B, C)` ids with filler after the end, and `(B,)` as in `Rollout`.
 
-    completion_lengths `(B,)`, EOS included; ended `(B,)` True if an EOS or stop string ended it;
     logprobs `(B, C)`: the sampler's own, nats at its temperature, NaN where it has none, or None.
     """
 
@@ -45,10 +44,7 @@ class Sampler:
     def begin(
         self, policy: Model, tokenizer: Tokenizer, accelerator: Accelerator | None = None
     ) -> None:
-        """Get ready to sample from a policy, on its device; outside of a training, no accelerator.
-
-        InputError for a policy that this sampler cannot sample from.
-        """
+        """Get ready to sample from a policy, or InputError. Only a training has an accelerator."""
         self.policy, self.tokenizer, self.accelerator = policy, tokenizer, accelerator
         self.eos_token_ids = eos_token_ids(policy, tokenizer)
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_instruct.configs import PPOConfig
 from trl_instruct.data.rendering import completion_texts, render_prompts
@@ -17,6 +16,7 @@ from trl_instruct.generation.token_sampling import NEVER, Sampling
 from trl_instruct.models.properties import context_length, evaluating
 from trl_instruct.option_checks import check_stop_strings
 from trl_instruct.padding import completion_lengths, left_padded_mask, unpadded
+from trl_instruct.types import Model, Tokenizer
 
 
 def fit_prompts(
@@ -55,10 +55,7 @@ def fit_prompts(
 
 
 def prompt_tokens(
-    columns: Mapping[str, Sequence[Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    policy: PreTrainedModel,
-    limits: Any,
+    columns: Mapping[str, Sequence[Any]], tokenizer: Tokenizer, policy: Model, limits: Any
 ) -> tuple[list[list[int]], int]:
     """Prompts as ids, cut to the policy's context, and how many were cut.
 
@@ -84,32 +81,21 @@ def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple
 
 @torch.no_grad()
 def generate(
-    policy: PreTrainedModel,
+    policy: Model,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
     eos_token_ids: list[int],
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Tokenizer | None = None,
     copies: int = 1,
     progress: Callable[[int], Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample completions of each prompt from the policy's full distribution.
+    """Sample `copies` completions of each of R prompts from the policy's full distribution.
 
-    Args:
-        policy: the model; its own sampling settings (top_p, ...) are ignored.
-        prompts: R token lists.
-        sampling: its batch size does not count if the policy `reads_padding`.
-        eos_token_ids: tokens that end a completion.
-        tokenizer: the policy's, needed for stop strings.
-        copies: completions per prompt, in adjacent rows of the result.
-        progress: called after each batch with its number of completions.
-
-    Returns:
-        completion_ids `(B, C)` with B = R * copies (filler after the end), completion_lengths
-        `(B,)`, ended `(B,)`.
-
-    Raises:
-        InputError: an empty stop string, or stop strings without the tokenizer.
+    Its own sampling settings (top_p, ...) are ignored, and the batch size if it `reads_padding`.
+    `progress` is called after each batch with its number of completions. Returns completion_ids
+    `(B, C)`, B = R * copies, filler after the end, completion_lengths `(B,)` and ended `(B,)`.
+    InputError for an empty stop string, or stop strings without the tokenizer, which reads them.
     """
     check_stop_strings(sampling.stop_strings)
     batch_size = sampling.batch_size
@@ -191,7 +177,7 @@ def decode(
     completion_ids: Tensor,
     lengths: Tensor,
     ended: Tensor,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     stop_strings: Sequence[str] | None = None,
 ) -> list[str]:
     """Texts of what `generate` returned, each cut before the EOS or stop string that ended it."""
@@ -210,7 +196,7 @@ def decode(
     ]
 
 
-def unused_sampling(policy: PreTrainedModel) -> dict[str, Any]:
+def unused_sampling(policy: Model) -> dict[str, Any]:
     """Settings of the model's own generation_config that sampling ignores."""
     own = policy.generation_config.to_diff_dict()
     return {name: own[name] for name in PPOConfig.REFUSED if own.get(name) is not None}

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from trl_instruct.errors import InputError
 from trl_instruct.models.properties import call, evaluating, unwrapped
 from trl_instruct.padding import position_ids
+from trl_instruct.types import Model, Tokenizer
 
 # The length of a completion that no stop string has ended.
 NEVER = 2**31
@@ -22,7 +23,7 @@ ENOUGH = 0.25
 
 
 @contextlib.contextmanager
-def plain_sampling(model: transformers.PreTrainedModel) -> Iterator[None]:
+def plain_sampling(model: Model) -> Iterator[None]:
     """Hide a model's own generation_config: `generate` would take top_p, repetition_penalty etc.
     from it, and the log-probabilities would no longer be those of the sampler."""
     holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
@@ -59,17 +60,11 @@ class Draw(transformers.LogitsProcessor):
 class StopStrings(transformers.StoppingCriteria):
     """Ends a completion once its text contains one of the strings, and records its length then.
 
-    Unlike transformers' own `stop_strings` it reads only the completion, not the prompt. The batch
-    has so many `rows`; a padded prompt has `width` tokens.
+    Unlike transformers' own, it does not read the prompt, which is padded to `width` tokens.
     """
 
     def __init__(
-        self,
-        strings: Sequence[str],
-        tokenizer: transformers.PreTrainedTokenizerBase,
-        rows: int,
-        width: int,
-        device: torch.device,
+        self, strings: Sequence[str], tokenizer: Tokenizer, rows: int, width: int, device: Any
     ):
         self.strings, self.tokenizer, self.width = strings, tokenizer, width
         # A letter takes up to four byte-level tokens; the last token may extend past the string.
@@ -89,8 +84,7 @@ class StopStrings(transformers.StoppingCriteria):
 class EnoughEnded(transformers.StoppingCriteria):
     """Ends all rows once a quarter of them have ended, so that `draw` can drop these.
 
-    One of `eos_token_ids` is the filler after a completion's end. `stops`, the stop strings'
-    criteria, must run before this one.
+    The stop strings' criteria, `stops`, must run before this one.
     """
 
     def __init__(self, eos_token_ids: Tensor, stops: list[StopStrings]):
@@ -105,11 +99,10 @@ class EnoughEnded(transformers.StoppingCriteria):
 
 
 class Sampling(NamedTuple):
-    """How completions of prompts are sampled.
+    """How completions of prompts are sampled: at most `response_length`, C, tokens of each.
 
-    response_length: C, the longest completion; max_prompt_length: as in `fit_prompts`;
-    stop_strings: texts that end a completion; the token that completes one is kept; temperature:
-    above 0; batch_size: completions per batch of prompts of similar length.
+    max_prompt_length: as in `fit_prompts`. stop_strings end a completion; the token that completes
+    one is kept. batch_size: completions per batch of prompts of similar length.
     """
 
     response_length: int
@@ -127,7 +120,7 @@ class Sampling(NamedTuple):
 
 @torch.no_grad()
 def draw(
-    policy: transformers.PreTrainedModel,
+    policy: Model,
     ids: Tensor,
     mask: Tensor,
     sampling: Sampling,
@@ -136,14 +129,12 @@ def draw(
     tokenizer: Any,
     copies: int,
 ) -> tuple[Tensor, Tensor]:
-    """Sample `copies` completions of each prompt.
+    """Sample `copies` completions of each prompt, `(R, P)` ids and a mask, padded on the left.
 
     If the model's cache can be cut by rows (`caches_rows`), a prompt is read once for all its
     completions, and `generate` is called repeatedly, without the rows that have ended; else once.
-
-    The policy is in eval mode, within `plain_sampling`. Prompts are `(R, P)` ids and a mask, padded
-    on the left. Returns `(B, C)` tokens, B = R * copies: those of a prompt in adjacent rows, EOS or
-    filler after the end. And the `(B,)` lengths at which a stop string ended them, or NEVER.
+    Within `plain_sampling`. Returns `(B, C)` tokens, B = R * copies, EOS after the end, and the
+    `(B,)` lengths at which a stop string ended them, or NEVER.
     """
     by_rows = caches_rows(policy)
     cache = read_prompts(policy, ids, mask, copies) if by_rows and copies > 1 else None
@@ -189,12 +180,9 @@ def draw(
 
 
 def read_prompts(
-    policy: transformers.PreTrainedModel, ids: Tensor, mask: Tensor, copies: int
+    policy: Model, ids: Tensor, mask: Tensor, copies: int
 ) -> transformers.Cache | None:
-    """The policy's cache of each prompt without its last token, repeated `copies` times.
-
-    Arguments as in `draw`. None for prompts of one token.
-    """
+    """The policy's cache of each prompt but its last token, `copies` times; None if it has one."""
     if ids.shape[1] == 1:
         return None
     backbone = unwrapped(policy).base_model
@@ -210,7 +198,7 @@ _caches_rows: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def reads_padding(model: transformers.PreTrainedModel) -> bool:
+def reads_padding(model: Model) -> bool:
     """Whether padding before a sequence changes the model's output for it.
 
     The model is tried once, since no class name tells: recurrent ones may leave masked tokens out
@@ -230,14 +218,14 @@ def reads_padding(model: transformers.PreTrainedModel) -> bool:
     return _reads_padding[backbone]
 
 
-def _last_state(backbone: transformers.PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
+def _last_state(backbone: Model, input_ids: Tensor, mask: Tensor) -> Tensor:
     positions = position_ids(mask.bool())
     arguments = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions}
     return call(backbone, **arguments, use_cache=False).last_hidden_state[:, -1].float()
 
 
 @torch.no_grad()
-def caches_rows(model: transformers.PreTrainedModel) -> bool:
+def caches_rows(model: Model) -> bool:
     """Whether the cache can be cut to some of its rows: it holds only keys and values of each text.
 
     The model is tried once. Recurrent states cannot be cut, nor can caches that hold them beside
