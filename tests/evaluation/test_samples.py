@@ -31,7 +31,7 @@ def samples(policy, make_policy, tokenizer, prompts):
             rewards["number"] = lambda prompts, completions, number: number
             rewards["tokens"] = lambda completion_ids, **_: [len(ids) for ids in completion_ids]
         subject = Subject(config, ModelConfig(), models, tokenizers, Dataset.from_dict(rows))
-        return measure(subject, rewards).models["own"]
+        return measure(subject, rewards)[0]["own"]
 
     return sample
 

@@ -159,6 +159,6 @@ def test_checkpoints_are_evaluated_one_after_the_other(tokenizer, prompts):
     )
     rows = Dataset.from_dict({"prompt": prompts})
     subject = Subject(how, ModelConfig(), models, dict.fromkeys(models, tokenizer), rows)
-    found = measure(subject, {"letters": letters}).models
+    found = measure(subject, {"letters": letters})[0]
     assert found["one"].sampled != found["two"].sampled
     assert found["two"].kl is not None and sum(found["two"].kl) > 1

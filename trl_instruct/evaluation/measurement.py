@@ -95,22 +95,14 @@ class ModelMeasurement(NamedTuple):
     loss: float | None
 
 
-class Measurements(NamedTuple):
-    """Measurements by model; and by judge the scores for best of n, `(B, N)` float64."""
-
-    models: dict[str, ModelMeasurement]
-    several: dict[str, Tensor]
-
-
 def measure(
     subject: Subject, rewards: Mapping[str, RewardFunction], progress: Progress = int
-) -> Measurements:
-    """Sample every model, measure it against the reference, and score its completions.
+) -> tuple[dict[str, ModelMeasurement], dict[str, Tensor]]:
+    """Measurements by model; and by judge the scores for best of n, `(B, N)` float64.
 
     One model is in memory at a time. The reference comes last and is loaded only once. The judges
     wait on the CPU until all is sampled, and then take turns. Several processes share out the
-    texts, and each gets all measurements. `progress` is called with the number of texts that this
-    process has sampled, read or judged.
+    texts, and each gets all measurements. `progress` gets the number of texts of this process.
     """
     models, several = _sample_all(subject, progress)
     prompts, copies = subject.prompts, subject.several
@@ -124,7 +116,7 @@ def measure(
             flat = _judge(repeated, several, reward, progress)
             table[judge] = torch.tensor(flat, dtype=torch.float64).view(-1, copies)
         place_on(reward, "cpu")
-    return Measurements(models, table)
+    return models, table
 
 
 def _sample_all(
