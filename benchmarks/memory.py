@@ -14,7 +14,8 @@ GPT-2 of 110 million parameters and a vocabulary of 32,000, with random weights.
 The second of two iterations is measured, when the optimizer has its state. `memory_mb`: on CPU
 (Linux) the peak of the resident set, less its size with only the libraries loaded; on a GPU the
 peak that torch allocated. `seconds`: its time. `one_base_ratio`: the least memory with one base /
-that of four models; `lora_policy_ratio`: / that of lora_policy.
+that of four models; `lora_policy_ratio`: / that of lora_policy. `estimate_mb`: what the run's table
+said before its first step.
 """
 
 import argparse
@@ -40,6 +41,8 @@ from transformers import (
 )
 
 from trl_instruct import ppo
+from trl_instruct.recipes import ppo as ppo_stage
+from trl_instruct.recipes.memory import estimate
 
 RESULT = Path(__file__).parents[1] / "runs" / "bench" / "memory.json"
 WIDTH, LAYERS, HEADS = 768, 12, 12
@@ -105,7 +108,14 @@ def run_configuration(name: str, folder: Path) -> None:
     os.dup2(2, 1)  # keeps what the libraries print out of the report
     # Blocks of this size or more are returned to the system as soon as they are freed.
     LIBC.mallopt(M_MMAP_THRESHOLD, 2**20)
-    weigh = Weigh()
+    weigh, told = Weigh(), []
+    real = ppo_stage.memory_table
+
+    def spy(*given: Any) -> str:
+        told.append(sum(estimate(*given)) / 2**20)
+        return real(*given)
+
+    ppo_stage.memory_table = spy
     ppo(
         folder / "policy",
         folder / ("rm_adapter" if name.startswith("one_base") else "rm"),
@@ -125,16 +135,18 @@ def run_configuration(name: str, folder: Path) -> None:
         use_cpu=not torch.cuda.is_available(),
         **CONFIGURATIONS[name],
     )
-    print(json.dumps(weigh.measured), file=report, flush=True)
+    print(json.dumps({**weigh.measured, "estimate_mb": told[0]}), file=report, flush=True)
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """The measurements as Markdown."""
     most = rows["four_models"]["memory_mb"]
-    lines = ["| configuration | peak MB | of four models | s an iteration |", "|---|---|---|---|"]
+    titles = "| configuration | peak MB | estimate | of four models | s an iteration |"
+    lines = [titles, "|---|---|---|---|---|"]
     for name, row in rows.items():
-        size = row["memory_mb"]
-        lines.append(f"| {name} | {size:,.0f} | {size / most:.2f} | {row['seconds']:.1f} |")
+        size, told = row["memory_mb"], row["estimate_mb"]
+        off = f"{told:,.0f} ({told / size - 1:+.0%})"
+        lines.append(f"| {name} | {size:,.0f} | {off} | {size / most:.2f} | {row['seconds']:.1f} |")
     return "\n".join(lines)
 
 

@@ -38,8 +38,9 @@ def base():
 
 
 def arguments(**options):
-    defaults = {"bf16": False, "fp16": False, "optim": "adamw_torch"}
-    return SimpleNamespace(**{**defaults, "gradient_checkpointing": False, **options})
+    defaults = {"bf16": False, "fp16": False, "optim": "adamw_torch", "world_size": 1}
+    defaults |= {"gradient_checkpointing": False, "device": torch.device("cuda")}
+    return SimpleNamespace(**{**defaults, **options})
 
 
 def test_what_each_role_holds(base):
@@ -97,18 +98,51 @@ def test_activations():
     two = activation_bytes(work._replace(models=2), **SIZES, checkpointing=True)
     assert two == 2 * 16 * ((3 + 16) * 10) * 4 + 3 * logits
     read = activation_bytes(work._replace(backward=False), **SIZES, checkpointing=False)
-    assert read == 16 * (2 * 3 * 10) * 4 + 2 * logits
+    assert read == 16 * (2 * 3 * 10) * 4 + logits
+    half = activation_bytes(
+        work._replace(backward=False), **{**SIZES, "width": 2}, checkpointing=False
+    )
+    assert half == 16 * (2 * 3 * 10) * 2 + logits // 2
+    tiles = activation_bytes(work._replace(tile=300), **SIZES, checkpointing=False)
+    assert tiles == 16 * (3 * 16 * 10) * 4 + 300 * 4
+    few = activation_bytes(work._replace(tile=5000), **SIZES, checkpointing=False)
+    assert few == 16 * (3 * 16 * 10) * 4 + logits  # fewer than a tile
 
 
 def test_an_estimate(base):
     roles = {"policy": Model(base), "value": Model(base)}
     works = [Work(1, 4, 0), Work(2, 4, 0)]
     assert estimate(roles, works, arguments()) == Estimate(
-        weights=80 + 2 * 24, gradients=2 * 24, optimizer=12 * 8, activations=8 * 3 * 16 * 10 * 4
+        weights=80 + 2 * 24,
+        gradients=2 * 24,
+        optimizer=12 * 8,
+        copies=0,
+        process=0,
+        activations=8 * 3 * 16 * 10 * 4,
     )
     spared = estimate(roles, works, arguments(bf16=True, optim="adamw_bnb_8bit"))
     assert (spared.optimizer, spared.activations) == (12 * 2, 8 * 3 * 16 * 10 * 2)
-    assert sum(spared) == 128 + 48 + 24 + 8 * 3 * 16 * 10 * 2
+    assert spared.copies == 12 * 2  # of the weights that train, as autocast rounds them
+    assert sum(spared) == 128 + 48 + 24 + 24 + 8 * 3 * 16 * 10 * 2
+
+
+def test_several_processes(base, monkeypatch):
+    """DDP's buckets are as large as the gradients; FSDP and ZeRO leave a process its share."""
+    roles, works = {"policy": Model(base)}, [Work(1, 4, 0)]
+    ddp = estimate(roles, works, arguments(world_size=2))
+    assert (ddp.gradients, ddp.optimizer) == (2 * 24, 6 * 8)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    sharded = estimate(roles, works, arguments(world_size=2))
+    assert (sharded.gradients, sharded.optimizer) == (24 // 2, 6 * 8 // 2)
+
+
+def test_on_a_cpu_the_process_counts(base):
+    """Of a packed model the pages of its file, four bytes a number, stay mapped."""
+    works, on_cpu = [Work(1, 4, 0)], arguments(device=torch.device("cpu"))
+    assert estimate({"policy": Model(base)}, works, on_cpu).process == 260 * 2**20
+    packed = Model(nn.Linear(5, 4, bias=False).requires_grad_(False))
+    packed.base.weight.data = packed.base.weight.data.to(torch.int8)
+    assert estimate({"policy": packed}, works, on_cpu).process == 260 * 2**20 + 20 * 4
 
 
 def test_the_table(base):

@@ -22,6 +22,7 @@ from trl_instruct.scalar_head import Float32Linear
 
 KERNEL_ON = {"cuda", "xpu"}  # kinds of devices
 TILE = 32_768  # tokens of the vocabulary at once, as in TRL
+TOKENS_AT_ONCE = 4096  # states at once: TRL's
 
 
 def token_statistics(

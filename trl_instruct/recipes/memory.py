@@ -6,12 +6,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from trl_instruct.models.sharding import launched_sharded
+
 # Values kept for the backward pass per token and layer, in hidden sizes: Korthikanti et al. 2022
 # (arXiv:2205.05198), equation 1, without dropout masks and with fused attention.
 KEPT_PER_LAYER = 16
-# As large as the vocabulary: logits, log-probabilities and, with a backward pass, the gradient.
-KEPT_LOGITS, READ_LOGITS = 3, 2
-FLOAT32 = 4
+# As large as the vocabulary, with a backward pass: logits, log-probabilities and their gradient.
+KEPT_LOGITS = 3
+FLOAT32, HALF = 4, 2
+# On CPU: code that libraries load at first use, and small blocks that the C allocator keeps
+# (measured: `make bench-memory`).
+PROCESS = 260 * 2**20
 
 
 class Holding(NamedTuple):
@@ -27,7 +32,8 @@ class Holding(NamedTuple):
 class Work(NamedTuple):
     """One forward pass: `rows` of `length` tokens, logits for `predicted` tokens of each row.
 
-    `models`: how many models run at once; `backward`: whether activations are kept.
+    `models`: how many models run at once; `backward`: whether activations are kept; `tile`: most
+    logits that are in memory at once, if they are computed in tiles; 0: all of them.
     """
 
     rows: int
@@ -35,14 +41,25 @@ class Work(NamedTuple):
     predicted: int
     models: int = 1
     backward: bool = True
+    tile: int = 0
 
 
 class Estimate(NamedTuple):
-    """Estimated bytes of a step at its peak."""
+    """Estimated bytes of a step at its peak, in one process.
+
+    weights: of all roles. gradients: of those that train; once more for DDP's buckets; a process's
+    share with FSDP and ZeRO, which reduce them in every micro-batch. optimizer: its state, also
+    shared so. copies: autocast's, two bytes of each float32 weight that trains, which it keeps from
+    the forward pass to its end (frozen weights are rounded one at a time, or stored so). process:
+    on CPU, code and the allocator's waste, and pages of a quantised model's file: they stay mapped.
+    activations: see `activation_bytes`.
+    """
 
     weights: int
     gradients: int
     optimizer: int
+    copies: int
+    process: int
     activations: int
 
 
@@ -95,7 +112,9 @@ def activation_bytes(
     """Bytes that a forward pass keeps: logits, and layer inputs or a cache.
 
     `hidden`, `layers` and `vocabulary` are sizes of the model, `width` bytes per value. With
-    `checkpointing`, the backward pass recomputes activations inside each layer.
+    `checkpointing`, the backward pass recomputes activations inside each layer. Logits are float32
+    and three times as many with a backward pass; without one they stay as the head returns them,
+    and are read a few rows at a time; of tiles there is one.
     """
     tokens = work.rows * work.length
     if not work.backward:
@@ -104,9 +123,11 @@ def activation_bytes(
         kept = layers + KEPT_PER_LAYER
     else:
         kept = layers * KEPT_PER_LAYER
-    logits = KEPT_LOGITS if work.backward else READ_LOGITS
-    behind = tokens * hidden * kept * width * work.models
-    return behind + work.rows * work.predicted * vocabulary * FLOAT32 * logits
+    behind, logits = tokens * hidden * kept * width * work.models, work.rows * work.predicted
+    if work.tile or not work.backward:
+        whole = logits * vocabulary
+        return behind + width * (min(work.tile, whole) if work.tile else whole)
+    return behind + logits * vocabulary * FLOAT32 * KEPT_LOGITS
 
 
 def estimate(roles: Mapping[str, nn.Module | None], works: Sequence[Work], args: Any) -> Estimate:
@@ -117,14 +138,23 @@ def estimate(roles: Mapping[str, nn.Module | None], works: Sequence[Work], args:
     first: Any = next(iter(roles.values()))
     rows, text = holdings(roles), first.config.get_text_config()
     trainable = sum(row.trainable for row in rows)
-    width = 2 if args.bf16 or args.fp16 or "bfloat16" in rows[0].dtypes else FLOAT32
+    mixed = args.bf16 or args.fp16
+    width = HALF if mixed or "bfloat16" in rows[0].dtypes else FLOAT32
     sizes = {"hidden": text.hidden_size, "layers": text.num_hidden_layers, "width": width}
     sizes |= {"vocabulary": text.vocab_size, "checkpointing": args.gradient_checkpointing}
-    trained = {p for m in roles.values() if m is not None for p in m.parameters()}
+    held = {p for m in roles.values() if m is not None for p in m.parameters()}
+    gradients = sum(p.nbytes for p in held if p.requires_grad)
+    packed = sum(_count(p) for p in held if not p.is_floating_point())
+    share = args.world_size if launched_sharded() else 1
+    ddp = args.world_size > 1 and not launched_sharded()
+    on_cpu = args.device.type == "cpu"
     return Estimate(
         weights=sum(row.bytes for row in rows),
-        gradients=sum(p.nbytes for p in trained if p.requires_grad),
-        optimizer=optimizer_bytes(str(getattr(args.optim, "value", args.optim)), trainable),
+        gradients=(2 if ddp else 1) * gradients // share,
+        optimizer=optimizer_bytes(str(getattr(args.optim, "value", args.optim)), trainable)
+        // share,
+        copies=HALF * trainable if mixed else 0,
+        process=(PROCESS + FLOAT32 * packed) if on_cpu else 0,
         activations=max(activation_bytes(work, **sizes) for work in works),
     )
 
@@ -139,7 +169,7 @@ def memory_table(roles: Mapping[str, nn.Module | None], works: Sequence[Work], a
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:4], widths[1:4]), line[4]])
         for line in lines
     ]
-    parts = ", ".join(f"{name} {_mb(size)}" for name, size in needed._asdict().items())
+    parts = ", ".join(f"{name} {_mb(size)}" for name, size in needed._asdict().items() if size)
     passes = " or ".join(f"{work.rows} x {work.length} tokens" for work in works)
     total = f"about {_mb(sum(needed))} MB at {passes}: {parts}"
     if torch.cuda.is_available():

@@ -21,6 +21,7 @@ from trl_instruct.models.properties import ModelSource
 from trl_instruct.models.tokenizers import check_vocabulary
 from trl_instruct.ppo_trainer import curves
 from trl_instruct.ppo_trainer.roles import Roles, load_roles
+from trl_instruct.ppo_trainer.token_statistics import KERNEL_ON, TILE, TOKENS_AT_ONCE
 from trl_instruct.ppo_trainer.trainer import PPOTrainer
 from trl_instruct.ppo_trainer.upstream import upstream_trainer
 from trl_instruct.recipes.chain import check_format, remember_reading
@@ -148,9 +149,11 @@ def _tell_before(run: StageRun, roles: Roles, trainer: Any) -> None:
     for number, judge in enumerate((j for j in judges if isinstance(j, nn.Module)), start=1):
         held["reward" if number == 1 else f"reward {number}"] = judge
     length = max(map(len, trainer.prompts)) + args.response_length
-    shape = {"length": length, "predicted": args.response_length}
+    tile = TILE * TOKENS_AT_ONCE if args.device.type in KERNEL_ON else 0
+    shape = {"length": length, "predicted": args.response_length, "tile": tile}
     update = Work(args.per_device_train_batch_size, **shape, models=2)
-    rollout = Work(args.local_rollout_forward_batch_size, **shape, backward=False)
+    at_once = max(args.rollout_batch_size or 0, args.local_rollout_forward_batch_size)
+    rollout = Work(at_once, **shape, backward=False)
     run.say(memory_table(held, [update, rollout], run.config))
 
 
