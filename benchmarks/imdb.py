@@ -152,7 +152,7 @@ def run(reviews: Reviews, dtype: str = "float32", **options: Any) -> dict[str, A
         prompts,
         one_seed=True,
     )
-    before, after = measure(subject, judges).models.values()
+    before, after = measure(subject, judges)[0].values()
     clock.lap("measuring")
     return {
         "rows": [row("before PPO", before), row("after PPO", after)],

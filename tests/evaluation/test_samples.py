@@ -77,7 +77,7 @@ def test_dropout_does_not_reach_the_measurements(make_policy, tokenizer, prompts
     config = EvaluateConfig(reference="ref", response_length=4)
     rows = Dataset.from_dict({"prompt": prompts})
     subject = Subject(config, ModelConfig(), models, dict.fromkeys(models, tokenizer), rows)
-    assert measure(subject, {}).models["own"].kl == pytest.approx([0.0] * 16, abs=1e-5)
+    assert measure(subject, {})[0]["own"].kl == pytest.approx([0.0] * 16, abs=1e-5)
     assert policy.training
 
 
@@ -95,5 +95,5 @@ def test_one_seed_for_all_models_or_each_its_own(policy, tokenizer, prompts, one
     models = {"one": policy, "other": policy}
     config, rows = EvaluateConfig(response_length=6), Dataset.from_dict({"prompt": prompts})
     given = (config, ModelConfig(), models, dict.fromkeys(models, tokenizer), rows)
-    found = measure(Subject(*given, one_seed=one_seed), {}).models
+    found = measure(Subject(*given, one_seed=one_seed), {})[0]
     assert (found["one"].sampled == found["other"].sampled) is one_seed
