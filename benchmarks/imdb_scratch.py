@@ -195,7 +195,7 @@ def measure(policies: dict[str, str], test: Dataset, judges: dict) -> dict[str, 
         openings(test, tokenizer, OPENING),
         one_seed=True,
     )
-    return measure_models(subject, judges).models
+    return measure_models(subject, judges)[0]
 
 
 def row(name: str, model: ModelMeasurement) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def measure(policy: Path, reference: Path, options: dict[str, Any]) -> dict[str,
     prompts = load_prompts("tiny:test")
     subject = Subject(config, ModelConfig(), models, tokenizers, prompts, one_seed=True)
     judges = {"gold": load_reward("tiny"), "rm": load_reward(RUN / "rm")}
-    measured = measure_models(subject, judges).models["ppo"]
+    measured = measure_models(subject, judges)[0]["ppo"]
     scores = {name: mean_interval(s)._asdict() for name, s in measured.scores.items()}
     return {**scores, "kl": statistics.fmean(measured.kl)}
 
