@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from test_recipes import PROMPTS, QUICK, QUICK_PPO, RANKINGS
+from test_recipes import LORA, PROMPTS, QUICK, QUICK_PPO, RANKINGS
 from transformers import AutoModelForSequenceClassification
 
 from trl_instruct import cli
@@ -50,6 +50,20 @@ def test_members_differ(saved_policy, tmp_path, capsys):
         **QUICK_PPO,
     )
     assert aligned.metrics["objective/disagreement"] > 0
+
+
+@pytest.mark.slow
+def test_members_that_are_adapters(saved_policy, tmp_path):
+    """PPO loads them over one base; their average is that of the merged models."""
+    data = Dataset.from_list(RANKINGS)
+    result = rm(str(saved_policy), data, tmp_path / "rm", members=2, **GIVEN, **LORA)
+    members = result.metrics["members"]
+    options = {**QUICK_PPO, **LORA, "combine": "min", "share_base": True}
+    ppo(str(saved_policy), members, Dataset.from_list(PROMPTS), tmp_path / "ppo", **options)
+    average(members, tmp_path / "warm")
+    one, two = (load_reward(folder).model.state_dict() for folder in members)
+    for name, weight in weights(tmp_path / "warm").items():
+        torch.testing.assert_close(weight, (one[name] + two[name]) / 2)
 
 
 def test_members_need_a_model_that_each_can_start_from(policy, tmp_path):
