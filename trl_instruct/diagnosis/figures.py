@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -20,20 +20,13 @@ COLOURS = ("#888888", LINE, FAINT, "#009e73")
 MOST_POINTS = 1000
 
 
-class Figure(NamedTuple):
-    """A figure of the page: title, caption, and an SVG as a data URI."""
+def figures(
+    chain: Mapping[str, FinishedStage], evaluation: Mapping[str, Any]
+) -> Iterator[dict[str, str]]:
+    """Title, caption and source (an SVG as a data URI) of all figures that the measurements allow.
 
-    title: str
-    caption: str
-    source: str
-
-
-def figures(chain: Mapping[str, FinishedStage], evaluation: Mapping[str, Any]) -> list[Figure]:
-    """All figures that the measurements allow; `evaluation` is empty if there is none."""
-    return list(_drawn(chain, evaluation))
-
-
-def _drawn(chain: Mapping[str, FinishedStage], evaluation: Mapping[str, Any]) -> Iterator[Figure]:
+    `evaluation` is empty if there is none.
+    """
     sft, rm, ppo = (chain.get(name) for name in ("sft", "rm", "ppo"))
     if ppo and ppo.curve("objective/kl"):
         given: Any = ppo, evaluation.get("best_of_n")
@@ -108,11 +101,13 @@ def _plot_lines(axes: Any, run: FinishedStage, colours: Mapping[str, str]) -> No
     axes.legend(fontsize="small")
 
 
-def _figure(title: str, caption: str, plot: Callable[..., Any], given: Sequence[Any]) -> Figure:
+def _figure(
+    title: str, caption: str, plot: Callable[..., Any], given: Sequence[Any]
+) -> dict[str, str]:
     import matplotlib
-    from matplotlib.figure import Figure as Canvas  # takes a second; needs no screen
+    from matplotlib.figure import Figure  # takes a second; needs no screen
 
-    canvas = Canvas(figsize=(4.6, 3.3), layout="constrained")
+    canvas = Figure(figsize=(4.6, 3.3), layout="constrained")
     axes = canvas.subplots()
     plot(axes, *given)
     axes.set_title("")
@@ -122,4 +117,5 @@ def _figure(title: str, caption: str, plot: Callable[..., Any], given: Sequence[
     with matplotlib.rc_context({"svg.hashsalt": "trl-instruct", "font.size": 9}):
         canvas.savefig(file, format="svg", metadata={"Date": None})
     encoded = base64.b64encode(file.getvalue()).decode()
-    return Figure(title, caption, f"data:image/svg+xml;base64,{encoded}")
+    source = f"data:image/svg+xml;base64,{encoded}"
+    return {"title": title, "caption": caption, "source": source}

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -27,8 +27,7 @@ class Finding(NamedTuple):
     level: Literal["fault", "fine", "unknown"] = "fault"
 
 
-def found(stage: str, name: str, figure: str, **given: str) -> Finding:
-    """The finding of that name, its words filled with the thresholds and what else is given."""
+def found(stage: str, name: str, **given: Any) -> Finding:
+    """The finding of that name, its words filled with the thresholds and what was measured."""
     given |= vars(LIMITS[stage])
-    words = {what: text.format(**given) for what, text in WORDS[stage][name].items()}
-    return Finding(stage, name, figure=figure, **words)
+    return Finding(stage, name, **{k: v.format(**given) for k, v in WORDS[stage][name].items()})

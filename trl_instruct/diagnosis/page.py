@@ -66,7 +66,7 @@ def report(
             ],
             tables=tables(compared) if compared else [],
             people=people,
-            figures=figures(chain, compared),
+            figures=list(figures(chain, compared)),
         )
     try:
         with written_at_once(path) as file:

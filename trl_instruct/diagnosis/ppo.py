@@ -22,7 +22,7 @@ def diagnose_ppo(run: FinishedStage) -> Iterator[Finding]:
     A run that `stop_when_exploited` ended is as long as its result, up to the judge's peak.
     """
     if not run.curve("objective/kl"):
-        yield _found("ppo_unmeasured", "no logs in its folder")
+        yield _found("ppo_unmeasured")
         return
     peak = run.metrics.get("peak_iteration")
     if peak is not None:
@@ -41,23 +41,21 @@ def _over_optimisation(run: FinishedStage) -> Iterator[Finding]:
     best = max(range(len(gold)), key=gold.__getitem__)
     fall = gold[best] - gold[-1]
     if fall > PPO.STANDARD_ERRORS * _error(run.values("objective/gold")) and scores[-1] > scores[0]:
-        turned = str(steps[best])
-        figure = f"score {scores[0]:.2f} -> {scores[-1]:.2f}, gold {gold[best]:.3f} in iteration "
-        yield _found("over_optimised", f"{figure}{turned} -> {gold[-1]:.3f}", turned=turned)
+        ends = {"scores": (scores[0], scores[-1]), "gold": (gold[best], gold[-1])}
+        yield _found("over_optimised", turned=steps[best], **ends)
 
 
 def _kl(run: FinishedStage) -> Iterator[Finding]:
-    per_token = _kl_per_token(run)
-    figure = f"KL to the reference {_ends(run, 'objective/kl')[1]:.2f} nats per completion, "
-    figure += f"{per_token:.2f} per token"
+    kl, per_token = _ends(run, "objective/kl")[1], _kl_per_token(run)
     free = run.config.get("kl_coef") == 0
     most = PPO.MOST_FREE_KL if free else PPO.MOST_KL
+    measured: Any = {"kl": kl, "per_token": per_token, "most": most}
     if per_token > most and not free and _gold_rose(run):
-        yield _found("kl_paid", figure, most=str(most))
+        yield _found("kl_paid", **measured)
     elif per_token > most:
-        yield _found("kl_blow_up", figure, most=str(most), free=" if kl_coef is 0" * free)
+        yield _found("kl_blow_up", free=" if kl_coef is 0" * free, **measured)
     elif per_token < PPO.LEAST_KL:
-        yield _found("kl_negative", figure)
+        yield _found("kl_negative", **measured)
 
 
 def _gold_rose(run: FinishedStage) -> bool:
@@ -72,21 +70,21 @@ def _gold_rose(run: FinishedStage) -> bool:
 def _entropy(run: FinishedStage) -> Iterator[Finding]:
     was, entropy = _ends(run, "policy/entropy")
     if entropy < PPO.LEAST_ENTROPY * was:
-        yield _found("entropy_collapse", f"entropy {was:.2f} -> {entropy:.2f} nats per token")
+        yield _found("entropy_collapse", was=was, now=entropy)
 
 
 def _length(run: FinishedStage) -> Iterator[Finding]:
     was, length = _ends(run, "objective/length")
     if not 1 / PPO.MOST_LENGTH <= length / was <= PPO.MOST_LENGTH:
         longer = "longer" if length > was else "shorter"
-        yield _found("length_drift", f"{was:.1f} -> {length:.1f} tokens", longer=longer)
+        yield _found("length_drift", was=was, now=length, longer=longer)
 
 
 def _ended(run: FinishedStage) -> Iterator[Finding]:
     was, ended = _ends(run, "objective/ended")
     # The continuation of an opening is cut at a length; it has no end of its own.
     if ended < PPO.LEAST_ENDED and not run.config.get("opening_length"):
-        yield _found("missing_eos", f"ended {was:.0%} -> {ended:.0%}")
+        yield _found("missing_eos", was=was, now=ended)
 
 
 def _value(run: FinishedStage) -> Iterator[Finding]:
@@ -96,8 +94,7 @@ def _value(run: FinishedStage) -> Iterator[Finding]:
         start = ", or a value function that starts from a reward model (value_model_path)"
         if _value_from_reward(run):
             start = "; the value function starts from the reward model already"
-        figure = f"explained variance {late:.2f} in the second half"
-        yield _found("value_useless", figure, or_from_reward=start)
+        yield _found("value_useless", late=late, or_from_reward=start)
 
 
 def _value_from_reward(run: FinishedStage) -> bool:
@@ -113,10 +110,9 @@ def _steps(run: FinishedStage) -> Iterator[Finding]:
     clipped = statistics.fmean(run.values("policy/clipfrac"))
     moved = _kl_per_token(run)
     if clipped > PPO.MOST_CLIPPED:
-        yield _found("clipped_much", f"{clipped:.0%} of the tokens clipped")
+        yield _found("clipped_much", clipped=clipped)
     elif clipped == 0 and abs(moved) < PPO.LEAST_MOVED:
-        figure = f"no token ever clipped, KL to the reference {moved:.4f} nats per token"
-        yield _found("hardly_moved", figure)
+        yield _found("hardly_moved", moved=moved)
 
 
 def _episodes(run: FinishedStage) -> Iterator[Finding]:
@@ -131,10 +127,10 @@ def _episodes(run: FinishedStage) -> Iterator[Finding]:
         gain = statistics.fmean(late) - statistics.fmean(rewards[:fifth])
         if rise <= max(PPO.STILL_RISING * gain, PPO.STANDARD_ERRORS * _error(rewards)):
             return
-        figure = f"{rise:.2f} of {gain:.2f} gained in the last fifth of the iterations"
+        how_far = f"{rise:.2f} of {gain:.2f} gained in the last fifth of the iterations"
     else:
-        figure = f"{iterations} iterations"
-    yield _found("too_few_episodes", figure)
+        how_far = f"{iterations} iterations"
+    yield _found("too_few_episodes", how_far=how_far)
 
 
 # Each check with the metrics it needs.

@@ -14,22 +14,22 @@ SFT, RM = LIMITS["sft"], LIMITS["rm"]
 def diagnose_sft(run: FinishedStage) -> Iterator[Finding]:
     before, after = run.metrics.get("base_loss"), run.metrics.get("eval_loss")
     if before is None or after is None:
-        yield found("sft", "sft_unmeasured", "no loss on held-out demonstrations")
+        yield found("sft", "sft_unmeasured")
         return
     losses = run.values("eval_loss")
     lowest = min([after, *losses])
     still_falling = len(losses) > 2 and losses[-1] < (1 - SFT.STILL_FALLING) * losses[-2]
-    figure = f"held-out loss {before:.3f} -> {after:.3f} (lowest {lowest:.3f}) nats per token"
+    measured = {"before": before, "after": after, "lowest": lowest}
     if after > before or after > (1 + SFT.MOST_SFT_RISE) * lowest:
-        yield found("sft", "sft_overtrained", figure)
+        yield found("sft", "sft_overtrained", **measured)
     elif after > (1 - SFT.LEAST_SFT_GAIN) * before or still_falling:
-        yield found("sft", "sft_undertrained", figure)
+        yield found("sft", "sft_undertrained", **measured)
 
 
 def diagnose_rm(run: FinishedStage) -> Iterator[Finding]:
     metrics = run.metrics
     if "accuracy" not in metrics:
-        yield found("rm", "rm_unmeasured", "no held-out rankings")
+        yield found("rm", "rm_unmeasured")
         return
     yield from _rm_against_baselines(metrics)
     yield from _rm_against_training(metrics)
@@ -37,16 +37,15 @@ def diagnose_rm(run: FinishedStage) -> Iterator[Finding]:
 
 
 def _rm_against_baselines(metrics: Mapping[str, Any]) -> Iterator[Finding]:
-    accuracy = f"held-out accuracy {show_metric(metrics, 'accuracy')}"
+    accuracy = show_metric(metrics, "accuracy")
     if metrics.get("ceiling", 1.0) < 0.5:
-        share = f"{metrics['ceiling']:.3f} of their comparisons"
-        yield found("rm", "labels_reversed", f"the labelers' own scores agree with {share}")
+        yield found("rm", "labels_reversed", ceiling=metrics["ceiling"])
     if metrics["accuracy_high"] < 0.5:
-        yield found("rm", "rm_reversed", accuracy)
+        yield found("rm", "rm_reversed", accuracy=accuracy)
     elif _is_open(metrics):
-        yield found("rm", "rm_too_few", accuracy)
+        yield found("rm", "rm_too_few", accuracy=accuracy)
     elif metrics["accuracy_low"] <= 0.5:
-        yield found("rm", "rm_at_chance", accuracy)
+        yield found("rm", "rm_at_chance", accuracy=accuracy)
     else:
         yield from _rm_against_length(metrics)
 
@@ -63,16 +62,14 @@ def _rm_against_length(metrics: Mapping[str, Any]) -> Iterator[Finding]:
         halves = (metrics[n] - metrics[f"{n}_low"] for n in ("accuracy", "length_accuracy"))
         low = gain - math.hypot(*halves)
     correlation = metrics["length_correlation"] or 0.0  # null if lengths never differ
-    figure = (
-        f"{gain:+.3f} more accurate than 'the {'longer' if longer else 'shorter'} answer wins' "
-        f"(at least {low:+.3f}, 95 %); correlation of score and length {correlation:+.2f}"
-    )
+    measured = {"gain": gain, "low": low, "correlation": correlation}
+    measured["longer"] = "longer" if longer else "shorter"
     if abs(correlation) > RM.MOST_LENGTH or (low <= 0 and abs(correlation) > RM.MUCH_LENGTH):
-        yield found("rm", "rm_is_length", figure)
+        yield found("rm", "rm_is_length", **measured)
     elif low <= 0:
-        yield found("rm", "rm_below_length", figure)
+        yield found("rm", "rm_below_length", **measured)
     elif abs(correlation) > RM.MUCH_LENGTH:
-        yield found("rm", "rm_follows_length", figure)
+        yield found("rm", "rm_follows_length", **measured)
 
 
 def _rm_against_training(metrics: Mapping[str, Any]) -> Iterator[Finding]:
@@ -80,8 +77,8 @@ def _rm_against_training(metrics: Mapping[str, Any]) -> Iterator[Finding]:
         return  # not measured, or reversed, where the gap says nothing
     gap = metrics["train_accuracy"] - metrics["accuracy"]
     if gap > RM.MOST_OVERFIT and metrics["train_accuracy"] > metrics["accuracy_high"]:
-        trained = f"accuracy {metrics['train_accuracy']:.3f} in training"
-        yield found("rm", "rm_overfitted", f"{trained}, {metrics['accuracy']:.3f} held out")
+        both = {"trained": metrics["train_accuracy"], "held_out": metrics["accuracy"]}
+        yield found("rm", "rm_overfitted", **both)
 
 
 def _rm_against_ceiling(metrics: Mapping[str, Any]) -> Iterator[Finding]:
@@ -90,8 +87,8 @@ def _rm_against_ceiling(metrics: Mapping[str, Any]) -> Iterator[Finding]:
         limit, named = metrics["agreement"]["mean"], "labeler agreement"
     if limit is None or limit < 0.5 or _is_open(metrics):
         return
-    figure = f"held-out accuracy {show_metric(metrics, 'accuracy')}; {named}: {limit:.3f}"
+    measured = {"accuracy": show_metric(metrics, "accuracy"), "named": named, "limit": limit}
     if metrics["accuracy_high"] >= limit - RM.AT_CEILING:
-        yield found("rm", "rm_at_ceiling", figure)
+        yield found("rm", "rm_at_ceiling", **measured)
     elif metrics["accuracy_high"] < limit - RM.BELOW_CEILING:
-        yield found("rm", "rm_undertrained", figure)
+        yield found("rm", "rm_undertrained", **measured)
