@@ -188,6 +188,14 @@ def lines() -> list[dict[str, Any]]:
     return [json.loads(line) for line in LINES.read_text(encoding="utf-8").splitlines()]
 
 
+def spread(values: list[float], sign: str = "") -> str:
+    """Mean, smallest and largest; nothing without values."""
+    if not values:
+        return ""
+    mean, low, high = statistics.fmean(values), min(values), max(values)
+    return f"{mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
 def table() -> str:
     """Means over the seeds, with the smallest and the largest; the gain over PPO by seed."""
     names = ("world", "run", "seeds", "judge", "over PPO", "reward", "KL", "seconds", "MB")
@@ -203,12 +211,10 @@ def table() -> str:
         cells = [world, run, str(len(seeds))]
         for name, values in [
             ("judge", [one["judge"] for one in seeds.values()]),
-            ("over PPO", gains),
+            ("over PPO", gains if run != "ppo" else []),
             *((name, [one[name] for one in seeds.values()]) for name in ("reward", "kl")),
         ]:
-            sign = "+" if name == "over PPO" else ""
-            shown = [f"{v:{sign}.3f}" for v in (statistics.fmean(values), min(values), max(values))]
-            cells.append(f"{shown[0]} [{shown[1]}, {shown[2]}]" if run != "ppo" or not sign else "")
+            cells.append(spread(values, "+" if name == "over PPO" else ""))
         cells += [
             f"{statistics.fmean(one[name] for one in seeds.values()):.0f}"
             for name in ("seconds", "MB")
@@ -233,7 +239,8 @@ def main() -> None:
         line = json.dumps({**key, **measured(world, key["run"], key["seed"])})
         with LINES.open("a", encoding="utf-8") as file:
             print(line, file=file)
-    elif not given.table:
+        return
+    if not given.table:
         RUNS.mkdir(parents=True, exist_ok=True)
         wanted = [(w, r, s) for s in given.seeds for w in given.worlds for r in given.runs]
         for world, run, seed in wanted:
