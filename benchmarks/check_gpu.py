@@ -49,9 +49,9 @@ from transformers import (
 )
 
 from trl_instruct import ppo
-from trl_instruct.configs import PPOConfig, RewardConfig
+from trl_instruct.configs import EvaluateConfig, PPOConfig, RewardConfig
 from trl_instruct.errors import InputError
-from trl_instruct.generation.sampling import TransformersSampler
+from trl_instruct.generation.engines import begun
 from trl_instruct.generation.token_sampling import Sampling
 from trl_instruct.ppo_trainer import token_statistics
 from trl_instruct.ppo_trainer.rollouts import PolicyAndValue, Rollout, ValueModel, with_logprobs
@@ -67,7 +67,11 @@ SHAPES: dict[str, tuple[int, ...]] = {  # width, MLP, layers, heads, their keys,
 NAMES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
 CLASSIFIER = AutoModelForSequenceClassification
 QUIET: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
-SAMPLERS: dict[str, Callable[[], Any]] = {"transformers": TransformersSampler}
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "transformers": {},
+    "continuous batching": {"use_transformers_continuous_batching": True},
+    "vllm": {"use_vllm": True, "vllm_gpu_memory_utilization": 0.6},
+}
 # On which kinds of devices log-probabilities are computed in tiles: nowhere, or as in a run.
 CHUNKS = {"whole": set(), "chunked": token_statistics.KERNEL_ON}
 LORA: dict[str, Any] = {"use_peft": True, "lora_r": 16, "lora_target_modules": "all-linear"}
@@ -202,11 +206,10 @@ def sampling(setting: Setting) -> dict[str, Any]:
     asked = torch.randint(setting.vocabulary - 2, (setting.episodes, setting.prompt)).tolist()
     how = Sampling(response_length=setting.completion // 4, batch_size=setting.episodes)
     found: dict[str, Any] = {"rows": setting.episodes, "tokens": how.response_length}
-    for name, make in SAMPLERS.items():
+    for name, options in SAMPLERS.items():
         try:
-            sampler = make()
-            sampler.begin(policy, tokenizer)
-            sampler.follow()
+            on = {"use_cpu": setting.device == "cpu", "report_to": "none"}
+            sampler = begun(policy, tokenizer, EvaluateConfig(**on, **options))
             draw = partial(sampler.draw, asked, how)
             seconds = clock(setting, draw)
             found[f"{name}_ms_a_token"] = round(1000 * seconds / how.response_length, 2)
