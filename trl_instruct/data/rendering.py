@@ -185,8 +185,8 @@ def _chat(messages: Sequence[Any], tokenizer: Tokenizer, **arguments: Any) -> st
     """The messages in the chat template; InputError if there is none, or if it refuses them."""
     if tokenizer.chat_template is None:
         raise InputError(
-            "The prompt is messages, but the tokenizer has no chat template. Train the policy with "
-            "`sft(..., chat_template_path=...)`, or give text."
+            "The prompt is messages, but the tokenizer has no chat template. Set "
+            "chat_template_path of sft or rm to a Jinja file or a model that has one, or give text."
         )
     clean = [_message(message) for message in messages]
     try:

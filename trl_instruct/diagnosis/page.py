@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from trl_instruct.console import one_line
 from trl_instruct.diagnosis.figures import figures
@@ -50,24 +50,25 @@ def report(
     chain, compared = read_chain(folder), read_evaluation(evaluation)
     people = read_comparisons(comparisons)
     path = Path(output_file or Path(folder) / REPORT)
-    with explained(f"{os.fspath(folder)!r}, a stage before it or the evaluation is damaged"):
-        findings = diagnose(chain)
-        page = Environment(autoescape=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
-        text = page.render(
-            title=f"How {Path(folder)} was made",
-            verdict=verdict(findings),
-            findings=findings,
-            stages=chain,
-            key_figures=key_figures,
-            evaluation=compared,
-            samples=[
-                (sample["prompt"], [*_said(sample, compared)])
-                for sample in compared.get("samples", [])[:MOST_SAMPLES]
-            ],
-            tables=tables(compared) if compared else [],
-            people=people,
-            figures=list(figures(chain, compared)),
-        )
+    damaged = f"{os.fspath(folder)!r}, a stage before it or the evaluation is damaged"
+    try:
+        with explained(damaged):
+            findings = diagnose(chain)
+            page = Environment(autoescape=True, undefined=StrictUndefined)
+            text = page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+                title=f"How {Path(folder)} was made",
+                verdict=verdict(findings),
+                findings=findings,
+                stages=chain,
+                key_figures=key_figures,
+                evaluation=compared,
+                samples=compared.get("samples", [])[:MOST_SAMPLES],
+                tables=tables(compared) if compared else [],
+                people=people,
+                figures=list(figures(chain, compared)),
+            )
+    except UndefinedError as error:
+        raise InputError(f"{damaged} ({error}).") from error
     try:
         with written_at_once(path) as file:
             file.write(text)
@@ -140,16 +141,6 @@ def read_comparisons(store: str | os.PathLike | None) -> tuple[str, list[list[st
         from trl_instruct.data.labels import LabelStore
         from trl_instruct.labels.comparisons import comparison_rows
     return comparison_rows(LabelStore(os.fspath(store)))
-
-
-def _said(
-    sample: Mapping[str, Any], evaluation: Mapping[str, Any]
-) -> Iterator[tuple[str, str, str]]:
-    """Each model with its completion and scores, as text."""
-    for name in evaluation["models"]:
-        text = sample[name]
-        scores = ", ".join(f"{judge} {text[judge]:.2f}" for judge in evaluation["judges"])
-        yield name, text["completion"], scores
 
 
 def diagnose(chain: Mapping[str, FinishedStage]) -> list[Finding]:

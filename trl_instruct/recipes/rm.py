@@ -102,7 +102,6 @@ def rm(
         base, tokenizer = stage.starting_point(run, model, processing_class)
         data = load(tokenizer)
         run.say(str(data.counts))
-        stage.check_chat_template(data.train, tokenizer, config)
         trust: Any = {"trust_remote_code": config.trust_remote_code}
         if config.member is not None:
             own_seed = config.seed + MEMBERS_APART * config.member
@@ -169,8 +168,8 @@ def _trainer(
 
 
 def _check_rendering(record: Record, *, tokenizer: Tokenizer) -> None:
-    """InputError for a record, of any kind, that the chat template refuses."""
-    if isinstance(record["prompt"], str) or tokenizer.chat_template is None:
+    """InputError for a record, of any kind, that the chat template refuses, or that lacks one."""
+    if isinstance(record["prompt"], str):
         return
     names = [name for name in ("completion", "chosen", "rejected") if name in record]
     replies = record["responses"] if "responses" in record else [record[name] for name in names]

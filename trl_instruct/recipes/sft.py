@@ -172,16 +172,14 @@ def render_demonstrations(
 ) -> tuple[Dataset, int]:
     """Demonstrations with the ids that SFTTrainer takes, and how many of them max_length cuts.
 
-    TRL renders them itself if the trainer sets the chat template, or for assistant_only_loss.
+    TRL renders them itself for assistant_only_loss.
     """
-    stage.check_chat_template(dataset, tokenizer, config)
-    is_text = isinstance(first_record(dataset, Source.of(dataset))["prompt"], str)
     if config.assistant_only_loss and config.completion_only_loss is not False:
         raise InputError(
             "assistant_only_loss learns every reply of a dialogue, completion_only_loss the last "
             "one only. Set completion_only_loss=False as well, or leave assistant_only_loss out."
         )
-    if config.assistant_only_loss or not (is_text or tokenizer.chat_template):
+    if config.assistant_only_loss:
         return dataset, 0
 
     def render_one(record: Record) -> dict[str, list[int]]:

@@ -21,7 +21,6 @@ from trl import ModelConfig
 
 from trl_instruct.configs import RewardConfig, SFTConfig, StageConfig
 from trl_instruct.console import say
-from trl_instruct.data.sources import AnyDataset, Source, first_record
 from trl_instruct.errors import NOT_AS_EXPECTED, InputError, explained, summary
 from trl_instruct.files import CONFIG_FILE, MANIFEST_FILE, METRICS_FILE, read_metrics, write_json
 from trl_instruct.models import adapters, tokenizers
@@ -360,16 +359,3 @@ def fit_together(config: SFTConfig | RewardConfig, model: Model, tokenizer: Toke
     if context is not None and config.max_length is not None:
         config.max_length = min(config.max_length, context)
     tokenizers.check_vocabulary(tokenizer, model)
-
-
-def check_chat_template(
-    dataset: AnyDataset, tokenizer: Tokenizer, config: SFTConfig | RewardConfig
-) -> None:
-    """InputError for messages without a chat template."""
-    known = tokenizer.chat_template or config.chat_template_path
-    first = first_record(dataset, Source.of(dataset))
-    if not known and not isinstance(first["prompt"], str):
-        raise InputError(
-            "The records are messages, but the tokenizer has no chat template. Set "
-            "chat_template_path to a Jinja file or to a model that has one."
-        )
