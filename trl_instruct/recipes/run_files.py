@@ -7,6 +7,7 @@ from collections.abc import Container, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
+import yaml
 from filelock import FileLock, Timeout
 
 from trl_instruct.errors import InputError
@@ -27,18 +28,9 @@ from trl_instruct.scalar_head import SHIFT_FILE
 BASE = "base"  # subfolder of a LoRA stage, for a base model that has no other folder
 HIDDEN = ".trl-instruct"  # in the folder of a run: its lock, and new files until they are complete
 
-# Names that stages write, or that results are loaded with: nobody else's file may have them.
-TAKEN = f"""
-{CONFIG_FILE} {METRICS_FILE} README.md trainer_state.json {FINGERPRINT} {SHIFT_FILE}
-*.safetensors *.safetensors.index.json adapter_config.json config.json generation_config.json
-tokenizer* special_tokens_map.json added_tokens.json vocab.* merges.txt chat_template.jinja
-rm.png ppo.png evaluation.json evaluation.png
-""".split()
-# The same in a checkpoint that was cut short before it had a manifest.
-IN_CHECKPOINTS = f"""
-{MANIFEST_FILE} optimizer* scheduler.pt scaler.pt rng_state* training_args.bin run.json value_model
-ppo_state.json pytorch_model* global_step* latest zero_to_fp32.py *.model additional_chat_templates
-""".split()
+NAMES = yaml.safe_load(Path(__file__).with_name("files.yaml").read_text(encoding="utf-8"))
+TAKEN = [CONFIG_FILE, METRICS_FILE, FINGERPRINT, SHIFT_FILE, *NAMES["taken"].split()]
+IN_CHECKPOINTS = [MANIFEST_FILE, *NAMES["in_checkpoints"].split()]
 
 
 class RunFiles:

@@ -1,7 +1,7 @@
 """Rewards built from rewards: weighted sum, clipping, running normalisation, length penalty."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from trl_instruct.errors import InputError
@@ -68,27 +68,19 @@ class Moments(NamedTuple):
     mean: float = 0.0
     squares: float = 0.0
 
-    @classmethod
-    def of(cls, scores: Sequence[float]) -> "Moments":
-        """Moments of a batch."""
-        mean = sum(scores) / max(1, len(scores))
-        return cls(len(scores), mean, sum((score - mean) ** 2 for score in scores))
 
-    def joined(self, other: "Moments") -> "Moments":
-        """Moments of both together (Chan et al. 1979).
+def pooled(parts: Iterable[Moments]) -> Moments:
+    """Moments of all parts together (Chan et al. 1979); a score is a part with that mean.
 
-        >>> Moments.of([1.0, 3.0]).joined(Moments.of([8.0]))
-        Moments(seen=3, mean=4.0, squares=26.0)
-        """
-        count = self.seen + other.seen
-        if not count:
-            return self
-        apart = other.mean - self.mean
-        return Moments(
-            count,
-            self.mean + apart * other.seen / count,
-            self.squares + other.squares + apart**2 * self.seen * other.seen / count,
-        )
+    >>> pooled([Moments(2, mean=2.0, squares=2.0), Moments(1, mean=8.0)])
+    Moments(seen=3, mean=4.0, squares=26.0)
+    """
+    held = list(parts)
+    seen = sum(part.seen for part in held)
+    mean = sum(part.seen * part.mean for part in held) / max(1, seen)
+    return Moments(
+        seen, mean, sum(part.squares + part.seen * (part.mean - mean) ** 2 for part in held)
+    )
 
 
 class Normalised:
@@ -107,8 +99,8 @@ class Normalised:
     def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> Scores:
         """Scores of the completions, None where the reward does not apply."""
         scores = call_part(self.parts[0], prompts, completions, columns)
-        self.own = self.own.joined(Moments.of([score for score in scores if score is not None]))
-        count, mean, squares = self.shared.joined(self.own)
+        self.own = pooled([self.own, *(Moments(1, score) for score in scores if score is not None)])
+        count, mean, squares = pooled([self.shared, self.own])
         std = max(math.sqrt(squares / (count - 1)), 1e-8) if count > 1 else 1.0
         return [s if s is None else (s - mean) / std for s in scores]
 
@@ -122,8 +114,7 @@ class Normalised:
 
     def merge(self, states: Sequence[dict[str, Any]]) -> None:
         """Add what all processes, this one included, have seen since the last merge."""
-        for state in states:
-            self.shared = self.shared.joined(Moments(*state["own"]))
+        self.shared = pooled([self.shared, *(Moments(*state["own"]) for state in states)])
         self.own = Moments()
 
 
