@@ -197,7 +197,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         ],
     ),
     (
-        "rewards/ensemble.py",
+        "rewards/combined.py",
         "rewards/test_ensemble.py",
         [("(lowest - s) / beta", "(s - lowest) / beta"), ("lowest - beta", "lowest + beta")],
     ),

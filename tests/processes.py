@@ -22,7 +22,7 @@ from trl_instruct.generation import sampling
 from trl_instruct.models.shared_base import SharedBase, view_of
 from trl_instruct.ppo_trainer.trainer import PPOTrainer
 from trl_instruct.reward_trainer.trainer import RankingRewardTrainer
-from trl_instruct.rewards.ensemble import Ensemble
+from trl_instruct.rewards.combined import Ensemble
 from trl_instruct.rewards.reward_model import RewardModel
 from trl_instruct.scalar_head import score_head
 

@@ -11,8 +11,14 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from trl_instruct.data.pairs import load_pairs, rankings_to_pairs
 from trl_instruct.data.rankings import load_rankings
 from trl_instruct.rewards.classifier import ClassifierReward
-from trl_instruct.rewards.combined import Clipped, LengthPenalty, Normalised, WeightedSum
-from trl_instruct.rewards.ensemble import Bounded, Ensemble
+from trl_instruct.rewards.combined import (
+    Bounded,
+    Clipped,
+    Ensemble,
+    LengthPenalty,
+    Normalised,
+    WeightedSum,
+)
 from trl_instruct.rewards.function import call_reward, reward_name
 from trl_instruct.rewards.http import HTTPReward
 from trl_instruct.rewards.judge import LLMJudge

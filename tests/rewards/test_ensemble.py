@@ -6,8 +6,7 @@ import torch
 
 from trl_instruct.errors import InputError
 from trl_instruct.ppo_trainer.roles import load_roles
-from trl_instruct.rewards.combined import WeightedSum
-from trl_instruct.rewards.ensemble import Bounded, Ensemble, combined
+from trl_instruct.rewards.combined import Bounded, Ensemble, WeightedSum, combined
 from trl_instruct.rewards.load import load_reward
 from trl_instruct.rewards.reward_model import RewardModel
 

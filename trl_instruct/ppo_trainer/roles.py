@@ -23,7 +23,7 @@ from trl_instruct.models.sharding import MIXED, cast_like_sharded, launched_shar
 from trl_instruct.models.shared_base import SharedBase, classifier_around, view_of
 from trl_instruct.models.tokenizers import check_same_tokens, load_tokenizer
 from trl_instruct.ppo_trainer.rollouts import disable_dropout_and_rescaling
-from trl_instruct.rewards.ensemble import Ensemble
+from trl_instruct.rewards.combined import Ensemble
 from trl_instruct.rewards.function import RewardFunction, parts_of, place_on, tell_tokenizer
 from trl_instruct.rewards.load import is_python, load_reward, sole_reward
 from trl_instruct.rewards.reward_model import RewardModel

@@ -1,6 +1,7 @@
-"""Rewards built from rewards: weighted sum, clipping, running normalisation, length penalty."""
+"""Rewards built from rewards: sum, ensemble, bounds, running normalisation, length penalty."""
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from trl_instruct.rewards.function import (
     reward_name,
     within,
 )
+
+COMBINATIONS = ("mean", "min", "pessimistic")
 
 
 class WeightedSum:
@@ -43,6 +46,53 @@ class WeightedSum:
         return sum(given) if given else None
 
 
+def combined(scores: Sequence[float], how: str, *, beta: float = 1.0) -> float:
+    """The members' scores of a completion as one: their mean, their min, or pessimistic.
+
+    pessimistic: r = -beta log mean exp(-r_i / beta); the mean as beta grows, the min as it goes to
+    0. About mean - variance / (2 beta), the uncertainty-weighted optimisation of Coste et al. 2023,
+    "Reward model ensembles help mitigate overoptimization".
+
+    >>> [round(combined([0.0, 2.0], "pessimistic", beta=beta), 3) for beta in (0.01, 1.0, 100.0)]
+    [0.007, 0.566, 0.995]
+    """
+    lowest = min(scores)
+    if how != "pessimistic":
+        return lowest if how == "min" else statistics.fmean(scores)
+    return lowest - beta * math.log(statistics.fmean(math.exp((lowest - s) / beta) for s in scores))
+
+
+class Ensemble:
+    """Several rewards on one scale as one, such as reward models that differ by their data.
+
+    A member that does not apply to a completion (None) is left out there. If the trainer passes
+    TRL's `log_metric`, it logs disagreement: the standard deviation of the members' scores of a
+    completion, mean over the batch. `combine` and `beta` are as in `combined`. InputError for fewer
+    than two members or another `combine`.
+    """
+
+    def __init__(
+        self, rewards: Sequence[RewardFunction], combine: str = "mean", *, beta: float = 1.0
+    ):
+        self.parts, self.combine, self.beta = list(rewards), combine, beta
+        self.__name__ = f"{combine} of {', '.join(map(reward_name, rewards))}"
+        if combine not in COMBINATIONS or len(self.parts) < 2:
+            raise InputError(
+                f"combine is {combine!r} for {len(self.parts)} reward(s); one of "
+                f"{', '.join(COMBINATIONS)} and at least two rewards are needed."
+            )
+
+    def __call__(
+        self, prompts: Texts, completions: Texts, log_metric: Any = None, **columns: Any
+    ) -> Scores:
+        """Scores of the completions, None where no member applies."""
+        members = [call_part(part, prompts, completions, columns) for part in self.parts]
+        rows = [[s for s in row if s is not None] for row in zip(*members, strict=True)]
+        if log_metric is not None and any(rows):
+            log_metric("disagreement", statistics.fmean(statistics.pstdev(r) for r in rows if r))
+        return [combined(row, self.combine, beta=self.beta) if row else None for row in rows]
+
+
 class Clipped:
     """A reward's scores, clipped to [low, high]; a bound that is None does not clip."""
 
@@ -59,6 +109,25 @@ class Clipped:
         """Scores of the completions, None where the reward does not apply."""
         scores = call_part(self.parts[0], prompts, completions, columns)
         return [s if s is None else min(self.high, max(self.low, s)) for s in scores]
+
+
+class Bounded:
+    """sigmoid(score): between 0 and 1, so that more score than enough gains nothing.
+
+    With the shift of `rm` a score is relative to the demonstrations' mean, the reference; this is
+    PAR of Fu et al. 2025, "Reward shaping to mitigate reward hacking in RLHF".
+
+    >>> Bounded(lambda prompts, completions: [0.0, 2.0])(["a"] * 2, ["b"] * 2)
+    [0.5, 0.8807970779778824]
+    """
+
+    def __init__(self, reward: RewardFunction):
+        self.parts, self.__name__ = [reward], f"bounded {reward_name(reward)}"
+
+    def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> Scores:
+        """Scores of the completions, None where the reward does not apply."""
+        scores = call_part(self.parts[0], prompts, completions, columns)
+        return [s if s is None else (1 + math.tanh(s / 2)) / 2 for s in scores]
 
 
 class Moments(NamedTuple):

@@ -16,8 +16,7 @@ from trl_instruct.models.load import load_reward_model
 from trl_instruct.models.properties import ModelSource, is_nameless
 from trl_instruct.models.tokenizers import load_tokenizer
 from trl_instruct.rewards.classifier import ClassifierReward
-from trl_instruct.rewards.combined import WeightedSum
-from trl_instruct.rewards.ensemble import Ensemble
+from trl_instruct.rewards.combined import Ensemble, WeightedSum
 from trl_instruct.rewards.function import RewardFunction
 from trl_instruct.rewards.http import HTTPReward
 from trl_instruct.rewards.reward_model import RewardModel
