@@ -7,7 +7,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_instruct.data.orders import canonical_ranks, dense_ranks
+from trl_instruct.data.orders import canonical_order, dense_ranks
 from trl_instruct.data.rankings import Ranking, RankingCounts, canonical_ranking, load_rankings
 from trl_instruct.errors import InputError
 
@@ -43,12 +43,12 @@ def write(path, rows):
 )
 def test_every_field_gives_dense_ranks(fields, expected):
     order = ORDER if "fair" in str(fields) else None
-    assert canonical_ranks({"responses": ["a", "b", "c"], **fields}, order) == expected
+    assert canonical_order({"responses": ["a", "b", "c"], **fields}, order)[0] == expected
 
 
 def test_the_order_of_numbers_can_be_given_too():
     record = {"responses": ["a", "b", "c"], "ratings": [1, 3, 2]}
-    assert canonical_ranks(record, rating_order=[1, 2, 3]) == [1, 3, 2]
+    assert canonical_order(record, rating_order=[1, 2, 3])[0] == [1, 3, 2]
 
 
 @pytest.mark.parametrize(
@@ -184,8 +184,9 @@ def test_the_form_does_not_depend_on_the_order_of_responses(values, random):
 def test_ranks_and_negated_scores_are_the_same(values):
     responses = [str(index) for index in range(len(values))]
     scores = [-float(value) for value in values]
-    assert canonical_ranks({"responses": responses, "ranks": values}) == canonical_ranks(
-        {"responses": responses, "scores": scores}
+    assert canonical_order({"responses": responses, "ranks": values}) == (
+        canonical_order({"responses": responses, "scores": scores})[0],
+        None,
     )
 
 
@@ -299,8 +300,11 @@ def test_real_rankings(name, expected):
 
 def test_rankings_and_their_counts_by_hand():
     labels = {"responses": ["a", "b", "c"], "ratings": ["ok", "good", "ok"]}
-    assert canonical_ranks(labels, rating_order=["good", "ok", "poor"]) == [2, 1, 2]
-    assert canonical_ranks({"responses": ["a", "b"]}) == [1, 2]
+    assert canonical_order(labels, rating_order=["good", "ok", "poor"]) == (
+        [2, 1, 2],
+        [1.0, 2.0, 1.0],
+    )
+    assert canonical_order({"responses": ["a", "b"]}) == ([1, 2], None)
     assert (dense_ranks([1, 1, 3]), dense_ranks([-0.5, -2.0, -0.5])) == ([1, 1, 2], [2, 1, 2])
     record = {"prompt": "2+2=", "responses": ["4", "5", "4"], "ranks": [3, 2, 1]}
     assert canonical_ranking(record) == Ranking("2+2=", ["5", "4"], [2, 1], None, 1)

@@ -7,7 +7,7 @@ from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.errors import InputError
 from trl_instruct.evaluation import measurement
 from trl_instruct.generation.sampling import Sampling
-from trl_instruct.labels.answers import answers_of
+from trl_instruct.labels.comparisons import answers_of
 
 QUICK = Sampling(response_length=4)
 

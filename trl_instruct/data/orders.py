@@ -12,9 +12,12 @@ ORDERS = ("ranks", "scores", "ratings")
 LIKE_ORDERS = NAMES["like_orders"].split()
 
 
-def canonical_ranks(record: Record, rating_order: Sequence[Any] | None = None) -> list[int]:
+def canonical_order(
+    record: Record, rating_order: Sequence[Any] | None = None
+) -> tuple[list[int], list[float] | None]:
     """Dense ranks of the K `responses` (1 = best, equal = tie), from whichever field has them.
 
+    Also `scores` or `ratings` as numbers, higher = better; None if only an order is known.
     InputError for a field that is null, not one per response, not finite or contradictory; and for
     a column that looks like an order under another name.
     """
@@ -27,7 +30,10 @@ def canonical_ranks(record: Record, rating_order: Sequence[Any] | None = None) -
             "response or delete the record."
         )
     present = [field for field in ORDERS if field in record]
-    given = {f: _order(record, f, rating_order) for f in present if record[f] is not None}
+    filled = [field for field in present if record[field] is not None]
+    given = {field: _ranks(record) for field in filled if field == "ranks"}
+    numbers = {f: _numbers(record, f, rating_order) for f in filled if f != "ranks"}
+    given |= {f: dense_ranks([-score for score in scores]) for f, scores in numbers.items()}
     if present and not given:
         raise InputError(
             f"`{'`, `'.join(present)}` null: the ranking is not filled in. Write one number per "
@@ -42,7 +48,7 @@ def canonical_ranks(record: Record, rating_order: Sequence[Any] | None = None) -
                 f"`{first}` and `{field}` contradict each other: {first} {record[first]} put the "
                 f"responses in the order {ranks}, {field} {record[field]} in {other}. Keep one."
             )
-    return ranks
+    return ranks, next(iter(numbers.values()), None)
 
 
 def _refuse_unread_order(record: Record) -> None:
@@ -64,11 +70,9 @@ def dense_ranks(values: Sequence[float]) -> list[int]:
     return [position[value] for value in values]
 
 
-def _order(record: Record, field: str, rating_order: Sequence[Any] | None) -> list[int]:
-    """Dense ranks from the field `ranks`, `scores` or `ratings`."""
-    if field != "ranks":
-        return dense_ranks([-score for score in _numbers(record, field, rating_order)])
-    ranks = _values(record, field)
+def _ranks(record: Record) -> list[int]:
+    """Dense ranks from the field `ranks`."""
+    ranks = _values(record, "ranks")
     for index, rank in enumerate(ranks):
         if not is_number(rank) or not float(rank).is_integer() or rank < 1:
             raise InputError(
@@ -104,14 +108,6 @@ def _numbers(record: Record, field: str, rating_order: Sequence[Any] | None) -> 
             needed = f"rating_order has {known}" if labels else "a finite number is needed"
             raise InputError(f"`{field}[{index}]` is {kind_of(value)}; {needed}.")
     return [float(len(known) - 1 - known.index(v)) if labels else float(v) for v in values]
-
-
-def canonical_scores(record: Record, rating_order: Sequence[Any] | None) -> list[float] | None:
-    """`scores` or `ratings` as numbers, higher = better; None if only an order is known."""
-    for field in ("scores", "ratings"):
-        if record.get(field) is not None:
-            return _numbers(record, field, rating_order)
-    return None
 
 
 def is_number(value: Any) -> bool:

@@ -185,7 +185,7 @@ def canonical_ranking(
     """
     form = form or records.form_of(record)
     records.check_prompt(record, form=form)
-    ranks = orders.canonical_ranks(record, rating_order)
+    ranks, scores = orders.canonical_order(record, rating_order)
     responses = [_reply(index, r, form) for index, r in enumerate(record["responses"])]
     weight = record.get("weight")
     if weight is not None and not (orders.is_number(weight) and weight > 0):
@@ -201,7 +201,6 @@ def canonical_ranking(
             f"`responses` are {len(keys)} times the same, {kind_of(responses[0])}; a ranking needs "
             "at least 2 that differ. Delete the record."
         )
-    scores = orders.canonical_scores(record, rating_order)
     return Ranking(
         prompt=record["prompt"],
         responses=[responses[index] for index in kept],

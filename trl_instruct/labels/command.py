@@ -16,8 +16,7 @@ from trl_instruct.data.sources import LABEL_STORE, Record, first_record, iterate
 from trl_instruct.errors import InputError
 from trl_instruct.files import CONFIG_FILE
 from trl_instruct.generation.sampling import Sampling
-from trl_instruct.labels.answers import answers_of
-from trl_instruct.labels.comparisons import comparison, comparison_rows
+from trl_instruct.labels.comparisons import answers_of, comparison, comparison_rows
 from trl_instruct.labels.server import LabelPage, serve
 from trl_instruct.models.tokenizers import load_tokenizer
 from trl_instruct.recipes.chain import remember_reading
