@@ -25,7 +25,7 @@ AnyDataset: TypeAlias = Dataset | IterableDataset
 Record: TypeAlias = Mapping[str, Any]
 
 # What the readers of datasets raise for a file.
-UNREADABLE = (ValueError, OSError, EOFError, RecursionError, DatasetGenerationError)
+UNREADABLE = (ValueError, TypeError, OSError, EOFError, RecursionError, DatasetGenerationError)
 BUILDERS = {
     **dict.fromkeys((".json", ".jsonl", ".json.gz", ".jsonl.gz"), "json"),
     **{".csv": "csv", ".parquet": "parquet"},
