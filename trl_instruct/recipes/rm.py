@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -99,44 +100,56 @@ def rm(
         train = partial(rm, model, dataset, model_config=model_config, **given)
         return train_members(train, load, model, config)
     with stage.run_stage("rm", config, model_config) as run:
-        base, tokenizer = stage.starting_point(run, model, processing_class)
-        data = load(tokenizer)
-        run.say(str(data.counts))
-        trust: Any = {"trust_remote_code": config.trust_remote_code}
-        if config.member is not None:
-            own_seed = config.seed + MEMBERS_APART * config.member
-            data = data._replace(train=bootstrap(data.train, own_seed))
-            set_seed(own_seed)  # of the head
-        classifier = load_reward_model(base, model_config, fresh_head=True, **trust)
-        stage.fit_together(config, classifier, tokenizer)
-        trainer = _trainer(run, classifier, tokenizer, data, callbacks)
-        _check_overlong(trainer, run)
-        if run.dry:
-            _tell(run, data, tokenizer)
-        ranked = "ranks" in data.train.column_names  # else pairs
-        most = max(map(len, iterate(data.train, "ranks"))) if ranked else 2
-        rows = config.per_device_train_batch_size * most
-        batch = Work(rows, config.max_length or 0, predicted=0)
-        run.say(memory_table({"reward model": trainer.model}, [batch], config))
-        output = run.train(trainer, {"loss": "loss", "accuracy": "accuracy"})
-        run.save_model(trainer)
-        if run.is_main:
-            run.files.put_in_place()  # a failure to measure it does not lose it
-        metrics = {
-            "train_loss": output.training_loss,
-            "pairs": preferences.count_pairs(data.train),
-            "overlong": trainer.overlong,
-            "truncated": trainer.truncated,
-            "data": asdict(data.counts),
-            "format": form_of(data.train[0]),
-        }
-        with gathered_weights(trainer.accelerator, trainer.model_wrapped):
-            metrics |= _measure(run, RewardModel(trainer.model, tokenizer, shared=True), data)
-        result = run.finish(trainer, metrics)
-        if data.held_out is not None or data.demonstrations is not None:
-            run.say(render(metrics, run.folder / FIGURE))
-        return result
+        return _train(run, model, processing_class, load, callbacks)
     return run.earlier()
+
+
+def _train(
+    run: stage.StageRun,
+    model: ModelSource,
+    processing_class: Tokenizer | None,
+    load: Callable[[Tokenizer], preferences.Preferences],
+    callbacks: list[TrainerCallback] | None,
+) -> stage.StageResult:
+    """One reward model: started, trained, saved, measured. `load` reads the preferences."""
+    config = run.config
+    base, tokenizer = stage.starting_point(run, model, processing_class)
+    data = load(tokenizer)
+    run.say(str(data.counts))
+    trust: Any = {"trust_remote_code": config.trust_remote_code}
+    if config.member is not None:
+        own_seed = config.seed + MEMBERS_APART * config.member
+        data = data._replace(train=bootstrap(data.train, own_seed))
+        set_seed(own_seed)  # of the head
+    classifier = load_reward_model(base, run.model_config, fresh_head=True, **trust)
+    stage.fit_together(config, classifier, tokenizer)
+    trainer = _trainer(run, classifier, tokenizer, data, callbacks)
+    _check_overlong(trainer, run)
+    if run.dry:
+        _tell(run, data, tokenizer)
+    ranked = "ranks" in data.train.column_names  # else pairs
+    most = max(map(len, iterate(data.train, "ranks"))) if ranked else 2
+    rows = config.per_device_train_batch_size * most
+    batch = Work(rows, config.max_length or 0, predicted=0)
+    run.say(memory_table({"reward model": trainer.model}, [batch], config))
+    output = run.train(trainer, {"loss": "loss", "accuracy": "accuracy"})
+    run.save_model(trainer)
+    if run.is_main:
+        run.files.put_in_place()  # a failure to measure it does not lose it
+    metrics = {
+        "train_loss": output.training_loss,
+        "pairs": preferences.count_pairs(data.train),
+        "overlong": trainer.overlong,
+        "truncated": trainer.truncated,
+        "data": asdict(data.counts),
+        "format": form_of(data.train[0]),
+    }
+    with gathered_weights(trainer.accelerator, trainer.model_wrapped):
+        metrics |= _measure(run, RewardModel(trainer.model, tokenizer, shared=True), data)
+    result = run.finish(trainer, metrics)
+    if data.held_out is not None or data.demonstrations is not None:
+        run.say(render(metrics, run.folder / FIGURE))
+    return result
 
 
 def _trainer(
