@@ -70,7 +70,6 @@ TRAINING: dict[str, Any] = {
     "warmup_steps": 5,
     "logging_steps": 10,
     "use_cpu": True,
-    "bf16": False,
     "save_strategy": "no",
     "report_to": "none",
     "disable_tqdm": True,
@@ -119,7 +118,7 @@ def timed(trainer: Any) -> Iterator[list[float]]:
         yield seconds
 
 
-def ours(train: Dataset, test: Dataset, folder: Path) -> dict[str, Any]:
+def ours(train: Dataset, test: Dataset, folder: Path, bf16: bool) -> dict[str, Any]:
     """Train with `rm`; what it measured, and the processor seconds of training alone."""
     pairs = len(rankings_to_pairs(train)) / len(train)
     size = max(1, round(PAIRS_A_STEP / pairs / 2))
@@ -136,11 +135,12 @@ def ours(train: Dataset, test: Dataset, folder: Path) -> dict[str, Any]:
             overwrite_output_dir=True,
             **LORA,
             **TRAINING,
+            bf16=bf16,
         )
     return {**result.metrics, "seconds": seconds[0]}
 
 
-def stock(train: Dataset, test: Dataset, folder: Path) -> dict[str, Any]:
+def stock(train: Dataset, test: Dataset, folder: Path, bf16: bool) -> dict[str, Any]:
     """Train with TRL's RewardTrainer on the same pairs, and measure as `rm` does."""
     set_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -156,6 +156,7 @@ def stock(train: Dataset, test: Dataset, folder: Path) -> dict[str, Any]:
             per_device_train_batch_size=PAIRS_A_STEP // 4,
             gradient_accumulation_steps=4,
             **TRAINING,
+            bf16=bf16,
         ),
         train_dataset=rankings_to_pairs(train),
         processing_class=tokenizer,
@@ -182,6 +183,11 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of the real data")
     parser.add_argument("sets", nargs="*", help=f"some of {', '.join(SETS)}; default: all")
     parser.add_argument("--trainers", nargs="+", default=["ours", "TRL"], choices=["ours", "TRL"])
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="mixed precision, for both; pays on a processor with AMX or AVX512_BF16",
+    )
     given = parser.parse_args()
     chosen = {name: SETS[name] for name in given.sets or SETS}
     for needed in (MODEL, *(given.data / f"{s['file']}.jsonl.gz" for s in chosen.values())):
@@ -195,7 +201,7 @@ def main() -> None:
         for trainer in given.trainers:
             function = ours if trainer == "ours" else stock
             folder = RUNS / options["file"] / trainer.lower()
-            rows[name, trainer] = function(train, test, folder)
+            rows[name, trainer] = function(train, test, folder, given.bf16)
             print(row(name, trainer, rows[name, trainer]), flush=True)
     print(f"\n| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
     print("\n".join(row(*names, metrics) for names, metrics in rows.items()))
