@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sqlite3
 import struct
+import sys
 from collections import defaultdict
 
 import pytest
@@ -31,6 +32,10 @@ def runs(tmp_path_factory, saved_policy):
     folder = tmp_path_factory.mktemp("trackers")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
+        # A test before may have loaded it: it reads the variable once, and keeps the folder.
+        for name, module in list(sys.modules.items()):
+            if name.partition(".")[0] == "trackio" and hasattr(module, "TRACKIO_DIR"):
+                patch.setattr(module, "TRACKIO_DIR", folder / "trackio")
         for name, value in (("MODE", "offline"), ("SILENT", "true"), ("DIR", str(folder))):
             patch.setenv(f"WANDB_{name}", value)
         told, prompts = {"report_to": INSTALLED}, Dataset.from_list(PROMPTS)

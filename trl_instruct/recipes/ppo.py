@@ -152,7 +152,8 @@ def _tell_before(run: StageRun, roles: Roles, trainer: Any) -> None:
     tile = TILE * TOKENS_AT_ONCE if args.device.type in KERNEL_ON else 0
     shape = {"length": length, "predicted": args.response_length, "tile": tile}
     update = Work(args.per_device_train_batch_size, **shape, models=2)
-    at_once = max(args.rollout_batch_size or 0, args.local_rollout_forward_batch_size)
+    # TRL's own config has no rollout_batch_size.
+    at_once = max(run.config.rollout_batch_size or 0, args.local_rollout_forward_batch_size)
     rollout = Work(at_once, **shape, backward=False)
     run.say(memory_table(held, [update, rollout], run.config))
 
