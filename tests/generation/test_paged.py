@@ -78,3 +78,11 @@ def test_an_engine_that_stops(paged, policy, monkeypatch):
     monkeypatch.setattr(policy, "generate_batch", lambda *given: {}, raising=False)
     with pytest.raises(SamplerError, match="generate_batch failed: its thread ended"):
         sampler.draw(PROMPTS, Sampling(4))
+
+    def failing(*given):
+        raise ValueError("no room for the cache")
+
+    monkeypatch.setattr(policy, "generate_batch", failing, raising=False)
+    told = r"generate_batch failed \(ValueError: no room for the cache\). Leave use_transformers_"
+    with pytest.raises(SamplerError, match=told):
+        sampler.draw(PROMPTS, Sampling(4))

@@ -263,3 +263,10 @@ def test_without_a_samplers_log_probabilities_nothing_is_weighted(make_trainer):
     assert rollout.sampler_logprobs is None
     measured = iteration_metrics(trainer.accelerator, rollout, *[rollout.values] * 2, kl_coef=0.0)
     assert not [name for name in measured if name.startswith("sampling/")]
+
+
+def test_a_completion_that_vllm_would_cut_is_refused():
+    sampler = VLLMSampler(PPOConfig(report_to="none", use_vllm=True, vllm_max_model_length=8))
+    sampler.engine = None
+    with pytest.raises(SamplerError, match="vllm_max_model_length is 8, .* may take 9 tokens"):
+        sampler.generate([[1, 2, 3], [1, 2, 3, 4, 5]], Sampling(4), 0)

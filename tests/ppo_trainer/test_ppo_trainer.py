@@ -546,6 +546,16 @@ def test_beta_follows_the_kl_to_its_target(make_trainer):
     assert {log["objective/kl_coef"] for log in fixed.state.log_history} == {0.1}
 
 
+def test_beta_stays_while_the_policy_does(make_trainer):
+    options = {"kl_coef": 0.1, "adaptive_kl_target": 6.0, "adaptive_kl_horizon": 40}
+    trainer = make_trainer(value_warmup_iterations=1, **options)
+    trainer.adapt_kl_coef({"objective/kl": 0.0})
+    assert trainer.kl_coef == 0.1
+    trainer.state.global_step = 1
+    trainer.adapt_kl_coef({"objective/kl": 0.0})
+    assert trainer.kl_coef < 0.1
+
+
 def test_beta_adapts_to_the_target_and_horizon_given(make_trainer):
     trainer = make_trainer(kl_coef=0.1, adaptive_kl_target=6.0, adaptive_kl_horizon=40)
     trainer.adapt_kl_coef({"objective/kl": 5.7})  # 5 % below, 8 of 40 episodes

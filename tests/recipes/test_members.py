@@ -66,6 +66,11 @@ def test_members_that_are_adapters(saved_policy, tmp_path):
         torch.testing.assert_close(weight, (one[name] + two[name]) / 2)
 
 
+def test_members_need_a_folder():
+    with pytest.raises(InputError, match="rm needs output_dir"):
+        rm("x", Dataset.from_list(RANKINGS), members=2, **GIVEN)
+
+
 def test_members_need_a_model_that_each_can_start_from(policy, tmp_path):
     with pytest.raises(InputError, match="the first would train the one"):
         rm(policy, Dataset.from_list(RANKINGS), tmp_path / "rm", members=2, **GIVEN)

@@ -54,6 +54,16 @@ def test_disagreement_is_told_as_trl_asks_for_it():
     assert told == {"disagreement": pytest.approx((1 + 0.5 + 1) / 3)}
 
 
+def test_members_may_tell_too():
+    def telling(prompts, completions, log_metric):
+        log_metric("three", 3.0)
+        return three(prompts, completions)
+
+    told = {}
+    Ensemble([length, telling])(PROMPTS, COMPLETIONS, log_metric=told.__setitem__)
+    assert told.keys() == {"disagreement", "three"}
+
+
 def test_ppo_logs_disagreement(make_trainer):
     """And what a reward inside another tells, and gold's."""
 

@@ -79,7 +79,10 @@ class PagedSampler(Sampler):
             longest = max(map(len, asked)) + sampling.response_length
             room = {"num_blocks": rows * (1 + math.ceil(longest / PAGE)), "page_size": PAGE}
         config = self.config(return_logprobs=True, seed=seed, max_requests_per_batch=rows, **room)
-        with evaluating(self.policy):
+        with (
+            evaluating(self.policy),
+            _failing("generate_batch failed", "use_transformers_continuous_batching"),
+        ):
             found = [*self.policy.generate_batch(asked, how, config).values()]
         faults = [one.error for one in found if one.error is not None]
         if faults or len(found) < len(asked):
@@ -172,6 +175,13 @@ class VLLMSampler(Sampler):
     def generate(self, asked: list[list[int]], sampling: Sampling, seed: int) -> tuple[Rows, Any]:
         """As in `Sampler`. On a server, the draws of a resumed run are others."""
         engine, strings = self.engine, sampling.stop_strings
+        most = self.options.vllm_max_model_length
+        longest = max(map(len, asked)) + sampling.response_length
+        if most is not None and longest > most:  # vLLM would cut completions, and not say so
+            raise SamplerError(
+                f"vllm_max_model_length is {most}, and a prompt with its completion may take "
+                f"{longest} tokens. Raise it, or lower max_prompt_length or response_length."
+            )
         engine.temperature, engine.max_completion_length = sampling.temperature, sampling[0]
         engine.generation_kwargs = {"stop_token_ids": self.eos_token_ids, "ignore_eos": True}
         engine.generation_kwargs |= {"stop": [*strings]} if strings else {}
@@ -211,10 +221,10 @@ def _engine_options(module: Any, options: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _failing(what: str) -> Iterator[None]:
-    """Turn any error of vLLM into a SamplerError."""
+def _failing(what: str, option: str = "use_vllm") -> Iterator[None]:
+    """Turn any error of an engine into a SamplerError."""
     try:
         yield
     except Exception as error:
         told = f"{what} ({type(error).__name__}: {summary(error)})"
-        raise SamplerError(f"{told}. Leave use_vllm out to sample without it.") from error
+        raise SamplerError(f"{told}. Leave {option} out to sample without it.") from error

@@ -374,9 +374,9 @@ class PPOTrainer(IterationTrainer):
             show_samples(step, steps, columns, **given)
 
     def adapt_kl_coef(self, metrics: dict[str, Any]) -> None:
-        """Adapt beta for the next iteration if the KL has a target."""
+        """Adapt beta for the next iteration if the KL has a target and the policy trains."""
         target, horizon = self.args.adaptive_kl_target, self.args.adaptive_kl_horizon
-        if target is not None:
+        if target is not None and self.state.global_step >= self.args.value_warmup_iterations:
             kl, size = metrics["objective/kl"], self.batch_size
             self.kl_coef = adapted_kl_coef(
                 self.kl_coef, kl, target=target, horizon=horizon, episodes=size

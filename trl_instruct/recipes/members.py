@@ -45,6 +45,8 @@ def train_members(
     `train` is `rm`, called with a member's config, and `load` reads the preferences; what is held
     out is the same for all. Returns output_dir, with the members' folders and `evaluate_members`.
     """
+    if config.output_dir in (None, "", "trainer_output"):  # TrainingArguments' default
+        raise InputError("rm needs output_dir, the folder to save its members in.")
     if isinstance(model, nn.Module):
         raise InputError(
             "members start from the same model, and the first would train the one that was given. "
@@ -62,8 +64,9 @@ def train_members(
     metrics: dict[str, Any] = {"members": folders}
     if "accuracy" in results[0].metrics:
         metrics["members_accuracy"] = [result.metrics["accuracy"] for result in results]
-        tokenizer = load_tokenizer(folders[0])
-        rewards = [load_reward(folder) for folder in folders]
+        trust: Any = {"trust_remote_code": config.trust_remote_code}
+        tokenizer = load_tokenizer(folders[0], **trust)
+        rewards = [load_reward(folder, **trust) for folder in folders]
         for reward in rewards:
             place_on(reward, PartialState().device)
         metrics |= evaluate_members(rewards, load(tokenizer).held_out, tokenizer)

@@ -86,6 +86,8 @@ class Ensemble:
         self, prompts: Texts, completions: Texts, log_metric: Any = None, **columns: Any
     ) -> Scores:
         """Scores of the completions, None where no member applies."""
+        if log_metric is not None:
+            columns["log_metric"] = log_metric
         members = [call_part(part, prompts, completions, columns) for part in self.parts]
         rows = [[s for s in row if s is not None] for row in zip(*members, strict=True)]
         if log_metric is not None and any(rows):
