@@ -39,12 +39,11 @@ from unittest import mock
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from ppo import word_tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
     TrainerCallback,
 )
 
@@ -93,15 +92,6 @@ class Setting(NamedTuple):
 
 GPU = Setting("cuda", "0.6B", "1.7B", "4B", 151_936, 512, 512, 64)
 CPU = Setting("cpu", "tiny", "tiny", "tiny", 512, 8, 8, 4)
-
-
-def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A token a word: w0, w1, ..., then <eos> and <pad>."""
-    words = [*(f"w{i}" for i in range(vocabulary - 2)), "<eos>", "<pad>"]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.add_special_tokens(words[-2:])
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
 
 
 def words(setting: Setting, count: int, length: int) -> list[str]:

@@ -62,9 +62,9 @@ OWN = 2**20
 """Blocks of this size or more are returned to the system as soon as they are freed."""
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """A token a word: w0, w1, ..., then <eos> and <pad>."""
-    words = [*(f"w{i}" for i in range(EOS)), "<eos>", "<pad>"]
+    words = [*(f"w{i}" for i in range(vocabulary - 2)), "<eos>", "<pad>"]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.add_special_tokens(words[-2:])

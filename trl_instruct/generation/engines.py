@@ -23,10 +23,10 @@ from trl_instruct.generation.sampler import Rows, Sampler, SamplerError
 from trl_instruct.generation.sampling import TransformersSampler
 from trl_instruct.generation.token_sampling import Sampling, caches_rows
 from trl_instruct.models.properties import evaluating, unwrapped
+from trl_instruct.models.sharding import MIXED
 from trl_instruct.types import Model, Tokenizer
 
 PAGE = 256  # tokens
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def sampler_of(options: Any = None) -> Sampler:
@@ -138,7 +138,7 @@ class VLLMSampler(Sampler):
         config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         # By itself vLLM computes float32 models in bfloat16: log-probabilities differ by 0.03.
-        dtype = PRECISIONS.get(self.processes.mixed_precision, self.policy.dtype)
+        dtype = MIXED.get(self.processes.mixed_precision, self.policy.dtype)
         return {"model": folder, "dtype": dtype, "load_format": "dummy"}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -217,18 +217,24 @@ def _dtype(model_config: ModelConfig) -> Any:
     return dtype
 
 
+def empty_folder(output_dir: str | os.PathLike) -> Path:
+    """The folder of a result; InputError if there is something in it."""
+    folder = Path(output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"output_dir {str(folder)!r} is not empty. Choose a new or empty folder.")
+    return folder
+
+
 def merge(
     adapter: str | os.PathLike, output_dir: str | os.PathLike, *, dtype: str = "float32"
 ) -> Path:
     """Merge an adapter into its base in full precision, into a new folder, with the tokenizer."""
-    folder = Path(output_dir)
     if not adapters.is_adapter(adapter):
         raise InputError(
             f"{os.fspath(adapter)!r} is not an adapter's folder: there is no {adapters.CONFIG}. "
             "Give a folder that a stage with use_peft wrote."
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"output_dir {str(folder)!r} is not empty. Choose a new or empty folder.")
+    folder = empty_folder(output_dir)
     found = adapters.Adapter.read(adapter)
     tokenizer = load_tokenizer(adapter)
     merged(found, ModelConfig(dtype=dtype)).save_pretrained(folder)

@@ -19,10 +19,10 @@ from trl_instruct.data.preferences import Preferences
 from trl_instruct.errors import InputError
 from trl_instruct.files import write_json
 from trl_instruct.intervals import show_interval
-from trl_instruct.models.load import load_reward_model
+from trl_instruct.models.load import empty_folder, load_reward_model
 from trl_instruct.models.properties import ModelSource
 from trl_instruct.models.tokenizers import load_tokenizer
-from trl_instruct.recipes.stage import StageResult
+from trl_instruct.recipes.stage import StageResult, output_folder
 from trl_instruct.reward_trainer.evaluation import evaluate_members
 from trl_instruct.rewards.function import place_on
 from trl_instruct.rewards.load import load_reward
@@ -45,8 +45,7 @@ def train_members(
     `train` is `rm`, called with a member's config, and `load` reads the preferences; what is held
     out is the same for all. Returns output_dir, with the members' folders and `evaluate_members`.
     """
-    if config.output_dir in (None, "", "trainer_output"):  # TrainingArguments' default
-        raise InputError("rm needs output_dir, the folder to save its members in.")
+    folder = output_folder("rm", config)
     if isinstance(model, nn.Module):
         raise InputError(
             "members start from the same model, and the first would train the one that was given. "
@@ -56,7 +55,7 @@ def train_members(
     for number in range(1, config.members + 1):
         own = copy.copy(config)
         own.members, own.member = 1, number
-        own.output_dir = os.path.join(str(config.output_dir), f"member-{number}")
+        own.output_dir = str(folder / f"member-{number}")
         results.append(train(config=own))
         if config.faults is not None:
             return results[0]
@@ -70,7 +69,6 @@ def train_members(
         for reward in rewards:
             place_on(reward, PartialState().device)
         metrics |= evaluate_members(rewards, load(tokenizer).held_out, tokenizer)
-    folder = Path(str(config.output_dir))
     if PartialState().is_main_process:
         write_json(folder / MEMBERS_FILE, metrics)
         say(render(metrics))
@@ -99,9 +97,7 @@ def average(sources: Sequence[str | os.PathLike], output_dir: str | os.PathLike)
     or empty folder, which plain transformers loads. InputError for other shapes or tokenizers, an
     output_dir that is not empty, and as in `load_reward_model`.
     """
-    folder = Path(output_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"output_dir {str(folder)!r} is not empty. Choose a new or empty folder.")
+    folder = empty_folder(output_dir)
     if len(sources) < 2:
         raise InputError("average needs two or more reward models, and a folder for the result.")
     first, tokenizer = load_reward_model(sources[0], ModelConfig()), load_tokenizer(sources[0])

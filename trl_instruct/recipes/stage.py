@@ -78,16 +78,21 @@ def run_stage(name: str, config: StageConfig, model_config: ModelConfig) -> Iter
             run.files.unlock()
 
 
+def output_folder(name: str, config: StageConfig) -> Path:
+    """The folder of a stage's result; InputError without one."""
+    if config.output_dir in (None, "", "trainer_output"):  # TrainingArguments' default
+        raise InputError(f"{name} needs output_dir, the folder to save its result in.")
+    return Path(config.output_dir)
+
+
 class StageRun:
     """One run of a stage in its folder."""
 
     def __init__(self, name: str, config: StageConfig, model_config: ModelConfig):
-        if config.output_dir in (None, "", "trainer_output"):  # TrainingArguments' default
-            raise InputError(f"{name} needs output_dir, the folder to save its result in.")
         self.name = name
         self.config, self.model_config = config, model_config
         self.dry = config.faults is not None  # ends before its first step, leaves the folder alone
-        self.folder = Path(config.output_dir)
+        self.folder = output_folder(name, config)
         self.files = RunFiles(self.folder)
         self.new = self.files.new  # where to write what `write_metrics` puts in place
         self.saved_base = self.begun = False
