@@ -146,7 +146,8 @@ def _run(name: str, config: Any, model_config: ModelConfig) -> StageResult:
         sources.insert(1, config.reward_model_path)
     result = STAGES[name][0](*sources, config=config, model_config=model_config)
     if config.faults is None:
-        _tell(f"{'reward model' if name == 'rm' else 'policy'}: {result}")
+        made = " ".join(result.metrics.get("members") or [str(result)])
+        _tell(f"{'reward model' if name == 'rm' else 'policy'}: {made}")
     return result
 
 

@@ -102,3 +102,14 @@ def test_the_average_of_weights(make_reward_model, tokenizer, tmp_path, capsys):
     tokenizer.save_pretrained(tmp_path / "wide")
     with pytest.raises(InputError, match="another shape or tokenizer"):
         average([names[0], tmp_path / "wide"], tmp_path / "two")
+
+
+def test_the_command_names_the_members_folders(saved_policy, tmp_path, capsys):
+    """As `--reward_model_path` takes them: the folder around them is no model."""
+    data = tmp_path / "rankings.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in RANKINGS), encoding="utf-8")
+    named = f"--model_name_or_path {saved_policy} --dataset_name {data} --output_dir {tmp_path}/rm"
+    how = "--members 2 --max_steps 1 --use_cpu true --save_strategy no --report_to none"
+    cli.main(["rm", *named.split(), *how.split()])
+    told = f"reward model: {tmp_path}/rm/member-1 {tmp_path}/rm/member-2"
+    assert told in capsys.readouterr().out.splitlines()
