@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_instruct.diagnosis.finding import WORDS
-from trl_instruct.diagnosis.page import diagnose, verdict
-from trl_instruct.diagnosis.ppo import _smooth
+from trl_instruct.diagnosis.findings import WORDS, _smooth, diagnose, verdict
 from trl_instruct.recipes.chain import FinishedStage
 
 FLAT = {
@@ -280,8 +278,8 @@ def test_the_verdict_names_the_first_stage_at_fault():
 
 def test_every_finding_has_its_words_and_is_listed_in_docs():
     package = Path(__file__).parents[2] / "trl_instruct"
-    sources = [package / "diagnosis" / name for name in ("stages.py", "ppo.py")]
-    calls = [n for path in sources for n in ast.walk(ast.parse(path.read_text())) if is_finding(n)]
+    source = (package / "diagnosis" / "findings.py").read_text()
+    calls = [n for n in ast.walk(ast.parse(source)) if is_finding(n)]
     found = [[a.value for a in call.args if isinstance(a, ast.Constant)] for call in calls]
     words = {(stage, name) for stage in ("sft", "rm", "ppo") for name in WORDS[stage]}
     stages = {name: stage for stage, name in words}
@@ -292,7 +290,7 @@ def test_every_finding_has_its_words_and_is_listed_in_docs():
 
 
 def is_finding(node):
-    return isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("found", "_found")
+    return isinstance(node, ast.Call) and getattr(node.func, "id", "") == "found"
 
 
 def test_curves_are_smoothed_by_a_trailing_mean():

@@ -1,4 +1,4 @@
 """What went wrong, and in which stage: `report` writes it on one page.
 
-`stages` and `ppo` check, findings.yaml has thresholds and words, `figures` plots, `page` HTML.
+`findings` checks (thresholds and words: findings.yaml), `figures` plots, `page` writes HTML.
 """

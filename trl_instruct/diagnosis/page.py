@@ -1,7 +1,7 @@
 """One page that says how the stages went: diagnosis, table, figures, completions."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,7 @@ from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from trl_instruct.console import one_line
 from trl_instruct.diagnosis.figures import figures
-from trl_instruct.diagnosis.finding import WORDS, Finding
-from trl_instruct.diagnosis.ppo import diagnose_ppo
-from trl_instruct.diagnosis.stages import diagnose_rm, diagnose_sft
+from trl_instruct.diagnosis.findings import diagnose, verdict
 from trl_instruct.errors import InputError, explained, needs_extra
 from trl_instruct.evaluation.tables import tables
 from trl_instruct.files import list_too, nulls_as_nan, read_json, written_at_once
@@ -141,25 +139,3 @@ def read_comparisons(store: str | os.PathLike | None) -> tuple[str, list[list[st
         from trl_instruct.data.labels import LabelStore
         from trl_instruct.labels.comparisons import comparison_rows
     return comparison_rows(LabelStore(os.fspath(store)))
-
-
-def diagnose(chain: Mapping[str, FinishedStage]) -> list[Finding]:
-    """The findings for each stage in a chain, from its own measurements, in the order they ran."""
-    checks = {"sft": diagnose_sft, "rm": diagnose_rm, "ppo": diagnose_ppo}
-    words = WORDS["any"]["stage_missing"]
-    missing = [
-        Finding(name, "stage_missing", figure=gap, **words)
-        for name, run in chain.items()
-        for gap in run.gaps
-    ]
-    return missing + [f for name in checks if name in chain for f in checks[name](chain[name])]
-
-
-def verdict(findings: Sequence[Finding]) -> str:
-    """The findings in one sentence: the first stage at fault affects those after it."""
-    faulty = [finding.stage for finding in findings if finding.level == "fault"]
-    if not faulty:
-        return "No fault found."
-    count = "1 fault" if len(faulty) == 1 else f"{len(faulty)} faults"
-    later = "" if faulty[0] == "ppo" else ": its faults affect the stages after it"
-    return f"{count} found. Begin with {faulty[0]}{later}."
