@@ -75,6 +75,8 @@ def test_what_it_cannot_sample_from(paged, make_policy, monkeypatch):
 def test_an_engine_that_stops(paged, policy, monkeypatch):
     sampler = paged()
     assert isinstance(sampler, PagedSampler)
+    with pytest.raises(SamplerError, match="stops at no stop_strings"):
+        sampler.draw(PROMPTS, Sampling(4, stop_strings=["x"]))
     monkeypatch.setattr(policy, "generate_batch", lambda *given: {}, raising=False)
     with pytest.raises(SamplerError, match="generate_batch failed: its thread ended"):
         sampler.draw(PROMPTS, Sampling(4))

@@ -5,6 +5,7 @@
 
 import inspect
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,16 @@ class LLM:
         self.calls.append("cache")
 
 
+class Client:
+    """TRL's client of a vLLM server that has died."""
+
+    def update_named_params(self, metadata, params):
+        raise ConnectionError(f"refused after {next(iter(params))[0]}")
+
+    def generate(self, prompts, **given):
+        raise ConnectionError(f"no answer to {len(prompts)}")
+
+
 class Engine:
     """TRL's VLLMGeneration as far as the sampler uses it."""
 
@@ -51,11 +62,20 @@ class Engine:
         inspect.signature(REAL.__init__).bind(self, model, accelerator, processing_class, **given)
         self.given, self.mode, self.answers = given, given["mode"], []
         self.llm = vllm_generation.LLM(model=model.name_or_path, seed=0, logprobs_mode="processed")
+        self.vllm_client, self.met = Client(), []
 
     def sync_weights(self):
         self.sent = dict(self._iter_named_params())
+        if self.mode == "server" and self.met is not None:
+            parts = iter(self.sent.items())
+            self.vllm_client.update_named_params([], parts)
+            self.met.append(("weights", [*parts]))
 
     def generate(self, prompts, images, num_generations):
+        if self.mode == "server":
+            found = self.vllm_client.generate(prompts=prompts, features=None)
+            self.met.append(("prompts", found["completion_ids"]))
+            return prompts, found["completion_ids"], found["logprobs"], None
         if not self.answers:
             raise RuntimeError("EngineCore died")
         self.asked, self.seed = prompts, torch.initial_seed()
@@ -84,6 +104,8 @@ def test_trls_class_is_as_the_sampler_uses_it():
     assert {"gpu_memory_utilization", "server_base_url", "trust_remote_code"} <= known.keys()
     source = inspect.getsource(REAL)
     assert "self._iter_named_params()" in source and " LLM(" in source
+    for name in ("vllm_client.update_named_params(", "vllm_client.generate("):
+        assert f"self.{name}" in source
     for name in ("temperature", "max_completion_length", "generation_kwargs"):
         assert f"self.{name}" in inspect.getsource(REAL.generate)
     assert list(inspect.signature(REAL.generate).parameters)[1:4] == [
@@ -108,8 +130,35 @@ def test_a_server_gets_the_weights_as_trl_sends_them(begun, policy):
     address = {"server_base_url": "http://a:1", "server_timeout": 2.0, "group_port": 3}
     sampler = begun(policy, vllm_mode="server", **{f"vllm_{k}": v for k, v in address.items()})
     assert (address | {"mode": "server"}).items() <= sampler.engine.given.items()
+    sampler.engine.met = None
     sampler.follow()
     assert sampler.engine.sent.keys() == policy.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("call", "told", "met"),
+    [
+        (lambda one: one.follow(), "did not take the new weights .ConnectionError: refused", []),
+        (
+            lambda one: one.draw([[20]] * 2, Sampling(4)),
+            "failed .ConnectionError: no answer",
+            [[0]] * 2,
+        ),
+    ],
+)
+def test_a_server_that_fails_lets_the_processes_meet(begun, policy, call, told, met):
+    """The collectives of TRL's class are done, its weights gathered, before the error is raised."""
+    sampler = begun(policy, vllm_mode="server")
+    with pytest.raises(SamplerError, match=told):
+        call(sampler)
+    assert [found for _, found in sampler.engine.met] == [met]
+
+
+def test_the_engine_is_freed_with_its_sampler(begun, policy):
+    sampler = begun(policy)
+    engine = weakref.ref(sampler.engine)
+    del sampler
+    assert engine() is None
 
 
 def test_it_gets_every_weight_and_the_head_if_it_is_tied(begun, make_policy):

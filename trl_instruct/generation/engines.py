@@ -3,9 +3,12 @@
 import copy
 import math
 import tempfile
-from collections.abc import Iterator
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -68,6 +71,10 @@ class PagedSampler(Sampler):
     @torch.no_grad()
     def generate(self, asked: list[list[int]], sampling: Sampling, seed: int) -> tuple[Rows, Any]:
         """As in `Sampler`."""
+        if sampling.stop_strings:
+            raise SamplerError(
+                "Continuous batching stops at no stop_strings. Leave one of them out."
+            )
         how = GenerationConfig(
             **{"max_new_tokens": sampling.response_length, "temperature": sampling.temperature},
             **{"do_sample": True, "top_k": 0, "top_p": 1.0, "eos_token_id": self.eos_token_ids},
@@ -122,11 +129,17 @@ class VLLMSampler(Sampler):
             arguments = policy, self.processes, tokenizer
             self.engine: Any = vllm_generation.VLLMGeneration(*arguments, **given)
         # TRL's merges LoRA in place and out again: the base, which other roles may share, would be
-        # rounded each time.
-        self.engine._iter_named_params = self.weights
+        # rounded each time. The engine does not hold this sampler: it is freed with it.
+        me = weakref.proxy(self)
+        self.engine._iter_named_params = partial(VLLMSampler.weights, me)
         if self.engine.mode == "colocate" and self.processes.device.type == "cpu":
             # On a CPU vLLM packs its weights; TRL's way of loading finds no place for new ones.
-            self.engine.sync_weights = self._reload
+            self.engine.sync_weights = partial(VLLMSampler._reload, me)
+        self.faults: list[Exception] = []
+        if server and self.processes.is_main_process:
+            client = self.engine.vllm_client
+            for name in ("update_named_params", "generate"):
+                setattr(client, name, _deferred(getattr(client, name), self.faults))
 
     def _write_model(self, folder: str) -> dict[str, Any]:
         """A model without weights for the engine, and what VLLMGeneration does not tell it."""
@@ -170,13 +183,21 @@ class VLLMSampler(Sampler):
         """As in `Sampler`."""
         with _failing("vLLM did not take the new weights"):
             self.engine.sync_weights()
+            self._raise_deferred()
+
+    def _raise_deferred(self) -> None:
+        """The server's first error, now that the processes have met."""
+        if self.faults:
+            raise self.faults[0]
 
     @torch.no_grad()
     def generate(self, asked: list[list[int]], sampling: Sampling, seed: int) -> tuple[Rows, Any]:
         """As in `Sampler`. On a server, the draws of a resumed run are others."""
         engine, strings = self.engine, sampling.stop_strings
-        most = self.options.vllm_max_model_length
+        most, size = self.options.vllm_max_model_length, self.options.vllm_tensor_parallel_size
+        together = size > 1 or self.options.vllm_mode == "server"  # engine.generate gathers
         longest = max(map(len, asked)) + sampling.response_length
+        longest = max(gather_object([longest])) if together else longest
         if most is not None and longest > most:  # vLLM would cut completions, and not say so
             raise SamplerError(
                 f"vllm_max_model_length is {most}, and a prompt with its completion may take "
@@ -185,13 +206,14 @@ class VLLMSampler(Sampler):
         engine.temperature, engine.max_completion_length = sampling.temperature, sampling[0]
         engine.generation_kwargs = {"stop_token_ids": self.eos_token_ids, "ignore_eos": True}
         engine.generation_kwargs |= {"stop": [*strings]} if strings else {}
-        if (size := self.options.vllm_tensor_parallel_size) > 1:  # one engine: one seed
+        if size > 1:  # one engine: one seed
             seed = gather_object([seed])[self.processes.process_index // size * size]
         # vLLM seeds itself once. In this process it draws from torch's generator; a seed in the
         # request would draw the same completion for the same prompt.
         torch.manual_seed(seed)
         with _failing("vLLM failed"):
             _, rows, logprobs, _ = engine.generate(asked, images=None, num_generations=1)
+            self._raise_deferred()
         return rows, [[best for best, *_ in row] for row in logprobs]
 
 
@@ -218,6 +240,25 @@ def _engine_options(module: Any, options: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         module.LLM = engine
+
+
+def _deferred(call: Callable[..., Any], faults: list[Exception]) -> Callable[..., Any]:
+    """The call; an error in it is kept, so that this process still meets the others."""
+
+    def run(*given: Any, **named: Any) -> Any:
+        try:
+            return call(*given, **named)
+        except Exception as error:
+            faults.append(error)
+            deque((weight for part in given if isinstance(part, Iterator) for weight in part), 0)
+            blank: list[Any] = [[0]] * len(named.get("prompts", ()))
+            return {
+                "prompt_ids": blank,
+                "completion_ids": blank,
+                "logprobs": [[[None]]] * len(blank),
+            }
+
+    return run
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,7 @@ from trl_instruct.generation.token_sampling import Sampling
 from trl_instruct.types import Model, Tokenizer
 
 Rows: TypeAlias = Sequence[Sequence[int]]
+T = TypeVar("T")
 
 
 class SamplerError(InputError):
@@ -91,16 +92,22 @@ class Sampler:
 
 def draw_in_all(sampler: Sampler, prompts: Rows, sampling: Sampling) -> Drawn:
     """Completions by new weights, in all processes: if one fails, SamplerError in all."""
-    drawn, fault = None, None
+    in_all(sampler.follow)
+    return in_all(lambda: sampler.draw(prompts, sampling))
+
+
+def in_all(work: Callable[[], T]) -> T:
+    """What `work` returns in this process; if it fails in any, SamplerError in all."""
+    found: list[T] = []
+    fault = None
     try:
-        sampler.follow()
-        drawn = sampler.draw(prompts, sampling)
+        found.append(work())
     except SamplerError as error:
         fault = str(error)
-    faults = [told for told in gather_object([fault]) if told]
-    if drawn is None or faults:
-        raise SamplerError(faults[0])
-    return drawn
+    for told in gather_object([fault]):
+        if told:
+            raise SamplerError(told)
+    return found[0]
 
 
 def eos_token_ids(policy: Model, tokenizer: Tokenizer) -> list[int]:
