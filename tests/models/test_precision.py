@@ -17,6 +17,7 @@ from trl_instruct.errors import InputError
 from trl_instruct.models import precision
 from trl_instruct.models.precision import autocast_of, cast_lm_head_to_fp32, store_in
 from trl_instruct.models.shared_base import view_of
+from trl_instruct.ppo_trainer import roles
 from trl_instruct.ppo_trainer.rollouts import ValueModel
 from trl_instruct.recipes import options
 from trl_instruct.recipes.flags import parse
@@ -132,13 +133,17 @@ def test_a_base_under_adapters_is_loaded_in_bfloat16_on_an_accelerator(monkeypat
         assert stage_options(SFTConfig, *parsed, None, "d.jsonl", {})[1].dtype == found
 
 
-def test_frozen_dtype_goes_before_dtype(saved_policy, saved_reward_model, ppo_config, tokenizer):
+def test_frozen_dtype_goes_before_dtype(
+    saved_policy, saved_reward_model, ppo_config, tokenizer, monkeypatch
+):
     given = ppo_config, tokenizer, saved_policy, saved_reward_model
     lora = {"use_peft": True, "dtype": "bfloat16"}
     assert roles_of(*given, **lora).reward.model.dtype is torch.bfloat16
     own = roles_of(partial(ppo_config, frozen_dtype="float32"), *given[1:], **lora).reward.model
     assert own.dtype is torch.float32
     assert isinstance(own.score, nn.Linear)
+    monkeypatch.setattr(roles, "rounds_frozen", lambda config: True)  # an accelerator
+    assert roles_of(*given, **lora).reward.model.dtype is torch.float32
 
 
 def test_a_run_with_frozen_models_in_bfloat16(make_trainer):

@@ -17,7 +17,7 @@ from trl_instruct.configs import PPOConfig
 from trl_instruct.errors import InputError
 from trl_instruct.models.adapters import is_quantized, with_lora
 from trl_instruct.models.load import load_policy, load_reward_model, reference_of
-from trl_instruct.models.precision import cast_lm_head_to_fp32, store_in
+from trl_instruct.models.precision import cast_lm_head_to_fp32, rounds_frozen, store_in
 from trl_instruct.models.properties import ModelSource, model_name
 from trl_instruct.models.sharding import MIXED, cast_like_sharded, launched_sharded, load_unsharded
 from trl_instruct.models.shared_base import SharedBase, classifier_around, view_of
@@ -87,8 +87,9 @@ def load_roles(
     goes_on = base.adapter is not None if base else isinstance(policy, PeftModel)
     ref_policy = view_of(policy).requires_grad_(False) if goes_on else None
     separate: Any = {"use_peft": False, "model_revision": "main", "attn_implementation": None}
-    if config.frozen_dtype and not (model_config.load_in_8bit or model_config.load_in_4bit):
-        separate["dtype"] = "float32"  # `place_frozen` stores it in frozen_dtype
+    rounds = config.frozen_dtype or rounds_frozen(config)
+    if rounds and not (model_config.load_in_8bit or model_config.load_in_4bit):
+        separate["dtype"] = "float32"  # `place_frozen` stores its linear layers in frozen_dtype
     judge: Any = load_reward(
         _over(base, reward, tokenizer, config),
         tokenizer,
