@@ -115,40 +115,46 @@ def launched(kind, **settings):
 
 
 FSDP, DEEPSPEED = DistributedType.FSDP, DistributedType.DEEPSPEED
+PLAIN = SimpleNamespace(
+    **{"ema_decay": None, "stop_when_exploited": False, "value_warmup_iterations": 2},
+    weight_decay=0.0,
+)
+AVERAGED = SimpleNamespace(**{**vars(PLAIN), "ema_decay": 0.9})
+DECAYING = SimpleNamespace(**{**vars(PLAIN), "weight_decay": 0.1})
 ONE, OTHER = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "models", "average", "told"),
+    ("accelerator", "models", "config", "told"),
     [
-        (launched(DistributedType.MEGATRON_LM), [ONE, OTHER], False, "not supported"),
-        (launched(FSDP, fsdp_version=1), [ONE, OTHER], False, "fsdp_version 1; set it to 2"),
-        (launched(FSDP, cpu_ram_efficient_loading=True), [ONE, OTHER], False, "set it to false"),
-        (launched(FSDP), [ONE, OTHER], True, "ema_decay or stop_when_exploited; leave"),
-        (launched(DEEPSPEED), [ONE, ONE], False, "policy and value model share; set share_base"),
+        (launched(DistributedType.MEGATRON_LM), [ONE, OTHER], PLAIN, "not supported"),
+        (launched(FSDP, fsdp_version=1), [ONE, OTHER], PLAIN, "fsdp_version 1; set it to 2"),
+        (launched(FSDP, cpu_ram_efficient_loading=True), [ONE, OTHER], PLAIN, "set it to false"),
+        (launched(FSDP), [ONE, OTHER], AVERAGED, "ema_decay or stop_when_exploited; leave"),
+        (launched(DEEPSPEED), [ONE, ONE], PLAIN, "policy and value model share; set share_base"),
+        (launched(DEEPSPEED), [ONE, OTHER], DECAYING, "weight_decay, which would change the pol"),
     ],
 )
-def test_what_does_not_go_together_is_told_before_the_first_step(
-    accelerator, models, average, told
-):
+def test_what_does_not_go_together_is_told_before_the_first_step(accelerator, models, config, told):
     with pytest.raises(InputError, match=told):
-        check_launch(accelerator, models, average=average)
+        check_launch(accelerator, models, config)
 
 
 def test_quantised_and_partitioned_weights_are_refused():
     small = torch.nn.Linear(2, 2).requires_grad_(False)
     small.weight.data = small.weight.data.to(torch.int8)
     with pytest.raises(InputError, match="weights of 8 or 4 bit"):
-        check_launch(launched(FSDP), [small, OTHER], average=False)
+        check_launch(launched(FSDP), [small, OTHER], PLAIN)
     part = torch.nn.Linear(2, 2)
     part.weight.ds_id = 0
     with pytest.raises(InputError, match="load them before PPOConfig is made"):
-        check_launch(launched(DEEPSPEED), [part, OTHER], average=False)
+        check_launch(launched(DEEPSPEED), [part, OTHER], PLAIN)
 
 
 def test_processes_that_hold_all_weights_may_do_all_that():
-    check_launch(launched(DistributedType.MULTI_GPU), [ONE, ONE], average=True)
-    check_launch(launched(DistributedType.NO), [ONE, ONE], average=True)
+    check_launch(launched(DistributedType.MULTI_GPU), [ONE, ONE], AVERAGED)
+    check_launch(launched(DistributedType.NO), [ONE, ONE], DECAYING)
+    check_launch(launched(FSDP), [ONE, OTHER], DECAYING)
     check_saving(launched(DistributedType.MULTI_GPU))
 
 

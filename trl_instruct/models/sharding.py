@@ -53,10 +53,8 @@ def check_saving(accelerator: Accelerator) -> None:
         )
 
 
-def check_launch(accelerator: Accelerator, models: list[nn.Module], *, average: bool) -> None:
-    """InputError if PPO cannot run as it was launched: with these models (policy and value), and
-    with a moving average of the policy or none.
-    """
+def check_launch(accelerator: Accelerator, models: list[nn.Module], config: Any) -> None:
+    """InputError if PPO cannot run as it was launched, with these models (policy and value)."""
     kind = accelerator.distributed_type
     if kind == DistributedType.MEGATRON_LM:
         raise InputError("MEGATRON_LM is not supported; use a config of recipes/accelerate.")
@@ -71,7 +69,13 @@ def check_launch(accelerator: Accelerator, models: list[nn.Module], *, average: 
         "models that were loaded as shards; load them before PPOConfig is made, or call ppo()": any(
             hasattr(weight, "ds_id") for weight in weights
         ),
-        "ema_decay or stop_when_exploited; leave them out": average,
+        "ema_decay or stop_when_exploited; leave them out": (
+            config.ema_decay is not None or config.stop_when_exploited
+        ),
+        "value_warmup_iterations and weight_decay, which would change the policy; leave one out": (
+            kind == DistributedType.DEEPSPEED
+            and config.value_warmup_iterations > 0 < config.weight_decay
+        ),
         "weights that policy and value model share; set share_base to false and omit value_head": (
             len(set(map(id, weights))) < len(weights)
         ),

@@ -130,8 +130,7 @@ class PPOTrainer(IterationTrainer):
                 "stop_when_exploited watches gold, a judge that is not trained on: give a member "
                 "that is left out of the reward, a second reward model, or `tiny`."
             )
-        averaged = args.ema_decay is not None or args.stop_when_exploited
-        sharding.check_launch(self.accelerator, [model, value_model], average=averaged)
+        sharding.check_launch(self.accelerator, [model, value_model], args)
         frozen = self.accelerator, self.ref_model, [self.reward, self.gold], processing_class
         place_frozen(*frozen, dtype=frozen_dtype(args), trained=[model, value_model])
         self.kl_coef, self.judged = args.kl_coef, []
