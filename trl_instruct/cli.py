@@ -269,7 +269,8 @@ def merge_command(arguments: list[str]) -> None:
 def average_command(arguments: list[str]) -> None:
     """Average the weights of reward models into one (WARM)."""
     options = _parse("average", arguments)
-    _tell(f"reward model: {average(options.models, options.output_dir)}")
+    trust = {"trust_remote_code": options.trust_remote_code}
+    _tell(f"reward model: {average(options.models, options.output_dir, **trust)}")
 
 
 def label_command(arguments: list[str]) -> None:

@@ -89,7 +89,12 @@ def render(metrics: dict[str, Any]) -> str:
     return "\n".join([f"accuracy alone {alone}; of their mean {accuracy}", *table(rows)])
 
 
-def average(sources: Sequence[str | os.PathLike], output_dir: str | os.PathLike) -> Path:
+def average(
+    sources: Sequence[str | os.PathLike],
+    output_dir: str | os.PathLike,
+    *,
+    trust_remote_code: bool = False,
+) -> Path:
     """Average the weights of reward models into one: WARM (Rame et al. 2024), no cost in PPO.
 
     The sources, two or more folders or Hub ids, must have started from the same weights: `rm` with
@@ -100,12 +105,14 @@ def average(sources: Sequence[str | os.PathLike], output_dir: str | os.PathLike)
     folder = empty_folder(output_dir)
     if len(sources) < 2:
         raise InputError("average needs two or more reward models, and a folder for the result.")
-    first, tokenizer = load_reward_model(sources[0], ModelConfig()), load_tokenizer(sources[0])
+    trust: Any = {"trust_remote_code": trust_remote_code}
+    first = load_reward_model(sources[0], ModelConfig(), **trust)
+    tokenizer = load_tokenizer(sources[0], **trust)
     averaged, shifts = AveragedModel(first), []
     for source in sources:
-        model = load_reward_model(source, ModelConfig())
+        model = load_reward_model(source, ModelConfig(), **trust)
         same = [p.shape for p in model.parameters()] == [p.shape for p in first.parameters()]
-        if not same or not same_tokenizer(load_tokenizer(source), tokenizer):
+        if not same or not same_tokenizer(load_tokenizer(source, **trust), tokenizer):
             raise InputError(
                 f"{os.fspath(source)!r} has another shape or tokenizer than "
                 f"{os.fspath(sources[0])!r}; only models that started from one can be averaged."
