@@ -49,18 +49,17 @@ def said(text: Any) -> Any:
     return text if text is None else [{"role": "assistant", "content": text}]
 
 
-def trim_dialogue(record: Record) -> dict[str, Any]:
-    """`messages` from the first question to the last reply, contents in one part."""
-    messages = record["messages"]
+def trim_dialogue(messages: Any) -> Any:
+    """Messages from the first question to the last reply, contents in one part."""
     if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
-        return {"messages": messages}
+        return messages
     if any(isinstance(message.get("content"), list) for message in messages):
         messages = messages_of("messages", messages)
     roles = [message.get("role") for message in messages]
     if "user" not in roles or "assistant" not in roles:
-        return {"messages": messages}
+        return messages
     parts = split_reply(messages)
-    return {"messages": [*parts["prompt"], *parts.get("completion", ())]}
+    return [*parts["prompt"], *parts.get("completion", ())]
 
 
 def split_reply(messages: list[Any]) -> dict[str, Any]:

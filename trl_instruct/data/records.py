@@ -52,18 +52,7 @@ def load_demonstrations(
     if "completion" not in first:
         dataset, first = dialogues.keep_dialogue(dataset, where, first, "messages")
     if "messages" in first and "prompt" not in first:
-        dataset = _trimmed(dataset, where, first)
-        dataset = check_records(dataset, where, check_dialogue, reading)
-        types = dataset.features
-        if types is not None:
-            dialogue = types["messages"]
-            types = Features({**types, "prompt": dialogue, "completion": dialogue})
-            del types["messages"]
-
-        def in_two(record: Record) -> dict[str, Any]:
-            return {"prompt": record["messages"][:-1], "completion": record["messages"][-1:]}
-
-        return map_records(dataset, in_two, remove_columns=["messages"], features=types)
+        return _in_two(dataset, where, first, reading)
     require_columns(first, where, ("prompt", "completion"), "A demonstration", "or `messages`")
     dataset, form = dialogues.take_off_prompts(dataset, where, ("completion",)), form_of(first)
 
@@ -74,29 +63,28 @@ def load_demonstrations(
     return check_records(dataset, where, check, reading)
 
 
-def _trimmed(dataset: AnyDataset, where: Source, first: Record) -> AnyDataset:
-    """Dialogues that end with a reply and begin with a question, contents in one part."""
-    features, streamed = dataset.features, isinstance(dataset, IterableDataset)
+def _in_two(dataset: AnyDataset, where: Source, first: Record, reading: Reading) -> AnyDataset:
+    """Dialogues as `prompt` and `completion`: trimmed, contents in one part."""
     in_parts = any(
         isinstance(message, Mapping) and isinstance(message.get("content"), list)
         for message in first["messages"] or ()
     )
-    if in_parts:
-        features = None if streamed else Features({**features, "messages": List(MESSAGE)})
-
-    def trim(record: Record, row: int) -> dict[str, Any]:
-        with where.located(row):
-            return dialogues.trim_dialogue(record)
-
-    if not streamed:
-        talks = enumerate(iterate(dataset, "messages"))
-        changed = sum(trim({"messages": talk}, row)["messages"] != talk for row, talk in talks)
-        if not changed:
-            return dataset
-        if not in_parts:
+    dataset, types = check_records(dataset, where, check_dialogue, reading), dataset.features
+    if types is not None:
+        dialogue = List(MESSAGE) if in_parts else types["messages"]
+        types = Features({**types, "prompt": dialogue, "completion": dialogue})
+        del types["messages"]
+    if isinstance(dataset, Dataset) and not in_parts:
+        talks = iterate(dataset, "messages")
+        if cut := sum(dialogues.trim_dialogue(talk) != talk for talk in talks):
             what = "what stands before the first question or after the last reply"
-            logger.warning("%s: %d dialogues lose %s", where.name, changed, what)
-    return map_records(dataset, trim, with_indices=True, features=features)
+            logger.warning("%s: %d dialogues lose %s", where.name, cut, what)
+
+    def in_two(record: Record) -> dict[str, Any]:
+        messages = dialogues.trim_dialogue(record["messages"])
+        return {"prompt": messages[:-1], "completion": messages[-1:]}
+
+    return map_records(dataset, in_two, remove_columns=["messages"], features=types)
 
 
 def load_prompts(
@@ -204,8 +192,8 @@ def check_prompt(record: Record, *, form: str) -> None:
 
 
 def check_dialogue(record: Record) -> None:
-    """Check the field `messages`: at least two, the last one the assistant's."""
-    messages = record.get("messages")
+    """Check the field `messages`, trimmed: at least two, the last one the assistant's."""
+    messages = dialogues.trim_dialogue(record.get("messages"))
     if not isinstance(messages, list):
         raise InputError(f"`messages` is {kind_of(messages)}; a list of messages is needed.")
     if len(messages) < 2:
