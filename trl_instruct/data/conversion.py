@@ -18,7 +18,7 @@ from trl_instruct.data.orders import dense_ranks
 from trl_instruct.data.reading import Reading, rename
 from trl_instruct.data.recognition import Shape, shape_of
 from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, iterate
-from trl_instruct.errors import InputError, explained, kind_of
+from trl_instruct.errors import NOT_AS_EXPECTED, InputError, explained, kind_of
 
 logger = get_logger(__name__)
 
@@ -198,7 +198,7 @@ def _held_prompt(row: Record) -> Any:
 
 
 def _grouped(
-    rows: Iterable[Record], group: str | Callable[[Record], Any] | None
+    rows: Iterable[Record], group: Callable[[Record], Any] | None
 ) -> Iterator[tuple[int, list[Record]]]:
     """Rows that belong together, in the order of their first, with its number."""
     if group is None:
@@ -206,15 +206,10 @@ def _grouped(
         return
     found: dict[str, tuple[int, list[Record]]] = {}
     for number, row in enumerate(rows):
-        value: Any = row
-        if callable(group):
-            try:
-                value = group(row)
-            except (ValueError, LookupError, TypeError, AttributeError):
-                value = number  # alone: its reading tells what is wrong with it
-        else:
-            for name in group.split("."):
-                value = value.get(name) if isinstance(value, Mapping) else None
+        try:
+            value = group(row)
+        except NOT_AS_EXPECTED:
+            value = number  # alone: its reading tells what is wrong with it
         found.setdefault(_key(value), (number, []))[1].append(row)
     yield from found.values()
 

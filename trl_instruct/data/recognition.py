@@ -1,6 +1,8 @@
 """Which published shape a file has, told by its columns."""
 
 from collections.abc import Callable, Mapping
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +19,14 @@ class Shape(NamedTuple):
 
     `columns` in any case; `a[].b` is a list `a` of objects with `b`, `a[]` one of other values,
     `a|b` one of two columns.
-    With `group`, `read` takes all rows that share this column, or its value. `kind` is the only
-    one that it gives; `says` is what was taken, where a file holds more than one.
+    With `group`, `read` takes all rows of which this gives one value. `kind` is the only one
+    that it gives; `says` is what was taken, where a file holds more than one.
     """
 
     name: str
     columns: str
     read: Callable[[Any], Any]
-    group: str | Callable[[Record], Any] | None = None
+    group: Callable[[Record], Any] | None = None
     kind: str | None = None
     says: str = ""
 
@@ -42,14 +44,15 @@ RATED = Shape("rated pairs", "", shapes.rated_pairs, says="equal ratings are a t
 HH = Shape("HH-RLHF", "", shapes.implicit_pairs)
 
 
-def _listed(group: str) -> list[Shape]:
-    """The shapes of one part of shapes.yaml, in its order."""
-    text = Path(__file__).with_name("shapes.yaml").read_text(encoding="utf-8")
-    readers = {**vars(tools), **vars(shapes)}
-    return [Shape(**{**e, "read": readers[e["read"]]}) for e in yaml.safe_load(text)[group]]
+def _listed(read: str, group: str | None = None, **given: Any) -> Shape:
+    """A shape as shapes.yaml lists it: with the names of its function, and of a column."""
+    reader = vars(tools).get(read) or getattr(shapes, read)
+    value_of = group and partial(reduce, getitem, group.split("."))
+    return Shape(read=reader, group=value_of, **given)
 
 
-JUDGED, PLAIN = _listed("judged"), _listed("plain")
+_PARTS = yaml.safe_load(Path(__file__).with_name("shapes.yaml").read_text(encoding="utf-8"))
+JUDGED, PLAIN = ([_listed(**entry) for entry in _PARTS[part]] for part in ("judged", "plain"))
 
 
 def shape_of(first: Record, kind: str) -> Shape | None:

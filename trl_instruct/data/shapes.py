@@ -21,11 +21,15 @@ PAIR = ("chosen", "rejected")
 
 
 def alpaca(row: Record) -> Given:
-    """`instruction`, `input`, `output`; LLaMA-Factory adds `system` and `history`."""
+    """`instruction`, `input`, `output`; LLaMA-Factory adds `system` and `history`. OpenRLHF has
+    `question` and `response`, `input` and `output`, or `context_messages`: text or messages.
+    """
     prompt, answer = _asked(row), row.get(key_of(row, "output", "response") or "")
-    if isinstance(answer, list):  # of old versions of LLaMA-Factory: best first
+    if isinstance(answer, list) and all(isinstance(one, str) for one in answer):
+        # Of old versions of LLaMA-Factory: best first.
         return {"prompt": prompt, "responses": answer, "ranks": list(range(1, len(answer) + 1))}
-    return {"prompt": prompt, "completion": said(answer) if isinstance(prompt, list) else answer}
+    talks = isinstance(prompt, list) and isinstance(answer, str)
+    return {"prompt": prompt, "completion": said(answer) if talks else answer}
 
 
 def sharegpt(row: Record) -> Given:
@@ -40,20 +44,6 @@ def dialogue(row: Record) -> Given:
         turns = messages_of("messages", turns)
     asked = [m for m in turns if m["role"] == "user"][:1] if row.get("prompt") else []
     return {"prompt": asked} if asked else split_reply(turns)
-
-
-def openrlhf(row: Record) -> Given:
-    """`question` and `response`, or `input` and `output`: text, or messages beside `system`."""
-    prompt, answer = ("question", "response") if "question" in row else ("input", "output")
-    asked, reply = row[prompt], row[answer]
-    asked = _asked(row) if isinstance(asked, str) else asked
-    talks = isinstance(asked, list) and isinstance(reply, str)
-    return {"prompt": asked, "completion": said(reply) if talks else reply}
-
-
-def openrlhf_prompts(row: Record) -> Given:
-    """`context_messages`, or `input` alone."""
-    return {"prompt": row.get("context_messages") or row.get("input")}
 
 
 def unpaired(rows: Sequence[Record]) -> Given:
@@ -117,9 +107,9 @@ def sharegpt_pairs(row: Record) -> Given:
 
 def prompted_pairs(row: Record) -> Given:
     """OpenRLHF's `context_messages`, or Alpaca's columns, beside `chosen` and `rejected`."""
-    if "context_messages" in row:
-        return _pair(messages_of("context_messages", row["context_messages"]), *_dialogues(row))
-    return _pair(_asked(row), row["chosen"], row["rejected"])
+    prompt = _asked(row)
+    prompt = messages_of("context_messages", prompt) if isinstance(prompt, list) else prompt
+    return _pair(prompt, *_dialogues(row))
 
 
 def swift_pairs(row: Record) -> Given:
@@ -327,10 +317,14 @@ def ratings_of(row: Record) -> list[str]:
 
 
 def _asked(row: Record, system: str = "system") -> Any:
-    """Instruction and input as text; as messages if the file has a system or history column."""
-    names = ("instruction", "question", "input", "context")  # Dolly's, besides Alpaca's
-    asked = [row.get(key_of(row, name) or "") for name in names]
-    text = "\n".join(part for part in asked if part)
+    """Instruction and input as text; as messages if the file has a system or history column, or
+    messages in their place.
+    """
+    names = ("context_messages", "instruction", "question", "input", "context")  # Dolly's
+    asked = [value for name in names if (value := row.get(key_of(row, name) or ""))]
+    if asked and isinstance(asked[0], list):
+        return asked[0]
+    text = "\n".join(asked)
     if system not in row and "history" not in row:
         return text
     turns = [{"role": "system", "content": row[system]}] if row.get(system) else []
