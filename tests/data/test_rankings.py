@@ -161,8 +161,8 @@ def test_pairs_and_ties_are_all_pairs(values):
     responses = [str(index) for index in range(len(values))]
     ranking = canonical_ranking({"prompt": "?", "responses": responses, "ranks": values})
     ties = sum(a == b for i, a in enumerate(values) for b in values[:i])
-    assert ranking.ties == ties
-    assert ranking.strict_pairs == len(values) * (len(values) - 1) // 2 - ties
+    assert ranking.counts.ties == ties
+    assert ranking.counts.pairs == len(values) * (len(values) - 1) // 2 - ties
 
 
 @pytest.mark.slow
@@ -310,6 +310,7 @@ def test_rankings_and_their_counts_by_hand():
     assert canonical_ranking(record) == Ranking("2+2=", ["5", "4"], [2, 1], None, 1)
     counts = RankingCounts()
     responses = ["4", "four", "5", "4"]
-    counts.add(canonical_ranking({"prompt": "?", "responses": responses, "ranks": [1, 1, 2, 1]}))
+    ranking = canonical_ranking({"prompt": "?", "responses": responses, "ranks": [1, 1, 2, 1]})
+    counts.update(ranking.counts)
     told = "1 ranking of 3 responses: 2 strict pairs, 1 tie, 1 repeated response, "
     assert str(counts) == told + "0 rankings without a pair"

@@ -153,9 +153,7 @@ def _records(
                 given = _given(shape, members, counts.kind, reading)
                 fitting = [record for one in given if (record := counts.fit(one, number))]
         except InputError as fault:
-            if not reading.skips:
-                raise
-            reading.tell(fault)
+            reading.leave_out(fault)
             counts.left_out["a faulty row"] += 1
             continue
         for record in fitting:

@@ -147,12 +147,6 @@ class LabelStore:
             rows = connection.execute(sql.select(ITEMS).order_by(ITEMS.c.position))
             return [Item.of(row) for row in rows]
 
-    def count(self) -> int:
-        """Number of the items that are to be labelled: with more than one response."""
-        to_label = sql.select(sql.func.count()).where(ITEMS.c.responses > 1)
-        with self.engine.connect() as connection:
-            return connection.execute(to_label).scalar_one()
-
     def item(self, key: str) -> Item:
         """One item; InputError if there is none of that key."""
         with self.engine.connect() as connection:

@@ -30,10 +30,7 @@ def canonical_order(
             "response or delete the record."
         )
     present = [field for field in ORDERS if field in record]
-    filled = [field for field in present if record[field] is not None]
-    given = {field: _ranks(record) for field in filled if field == "ranks"}
-    numbers = {f: _numbers(record, f, rating_order) for f in filled if f != "ranks"}
-    given |= {f: dense_ranks([-score for score in scores]) for f, scores in numbers.items()}
+    given = {f: _numbers(record, f, rating_order) for f in present if record[f] is not None}
     if present and not given:
         raise InputError(
             f"`{'`, `'.join(present)}` null: the ranking is not filled in. Write one number per "
@@ -41,14 +38,15 @@ def canonical_order(
         )
     if not present:
         _refuse_unread_order(record)
-    (first, ranks), *others = given.items() or [("responses", list(range(1, len(responses) + 1)))]
+    orders = {f: dense_ranks(n if f == "ranks" else [-v for v in n]) for f, n in given.items()}
+    (first, ranks), *others = orders.items() or [("responses", list(range(1, len(responses) + 1)))]
     for field, other in others:
         if other != ranks:
             raise InputError(
                 f"`{first}` and `{field}` contradict each other: {first} {record[first]} put the "
                 f"responses in the order {ranks}, {field} {record[field]} in {other}. Keep one."
             )
-    return ranks, next(iter(numbers.values()), None)
+    return ranks, next((numbers for field, numbers in given.items() if field != "ranks"), None)
 
 
 def _refuse_unread_order(record: Record) -> None:
@@ -70,42 +68,28 @@ def dense_ranks(values: Sequence[float]) -> list[int]:
     return [position[value] for value in values]
 
 
-def _ranks(record: Record) -> list[int]:
-    """Dense ranks from the field `ranks`."""
-    ranks = _values(record, "ranks")
-    for index, rank in enumerate(ranks):
-        if not is_number(rank) or not float(rank).is_integer() or rank < 1:
-            raise InputError(
-                f"`ranks[{index}]` is {kind_of(rank)}; a whole number >= 1 is needed (1 = best, "
-                "equal ranks are a tie)."
-            )
-    return dense_ranks(ranks)
-
-
-def _values(record: Record, field: str) -> list[Any]:
-    values, needed = record[field], len(record["responses"])
-    if not isinstance(values, list):
-        raise InputError(f"`{field}` is {kind_of(values)}; a list of {needed} is needed.")
-    if len(values) != needed:
-        raise InputError(
-            f"`{field}` has {len(values)} values for {needed} responses: {values}; give one each."
-        )
-    return values
-
-
 def _numbers(record: Record, field: str, rating_order: Sequence[Any] | None) -> list[float]:
-    """`scores` or `ratings` as numbers; labels count from 0 = worst in `rating_order`."""
-    values, known = _values(record, field), list(rating_order or ())
-    labels = any(isinstance(v, str) for v in values)
+    """The numbers of a field in ORDERS; labels count from 0 = worst in `rating_order`."""
+    values, count, known = record[field], len(record["responses"]), list(rating_order or ())
+    if not isinstance(values, list):
+        raise InputError(f"`{field}` is {kind_of(values)}; a list of {count} is needed.")
+    if len(values) != count:
+        raise InputError(
+            f"`{field}` has {len(values)} values for {count} responses: {values}; give one each."
+        )
+    labels = field != "ranks" and any(isinstance(v, str) for v in values)
     labels = labels or (field == "ratings" and rating_order is not None)
+    needed = f"rating_order has {known}" if labels else "a finite number is needed"
+    if field == "ranks":
+        needed = "a whole number >= 1 is needed (1 = best, equal ranks are a tie)"
     for index, value in enumerate(values):
         if labels and rating_order is None:
             raise InputError(
                 f"`{field}[{index}]` is the label {value!r}, but the order of labels is not known. "
                 'Give it, best first: rating_order=["good", "ok", "fair", "poor"].'
             )
-        if value not in known if labels else not is_number(value):
-            needed = f"rating_order has {known}" if labels else "a finite number is needed"
+        fits = value in known if labels else is_number(value)
+        if not fits or (field == "ranks" and (value < 1 or value % 1)):
             raise InputError(f"`{field}[{index}]` is {kind_of(value)}; {needed}.")
     return [float(len(known) - 1 - known.index(v)) if labels else float(v) for v in values]
 

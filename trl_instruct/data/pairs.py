@@ -75,7 +75,7 @@ def rankings_to_pairs(
                 ranking = canonical_ranking(dict(zip(batch, values, strict=True)), form=form)
                 if margin and ranking.scores is None:
                     raise InputError("margin=True needs `scores`; this ranking has only an order.")
-            counts.add(ranking)
+            counts.update(ranking.counts)
             for chosen, rejected in ranking_to_pairs(ranking, **options):
                 table["prompt"].append(ranking.prompt)
                 table["chosen"].append(ranking.responses[chosen])

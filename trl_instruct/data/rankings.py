@@ -31,14 +31,12 @@ class Ranking(NamedTuple):
     duplicates: int
 
     @property
-    def strict_pairs(self) -> int:
-        """Pairs with a winner: C(K,2) minus the ties."""
-        return math.comb(len(self.ranks), 2) - self.ties
-
-    @property
-    def ties(self) -> int:
-        """Pairs of equal rank."""
-        return sum(math.comb(count, 2) for count in Counter(self.ranks).values())
+    def counts(self) -> "RankingCounts":
+        """Its own counts; of its C(K,2) pairs, those of equal rank are ties."""
+        responses = len(self.responses)
+        ties = sum(math.comb(count, 2) for count in Counter(self.ranks).values())
+        strict = math.comb(responses, 2) - ties
+        return RankingCounts(1, responses, strict, ties, self.duplicates, int(strict == 0))
 
 
 @dataclass
@@ -55,12 +53,6 @@ class RankingCounts:
     ties: int = 0
     duplicates: int = 0
     records_without_pair: int = 0
-
-    def add(self, ranking: Ranking) -> None:
-        """Count one ranking."""
-        strict, ties = ranking.strict_pairs, ranking.ties
-        k, without = len(ranking.responses), int(strict == 0)
-        self.update(RankingCounts(1, k, strict, ties, ranking.duplicates, without))
 
     def update(self, other: "RankingCounts") -> None:
         """Add other counts."""
@@ -148,9 +140,9 @@ def canonical_rankings(
         if streamed:  # which has no final log: its first of a kind is told
             if ranking.duplicates and not found.duplicates:
                 logger.warning("%s: repeated responses are left out and counted", where.where(row))
-            if not ranking.strict_pairs and not found.records_without_pair:
+            if ranking.counts.records_without_pair and not found.records_without_pair:
                 logger.warning("%s: no strict pair; such rankings are counted", where.where(row))
-        found.add(ranking)
+        found.update(ranking.counts)
         return {name: getattr(ranking, name) for name in ("responses", "ranks", "scores")}
 
     if reading.skips:

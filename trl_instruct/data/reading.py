@@ -51,8 +51,10 @@ class Reading:
         """Whether a faulty record is left out."""
         return self.on_bad_record == "skip" or self.faults is not None
 
-    def tell(self, fault: Exception) -> None:
-        """Keep a fault for those who want to see them all."""
+    def leave_out(self, fault: InputError) -> None:
+        """Raise a fault, unless its record is left out; then it may be told."""
+        if not self.skips:
+            raise fault
         if self.faults is not None:
             self.faults.append(str(fault))
 

@@ -270,9 +270,7 @@ def check_records(
             with source.located(row):
                 check(record)
         except InputError as fault:
-            if not reading.skips:
-                raise
-            reading.tell(fault)
+            reading.leave_out(fault)
             return False
         return True
 

@@ -13,6 +13,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
+from trl.trainer.utils import remove_none_values
 
 from trl_instruct.console import get_logger
 from trl_instruct.data.sources import Record
@@ -131,7 +132,7 @@ def template_arguments(record: Record | None) -> dict[str, Any]:
     tools = record.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
     given = {"tools": tools or None, **(record.get("chat_template_kwargs") or {})}
-    return _without_nulls(given)
+    return remove_none_values(given)
 
 
 def completion_texts(
@@ -202,7 +203,7 @@ def _chat(messages: Sequence[Any], tokenizer: Tokenizer, **arguments: Any) -> st
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as templates expect it: no nulls, and the arguments of a call as an object."""
-    clean = {"content": "", **_without_nulls(message)}
+    clean = {"content": "", **remove_none_values(message)}
     for call in clean.get("tool_calls") or ():
         function = call.get("function", call)
         if isinstance(function.get("arguments"), str):
@@ -222,9 +223,3 @@ def _place(said: str, whole: str, opening: str) -> int:
             f"{opening[-80:]!r}. Give another chat_template_path."
         )
     return place
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
-    return [_without_nulls(one) for one in value] if isinstance(value, list) else value

@@ -292,26 +292,21 @@ def _parse_json(where: Source, path: Path) -> None:
     in_lines = _holds_json_lines(path)
     with _open_text(path) as file:
         for number, text in enumerate(file if in_lines else [file.read()], start=1):
-            if text.strip():
-                _parse_value(text.rstrip(), where.name, number if in_lines else 0)
-
-
-def _parse_value(text: str, name: str, number: int) -> None:
-    """Parse a line, an object, or with number 0 a whole file, anything; InputError if it is bad."""
-    place = f"{name}, line {number}" if number else name
-    try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        shown = text.splitlines()[error.lineno - 1].strip()[:60]
-        fault = f"malformed JSON ({error.msg}, column {error.colno}): {shown!r}"
-        raise InputError(f"{name}, line {number or error.lineno}: {fault}") from None
-    except UnicodeEncodeError as error:  # "\ud83d", whose second half was cut off
-        half = error.object[error.start].encode("unicode_escape").decode()
-        fault = f"{half} is half of a surrogate pair, not text; remove it."
-        raise InputError(f"{place}: {fault}") from None
-    if number and not isinstance(value, dict):
-        raise InputError(f"{place}: {kind_of(value)}; each line needs a JSON object.")
+            place = f"{where.name}, line {number}" if in_lines else where.name
+            try:
+                value = json.loads(text.rstrip()) if text.strip() else {}
+                json.dumps(value, ensure_ascii=False).encode()
+            except json.JSONDecodeError as error:
+                shown = text.splitlines()[error.lineno - 1].strip()[:60]
+                place = f"{where.name}, line {number + error.lineno - 1}"
+                fault = f"malformed JSON ({error.msg}, column {error.colno}): {shown!r}"
+                raise InputError(f"{place}: {fault}") from None
+            except UnicodeEncodeError as error:  # "\ud83d", whose second half was cut off
+                half = error.object[error.start].encode("unicode_escape").decode()
+                fault = f"{half} is half of a surrogate pair, not text; remove it."
+                raise InputError(f"{place}: {fault}") from None
+            if in_lines and not isinstance(value, dict):
+                raise InputError(f"{place}: {kind_of(value)}; each line needs a JSON object.")
 
 
 def _holds_json_lines(path: Path) -> bool:

@@ -91,7 +91,8 @@ class LabelPage:
 
     def progress(self, _: Given) -> Given:
         """How far everybody is."""
-        return progress(self.store.answers(), self.store.count(), self.labels_per_prompt)
+        to_label = sum(len(item.responses) > 1 for item in self.store.items())
+        return progress(self.store.answers(), to_label, self.labels_per_prompt)
 
     def ask(self, given: Given) -> Given:
         """The answers of the models to a typed prompt."""
