@@ -47,7 +47,7 @@ HH = Shape("HH-RLHF", "", shapes.implicit_pairs)
 def _listed(read: str, group: str | None = None, **given: Any) -> Shape:
     """A shape as shapes.yaml lists it: with the names of its function, and of a column."""
     reader = vars(tools).get(read) or getattr(shapes, read)
-    value_of = group and partial(reduce, getitem, group.split("."))
+    value_of = partial(reduce, getitem, group.split(".")) if group else None
     return Shape(read=reader, group=value_of, **given)
 
 
