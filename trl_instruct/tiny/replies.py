@@ -1,20 +1,21 @@
 """Replies of the tiny world: good ones, and flawed ones as on the web."""
 
 import random
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from trl_instruct.tiny import lexicon
 from trl_instruct.tiny.lexicon import join_and, phrase, with_article
 from trl_instruct.tiny.world import Task
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Draft:
     """A reply before it is put into words."""
 
     format: str
     opening: str = ""
-    items: tuple[str, ...] = ()
+    items: Sequence[str] = ()
     word: str = ""
     answer: str = ""
     reason: tuple[str, str] = ("", "")
@@ -27,11 +28,12 @@ def good_reply(task: Task, rng: random.Random) -> str:
 
 def flawed_reply(task: Task, rng: random.Random) -> str:
     """A reply that breaks each constraint at its rate of world.yaml."""
+    draft = _good_draft(task, rng)
     spoil = _spoil_answer if task.format == "answer" else _spoil_items
-    draft = spoil(task, _good_draft(task, rng), rng)
+    spoil(task, draft, rng)
     if _hit("tone", rng):
         others = [opening for openings in lexicon.TONES.values() for opening in openings]
-        draft = replace(draft, opening=rng.choice(others) if rng.random() < 0.5 else "")
+        draft.opening = rng.choice(others) if rng.random() < 0.5 else ""
     return _spoil_text(_render(draft, rng), rng)
 
 
@@ -43,7 +45,7 @@ def _good_draft(task: Task, rng: random.Random) -> _Draft:
     items: list[str] = []
     for category, count in task.groups:
         items += rng.sample(lexicon.CATEGORIES[category], count)
-    return _Draft(task.format, opening=opening, items=tuple(items), word=task.word)
+    return _Draft(task.format, opening=opening, items=items, word=task.word)
 
 
 def _render(draft: _Draft, rng: random.Random) -> str:
@@ -73,7 +75,7 @@ def _hit(flaw: str, rng: random.Random) -> bool:
     return rng.random() < lexicon.WORLD["flaw_rates"][flaw]
 
 
-def _spoil_items(task: Task, draft: _Draft, rng: random.Random) -> _Draft:
+def _spoil_items(task: Task, draft: _Draft, rng: random.Random) -> None:
     items = []
     for category, count in task.groups:
         wanted = count + rng.choice((-1, 1)) if _hit("count", rng) else count
@@ -81,27 +83,24 @@ def _spoil_items(task: Task, draft: _Draft, rng: random.Random) -> _Draft:
         if group and _hit("category", rng):
             group[rng.randrange(len(group))] = rng.choice(lexicon.NOUNS)
         items += group
-    items = items or [rng.choice(lexicon.NOUNS)]
+    draft.items = items = items or [rng.choice(lexicon.NOUNS)]
     if _hit("repeat", rng):
         items.insert(rng.randrange(len(items) + 1), rng.choice(items))
-    word, reply_format = draft.word, draft.format
-    if _hit("word" if word else "place", rng):
-        word = "" if word else rng.choice(lexicon.PLACES)
+    if _hit("word" if draft.word else "place", rng):
+        draft.word = "" if draft.word else rng.choice(lexicon.PLACES)
     if _hit("format", rng):
-        reply_format = rng.choice([f for f in ("list", "dashes", "sentence") if f != reply_format])
-    return replace(draft, items=tuple(items), word=word, format=reply_format)
+        others = [f for f in ("list", "dashes", "sentence") if f != draft.format]
+        draft.format = rng.choice(others)
 
 
-def _spoil_answer(task: Task, draft: _Draft, rng: random.Random) -> _Draft:
-    answer, reason = draft.answer, draft.reason
+def _spoil_answer(task: Task, draft: _Draft, rng: random.Random) -> None:
     if _hit("answer", rng):
-        answer = "no" if answer == "yes" else "yes"
+        draft.answer = "no" if draft.answer == "yes" else "yes"
     if _hit("reason", rng):
         other = rng.choice(lexicon.QUESTION_NOUNS)
         wrong_category = rng.choice([c for c in lexicon.CATEGORIES if c != task.true_category])
         wrongs = ("", ""), (other, lexicon.CATEGORY_OF[other]), (task.noun, wrong_category)
-        reason = rng.choice(wrongs)
-    return replace(draft, answer=answer, reason=reason)
+        draft.reason = rng.choice(wrongs)
 
 
 def _spoil_text(text: str, rng: random.Random) -> str:
