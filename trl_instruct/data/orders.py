@@ -38,7 +38,10 @@ def canonical_order(
         )
     if not present:
         _refuse_unread_order(record)
-    orders = {f: dense_ranks(n if f == "ranks" else [-v for v in n]) for f, n in given.items()}
+    orders = {
+        field: dense_ranks(numbers if field == "ranks" else [-score for score in numbers])
+        for field, numbers in given.items()
+    }
     (first, ranks), *others = orders.items() or [("responses", list(range(1, len(responses) + 1)))]
     for field, other in others:
         if other != ranks:
