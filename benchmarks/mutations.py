@@ -524,7 +524,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         "data/orders.py",
         "data/test_rankings.py",
         [
-            ("[-score for score in scores]", "[score for score in scores]"),
+            ("[-score for score in numbers]", "[score for score in numbers]"),
             ("enumerate(sorted(set(values)), start=1)", "enumerate(sorted(set(values)), start=0)"),
             ("float(len(known) - 1 - known", "float(known"),
         ],
