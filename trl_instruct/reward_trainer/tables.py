@@ -6,47 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from trl_instruct.console import table
 from trl_instruct.intervals import plot_intervals, show_interval, show_metric
 from trl_instruct.reward_trainer.evaluation import RewardEvaluation
 
 FIGURE = "rm.png"
+ROWS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 MODEL, LENGTH, CEILING, LABELERS, CHANCE = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#888888"
 MOST_POINTS, MOST_LABELERS = 3000, 20
 
 
 def render(metrics: dict[str, Any], figure: Path) -> str:
     """The metrics of `rm` as plain-text tables, and where the figure is; no metric, no row."""
-    rows = []
-    if "accuracy" in metrics:
-        rows += [
-            ("accuracy (95 %)", show_metric(metrics, "accuracy"), ""),
-            ("  longer answer wins", show_metric(metrics, "length_accuracy"), "the same pairs"),
-            ("  above that", show_metric(metrics, "above_length", sign="+"), ""),
-        ]
-    if "best_of_k" in metrics:
-        chance = f"chance: {metrics['best_of_k_chance']:.3f}"
-        rows.append(("best of K on top", show_metric(metrics, "best_of_k"), chance))
-    if "tied_spread" in metrics:
-        others = f"of others: {metrics['untied_spread']:.3f}"
-        rows.append(("scores of tied differ by", f"{metrics['tied_spread']:.3f}", others))
-    if "ceiling" in metrics:
-        rows.append(("  noise ceiling", f"{metrics['ceiling']:.3f}", "of the labeler"))
-    if "agreement" in metrics:
-        two = metrics["agreement"]
-        rows.append(("  labelers agree", show_interval(two), f"{two['pairs']:,} comparisons"))
-    if "accuracy" in metrics:
-        correlation = f"{metrics['length_correlation']:+.3f}"
-        rows += [
-            ("log-loss", f"{metrics['log_loss']:.3f}", "a coin: 0.693"),
-            ("calibration error", f"{metrics['calibration_error']:.3f}", _floor(metrics)),
-            ("score and length", correlation, "Spearman, within a prompt"),
-        ]
-    if "shift" in metrics:
-        told = f"demonstrations: sd {metrics['std']:.3f}"
-        rows.append(("shift", f"{metrics['shift']:+.3f}", told))
-    lines = table(rows)
+    shown = [row for needed, *row in ROWS if needed in metrics]
+    lines = table([[text.format(**metrics) for text in row] for row in shown])
     if "accuracy" in metrics:
         lines.insert(0, f"{_sizes(metrics)}; figure: {figure}\n")
     return "\n".join([*lines, *_labelers(metrics)])
