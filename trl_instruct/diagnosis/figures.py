@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +29,22 @@ def figures(
     """
     sft, rm, ppo = (chain.get(name) for name in ("sft", "rm", "ppo"))
     if ppo and ppo.curve("objective/kl"):
-        given: Any = ppo, evaluation.get("best_of_n")
-        yield _figure(**WORDS["frontier"], plot=_plot_frontier, given=given)
+        yield _figure(WORDS["frontier"], _plot_frontier, ppo, evaluation.get("best_of_n"))
     if evaluation.get("judges"):
-        yield _figure(**WORDS["scores"], plot=_plot_scores, given=(evaluation,))
-        yield _figure(**WORDS["lengths"], plot=_plot_lengths, given=(evaluation,))
+        yield _figure(WORDS["scores"], _plot_scores, evaluation)
+        yield _figure(WORDS["lengths"], _plot_lengths, evaluation)
     if sft and sft.curve("loss"):
-        yield _figure(**WORDS["sft"], plot=_plot_sft, given=(sft,))
+        yield _figure(WORDS["sft"], _plot_sft, sft)
     if rm and rm.curve("accuracy"):
-        given = rm, {"loss": LINE, "accuracy": FAINT}
-        yield _figure(**WORDS["rm"], plot=_plot_lines, given=given)
+        yield _figure(WORDS["rm"], _plot_lines, rm, {"loss": LINE, "accuracy": FAINT})
     if rm and "accuracy" in rm.metrics:
         given = rm.metrics, "by_distance", "difference of the two ranks"
-        yield _figure(**WORDS["rm_accuracy"], plot=plot_accuracy, given=given)
-        yield _figure(**WORDS["rm_calibration"], plot=plot_calibration, given=(rm.metrics,))
+        yield _figure(WORDS["rm_accuracy"], plot_accuracy, *given)
+        yield _figure(WORDS["rm_calibration"], plot_calibration, rm.metrics)
     for panel in PANELS:
         if ppo and ppo.curve(panel[1]):
-            yield _figure(f"PPO: {panel[0]}", "", plot_panel, (ppo.logs, *panel))
+            words = {"title": f"PPO: {panel[0]}", "caption": ""}
+            yield _figure(words, plot_panel, ppo.logs, *panel)
 
 
 def _plot_frontier(axes: Any, run: FinishedStage, best_of_n: Mapping[str, Any] | None) -> None:
@@ -101,9 +100,7 @@ def _plot_lines(axes: Any, run: FinishedStage, colours: Mapping[str, str]) -> No
     axes.legend(fontsize="small")
 
 
-def _figure(
-    title: str, caption: str, plot: Callable[..., Any], given: Sequence[Any]
-) -> dict[str, str]:
+def _figure(words: dict[str, str], plot: Callable[..., Any], *given: Any) -> dict[str, str]:
     import matplotlib
     from matplotlib.figure import Figure  # takes a second; needs no screen
 
@@ -117,5 +114,4 @@ def _figure(
     with matplotlib.rc_context({"svg.hashsalt": "trl-instruct", "font.size": 9}):
         canvas.savefig(file, format="svg", metadata={"Date": None})
     encoded = base64.b64encode(file.getvalue()).decode()
-    source = f"data:image/svg+xml;base64,{encoded}"
-    return {"title": title, "caption": caption, "source": source}
+    return {**words, "source": f"data:image/svg+xml;base64,{encoded}"}
