@@ -9,7 +9,7 @@ import transformers
 import yaml
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from trl import ModelConfig
 
 from trl_instruct.configs import PretrainConfig
@@ -71,20 +71,13 @@ def train_tokenizer(
     texts: list[str], vocab_size: int, max_length: int
 ) -> transformers.PreTrainedTokenizerBase:
     """Byte-level BPE (like GPT-2's) with EOS and pad tokens, which count in `vocab_size`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOS, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    tokenizer = ByteLevelBPETokenizer()
     # A text may hold several documents; no merges are learnt from the EOS between them.
     documents = (document for text in texts for document in text.split(EOS))
-    tokenizer.train_from_iterator(documents, trainer)
+    given: Any = {"special_tokens": [EOS, PAD], "min_frequency": 0, "show_progress": False}
+    tokenizer.train_from_iterator(documents, vocab_size, **given)
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=Tokenizer.from_str(tokenizer.to_str()),
         eos_token=EOS,
         pad_token=PAD,
         padding_side="left",
