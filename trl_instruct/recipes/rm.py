@@ -34,7 +34,7 @@ from trl_instruct.reward_trainer.tables import FIGURE, plot, render
 from trl_instruct.reward_trainer.trainer import RankingRewardTrainer
 from trl_instruct.rewards.reward_model import RewardModel
 from trl_instruct.scalar_head import save_beside_adapter
-from trl_instruct.types import Model, Tokenizer
+from trl_instruct.types import Tokenizer
 
 
 def rm(
@@ -116,6 +116,11 @@ def _train(
     base, tokenizer = stage.starting_point(run, model, processing_class)
     data = load(tokenizer)
     run.say(str(data.counts))
+    if config.eval_strategy != "no" and data.held_out is None:
+        raise InputError(
+            f"eval_strategy is {config.eval_strategy.value!r}, but nothing is held out. Set "
+            "eval_size, or give an eval_dataset_name."
+        )
     trust: Any = {"trust_remote_code": config.trust_remote_code}
     if config.member is not None:
         own_seed = config.seed + MEMBERS_APART * config.member
@@ -123,15 +128,20 @@ def _train(
         set_seed(own_seed)  # of the head
     classifier = load_reward_model(base, run.model_config, fresh_head=True, **trust)
     stage.fit_together(config, classifier, tokenizer)
-    trainer = _trainer(run, classifier, tokenizer, data, callbacks)
-    _check_overlong(trainer, run)
+    if config.early_stopping_patience is not None:
+        callbacks = [*(callbacks or ()), EarlyStoppingCallback(config.early_stopping_patience)]
+    trainer = run.new_trainer(
+        RankingRewardTrainer,
+        classifier,
+        task=CLASSIFIER,
+        train_dataset=data.train,
+        eval_dataset=data.held_out if config.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    _tell_before(run, trainer, data)
     if run.dry:
         _tell(run, data, tokenizer)
-    ranked = "ranks" in data.train.column_names  # else pairs
-    most = max(map(len, iterate(data.train, "ranks"))) if ranked else 2
-    rows = config.per_device_train_batch_size * most
-    batch = Work(rows, config.max_length or 0, predicted=0)
-    run.say(memory_table({"reward model": trainer.model}, [batch], config))
     output = run.train(trainer, {"loss": "loss", "accuracy": "accuracy"})
     run.save_model(trainer)
     if run.is_main:
@@ -150,34 +160,6 @@ def _train(
     if data.held_out is not None or data.demonstrations is not None:
         run.say(render(metrics, run.folder / FIGURE))
     return result
-
-
-def _trainer(
-    run: stage.StageRun,
-    classifier: Model,
-    tokenizer: Tokenizer,
-    data: preferences.Preferences,
-    callbacks: list[TrainerCallback] | None,
-) -> RankingRewardTrainer:
-    """The trainer; with eval_strategy it measures the held-out rankings, and may stop early."""
-    config = run.config
-    watches = config.eval_strategy != "no"
-    if watches and data.held_out is None:
-        raise InputError(
-            f"eval_strategy is {config.eval_strategy.value!r}, but nothing is held out. Set "
-            "eval_size, or give an eval_dataset_name."
-        )
-    if config.early_stopping_patience is not None:
-        callbacks = [*(callbacks or ()), EarlyStoppingCallback(config.early_stopping_patience)]
-    return run.new_trainer(
-        RankingRewardTrainer,
-        classifier,
-        task=CLASSIFIER,
-        train_dataset=data.train,
-        eval_dataset=data.held_out if watches else None,
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
 
 
 def _check_rendering(record: Record, *, tokenizer: Tokenizer) -> None:
@@ -201,18 +183,25 @@ def _tell(run: stage.StageRun, data: preferences.Preferences, tokenizer: Tokeniz
     tell_lengths(run, "prompts with responses", lengths, run.config.max_length)
 
 
-def _check_overlong(trainer: RankingRewardTrainer, run: stage.StageRun) -> None:
-    """Tell how much was too long for the trainer; InputError if nothing else is left."""
+def _tell_before(
+    run: stage.StageRun, trainer: RankingRewardTrainer, data: preferences.Preferences
+) -> None:
+    """Tell how much was too long, and of memory; InputError if nothing else is left."""
+    config, ranked = run.config, "ranks" in data.train.column_names  # else pairs
     if not len(trainer.train_dataset):
         raise InputError(
-            f"All pairs of responses are longer than max_length, {run.config.max_length} tokens; "
+            f"All pairs of responses are longer than max_length, {config.max_length} tokens; "
             "raise it (up to the model's context), or set truncate_prompt."
         )
     if trainer.overlong:
-        what = "responses" if "ranks" in trainer.train_dataset.column_names else "pairs"
+        what = "responses" if ranked else "pairs"
         run.say(f"{trainer.overlong} {what} exceed max_length and are left out")
     if trainer.truncated:
         run.say(f"{trainer.truncated} prompts lose their beginning to fit into max_length")
+    most = max(map(len, iterate(data.train, "ranks"))) if ranked else 2
+    rows = config.per_device_train_batch_size * most
+    batch = Work(rows, config.max_length or 0, predicted=0)
+    run.say(memory_table({"reward model": trainer.model}, [batch], config))
 
 
 def _measure(
