@@ -24,7 +24,7 @@ from trl_instruct.data.rendering import (
 from trl_instruct.errors import InputError
 from trl_instruct.evaluation.measurement import demonstration_tokens
 from trl_instruct.recipes.sft import render_demonstrations
-from trl_instruct.reward_trainer.batches import tokenize_pair, tokenize_rankings
+from trl_instruct.reward_trainer.batches import tokenize_pair, tokenize_ranking
 from trl_instruct.rewards.tokens import reward_rows
 
 WORDS = ("The", "capital", "is", "Rome", "Oslo", "system", "user", "assistant")
@@ -192,8 +192,7 @@ def ways(prompt, completion, other, tokenizer, record=()):
     sft, _ = render_demonstrations(shown, tokenizer, SFTConfig(max_length=None))
     pair = {"prompt": prompt, "chosen": completion, "rejected": other, **record}
     ranking = {"prompt": prompt, "responses": [other, completion], "ranks": [2, 1], **record}
-    ranked = {name: [value] for name, value in ranking.items()}
-    ranked = tokenize_rankings(ranked, [0], tokenizer=tokenizer, max_length=None)
+    ranked = tokenize_ranking(ranking, 0, tokenizer=tokenizer, max_length=None)
     columns = {name: [value] for name, value in record.items()}
     (opening,) = render_prompts([prompt], tokenizer, columns)
     sampled = render(prompt, completion, tokenizer, record).completion
@@ -202,7 +201,7 @@ def ways(prompt, completion, other, tokenizer, record=()):
     return {
         "sft": sft["input_ids"][0],
         "rm, pairs": tokenize_pair(pair, 0, tokenizer)["chosen_ids"],
-        "rm, rankings": ranked["response_ids"][0][1],
+        "rm, rankings": ranked["response_ids"][1],
         "ppo": opening + sampled,
         "scored": reward_rows(*given, columns=columns)[0],
         "scored, sampled ids": reward_rows(*given, [ended(sampled, tokenizer)], columns)[0],

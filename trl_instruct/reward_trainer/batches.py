@@ -1,6 +1,5 @@
 """Rankings as token rows, one per response, and batches of them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, takewhile
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from trl_instruct.data.rendering import record_of, render_all
+from trl_instruct.data.rendering import render_all
 from trl_instruct.data.sources import Record
 from trl_instruct.errors import located
 from trl_instruct.padding import pad_rows, right_padded_mask
@@ -16,47 +15,41 @@ from trl_instruct.rewards.tokens import cut_prompt
 from trl_instruct.types import Tokenizer
 
 
-def tokenize_rankings(
-    batch: dict[str, list[Any]],
-    rows: Sequence[int],
+def tokenize_ranking(
+    record: Record,
+    row: int,
     *,
     tokenizer: Tokenizer,
     max_length: int | None,
     truncate_prompt: bool = False,
     ties: str = "drop",
-) -> dict[str, list[Any]]:
-    """Tokenize a batch of rankings, numbered by `rows`, for a reward model: a row per response.
+) -> dict[str, Any]:
+    """A ranking, number `row` of all, as a reward model takes it: a row of ids per response.
 
     Columns: response_ids; ranks; weight; comparisons, their number; overlong, responses left out;
     truncated, whether the prompt was cut; longest and length, tokens of longest and shared row.
     """
-    weights = batch.get("weight") or [None] * len(batch["prompt"])
-    records = []
-    columns = (batch["prompt"], batch["responses"], batch["ranks"], weights)
-    for row, (prompt, responses, ranks, weight) in enumerate(zip(*columns, strict=True)):
-        with located(f"Ranking {rows[row] + 1}"):
-            rendered = render_all(prompt, responses, tokenizer, record_of(batch, row))
-        texts = [one.ids for one in rendered]
-        whole = len(texts[0])
-        if max_length is not None and truncate_prompt:
-            texts = cut_prompt(texts, rendered[0].prompt, max_length=max_length)
-        fits = [max_length is None or len(ids) <= max_length for ids in texts]
-        kept = [ids for ids, fit in zip(texts, fits, strict=True) if fit]
-        order = [rank for rank, fit in zip(ranks, fits, strict=True) if fit]
-        alike = takewhile(lambda tokens: len({*tokens}) == 1, zip(*kept, strict=False))
-        records.append(
-            {
-                "response_ids": kept,
-                "ranks": order,
-                "weight": 1.0 if weight is None else float(weight),
-                "comparisons": sum(a != b or ties == "half" for a, b in combinations(order, 2)),
-                "overlong": len(texts) - len(kept),
-                "truncated": len(texts[0]) < whole,
-                "longest": max(map(len, kept), default=0),
-                "length": sum(map(len, kept)) - (len(kept) - 1) * len([*alike]),
-            }
-        )
-    return {name: [record[name] for record in records] for name in records[0]}
+    with located(f"Ranking {row + 1}"):
+        rendered = render_all(record["prompt"], record["responses"], tokenizer, record)
+    texts = [one.ids for one in rendered]
+    whole = len(texts[0])
+    if max_length is not None and truncate_prompt:
+        texts = cut_prompt(texts, rendered[0].prompt, max_length=max_length)
+    fits = [max_length is None or len(ids) <= max_length for ids in texts]
+    kept = [ids for ids, fit in zip(texts, fits, strict=True) if fit]
+    order = [rank for rank, fit in zip(record["ranks"], fits, strict=True) if fit]
+    alike = takewhile(lambda tokens: len({*tokens}) == 1, zip(*kept, strict=False))
+    weight = record.get("weight")
+    return {
+        "response_ids": kept,
+        "ranks": order,
+        "weight": 1.0 if weight is None else float(weight),
+        "comparisons": sum(a != b or ties == "half" for a, b in combinations(order, 2)),
+        "overlong": len(texts) - len(kept),
+        "truncated": len(texts[0]) < whole,
+        "longest": max(map(len, kept), default=0),
+        "length": sum(map(len, kept)) - (len(kept) - 1) * len([*alike]),
+    }
 
 
 def tokenize_pair(record: Record, row: int, tokenizer: Tokenizer) -> dict[str, list[int]]:

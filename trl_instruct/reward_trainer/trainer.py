@@ -19,7 +19,7 @@ from trl_instruct.models.properties import disable_dropout, evaluating
 from trl_instruct.models.resuming import ResumableTrainer
 from trl_instruct.models.tokenizers import check_tokenizer
 from trl_instruct.padding import LengthBatchSampler, pad_rows
-from trl_instruct.reward_trainer.batches import RankingCollator, tokenize_pair, tokenize_rankings
+from trl_instruct.reward_trainer.batches import RankingCollator, tokenize_pair, tokenize_ranking
 from trl_instruct.reward_trainer.losses import pair_loss, pair_weights
 from trl_instruct.reward_trainer.prefix import share_prefix, sharing_pays
 from trl_instruct.reward_trainer.prefix_scores import shared_scores, sharing_fault, skips_hidden
@@ -107,13 +107,13 @@ class RankingRewardTrainer(ResumableTrainer, RewardTrainer):
         if "responses" not in columns:
             return self._prepare_pairs(dataset, processing_class, args, name)
         tokenize = partial(
-            tokenize_rankings,
+            tokenize_ranking,
             tokenizer=check_tokenizer(processing_class, "processing_class"),
             max_length=args.max_length,
             truncate_prompt=getattr(args, "truncate_prompt", False),
             ties=self.ties,
         )
-        options = {"batched": True, "with_indices": True, "remove_columns": columns}
+        options = {"with_indices": True, "remove_columns": columns}
         if isinstance(dataset, IterableDataset):
             return self._prepare_stream(dataset.map(tokenize, **options))
         options |= {"num_proc": args.dataset_num_proc, "desc": f"Tokenizing {name} dataset"}
