@@ -5,7 +5,6 @@ The class made here is built like `LlamaForSequenceClassification`, with the sam
 saves like any other: as a safetensors checkpoint of the backbone's `model_type`, without code.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import logging
 
 from trl_instruct.errors import InputError
+from trl_instruct.files import read_json, write_json
 from trl_instruct.padding import padding_before, roll_rows
 from trl_instruct.types import Model
 
@@ -163,14 +163,13 @@ def save_beside_adapter(model: Model, folder: Path) -> None:
     """Write the shift, if the model has one, into an adapter's folder."""
     values = {name: getattr(model.config, name, None) for name in (SHIFT, STD)}
     if values[SHIFT] is not None:
-        (folder / SHIFT_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / SHIFT_FILE, values)
 
 
 def read_beside_adapter(model: Model, folder: Path) -> None:
     """Give a model with an adapter the shift in the adapter's folder, not its base's."""
     forget_shift(model)
-    if (folder / SHIFT_FILE).is_file():
-        values = json.loads((folder / SHIFT_FILE).read_text(encoding="utf-8"))
+    if values := read_json(folder / SHIFT_FILE):
         keep_shift(model, values[SHIFT], values[STD])
 
 
