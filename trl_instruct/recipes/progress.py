@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from trl_instruct.console import progress_bar
@@ -61,30 +60,25 @@ def hold_trackers(trainer: Trainer) -> list[Callable[..., Any]]:
     return ends
 
 
-class ProgressBar(TrainerCallback):
-    """A bar over optimizer steps (PPO: iterations) that shows the named metrics."""
+class ProgressBar(ProgressCallback):
+    """transformers' bar over optimizer steps (PPO: iterations), which shows the named metrics."""
 
     def __init__(self, name: str, labels: dict[str, str]):
+        super().__init__()
         self.name, self.labels = name, labels
-        self.bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.current_step = state.global_step
         if state.is_world_process_zero:
-            self.bar = progress_bar(self.name, state.max_steps, initial=state.global_step)
+            self.training_bar = progress_bar(self.name, state.max_steps, initial=state.global_step)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+    def on_prediction_step(self, *_: Any, **kwargs: Any) -> None:
+        """No bar over held-out data."""
 
     def on_log(self, *_: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        shown = {label: logs[key] for label, key in self.labels.items() if key in logs}
-        if self.bar is not None and shown:
-            self.bar.set_postfix({k: f"{float(v):.3g}" for k, v in shown.items()}, refresh=False)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        shown = {k: f"{float(logs[v]):.3g}" for k, v in self.labels.items() if v in logs}
+        if self.training_bar is not None and shown:
+            self.training_bar.set_postfix(shown, refresh=False)
 
 
 def way_on(folder: Path, *, begun: bool) -> str:
