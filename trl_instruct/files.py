@@ -11,7 +11,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -40,7 +40,7 @@ def written_at_once(path: Path) -> Iterator[TextIO]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file completely or not at all; NaN becomes null."""
-    finite = _each(content, lambda v: None if isinstance(v, float) and not math.isfinite(v) else v)
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
     with written_at_once(path) as file:
         json.dump(finite, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
@@ -59,16 +59,11 @@ def read_metrics(folder: Any) -> dict[str, Any]:
 
 def nulls_as_nan(content: Any) -> Any:
     """Turn null back into NaN after `write_json`: the interval of a single measurement."""
-    return _each(content, lambda value: math.nan if value is None else value)
-
-
-def _each(content: Any, change: Callable[[Any], Any]) -> Any:
-    """Nested lists and dicts with each value changed."""
     if isinstance(content, dict):
-        return {key: _each(value, change) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_each(value, change) for value in content]
-    return change(content)
+        return {key: nulls_as_nan(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [nulls_as_nan(value) for value in content]
+    return math.nan if content is None else content
 
 
 def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:

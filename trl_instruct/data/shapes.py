@@ -18,6 +18,7 @@ from trl_instruct.errors import InputError, kind_of
 
 Given = dict[str, Any] | str | list[Any]
 PAIR = ("chosen", "rejected")
+DIALOGUES = ("conversations", "messages", "context_messages")
 
 
 def alpaca(row: Record) -> Given:
@@ -100,16 +101,9 @@ def argilla_pairs(row: Record) -> Given:
     return _pair(row["instruction"], row["chosen_response"], row["rejected_response"], _rated(row))
 
 
-def sharegpt_pairs(row: Record) -> Given:
-    """`conversations`, and one message each in `chosen` and `rejected`."""
-    return _pair(_turns(row), *(messages_of(name, [row[name]]) for name in PAIR))
-
-
 def prompted_pairs(row: Record) -> Given:
-    """OpenRLHF's `context_messages`, or Alpaca's columns, beside `chosen` and `rejected`."""
-    prompt = _asked(row)
-    prompt = messages_of("context_messages", prompt) if isinstance(prompt, list) else prompt
-    return _pair(prompt, *_dialogues(row))
+    """The dialogue of ShareGPT or OpenRLHF, or Alpaca's columns, beside `chosen`, `rejected`."""
+    return _pair(_turns(row) if {*DIALOGUES} & set(row) else _asked(row), *_dialogues(row))
 
 
 def swift_pairs(row: Record) -> Given:
@@ -204,23 +198,18 @@ def nectar(row: Record) -> Given:
     return {"prompt": row["prompt"], "responses": texts, "ranks": ranks}
 
 
-def distilabel_ratings(row: Record) -> Given:
-    """`generations` and `ratings`, some of which the parser may have lost."""
-    texts, scores = row["generations"] or [], [number_of(r) for r in row["ratings"] or []]
-    record = {"prompt": _asked(row, "system_prompt"), "responses": texts, "scores": scores}
-    matches = len(texts) == len(scores)
-    return record if matches else {**record, "why": "ratings that do not match the generations"}
-
-
-def distilabel_quality(row: Record) -> Given:
-    """distilabel's QualityScorer: `instruction`, `responses`, `scores`."""
-    scores = [number_of(score) for score in row["scores"] or []]
-    return {"prompt": row["instruction"], "responses": row["responses"] or [], "scores": scores}
-
-
-def distilabel_pairrm(row: Record) -> Given:
-    """`input`, `candidates`, `ranks`; `ranked_candidates` is a wrong permutation: not read."""
-    return {"prompt": row["input"], "responses": row["candidates"] or [], "ranks": row["ranks"]}
+def distilabel(row: Record) -> Given:
+    """`generations` and their `ratings`, some of which the parser may have lost; QualityScorer's
+    `responses` and `scores`; PairRM's `candidates` and `ranks`, whose `ranked_candidates` are a
+    wrong permutation: not read.
+    """
+    names = {"generations": "ratings", "responses": "scores", "candidates": "ranks"}
+    texts, order = next(pair for pair in names.items() if set(pair) <= set(row))
+    responses, numbers = row[texts] or [], [number_of(number) for number in row[order] or []]
+    record = {"prompt": _asked(row, "system_prompt"), "responses": responses}
+    record["ranks" if order == "ranks" else "scores"] = numbers
+    matches = len(responses) == len(numbers)
+    return record if matches else {**record, "why": f"{order} that do not match the {texts}"}
 
 
 def reward_bench(row: Record) -> Given:
@@ -317,9 +306,7 @@ def ratings_of(row: Record) -> list[str]:
 
 
 def _asked(row: Record, system: str = "system") -> Any:
-    """Instruction and input as text; as messages if the file has a system or history column, or
-    messages in their place.
-    """
+    """Instruction and input as text; as messages if there are system, history or messages."""
     names = ("context_messages", "instruction", "question", "input", "context")  # Dolly's
     asked = [value for name in names if (value := row.get(key_of(row, name) or ""))]
     if asked and isinstance(asked[0], list):
@@ -334,16 +321,17 @@ def _asked(row: Record, system: str = "system") -> Any:
 
 
 def _turns(row: Record) -> list[dict[str, str]]:
-    """`conversations`, with the text of `system` unless a system turn is there."""
-    turns = messages_of("conversations", row.get("conversations", row.get("messages")) or [])
+    """The dialogue, with the text of `system` unless a system turn is there."""
+    name = next(name for name in DIALOGUES if name in row)
+    turns = messages_of(name, row[name] or [])
     if not row.get("system") or (turns and turns[0]["role"] == "system"):
         return turns
     return [{"role": "system", "content": row["system"]}, *turns]
 
 
 def _dialogues(row: Record) -> list[Any]:
-    """`chosen` and `rejected`, their messages in our form."""
-    given = [row[name] for name in PAIR]
+    """`chosen` and `rejected`, their messages, or the one, in our form."""
+    given = [[row[name]] if isinstance(row[name], Mapping) else row[name] for name in PAIR]
     return [messages_of("chosen", one) if isinstance(one, list) else one for one in given]
 
 

@@ -19,6 +19,7 @@ from trl_instruct.generation.sampling import Sampling
 from trl_instruct.labels.comparisons import answers_of, comparison, comparison_rows
 from trl_instruct.labels.server import LabelPage, serve
 from trl_instruct.models.tokenizers import load_tokenizer
+from trl_instruct.option_checks import check_numbers
 from trl_instruct.recipes.chain import remember_reading
 from trl_instruct.recipes.options import named_sources
 
@@ -28,8 +29,7 @@ HIDDEN = (*ORDERS, "gold_scores", "labeler", "weight")
 
 def label(options: Namespace) -> None:
     """Fill the store with what is new, and serve the page until it is ended."""
-    if options.labels_per_prompt < 1:
-        raise InputError(f"labels_per_prompt is {options.labels_per_prompt}; at least 1 is needed.")
+    check_numbers(options)
     models = named_sources(options.models or [], "models")
     remember_reading(options, *models.values())
     store = LabelStore(options.store or _address(options, models))
@@ -114,8 +114,5 @@ def _distinct(responses: list[Any]) -> list[Any]:
 
 
 def _sampling(options: Namespace) -> dict[str, Any]:
-    for name in ("response_length", "temperature"):
-        if getattr(options, name) <= 0:
-            raise InputError(f"{name} is {getattr(options, name)}; it must be above 0.")
     given = options.response_length, None, options.stop_strings, options.temperature
     return {"sampling": Sampling(*given), "seed": options.seed}
