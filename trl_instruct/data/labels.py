@@ -226,23 +226,22 @@ class LabelStore:
 
     def records(self, split: str = "train") -> list[dict[str, Any]]:
         """Labels of a split as rankings, one per labeler and item; InputError without any."""
-        with self.engine.connect() as connection:
-            splits = connection.execute(sql.select(ITEMS.c.split)).scalars().all()
+        splits = [item.split for item in self.items()]
         if split not in splits:
             known = ", ".join(sorted(set(splits))) or "none"
             raise InputError(f"{self.address}: no split {split!r}; there are {known}.")
-        found, labelled = [], set()
-        for item, labeler, action, content in self.answers():
-            if action == "label" and item.split == split:
-                own = {"prompt": item.prompt, "responses": item.responses, "labeler": labeler}
-                found.append({**item.columns, **content, **own})
-                labelled.add(item.key)
-        if not found:
-            told = f"none of {splits.count(split)} prompts is labelled"
-            raise InputError(f"{self.address}: {told}; `trl-instruct label` shows them.")
+        labels = [a for a in self.answers() if a.action == "label" and a.item.split == split]
         prompts = plural(splits.count(split), "prompt")
-        by = plural(len({record["labeler"] for record in found}), "labeler")
-        logger.warning("%s: %d of %s labelled, by %s", self.address, len(labelled), prompts, by)
+        if not labels:
+            told = f"{self.address}: none of {prompts} is labelled"
+            raise InputError(f"{told}; `trl-instruct label` shows them.")
+        found = []
+        for item, labeler, _, content in labels:
+            own = {"prompt": item.prompt, "responses": item.responses, "labeler": labeler}
+            found.append({**item.columns, **content, **own})
+        labelled = len({answer.item.key for answer in labels})
+        by = plural(len({answer.labeler for answer in labels}), "labeler")
+        logger.warning("%s: %d of %s labelled, by %s", self.address, labelled, prompts, by)
         names = {name: None for record in found for name in record}
         unused = [n for n in OPTIONAL if not any(record.get(n) for record in found)]
         return [{n: record.get(n) for n in names if n not in unused} for record in found]

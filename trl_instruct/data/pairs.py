@@ -176,7 +176,7 @@ def canonical_pairs(
         dataset = take_off_prompts(dataset, where, ("chosen", "rejected"))
     form = records.form_of({"prompt": first["chosen"]} if implicit else first)
     check = partial(records.check_pair, form=form, implicit=implicit)
-    dataset = records.check_records(dataset, where, check, reading)
+    dataset = reading.checked(dataset, check, where)
     counts = RankingCounts() if counts is None else counts
     where = (reading.found or [where])[-1]
 

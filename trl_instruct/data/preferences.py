@@ -13,7 +13,7 @@ from trl_instruct.data.conversion import mixed, read
 from trl_instruct.data.pairs import canonical_pairs, split_by_prompt
 from trl_instruct.data.rankings import RankingCounts, canonical_rankings
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
-from trl_instruct.data.records import check_records, form_of, load_demonstrations
+from trl_instruct.data.records import form_of, load_demonstrations
 from trl_instruct.data.sources import Record, first_record, iterate, map_records
 from trl_instruct.errors import InputError
 
@@ -49,11 +49,11 @@ def load_preferences(
     left_out = set(config.leave_out_labelers or ())
     train = _without(train, left_out, reading, strict=True)
     if reading.skips or (config.eval_size and held_out is None):
-        train = check_records(train, reading.source, fits, reading)
+        train = reading.checked(train, fits)
     test, others = None, reading.of_another()
     if held_out is not None:
         test = load_either(held_out, config.dataset_test_split or "train", others, order)
-        test = check_records(_without(test, left_out, others), others.source, fits, others)
+        test = others.checked(_without(test, left_out, others), fits)
     elif config.eval_size:
         try:
             train, test = split_by_prompt(train, config.eval_size, seed=config.seed)
@@ -85,7 +85,7 @@ def load_preferences(
                 f"The demonstrations are {forms[0]} and the preferences {forms[1]}, so their "
                 "scores could not be compared. Write both in one format."
             )
-        shown = check_records(shown, others.source, fits, others)
+        shown = others.checked(shown, fits)
     return Preferences(train, None if test is None else as_rankings(test), shown, counts)
 
 

@@ -146,7 +146,7 @@ def canonical_rankings(
         return {name: getattr(ranking, name) for name in ("responses", "ranks", "scores")}
 
     if reading.skips:
-        dataset = records.check_records(dataset, where, canonical, reading)
+        dataset = reading.checked(dataset, canonical, where)
     else:
         reading.place(where)
     dataset = map_records(

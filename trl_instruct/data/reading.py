@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 
+from trl_instruct.console import get_logger
 from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, iterate, map_records
 from trl_instruct.errors import InputError, kind_of
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,26 @@ class Reading:
         whole = len(rows) == len(dataset)
         self.place(source if whole else source.narrowed(rows))
         return dataset if whole else dataset.select(rows)
+
+    def checked(
+        self, dataset: AnyDataset, check: Callable[[Record], Any], source: Source | None = None
+    ) -> AnyDataset:
+        """The dataset, `check` run on each record, of the last source; faulty ones may go."""
+        place = source or self.source
+
+        def passes(record: dict[str, Any], row: int) -> bool:
+            try:
+                with place.located(row):
+                    check(record)
+            except InputError as fault:
+                self.leave_out(fault)
+                return False
+            return True
+
+        kept = self.keep(dataset, passes, place, "all {} records are faulty.")
+        if isinstance(dataset, Dataset) and len(kept) < len(dataset):
+            logger.warning("%s: faulty records left out: %d", place.name, len(dataset) - len(kept))
+        return kept
 
     @property
     def source(self) -> Source:

@@ -40,8 +40,8 @@ UNPAIRED = Shape(
     "unpaired preferences", "", shapes.unpaired, lambda row: shapes.judged(row)["prompt"]
 )
 ARGILLA = Shape("Argilla's table", "", tools.argilla_table)
-RATED = Shape("rated pairs", "", shapes.rated_pairs, says="equal ratings are a tie")
-HH = Shape("HH-RLHF", "", shapes.implicit_pairs)
+RATED = Shape("rated pairs", "", shapes.pairs, says="equal ratings are a tie")
+HH = Shape("HH-RLHF", "", shapes.pairs)
 
 
 def _listed(read: str, group: str | None = None, **given: Any) -> Shape:

@@ -3,7 +3,7 @@
 An `InputError` names the source, the line (or row) and the field at fault.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,7 +60,7 @@ def load_demonstrations(
         check_prompt(record, form=form)
         check_reply("completion", record.get("completion"), form=form)
 
-    return check_records(dataset, where, check, reading)
+    return reading.checked(dataset, check, where)
 
 
 def _in_two(dataset: AnyDataset, where: Source, first: Record, reading: Reading) -> AnyDataset:
@@ -69,7 +69,7 @@ def _in_two(dataset: AnyDataset, where: Source, first: Record, reading: Reading)
         isinstance(message, Mapping) and isinstance(message.get("content"), list)
         for message in first["messages"] or ()
     )
-    dataset, types = check_records(dataset, where, check_dialogue, reading), dataset.features
+    dataset, types = reading.checked(dataset, check_dialogue, where), dataset.features
     if types is not None:
         dialogue = List(MESSAGE) if in_parts else types["messages"]
         types = Features({**types, "prompt": dialogue, "completion": dialogue})
@@ -108,7 +108,7 @@ def load_prompts(
             f"{where.name}: a column is called `{taken[0]}`, the name of an argument that every "
             "reward is given. Rename it, or remove it."
         )
-    return check_records(dataset, where, partial(check_prompt, form=form_of(first)), reading)
+    return reading.checked(dataset, partial(check_prompt, form=form_of(first)), where)
 
 
 def load_texts(
@@ -129,7 +129,7 @@ def load_texts(
         if not isinstance(record.get("text"), str):
             raise InputError(f"`text` is {kind_of(record.get('text'))}; text is needed.")
 
-    dataset = check_records(dataset, where, check, reading)
+    dataset = reading.checked(dataset, check, where)
     where = (reading.found or [where])[-1]
     none = "all {} rows have an empty `text`."
     kept = reading.keep(dataset, lambda record, _: bool(record["text"].strip()), where, none)
@@ -170,7 +170,7 @@ def prompts_of(
     def renders(record: Record) -> None:
         render_prompt(record["prompt"], tokenizer, record)
 
-    return check_records(prompts, reading.source, renders, reading)
+    return reading.checked(prompts, renders)
 
 
 def form_of(record: Record) -> str:
@@ -255,29 +255,6 @@ def _check_messages(field: str, messages: Sequence[Any]) -> None:
     said = last.get("tool_calls") or (last["content"] or "").strip()
     if not last["role"].strip() or not said:
         raise InputError(f"`{field}[{len(messages) - 1}]` is empty: {messages[-1]}; {needed}.")
-
-
-def check_records(
-    dataset: AnyDataset,
-    source: Source,
-    check: Callable[[Record], Any],
-    reading: Reading = AS_PUBLISHED,
-) -> AnyDataset:
-    """The dataset, with `check` run on each record; `reading` says what becomes of faulty ones."""
-
-    def passes(record: dict[str, Any], row: int) -> bool:
-        try:
-            with source.located(row):
-                check(record)
-        except InputError as fault:
-            reading.leave_out(fault)
-            return False
-        return True
-
-    kept = reading.keep(dataset, passes, source, "all {} records are faulty.")
-    if isinstance(dataset, Dataset) and len(kept) < len(dataset):
-        logger.warning("%s: faulty records left out: %d", source.name, len(dataset) - len(kept))
-    return kept
 
 
 def require_columns(

@@ -61,9 +61,7 @@ def judged(row: Record) -> Any:
     """A row of KTO data: our fields, `messages`, ShareGPT's or Alpaca's."""
     if "completion" in row:
         return {"prompt": row["prompt"], "completion": row["completion"]}
-    if "messages" in row:
-        return split_reply(messages_of("messages", row["messages"]))
-    return sharegpt(row) if "conversations" in row else alpaca(row)
+    return sharegpt(row) if {*DIALOGUES} & set(row) else alpaca(row)
 
 
 def stepwise(row: Record) -> Given:
@@ -77,20 +75,17 @@ def stepwise(row: Record) -> Given:
     return {**record, "completion": "\n".join(steps)}
 
 
-def implicit_pairs(row: Record) -> Given:
-    """`chosen` and `rejected`, whole dialogues that begin alike: HH-RLHF, TRL, OpenRLHF."""
-    if not row["chosen"] or not row["rejected"]:
-        return "no answer"
-    return _pair(*extract_prompt(dict(zip(PAIR, _dialogues(row), strict=True))).values())
-
-
-def rated_pairs(row: Record) -> Given:
-    """UltraFeedback binarized (H4, Argilla) and distilabel's DPO: two ratings beside a pair."""
+def pairs(row: Record) -> Given:
+    """`chosen` and `rejected`, dialogues that begin alike: HH-RLHF, TRL, OpenRLHF. With ratings,
+    and often `prompt`: UltraFeedback binarized (H4, Argilla), distilabel's DPO.
+    """
     better, worse = _dialogues(row)
     shown = split_reply(messages_of("messages", row.get("messages") or []))
     prompt = row.get("prompt")
     if not better or not worse:  # a split for generation or SFT
-        return shown if shown["prompt"] else {"prompt": prompt, "responses": []}
+        if shown["prompt"]:
+            return shown
+        return {"prompt": prompt, "responses": []} if "prompt" in row else "no answer"
     if prompt is None or (isinstance(better, list) and isinstance(prompt, str)):
         prompt, better, worse = extract_prompt({"chosen": better, "rejected": worse}).values()
     return {**shown, **_pair(prompt, better, worse, _rated(row))}
@@ -292,8 +287,8 @@ def _indexed(better: Any, count: int) -> list[Any]:
 
 def _rated(row: Record) -> list[int]:
     """Ranks of a pair beside which its ratings stand: equal ones are a tie."""
-    better, worse = (number_of(row[name]) for name in ratings_of(row) or ("", ""))
-    return [1, 1] if better is not None and better == worse else [1, 2]
+    ratings = [number_of(row[name]) for name in ratings_of(row)]
+    return [1, 1] if None not in ratings and len(set(ratings)) == 1 else [1, 2]
 
 
 def ratings_of(row: Record) -> list[str]:

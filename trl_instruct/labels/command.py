@@ -104,7 +104,7 @@ def _candidates(source: str, split: str) -> Iterator[dict[str, Any]]:
         if not 2 <= (count := len(_distinct(record["responses"]))) <= MOST_RESPONSES:
             raise InputError(f"`responses` has {count} that differ; the page shows 2 to 9.")
 
-    for record in iterate(records.check_records(dataset, where, check)):
+    for record in iterate(AS_PUBLISHED.checked(dataset, check, where)):
         kept = {name: value for name, value in record.items() if name not in HIDDEN}
         yield {**kept, "responses": _distinct(record["responses"])}
 

@@ -13,7 +13,6 @@ from transformers import Trainer
 
 from trl_instruct.console import one_line, plural
 from trl_instruct.data.reading import Reading
-from trl_instruct.data.records import check_records
 from trl_instruct.data.rendering import Rendered
 from trl_instruct.data.sources import Record
 from trl_instruct.generation.engines import begun
@@ -67,7 +66,7 @@ def fitting(
         columns = {name: [value] for name, value in record.items()}
         prompt_tokens(columns, tokenizer, policy, limits)
 
-    return check_records(prompts, reading.source, fits, reading) if reading.skips else prompts
+    return reading.checked(prompts, fits) if reading.skips else prompts
 
 
 def plan_of(trainer: Trainer) -> str:

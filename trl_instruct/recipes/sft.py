@@ -10,7 +10,7 @@ from trl import ModelConfig
 
 from trl_instruct.configs import SFTConfig
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
-from trl_instruct.data.records import check_records, form_of, load_demonstrations
+from trl_instruct.data.records import form_of, load_demonstrations
 from trl_instruct.data.rendering import Rendered, render
 from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, iterate, map_records
 from trl_instruct.errors import InputError, located
@@ -198,7 +198,7 @@ def render_demonstrations(
             return render_one(record)
 
     if reading.skips:
-        dataset = check_records(dataset, reading.source, render_one, reading)
+        dataset = reading.checked(dataset, render_one)
     ready = map_records(dataset, located_one, with_indices=True)
     if config.max_length is None or isinstance(ready, IterableDataset):
         return ready, 0
