@@ -49,7 +49,7 @@ def test_samples_hold_scores_lengths_and_the_kl_of_each_completion(
     asked = tokenizer(prompts)["input_ids"]
     set_seed(0)
     stops = [256, *range(32)]
-    tokens, _, _ = generate(policy, asked, Sampling(6, batch_size=3), eos_token_ids=stops)
+    tokens, *_ = generate(policy, asked, Sampling(6, batch_size=3), eos_token_ids=stops)
     assert unpadded(tokens, torch.tensor(lengths)) == [one.ids for one in result.sampled]
     for row, width in enumerate(lengths):
         ids = torch.tensor([asked[row] + tokens[row, :width].tolist()])

@@ -7,22 +7,25 @@ from transformers import GenerationConfig
 
 from trl_instruct.data.rendering import render_prompts
 from trl_instruct.errors import InputError
+from trl_instruct.generation.logits import completion_logprobs
 from trl_instruct.generation.sampler import eos_token_ids
 from trl_instruct.generation.sampling import (
     decode,
     fit_prompts,
     generate,
+    pad_prompts,
     unused_sampling,
 )
 from trl_instruct.generation.token_sampling import Sampling
 from trl_instruct.logprobs import entropy, log_distribution, token_logprobs
+from trl_instruct.padding import right_padded_mask
 
 
 def sample(model, prompts, **options):
     fields = {"response_length": 1, "batch_size": 4096, **options}
     sampling = Sampling(**{name: fields.pop(name) for name in Sampling._fields if name in fields})
     torch.manual_seed(0)
-    return generate(model, prompts, sampling, **{"eos_token_ids": [256], **fields})
+    return generate(model, prompts, sampling, **{"eos_token_ids": [256], **fields})[:3]
 
 
 @pytest.mark.parametrize(
@@ -63,6 +66,21 @@ def test_the_models_own_generation_config_is_back_afterwards(policy, lora):
     sample(model, [[5]])
     assert policy.generation_config is own
     assert model.generation_config is own
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_the_log_probabilities_are_those_of_a_forward_pass(policy, tokenizer, copies):
+    """Also of rows that go on after others have left the batch."""
+    prompts = [[70 + 9 * n] * n for n in (5, 1, 3)] * 4
+    how = Sampling(8, temperature=0.7, stop_strings=["a"], batch_size=9)
+    stops = {"eos_token_ids": [256, *range(40)], "tokenizer": tokenizer}
+    drawn = generate(policy, prompts, how, copies=copies, **stops)
+    asked = pad_prompts([p for p in prompts for _ in range(copies)], policy.device)
+    with torch.no_grad():
+        read = completion_logprobs(policy.eval(), *asked, *drawn[:2], temperature=0.7)
+    mask = right_padded_mask(drawn.completion_lengths, 8)
+    assert len(drawn.completion_lengths.unique()) > 3
+    torch.testing.assert_close(drawn.logprobs[mask], read[mask], atol=1e-5, rtol=0)
 
 
 def test_completions_stop_at_any_eos_given_and_belong_to_their_prompts(policy):

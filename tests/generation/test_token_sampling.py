@@ -48,7 +48,7 @@ def likeliest(policy, prompts, **options):
     """At temperature 0 (nearly) the sampler is a function of its prompt."""
     fields = {"response_length": LENGTH, "temperature": 1e-4, "eos_token_ids": STOPS, **options}
     sampling = Sampling(**{name: fields.pop(name) for name in Sampling._fields if name in fields})
-    tokens, lengths, _ = generate(policy, prompts, sampling, **fields)
+    tokens, lengths, *_ = generate(policy, prompts, sampling, **fields)
     return [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
 
 

@@ -13,6 +13,7 @@ from trl_instruct.ppo_trainer.rollouts import (
     ValueModel,
     prompt_batches,
     state_values,
+    with_logprobs,
 )
 
 KINDS = ["llama", "gpt2", "gpt_neox", "opt", "qwen3", "rwkv", "mamba"]
@@ -87,6 +88,30 @@ def test_the_trained_module_computes_what_was_sampled(policy, reward_model):
     expected = completion_logprobs(policy, *tokens, temperature=0.7)
     torch.testing.assert_close(logprobs, expected[mask])
     torch.testing.assert_close(values, completion_values(model.value, *tokens)[mask])
+
+
+@pytest.mark.parametrize(("apart", "passes"), [(5e-5, 1), (2e-4, 3)])
+def test_what_the_policy_said_while_it_drew_stands_if_it_says_it_again(
+    policy, reward_model, make_policy, apart, passes
+):
+    """One forward pass, of two episodes, instead of one of all; reference and values are read."""
+    model, other, read = PolicyAndValue(policy, ValueModel(reward_model)), make_policy(seed=1), []
+    tokens = batch()
+    mask = right_padded_mask(tokens[3], 4)
+    own = torch.where(mask, completion_logprobs(policy, *tokens, temperature=0.7), 3.0)
+    blank = torch.zeros(3, 4)
+    rollout = Rollout(*tokens, mask[:, 0], blank, blank, blank, blank[:, 0], own + apart)
+    policy.lm_head.register_forward_hook(lambda *given: read.append(1))
+    how = {"temperature": 0.7, "batch_size": 2}
+    found = with_logprobs(rollout, model, other, by_policy=True, **how)
+    assert len(read) == passes and found.sampler_logprobs is None
+    expected = torch.where(mask, own + apart * (passes == 1), 0.0)
+    torch.testing.assert_close(found.logprobs, expected, atol=1e-6, rtol=0)
+    plain = with_logprobs(rollout, model, other, **how)
+    torch.testing.assert_close(plain.logprobs, torch.where(mask, own, 0.0), atol=1e-6, rtol=0)
+    assert plain.sampler_logprobs is rollout.sampler_logprobs
+    for name in ("ref_logprobs", "values"):
+        torch.testing.assert_close(getattr(found, name), getattr(plain, name))
 
 
 def test_padding_content_batch_composition_and_order_do_not_matter(policy, reward_model):

@@ -24,13 +24,15 @@ class SamplerError(InputError):
 class Drawn(NamedTuple):
     """Completions of B prompts: `(B, C)` ids with filler after the end, and `(B,)` as in `Rollout`.
 
-    logprobs `(B, C)`: the sampler's own, nats at its temperature, NaN where it has none, or None.
+    logprobs `(B, C)`: the sampler's own, nats at its temperature, NaN where it has none, filler
+    after the end; or None. by_policy: they are the policy's own, in the precision of its training.
     """
 
     completion_ids: Tensor
     completion_lengths: Tensor
     ended: Tensor
     logprobs: Tensor | None = None
+    by_policy: bool = False
 
 
 class Sampler:
@@ -80,8 +82,8 @@ class Sampler:
             text = self.tokenizer.decode(row) if strings else ""
             stopped = row[-1] in stops or any(string in text for string in strings)
             ended.append(stopped or len(row) < shape[1])  # engines do not all say why
-        fields = ids, torch.tensor([len(row) for row in rows]), torch.tensor(ended), own
-        return Drawn(*(field.to(device) for field in fields))
+        lengths, ends = torch.tensor([len(row) for row in rows]), torch.tensor(ended)
+        return Drawn(ids.to(device), lengths.to(device), ends.to(device), own.to(device))
 
     def generate(
         self, asked: list[list[int]], sampling: Sampling, seed: int

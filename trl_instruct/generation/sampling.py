@@ -1,7 +1,6 @@
 """Prompts -> completions: tokenised, cut to fit, sampled from the policy, decoded."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -89,13 +88,13 @@ def generate(
     tokenizer: Tokenizer | None = None,
     copies: int = 1,
     progress: Callable[[int], Any] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Drawn:
     """Sample `copies` completions of each of R prompts from the policy's full distribution.
 
     Its own sampling settings (top_p, ...) are ignored, and the batch size if it `reads_padding`.
-    `progress` is called after each batch with its number of completions. Returns completion_ids
-    `(B, C)`, B = R * copies, filler after the end, completion_lengths `(B,)` and ended `(B,)`.
-    InputError for an empty stop string, or stop strings without the tokenizer, which reads them.
+    `progress` is called after each batch with its number of completions. Returns B = R * copies of
+    them; tokens and log-probabilities after the end are filler. InputError for an empty stop
+    string, or stop strings without the tokenizer, which reads them.
     """
     check_stop_strings(sampling.stop_strings)
     batch_size = sampling.batch_size
@@ -110,6 +109,7 @@ def generate(
     blank = torch.full((len(prompts), copies, sampling.response_length), eos_token_ids[0])
     completions = blank.to(policy.device)
     stopped = torch.full_like(completions[..., 0], NEVER)
+    logprobs = torch.zeros(completions.shape, device=policy.device)
     given: Any = {"eos_token_ids": eos_token_ids, "tokenizer": tokenizer, "copies": copies}
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     at_once = batch_size // copies
@@ -118,27 +118,29 @@ def generate(
             rows = by_length[start : start + at_once]
             ids, lengths = pad_prompts([prompts[row] for row in rows], policy.device)
             mask = left_padded_mask(lengths, ids.shape[1])
-            drawn, ends = token_sampling.draw(policy, ids, mask, sampling, **given)
+            drawn, ends, likely = token_sampling.draw(policy, ids, mask, sampling, **given)
             completions[rows] = drawn.view(len(rows), copies, -1)
             stopped[rows] = ends.view(len(rows), copies)
+            logprobs[rows] = likely.view(len(rows), copies, -1)
             if progress is not None:
                 progress(len(drawn))
     completions, stopped = completions.flatten(0, 1), stopped.flatten()
     lengths, ended = completion_lengths(completions, eos_token_ids)
-    return completions, torch.minimum(lengths, stopped), ended | (stopped < NEVER)
+    ends = torch.minimum(lengths, stopped)
+    return Drawn(completions, ends, ended | (stopped < NEVER), logprobs.flatten(0, 1))
 
 
 class TransformersSampler(Sampler):
-    """The policy itself draws (`generate`), in the precision of its training.
-
-    It has no log-probabilities of its own.
-    """
+    """The policy itself draws (`generate`), in the precision of its training."""
 
     def draw(self, prompts: Rows, sampling: Sampling, **options: Any) -> Drawn:
         """As in `Sampler`."""
         options |= {"eos_token_ids": self.eos_token_ids, "tokenizer": self.tokenizer}
-        with self.accelerator.autocast() if self.accelerator else nullcontext():
-            return Drawn(*generate(self.policy, prompts, sampling, **options))
+        if self.accelerator is None or self.accelerator.mixed_precision == "no":
+            drawn = Drawn(*generate(self.policy, prompts, sampling, **options))
+            return drawn._replace(by_policy=drawn.logprobs is not None)
+        with self.accelerator.autocast():
+            return generate(self.policy, prompts, sampling, **options)._replace(logprobs=None)
 
 
 class Completion(NamedTuple):

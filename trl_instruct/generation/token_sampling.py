@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trl_instruct.errors import InputError
+from trl_instruct.logprobs import log_distribution, token_logprobs
 from trl_instruct.models.properties import call, evaluating, unwrapped
 from trl_instruct.padding import position_ids
 from trl_instruct.types import Model, Tokenizer
@@ -42,18 +43,22 @@ class Draw(transformers.LogitsProcessor):
 
     One random number per row picks from the cumulative distribution. torch.multinomial, as in
     `generate`, draws one per vocabulary token: on a CPU a quarter of a small model's time.
+    `logprobs` has the `(B,)` log-probabilities of the tokens of each step, nats.
     """
 
     def __init__(self, temperature: float):
         if not temperature >= 1e-6:  # NaN neither; the softmax would overflow
             raise InputError(f"temperature is {temperature}; at least 0.000001 is needed.")
         self.temperature = temperature
+        self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`(B, V)` logits -> 0 for the token that is drawn, -infinity for all others."""
-        below = (scores.float() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        log_probs = log_distribution(scores, temperature=self.temperature)
+        below = log_probs.exp().cumsum(dim=-1)
         drawn = torch.rand_like(below[:, :1]) * below[:, -1:]
         token = torch.searchsorted(below, drawn, right=True).clamp(max=below.shape[1] - 1)
+        self.logprobs.append(token_logprobs(log_probs, token.squeeze(1)))
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
@@ -128,13 +133,13 @@ def draw(
     eos_token_ids: list[int],
     tokenizer: Any,
     copies: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sample `copies` completions of each prompt, `(R, P)` ids and a mask, padded on the left.
 
     If the model's cache can be cut by rows (`caches_rows`), a prompt is read once for all its
     completions, and `generate` is called repeatedly, without the rows that have ended; else once.
-    Within `plain_sampling`. Returns `(B, C)` tokens, B = R * copies, EOS after the end, and the
-    `(B,)` lengths at which a stop string ended them, or NEVER.
+    Within `plain_sampling`. Returns `(B, C)` tokens, B = R * copies, EOS after the end, the `(B,)`
+    lengths at which a stop string ended them, or NEVER, and `(B, C)` log-probabilities, nats.
     """
     by_rows = caches_rows(policy)
     cache = read_prompts(policy, ids, mask, copies) if by_rows and copies > 1 else None
@@ -143,7 +148,7 @@ def draw(
     eos = torch.tensor(eos_token_ids, device=ids.device)
     drawn = eos[:1].repeat(len(ids), longest)
     rows = torch.arange(len(ids), device=ids.device)
-    stopped = torch.full_like(rows, NEVER)
+    stopped, logprobs = torch.full_like(rows, NEVER), torch.zeros(drawn.shape, device=ids.device)
     while True:
         reader = tokenizer, len(rows), width, ids.device
         stops = [StopStrings(strings, *reader)] if strings else []
@@ -155,17 +160,19 @@ def draw(
             pad_token_id=eos_token_ids[0],
             return_dict_in_generate=True,
         )
+        drawing = Draw(sampling.temperature)
         output: Any = policy.generate(
             input_ids=ids,
             attention_mask=mask.long(),
             past_key_values=cache,
             generation_config=settings,
-            logits_processor=transformers.LogitsProcessorList([Draw(sampling.temperature)]),
+            logits_processor=transformers.LogitsProcessorList([drawing]),
             stopping_criteria=transformers.StoppingCriteriaList(ending),
             synced_gpus=False,  # processes make different numbers of calls; each has all weights
         )
         new, length = output.sequences[:, ids.shape[1] :], output.sequences.shape[1] - width
-        drawn[rows, ids.shape[1] - width : length] = new
+        now = slice(ids.shape[1] - width, length)
+        drawn[rows, now], logprobs[rows, now] = new, torch.stack(drawing.logprobs, dim=1)
         for stop in stops:
             stopped[rows] = stop.lengths
         ended = torch.isin(new, eos).any(dim=1) | (stopped[rows] <= length)
@@ -176,7 +183,7 @@ def draw(
         rows, ids, cache = rows[left], output.sequences[left], output.past_key_values
         mask = torch.cat([mask, torch.ones_like(new, dtype=mask.dtype)], dim=1)[left]
         cache.batch_select_indices(left)
-    return drawn, stopped
+    return drawn, stopped, logprobs
 
 
 def read_prompts(

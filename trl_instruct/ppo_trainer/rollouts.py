@@ -15,6 +15,8 @@ from trl_instruct.padding import right_padded_mask, similar_lengths
 from trl_instruct.ppo_trainer.token_statistics import token_statistics
 from trl_instruct.scalar_head import compute_in_float32, disable_rescaling, score_head, shift_of
 
+SAME = 1e-4  # nats, of a token
+
 
 class ValueModel(nn.Module):
     """A scalar reward model read at every token: V(s_t) instead of one score at the end.
@@ -194,16 +196,22 @@ def with_logprobs(
     *,
     temperature: float,
     batch_size: int,
+    by_policy: bool = False,
 ) -> Rollout:
     """The rollout with log-probabilities under policy and reference, and values.
 
     `ref_policy` is None if the policy is LoRA, with its base as the reference; the temperature is
     that of sampling. A forward pass has up to `batch_size` episodes of similar length.
+    `by_policy`: the policy itself drew; what it said then stands if it says the same again.
     """
+    if by_policy:
+        told: Any = rollout.sampler_logprobs
+        rollout = rollout._replace(logprobs=told, sampler_logprobs=None)
+    known = by_policy and _says_again(rollout, model.policy, temperature)
     batches = similar_lengths(rollout.lengths.tolist(), batch_size)
     order = torch.tensor([row for rows in batches for row in rows])
     parts = [
-        _with_logprobs_at_once(rollout.select(part), model, ref_policy, temperature)
+        _with_logprobs_at_once(rollout.select(part), model, ref_policy, temperature, known)
         for part in order.to(rollout.prompt_ids.device).split([len(rows) for rows in batches])
     ]
     back = order.argsort()
@@ -211,17 +219,36 @@ def with_logprobs(
     return rollout._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
 
 
+def _says_again(rollout: Rollout, policy: Any, temperature: float) -> bool:
+    """Whether a forward pass has the rollout's logprobs, in its shortest and longest episode.
+
+    In 16 bits, for instance, the cache that a policy draws with rounds otherwise.
+    """
+    part = rollout.select(rollout.lengths.argsort()[[0, -1]])
+    mask = right_padded_mask(part.completion_lengths, part.logprobs.shape[1])
+    given = join(*part[:4]), part.completion_ids[mask]
+    again, _ = token_statistics(policy, *given, temperature=temperature)
+    return torch.allclose(again, part.logprobs[mask], rtol=0, atol=SAME)
+
+
 def _with_logprobs_at_once(
-    rollout: Rollout, model: PolicyAndValue, ref_policy: nn.Module | None, temperature: float
+    rollout: Rollout,
+    model: PolicyAndValue,
+    ref_policy: nn.Module | None,
+    temperature: float,
+    known: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs, ref_logprobs and values of one batch of episodes: `(B, C)` each."""
+    """logprobs (those that are `known`), ref_logprobs and values of one batch: `(B, C)` each."""
     tokens, completions = rollout[:4], rollout.completion_ids
     mask = right_padded_mask(rollout.completion_lengths, completions.shape[1])
     # Not model(...): ZeRO-3's hook on that call waits for the other processes, each of which may
     # have another number of batches. Not model.forward: accelerate's is under autocast already.
     read: Any = type(model).forward
     given = join(*tokens), completions[mask]
-    logprobs, _, values = read(model, *given, temperature)
+    if known:
+        logprobs, values = rollout.logprobs[mask], state_values(model.value, given[0])
+    else:
+        logprobs, _, values = read(model, *given, temperature)
     with model.policy.disable_adapter() if ref_policy is None else nullcontext():
         reference: Any = ref_policy or model.policy
         ref_logprobs, _ = token_statistics(reference, *given, temperature=temperature)

@@ -211,9 +211,9 @@ class PPOTrainer(IterationTrainer):
             tokens = *pad_prompts(prompts, drawn.ended.device), *drawn[:3]
             blank = torch.zeros_like(drawn.completion_ids, dtype=torch.float32)  # not known yet
             rollout = Rollout(*tokens, blank, blank, blank, blank[:, 0], drawn.logprobs)
+            how: Any = {"temperature": self.args.temperature, "by_policy": drawn.by_policy}
             with evaluating(model), self.accelerator.autocast():
-                given = rollout, model, self.ref_model
-                return with_logprobs(*given, temperature=self.args.temperature, batch_size=size)
+                return with_logprobs(rollout, model, self.ref_model, batch_size=size, **how)
 
     def score(self, rollout: Rollout, rows: Sequence[int]) -> Rollout:
         """The rollout with the reward's score of each completion, adjusted for a missing EOS.
