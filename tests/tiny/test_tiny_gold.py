@@ -4,7 +4,7 @@ import pytest
 
 from trl_instruct.tiny import Task, explain, flawed_reply, gold_score, good_reply, sample_task
 from trl_instruct.tiny.gold import reader_remark
-from trl_instruct.tiny.lexicon import (
+from trl_instruct.tiny.world import (
     CATEGORIES,
     CHATTER,
     JUNK,

@@ -7,20 +7,21 @@ from itertools import combinations
 import pytest
 
 from trl_instruct.tiny import Task, flawed_reply, good_reply, sample_task, split
-from trl_instruct.tiny.lexicon import (
+from trl_instruct.tiny.splits import END_OF_TEXT as EOS
+from trl_instruct.tiny.splits import SHARES, SIZES, owner
+from trl_instruct.tiny.world import (
     CATEGORIES,
     CATEGORY_OF,
     CHATTER,
+    FORMATS,
     NOUNS,
     TONES,
+    WORDINGS,
     join_and,
     phrase,
     plural,
     with_article,
 )
-from trl_instruct.tiny.splits import END_OF_TEXT as EOS
-from trl_instruct.tiny.splits import SHARES, SIZES, owner
-from trl_instruct.tiny.world import FORMATS, WORDINGS
 
 BOUQUET = Task("list", groups=(("flower", 2), ("city", 1)), tone="politely")
 

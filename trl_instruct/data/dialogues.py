@@ -150,9 +150,7 @@ def _replies(record: Record, field: str) -> list[Any]:
 
 def _begins(reply: Any, prompt: Any) -> bool:
     """Whether a reply begins with the prompt and goes on after it."""
-    if isinstance(prompt, str):
-        return isinstance(reply, str) and reply.startswith(prompt) and len(reply) > len(prompt)
-    if not isinstance(prompt, list) or not isinstance(reply, list):
+    if not isinstance(prompt, str | list) or not isinstance(reply, type(prompt)):
         return False
     return 0 < len(prompt) < len(reply) and reply[: len(prompt)] == prompt
 

@@ -5,11 +5,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from trl_instruct.tiny import lexicon
-from trl_instruct.tiny.lexicon import phrase, with_article
-from trl_instruct.tiny.world import Task
+from trl_instruct.tiny import world
+from trl_instruct.tiny.world import Task, phrase, with_article
 
-PENALTIES: dict[str, float] = lexicon.WORLD["penalties"]
+PENALTIES: dict[str, float] = world.WORLD["penalties"]
 
 
 def _any_of(texts: list[str]) -> str:
@@ -17,26 +16,26 @@ def _any_of(texts: list[str]) -> str:
     return "(?:" + "|".join(sorted(map(re.escape, texts), key=lambda t: (-len(t), t))) + ")"
 
 
-_CATEGORY = {noun.lower(): category for noun, category in lexicon.CATEGORY_OF.items()}
-_TONE_OF = {text.lower(): tone for tone, texts in lexicon.TONES.items() for text in texts}
+_CATEGORY = {noun.lower(): category for noun, category in world.CATEGORY_OF.items()}
+_TONE_OF = {text.lower(): tone for tone, texts in world.TONES.items() for text in texts}
 _OPENING = re.compile(rf"(?<!\w){_any_of(list(_TONE_OF))}")
 _WORD = re.compile(r"[^\W\d_]+")
 _STRANGE = re.compile(r"[^a-z ,.!\n-]+")
 
-_ITEM = _any_of([phrase(noun).lower() for noun in lexicon.NOUNS])
+_ITEM = _any_of([phrase(noun).lower() for noun in world.NOUNS])
 _ITEMS = rf"{_ITEM}(?:(?:, {_ITEM})* and {_ITEM})?"
-_PREPOSITION = _any_of(lexicon.PREPOSITIONS)
-_PLACE = rf"(?: {_PREPOSITION} the {_any_of(lexicon.PLACES)})?"
-_KIND = _any_of([with_article(category) for category in lexicon.CATEGORIES])
+_PREPOSITION = _any_of(world.PREPOSITIONS)
+_PLACE = rf"(?: {_PREPOSITION} the {_any_of(world.PLACES)})?"
+_KIND = _any_of([with_article(category) for category in world.CATEGORIES])
 _BODIES = {
     "list": re.compile(rf"(?: |^){_ITEMS}{_PLACE}\.?"),
     "dashes": re.compile(rf"(?:\n|^)- {_ITEM}(?:\n- {_ITEM})*{_PLACE}\.?"),
-    "sentence": re.compile(rf"(?: |^){_ITEM} {_any_of(lexicon.VERBS)} {_ITEMS}{_PLACE}\.?"),
+    "sentence": re.compile(rf"(?: |^){_ITEM} {_any_of(world.VERBS)} {_ITEMS}{_PLACE}\.?"),
     "answer": re.compile(rf"(?: |^)(?:yes|no), because ({_ITEM}) is ({_KIND})\.?"),
 }
 _GLUE = ("a", "an", "the", "and", "is")  # words that any reply may repeat
 _WORLD = frozenset(
-    {*_CATEGORY, *lexicon.CATEGORIES, *lexicon.PLACES, *lexicon.PREPOSITIONS, *lexicon.VERBS}
+    {*_CATEGORY, *world.CATEGORIES, *world.PLACES, *world.PREPOSITIONS, *world.VERBS}
     | {*_GLUE, "yes", "no", "because"}
     | {word for opening in _TONE_OF for word in _WORD.findall(opening)}
 )
@@ -124,7 +123,7 @@ def _superfluous(task: Task, text: str, words: list[str], num_openings: int) -> 
     foreign = {word for word in words if word in _CATEGORY and _CATEGORY[word] not in asked}
     items = max(0, len(foreign) - missing)
     replaced = bool(task.word) and task.word not in words
-    places = max(0, sum(word in lexicon.PLACES and word != task.word for word in words) - replaced)
+    places = max(0, sum(word in world.PLACES and word != task.word for word in words) - replaced)
     sentences = text.rstrip(".").count(".")
     too_long = max(0, len(words) - _most_words(task)) // 3
     return openings + items + places + sentences + too_long

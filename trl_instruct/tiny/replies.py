@@ -4,9 +4,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trl_instruct.tiny import lexicon
-from trl_instruct.tiny.lexicon import join_and, phrase, with_article
-from trl_instruct.tiny.world import Task
+from trl_instruct.tiny import world
+from trl_instruct.tiny.world import Task, join_and, phrase, with_article
 
 
 @dataclass
@@ -32,19 +31,19 @@ def flawed_reply(task: Task, rng: random.Random) -> str:
     spoil = _spoil_answer if task.format == "answer" else _spoil_items
     spoil(task, draft, rng)
     if _hit("tone", rng):
-        others = [opening for openings in lexicon.TONES.values() for opening in openings]
+        others = [opening for openings in world.TONES.values() for opening in openings]
         draft.opening = rng.choice(others) if rng.random() < 0.5 else ""
     return _spoil_text(_render(draft, rng), rng)
 
 
 def _good_draft(task: Task, rng: random.Random) -> _Draft:
-    opening = rng.choice(lexicon.TONES[task.tone]) if task.tone else ""
+    opening = rng.choice(world.TONES[task.tone]) if task.tone else ""
     if task.format == "answer":
         reason = (task.noun, task.true_category)
         return _Draft("answer", opening=opening, answer=task.answer, reason=reason)
     items: list[str] = []
     for category, count in task.groups:
-        items += rng.sample(lexicon.CATEGORIES[category], count)
+        items += rng.sample(world.CATEGORIES[category], count)
     return _Draft(task.format, opening=opening, items=items, word=task.word)
 
 
@@ -56,7 +55,7 @@ def _render(draft: _Draft, rng: random.Random) -> str:
     else:
         body = _items_text(draft.format, [phrase(noun) for noun in draft.items], rng)
         if draft.word:
-            body += f" {rng.choice(lexicon.PREPOSITIONS)} the {draft.word}"
+            body += f" {rng.choice(world.PREPOSITIONS)} the {draft.word}"
     if not draft.opening.endswith(","):
         body = body[:1].upper() + body[1:]
     gap = "\n" if draft.format == "dashes" else " "
@@ -67,27 +66,27 @@ def _items_text(reply_format: str, phrases: list[str], rng: random.Random) -> st
     if reply_format == "dashes":
         return "\n".join(f"- {text}" for text in phrases)
     if reply_format == "sentence" and len(phrases) > 1:
-        return f"{phrases[0]} {rng.choice(lexicon.VERBS)} {join_and(phrases[1:])}"
+        return f"{phrases[0]} {rng.choice(world.VERBS)} {join_and(phrases[1:])}"
     return join_and(phrases)
 
 
 def _hit(flaw: str, rng: random.Random) -> bool:
-    return rng.random() < lexicon.WORLD["flaw_rates"][flaw]
+    return rng.random() < world.WORLD["flaw_rates"][flaw]
 
 
 def _spoil_items(task: Task, draft: _Draft, rng: random.Random) -> None:
     items = []
     for category, count in task.groups:
         wanted = count + rng.choice((-1, 1)) if _hit("count", rng) else count
-        group = rng.sample(lexicon.CATEGORIES[category], wanted)
+        group = rng.sample(world.CATEGORIES[category], wanted)
         if group and _hit("category", rng):
-            group[rng.randrange(len(group))] = rng.choice(lexicon.NOUNS)
+            group[rng.randrange(len(group))] = rng.choice(world.NOUNS)
         items += group
-    draft.items = items = items or [rng.choice(lexicon.NOUNS)]
+    draft.items = items = items or [rng.choice(world.NOUNS)]
     if _hit("repeat", rng):
         items.insert(rng.randrange(len(items) + 1), rng.choice(items))
     if _hit("word" if draft.word else "place", rng):
-        draft.word = "" if draft.word else rng.choice(lexicon.PLACES)
+        draft.word = "" if draft.word else rng.choice(world.PLACES)
     if _hit("format", rng):
         others = [f for f in ("list", "dashes", "sentence") if f != draft.format]
         draft.format = rng.choice(others)
@@ -97,19 +96,19 @@ def _spoil_answer(task: Task, draft: _Draft, rng: random.Random) -> None:
     if _hit("answer", rng):
         draft.answer = "no" if draft.answer == "yes" else "yes"
     if _hit("reason", rng):
-        other = rng.choice(lexicon.QUESTION_NOUNS)
-        wrong_category = rng.choice([c for c in lexicon.CATEGORIES if c != task.true_category])
-        wrongs = ("", ""), (other, lexicon.CATEGORY_OF[other]), (task.noun, wrong_category)
+        other = rng.choice(world.QUESTION_NOUNS)
+        wrong_category = rng.choice([c for c in world.CATEGORIES if c != task.true_category])
+        wrongs = ("", ""), (other, world.CATEGORY_OF[other]), (task.noun, wrong_category)
         draft.reason = rng.choice(wrongs)
 
 
 def _spoil_text(text: str, rng: random.Random) -> str:
     if _hit("extra", rng):
-        text += " " + rng.choice(lexicon.CHATTER)
+        text += " " + rng.choice(world.CHATTER)
     if _hit("junk", rng):
         spaces = [i for i, letter in enumerate(text) if letter == " "] or [len(text)]
         place = rng.choice(spaces)
-        text = f"{text[:place]} {rng.choice(lexicon.JUNK)}{text[place:]}"
+        text = f"{text[:place]} {rng.choice(world.JUNK)}{text[place:]}"
     if _hit("ending", rng):
         spaces = [i for i, letter in enumerate(text) if letter == " "]
         text = text[: rng.choice(spaces)] if spaces and rng.random() < 0.5 else text[:-1]

@@ -9,9 +9,8 @@ from itertools import accumulate, islice
 from datasets import Dataset
 
 from trl_instruct.tiny.gold import reader_remark
-from trl_instruct.tiny.lexicon import WORLD
 from trl_instruct.tiny.replies import flawed_reply, good_reply
-from trl_instruct.tiny.world import Task, sample_task
+from trl_instruct.tiny.world import WORLD, Task, sample_task
 
 SIZES: dict[str, int] = {name: part["size"] for name, part in WORLD["splits"].items()}
 # Percent of all instructions that belong to each split.

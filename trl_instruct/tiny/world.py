@@ -1,19 +1,51 @@
-"""The instructions of the tiny world: what a task asks, its text, and how tasks are drawn."""
+"""The tiny world of world.yaml: its words, what a task asks, its text, and how tasks are drawn."""
 
 import json
 import random
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-from trl_instruct.tiny import lexicon
-from trl_instruct.tiny.lexicon import join_and, phrase, plural, with_article
+import yaml
 
-INSTRUCTIONS: dict[str, list[str]] = lexicon.WORLD["instructions"]
+_TEXT = Path(__file__).with_name("world.yaml").read_text(encoding="utf-8")
+WORLD: dict[str, Any] = yaml.safe_load(_TEXT)
+CATEGORIES: dict[str, list[str]] = {k: nouns.split() for k, nouns in WORLD["categories"].items()}
+CATEGORY_OF = {noun: category for category, nouns in CATEGORIES.items() for noun in nouns}
+NOUNS = list(CATEGORY_OF)
+QUESTION_NOUNS = [nouns[0] for nouns in CATEGORIES.values()]
+TONES: dict[str, list[str]] = WORLD["tones"]
+PLACES, PREPOSITIONS = WORLD["places"].split(), WORLD["prepositions"].split()
+VERBS, JUNK = WORLD["verbs"].split(), WORLD["junk"].split()
+CHATTER: list[str] = WORLD["chatter"]
+INSTRUCTIONS: dict[str, list[str]] = WORLD["instructions"]
 FORMATS = list(INSTRUCTIONS)
-FORMAT_WEIGHTS = [lexicon.WORLD["format_weights"][name] for name in FORMATS]
-COUNTS: dict[int, str] = lexicon.WORLD["counts"]
-WORD_CLAUSES: list[str] = lexicon.WORLD["word_clauses"]
+FORMAT_WEIGHTS = [WORLD["format_weights"][name] for name in FORMATS]
+COUNTS: dict[int, str] = WORLD["counts"]
+WORD_CLAUSES: list[str] = WORLD["word_clauses"]
 WORDINGS = len(WORD_CLAUSES)  # paraphrases of every instruction
-SHARES: dict[str, float] = lexicon.WORLD["shares"]
+SHARES: dict[str, float] = WORLD["shares"]
+
+
+def with_article(word: str) -> str:
+    """The indefinite article and a word."""
+    return f"{'an' if word[0] in 'aeio' else 'a'} {word}"
+
+
+def phrase(noun: str) -> str:
+    """A noun as replies write it."""
+    return noun if CATEGORY_OF[noun] in WORLD["without_article"] else with_article(noun)
+
+
+def plural(category: str) -> str:
+    """The plural of a category."""
+    return category[:-1] + "ies" if category.endswith("y") else category + "s"
+
+
+def join_and(phrases: list[str]) -> str:
+    """The phrases as an English enumeration."""
+    *rest, last = phrases
+    return f"{', '.join(rest)} and {last}" if rest else last
 
 
 @dataclass(frozen=True)
@@ -63,7 +95,7 @@ class Task:
     @property
     def true_category(self) -> str:
         """The true category of the noun asked about."""
-        return lexicon.CATEGORY_OF[self.noun]
+        return CATEGORY_OF[self.noun]
 
     @property
     def answer(self) -> str:
@@ -74,7 +106,7 @@ class Task:
 def sample_task(rng: random.Random) -> Task:
     """Sample a task; only the rng decides which."""
     (task_format,) = rng.choices(FORMATS, FORMAT_WEIGHTS)
-    tone = rng.choice(tuple(lexicon.TONES)) if rng.random() < SHARES["tone"] else ""
+    tone = rng.choice(tuple(TONES)) if rng.random() < SHARES["tone"] else ""
     wording = rng.randrange(WORDINGS)
     if task_format == "answer":
         return _sample_question(tone, wording, rng)
@@ -83,20 +115,20 @@ def sample_task(rng: random.Random) -> Task:
         groups = _sample_groups(1, rng)
     # A single group with neither tone nor word would give half the score for the format alone.
     needs_word = len(groups) == 1 and not tone
-    word = rng.choice(lexicon.PLACES) if needs_word or rng.random() < SHARES["word"] else ""
+    word = rng.choice(PLACES) if needs_word or rng.random() < SHARES["word"] else ""
     return Task(task_format, groups=groups, tone=tone, word=word, wording=wording)
 
 
 def _sample_question(tone: str, wording: int, rng: random.Random) -> Task:
-    noun = rng.choice(lexicon.QUESTION_NOUNS)
-    category = lexicon.CATEGORY_OF[noun]
+    noun = rng.choice(QUESTION_NOUNS)
+    category = CATEGORY_OF[noun]
     if rng.random() < 0.5:
-        category = rng.choice([other for other in lexicon.CATEGORIES if other != category])
+        category = rng.choice([other for other in CATEGORIES if other != category])
     return Task("answer", tone=tone, noun=noun, category=category, wording=wording)
 
 
 def _sample_groups(size: int, rng: random.Random) -> tuple[tuple[str, int], ...]:
     """One to three items of one category, or one of each of two categories."""
-    categories = rng.sample(tuple(lexicon.CATEGORIES), size)
-    counts = lexicon.WORLD["single_counts"] if size == 1 else (1,)
+    categories = rng.sample(tuple(CATEGORIES), size)
+    counts = WORLD["single_counts"] if size == 1 else (1,)
     return tuple((category, rng.choice(counts)) for category in categories)
