@@ -185,7 +185,7 @@ def export_command(arguments: list[str]) -> None:
     """Write rankings as records, pairs, or for labelling tools."""
     options = _parse("export", arguments)
     given = options.dataset_name, options.dataset_train_split, Reading.of(options)
-    _tell(export(load_either(*given, options.rating_order), options.output_file, options.to))
+    _tell(export(load_either(*given), options.output_file, options.to))
 
 
 def report_command(arguments: list[str]) -> None:

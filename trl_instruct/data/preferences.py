@@ -44,15 +44,14 @@ def load_preferences(
     training; if bad records are left out, all.
     """
     counts, reading = RankingCounts(), Reading.of(config)
-    order = config.rating_order
-    train = load_either(dataset, config.dataset_train_split, reading, order, counts)
+    train = load_either(dataset, config.dataset_train_split, reading, counts)
     left_out = set(config.leave_out_labelers or ())
     train = _without(train, left_out, reading, strict=True)
     if reading.skips or (config.eval_size and held_out is None):
         train = reading.checked(train, fits)
     test, others = None, reading.of_another()
     if held_out is not None:
-        test = load_either(held_out, config.dataset_test_split or "train", others, order)
+        test = load_either(held_out, config.dataset_test_split or "train", others)
         test = others.checked(_without(test, left_out, others), fits)
     elif config.eval_size:
         try:
@@ -135,17 +134,16 @@ def load_either(
     source: Any,
     split: str = "train",
     reading: Reading = AS_PUBLISHED,
-    rating_order: list[str] | None = None,
     counts: RankingCounts | None = None,
 ) -> Dataset:
     """Load rankings or pairs, as the columns say; arguments as `load_rankings`."""
     if isinstance(source, list):
-        load = partial(load_either, reading=reading, rating_order=rating_order, counts=counts)
+        load = partial(load_either, reading=reading, counts=counts)
         return mixed(lambda entry, part, _: load(entry, part), source, streaming=False)
     rows, where, _ = read(source, split, False, "ranking", reading)
     first = first_record(rows, where)
     if "responses" in first:
-        return canonical_rankings(rows, where, reading, counts, rating_order)
+        return canonical_rankings(rows, where, reading, counts)
     if "chosen" in first:
         return canonical_pairs(rows, where, reading, counts)
     raise InputError(

@@ -4,7 +4,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -110,19 +110,15 @@ def load_rankings(
     ... ]))[0]["ranks"]
     [3, 1, 2]
     """
+    reading = replace(reading, rating_order=rating_order or reading.rating_order)
     if isinstance(source, list):
-        load = partial(load_rankings, rating_order=rating_order, counts=counts, reading=reading)
-        return mixed(load, source, streaming)
+        return mixed(partial(load_rankings, counts=counts, reading=reading), source, streaming)
     dataset, where, _ = read(source, split, streaming, "ranking", reading)
-    return canonical_rankings(dataset, where, reading, counts, rating_order)
+    return canonical_rankings(dataset, where, reading, counts)
 
 
 def canonical_rankings(
-    dataset: AnyDataset,
-    where: Source,
-    reading: Reading,
-    counts: RankingCounts | None,
-    rating_order: Sequence[Any] | None = None,
+    dataset: AnyDataset, where: Source, reading: Reading, counts: RankingCounts | None
 ) -> AnyDataset:
     """Rankings that were read, in one form; the rest is as in `load_rankings`."""
     first = first_record(dataset, where)
@@ -131,7 +127,7 @@ def canonical_rankings(
     records.require_columns(first, where, ("prompt", "responses"), "A ranking")
     dataset = take_off_prompts(dataset, where, ("responses",))
     form, streamed = records.form_of(first), isinstance(dataset, IterableDataset)
-    canonical = partial(canonical_ranking, rating_order=rating_order, form=form)
+    canonical = partial(canonical_ranking, rating_order=reading.rating_order, form=form)
     found = RankingCounts() if counts is None or not streamed else counts
 
     def convert(record: Record, row: int) -> dict[str, Any]:

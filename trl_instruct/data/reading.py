@@ -4,7 +4,7 @@
 """
 
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ class Reading:
             as the template does has been written by it before.
         prompt_suffix: what each text prompt ends with; one that does already stays as it is.
         on_bad_record: "error" stops at a faulty record, "skip" leaves it out and counts it.
+        rating_order: the labels of rankings' `ratings`, best first: `["good", "ok", "poor"]`.
         faults: with a list, faulty records are left out, and each is told there.
         strict: a column that `columns` names must be there; else it is not looked for.
         found: with a list, where the records of each source lie is told there, for later faults.
@@ -37,6 +38,7 @@ class Reading:
     prompt_template: str | None = None
     prompt_suffix: str | None = None
     on_bad_record: str = "error"
+    rating_order: Sequence[Any] | None = None
     faults: list[str] | None = None
     strict: bool = True
     found: list[Source] | None = None
@@ -44,8 +46,8 @@ class Reading:
     @classmethod
     def of(cls, config: Any, *, strict: bool = True) -> "Reading":
         """How a stage's config, or the options of a command, say to read files."""
-        names = ("prompt_template", "prompt_suffix", "on_bad_record", "faults")
-        same: Any = {name: getattr(config, name) for name in names}
+        names = ("prompt_template", "prompt_suffix", "on_bad_record", "rating_order", "faults")
+        same: Any = {name: getattr(config, name, None) for name in names}
         columns = dict(column.partition("=")[::2] for column in config.columns or ())
         return cls(columns, **same, strict=strict and not config.remembered, found=[])
 
