@@ -137,13 +137,9 @@ def post_json(url: str, content: Any, token: str | None, timeout: float, retries
             with httpx.Client(**options) as client:
                 request = client.build_request("POST", url, content=body, headers=headers)
                 # The client's own timeout begins again with every byte.
-                return _read_json(url, within(timeout, partial(_answer, client, request)))
-        except httpx.HTTPStatusError as error:
-            code, last = error.response.status_code, str(error)
-            if code < 500 and code not in WORTH_ANOTHER_TRY:
-                raise _refusal(url, code, last) from error
+                return within(timeout, partial(_answer, client, request))
         except (httpx.HTTPError, OSError) as error:
-            last = brief(str(error)) or type(error).__name__
+            last = brief(str(error), most=400) or type(error).__name__
         if attempt < retries:
             time.sleep(min(LONGEST_WAIT, 2.0**attempt))
     raise RewardUnreachableError(
@@ -152,20 +148,31 @@ def post_json(url: str, content: Any, token: str | None, timeout: float, retries
     )
 
 
-def _answer(client: httpx.Client, request: httpx.Request) -> bytes:
-    """The answer's body, up to MOST_BYTES + 1; HTTPStatusError with the beginning of a refusal."""
-    answer, body = client.send(request, stream=True), b""
-    failed = answer.status_code >= 300
-    with contextlib.suppress(httpx.HTTPError) if failed else contextlib.nullcontext():
+def _answer(client: httpx.Client, request: httpx.Request) -> Any:
+    """The answer's JSON; HTTPStatusError for a failure that may pass, RewardError for others."""
+    answer, body, url = client.send(request, stream=True), b"", request.url
+    code = answer.status_code
+    with contextlib.suppress(httpx.HTTPError) if code >= 300 else contextlib.nullcontext():
         for part in answer.iter_bytes():
             body += part
-            if len(body) > (1000 if failed else MOST_BYTES):
+            if len(body) > (1000 if code >= 300 else MOST_BYTES):
                 break
-    if failed:
+    if code >= 300:
         text = body.decode(errors="replace")
-        told = f"HTTP {answer.status_code} {answer.reason_phrase}: {text}".rstrip(": ")
-        raise httpx.HTTPStatusError(brief(told, most=400), request=request, response=answer)
-    return body
+        told = brief(f"HTTP {code} {answer.reason_phrase}: {text}".rstrip(": "), most=400)
+        failure = httpx.HTTPStatusError(told, request=request, response=answer)
+        if code >= 500 or code in WORTH_ANOTHER_TRY:
+            raise failure
+        advice = f" Set {TOKEN_VARIABLE}, or token=." if code in (401, 403) else ""
+        away = code < 400 or code in (401, 403, 404, 405)
+        kind = RewardUnreachableError if away else RewardError
+        raise kind(f"The server {url} refused with {told}{advice}") from failure
+    if len(body) > MOST_BYTES:
+        raise RewardError(f"The server {url} answered with more than {MOST_BYTES} bytes.")
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RewardError(f"The server {url} did not answer with JSON: {body[:80]!r}") from error
 
 
 def is_loopback(host: str) -> bool:
@@ -174,20 +181,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name
         return f".{host}".lower().endswith(".localhost")
-
-
-def _refusal(url: str, code: int, told: str) -> RewardError:
-    """The error for a status of 300 to 499."""
-    advice = f" Set {TOKEN_VARIABLE}, or token=." if code in (401, 403) else ""
-    away = code < 400 or code in (401, 403, 404, 405)
-    kind = RewardUnreachableError if away else RewardError
-    return kind(f"The server {url} refused with {told}{advice}")
-
-
-def _read_json(url: str, body: bytes) -> Any:
-    if len(body) > MOST_BYTES:
-        raise RewardError(f"The server {url} answered with more than {MOST_BYTES} bytes.")
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RewardError(f"The server {url} did not answer with JSON: {body[:80]!r}") from error
