@@ -152,21 +152,17 @@ def _check_names(
 
 
 def _tokenizers(
-    models: Mapping[str, ModelSource],
-    processing_class: Tokenizer | None,
-    *,
-    trust_remote_code: bool,
+    models: Mapping[str, ModelSource], processing_class: Tokenizer | None, **trust: Any
 ) -> dict[str, Tokenizer]:
     """One per model; without a chat template (base models) it takes that of the first with one."""
     tokenizers = {}
     for name, source in models.items():
         given = processing_class if is_nameless(source) else None
         if given is None:
-            tokenizers[name] = load_tokenizer(source, trust_remote_code=trust_remote_code)
+            tokenizers[name] = load_tokenizer(source, **trust)
         else:
             tokenizers[name] = check_tokenizer(copy.copy(given), model_name(source))
-    templates = (t.chat_template for t in tokenizers.values() if t.chat_template)
-    template = next(templates, None)
+    template = next((t.chat_template for t in tokenizers.values() if t.chat_template), None)
     for tokenizer in tokenizers.values():
         tokenizer.chat_template = tokenizer.chat_template or template
     return tokenizers

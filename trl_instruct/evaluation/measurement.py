@@ -1,6 +1,7 @@
 """What `evaluate` measures of checkpoints: samples, log-probabilities, losses, scores."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -140,12 +141,9 @@ def _sample_all(
     if subject.several:
         tokenizer, sampling = reference.tokenizer, subject.sampling
         token_lists, _ = prompt_tokens(subject.prompts[:], tokenizer, reference.policy, sampling)
-
-        def drawn(mine: list[list[int]]) -> list[list[Completion]]:
-            how = subject.several, sampling, progress
-            return list(sample_several(reference, mine, *how))
-
-        several = [one for row in shared_out(token_lists, drawn) for one in row]
+        how = subject.several, sampling, progress
+        drawn = shared_out(token_lists, lambda mine: [*sample_several(reference, mine, *how)])
+        several = [one for row in drawn for one in row]
     return {name: found[name] for name in subject.models}, several
 
 
@@ -179,11 +177,8 @@ def sample(
     with explained(f"seed is {seed}"):
         seed_process(seed)
     token_lists, _ = prompt_tokens(columns, sampler.tokenizer, sampler.policy, sampling)
-
-    def drawn(mine: list[list[int]]) -> list[Completion]:
-        return complete(sampler, mine, sampling, progress=progress)
-
-    return token_lists, shared_out(token_lists, drawn)
+    how: Any = {"sampling": sampling, "progress": progress}
+    return token_lists, shared_out(token_lists, partial(complete, sampler, **how))
 
 
 @torch.no_grad()

@@ -31,7 +31,10 @@ def tables(evaluation: dict[str, Any]) -> list[list[list[str]]]:
     found = [_score_rows(evaluation)]
     if len(evaluation["models"]) > 1 and evaluation["judges"]:
         found.append(_win_rows(evaluation))
-    found.append(_fluency_rows(evaluation))
+    fluency = [["", *(what.replace("_", "-") for what in FLUENCY)]]
+    for name, model in evaluation["models"].items():
+        fluency.append([name, *(_number(model[what], ".3f") for what in FLUENCY)])
+    found.append(fluency)
     if evaluation["best_of_n"]:
         found.append(_best_rows(evaluation))
     return found
@@ -57,13 +60,6 @@ def _win_rows(evaluation: dict[str, Any]) -> list[list[str]]:
             cells += [show_interval(rate), f"{rate['length_controlled']:.3f}"]
         if cells:
             rows.append([name, *cells])
-    return rows
-
-
-def _fluency_rows(evaluation: dict[str, Any]) -> list[list[str]]:
-    rows = [["", *(what.replace("_", "-") for what in FLUENCY)]]
-    for name, model in evaluation["models"].items():
-        rows.append([name, *(_number(model[what], ".3f") for what in FLUENCY)])
     return rows
 
 

@@ -226,13 +226,8 @@ def float32_head(model: Model) -> Model:
     return model
 
 
-def trained_weights(model: nn.Module) -> dict[nn.Parameter, Tensor]:
-    """The trainable weights, before a TRL trainer rounds them: for `keep_float32`."""
-    return {p: p.data for p in model.parameters() if p.requires_grad}
-
-
 def keep_float32(model: Model, before: dict[nn.Parameter, Tensor]) -> None:
-    """Restore the float32 weights of what trains over a frozen base, from `trained_weights`.
+    """Restore the float32 weights of what trains over a frozen base: those of `before`.
 
     Over a quantised base, TRL's trainers round them to bfloat16: at a learning rate of 1e-5 most
     updates would be lost. Weights added since, a new adapter's, become float32.

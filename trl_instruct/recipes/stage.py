@@ -211,7 +211,7 @@ class StageRun:
     ) -> Any:
         """A trainer, over a new adapter if options ask for one; what trains stays float32."""
         adapter = adapters.new_adapter_config(model, self.model_config, task)
-        trained = adapters.trained_weights(model)
+        trained = {p: p.data for p in model.parameters() if p.requires_grad}
         args = without_secrets(self.config)
         with option_errors():
             trainer = kind(model=model, args=args, peft_config=adapter, **given)

@@ -83,13 +83,15 @@ def plot_accuracy(axes: Any, metrics: Mapping[str, Any], key: str, label: str) -
 def plot_calibration(axes: Any, metrics: Mapping[str, Any]) -> None:
     """Plot how often the higher score wins, against how often the model expects it."""
     bins = metrics["calibration"]
+    floor, high = (metrics.get(f"calibration_floor{end}", math.nan) for end in ("", "_high"))
+    perfect = f"perfect: {floor:.3f}, up to {high:.3f}"
     names = ("expected", "observed", "low", "high")
     expected, observed, low, high = np.array([[one[name] for one in bins] for name in names])
     axes.plot([0.5, 1], [0.5, 1], ls=":", color=CHANCE, label="perfect")
     bars = [observed - low, high - observed]
     axes.errorbar(expected, observed, bars, fmt="o-", capsize=4, color=MODEL)
     axes.set(
-        title=f"calibration error {metrics['calibration_error']:.3f} ({_floor(metrics)})",
+        title=f"calibration error {metrics['calibration_error']:.3f} ({perfect})",
         xlabel="expected: sigmoid(difference of scores)",
         ylabel="observed: the higher score wins",
         xlim=(0.49, 1.01),
@@ -105,11 +107,6 @@ def _plot_lengths(axes: Any, evaluation: RewardEvaluation) -> None:
     correlation = evaluation.metrics["length_correlation"]
     title = f"length, correlation within a prompt {correlation:+.3f} (Spearman)"
     axes.set(title=title, xlabel="tokens of the response", ylabel="score")
-
-
-def _floor(metrics: Mapping[str, Any]) -> str:
-    floor, high = (metrics.get(f"calibration_floor{end}", math.nan) for end in ("", "_high"))
-    return f"perfect: {floor:.3f}, up to {high:.3f}"
 
 
 def _sizes(metrics: dict[str, Any]) -> str:
