@@ -83,26 +83,31 @@ def diagnose_rm(run: FinishedStage) -> Iterator[Finding]:
     if "accuracy" not in metrics:
         yield found("rm", "rm_unmeasured")
         return
-    yield from _rm_against_baselines(metrics)
-    yield from _rm_against_training(metrics)
-    yield from _rm_against_ceiling(metrics)
-
-
-def _rm_against_baselines(metrics: Mapping[str, Any]) -> Iterator[Finding]:
+    low, high = metrics["accuracy_low"], metrics["accuracy_high"]
     if metrics.get("ceiling", 1.0) < 0.5:
         yield found("rm", "labels_reversed", **metrics)
-    if metrics["accuracy_high"] < 0.5:
+    if high < 0.5:
         yield found("rm", "rm_reversed", **metrics)
-    elif _is_open(metrics):
+    elif high - low > RM.WIDE:
         yield found("rm", "rm_too_few", **metrics)
-    elif metrics["accuracy_low"] <= 0.5:
+    elif low <= 0.5:
         yield found("rm", "rm_at_chance", **metrics)
     else:
         yield from _rm_against_length(metrics)
-
-
-def _is_open(metrics: Mapping[str, Any]) -> bool:
-    return metrics["accuracy_high"] - metrics["accuracy_low"] > RM.WIDE
+    trained = metrics.get("train_accuracy")
+    gap = trained is not None and trained - metrics["accuracy"] > RM.MOST_OVERFIT
+    if gap and trained > high >= 0.5:  # of a reversed model the gap says nothing
+        yield found("rm", "rm_overfitted", **metrics)
+    limit, named = metrics.get("ceiling"), "noise ceiling"
+    if limit is None and "agreement" in metrics:
+        limit, named = metrics["agreement"]["mean"], "labeler agreement"
+    if limit is None or limit < 0.5 or high - low > RM.WIDE:
+        return
+    measured = {**metrics, "named": named, "limit": limit}
+    if high >= limit - RM.AT_CEILING:
+        yield found("rm", "rm_at_ceiling", **measured)
+    elif high < limit - RM.BELOW_CEILING:
+        yield found("rm", "rm_undertrained", **measured)
 
 
 def _rm_against_length(metrics: Mapping[str, Any]) -> Iterator[Finding]:
@@ -121,27 +126,6 @@ def _rm_against_length(metrics: Mapping[str, Any]) -> Iterator[Finding]:
         yield found("rm", "rm_below_length", **measured)
     elif abs(correlation) > RM.MUCH_LENGTH:
         yield found("rm", "rm_follows_length", **measured)
-
-
-def _rm_against_training(metrics: Mapping[str, Any]) -> Iterator[Finding]:
-    if metrics.get("train_accuracy") is None or metrics["accuracy_high"] < 0.5:
-        return  # not measured, or reversed, where the gap says nothing
-    gap = metrics["train_accuracy"] - metrics["accuracy"]
-    if gap > RM.MOST_OVERFIT and metrics["train_accuracy"] > metrics["accuracy_high"]:
-        yield found("rm", "rm_overfitted", **metrics)
-
-
-def _rm_against_ceiling(metrics: Mapping[str, Any]) -> Iterator[Finding]:
-    limit, named = metrics.get("ceiling"), "noise ceiling"
-    if limit is None and "agreement" in metrics:
-        limit, named = metrics["agreement"]["mean"], "labeler agreement"
-    if limit is None or limit < 0.5 or _is_open(metrics):
-        return
-    measured = {**metrics, "named": named, "limit": limit}
-    if metrics["accuracy_high"] >= limit - RM.AT_CEILING:
-        yield found("rm", "rm_at_ceiling", **measured)
-    elif metrics["accuracy_high"] < limit - RM.BELOW_CEILING:
-        yield found("rm", "rm_undertrained", **measured)
 
 
 def diagnose_ppo(run: FinishedStage) -> Iterator[Finding]:
