@@ -36,12 +36,9 @@ def load_unsharded() -> None:
 
 def check_saving(accelerator: Accelerator) -> None:
     """InputError if a stage would save only shards at its end."""
-    settings = {
-        DistributedType.FSDP: "fsdp_state_dict_type: FULL_STATE_DICT",
-        DistributedType.DEEPSPEED: "zero3_save_16bit_model: true",
-    }
-    kind, whole = accelerator.distributed_type, True
+    kind, setting, whole = accelerator.distributed_type, "zero3_save_16bit_model: true", True
     if kind == DistributedType.FSDP:
+        setting = "fsdp_state_dict_type: FULL_STATE_DICT"
         whole = "FULL_STATE_DICT" in str(accelerator.state.fsdp_plugin.state_dict_type)
     elif is_zero3(accelerator):
         zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
@@ -49,7 +46,7 @@ def check_saving(accelerator: Accelerator) -> None:
     if not whole:
         raise InputError(
             f"With the launcher's settings of {kind.value} a stage would not save a whole model. "
-            f"Set {settings[kind]} (recipes/accelerate has configs that do)."
+            f"Set {setting} (recipes/accelerate has configs that do)."
         )
 
 

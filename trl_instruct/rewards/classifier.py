@@ -14,6 +14,8 @@ from trl_instruct.rewards.function import Texts, as_text
 from trl_instruct.rewards.score_position import batched_logits
 from trl_instruct.types import Model, Tokenizer
 
+MEASURES = ("probability", "logit", "log_odds")
+
 
 class ClassifierReward:
     """Scores by the labels of a sequence classifier, with its own tokenizer.
@@ -74,8 +76,7 @@ class ClassifierReward:
         # A single label excludes no other: its probability is the sigmoid, too.
         one_of_many = self.model.config.problem_type != "multi_label_classification"
         together = one_of_many and logits.shape[1] > 1
-        measured = MEASURES[self.measure](logits, together)
-        return (measured @ self.weights).tolist()
+        return (_measured(logits, self.measure, together) @ self.weights).tolist()
 
     def _ids(self, prompt: Any, completion: Any) -> list[int]:
         """Tokens of a text, cut from the left to the context."""
@@ -105,19 +106,13 @@ def _weights(labels: Mapping[str, float], model: Model) -> Tensor:
     return weights
 
 
-def _log_odds(logits: Tensor, together: bool) -> Tensor:
-    if not together:
+def _measured(logits: Tensor, measure: str, together: bool) -> Tensor:
+    """The measure of each label, `(B, L)`; `together`: whether one label excludes the others."""
+    if measure == "probability":
+        return logits.softmax(dim=-1) if together else logits.sigmoid()
+    if measure == "logit" or not together:
         return logits
     # log p - log(1 - p), where 1 - p comes from the other labels: exact even if p is near 1
     others = torch.eye(logits.shape[-1], dtype=torch.bool).unsqueeze(0)
     rest = logits.unsqueeze(1).masked_fill(others, -torch.inf).logsumexp(dim=-1)
     return logits - rest
-
-
-MEASURES = {
-    "probability": lambda logits, together: (
-        logits.softmax(dim=-1) if together else logits.sigmoid()
-    ),
-    "logit": lambda logits, together: logits,
-    "log_odds": _log_odds,
-}
