@@ -117,8 +117,7 @@ def evaluate(
             plot(evaluation, run.new / FIGURE)
             say(render(evaluation))
             say(f"\nEvaluation: {run.folder / EVALUATION_FILE}   figure: {run.folder / FIGURE}")
-            run.write_metrics({"prompts": evaluation["prompts"], "models": len(models)})
-        PartialState().wait_for_everyone()
+        run.write_metrics({"prompts": evaluation["prompts"], "models": len(models)})
         return StageResult(run.folder, evaluation)
 
 

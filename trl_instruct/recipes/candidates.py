@@ -70,9 +70,7 @@ def candidates(config: CandidatesConfig, model_config: ModelConfig) -> StageResu
         made += f"{policy}; ranked by {labeler}"
         if run.is_main:
             write_card(run.new, run.repository or run.folder.name, made)
-            metrics = run.write_metrics(metrics)
-        PartialState().wait_for_everyone()
-        return StageResult(run.folder, metrics)
+        return run.write_metrics(metrics)
 
 
 def sample_candidates(

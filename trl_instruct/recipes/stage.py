@@ -314,19 +314,19 @@ class StageRun:
             card.save(self.new / "README.md")
             kept = {CONFIG_FILE, *self.files.incoming()}
             self.files.remove(unless=kept | ({BASE} if adapters.is_adapter(self.new) else set()))
-            metrics = self.write_metrics(metrics)
-        PartialState().wait_for_everyone()
-        return StageResult(self.folder, metrics)
+        return self.write_metrics(metrics)
 
-    def write_metrics(self, metrics: dict[str, Any]) -> dict[str, Any]:
+    def write_metrics(self, metrics: dict[str, Any]) -> StageResult:
         """Write the stage's last file: its name, metrics and seconds. Then publish the folder."""
         seconds = round(time.perf_counter() - self.started, 1)
         metrics = {"stage": self.name, **metrics, "seconds": seconds}
-        write_json(self.new / METRICS_FILE, metrics)
-        self.files.put_in_place()
-        if self.repository is not None:
-            publish(self.folder, self.config, self.repository, self.kind)
-        return metrics
+        if self.is_main:
+            write_json(self.new / METRICS_FILE, metrics)
+            self.files.put_in_place()
+            if self.repository is not None:
+                publish(self.folder, self.config, self.repository, self.kind)
+        PartialState().wait_for_everyone()
+        return StageResult(self.folder, metrics)
 
 
 def starting_point(
