@@ -84,11 +84,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_stays(saved_policy, tmp_p
     sft(saved_policy, data, folder, **STEPS)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     resume = {"resume_from_checkpoint": True}
-    with pytest.raises(InputError, match="checkpoint-2' was written by sft, not by rm"):
+    with pytest.raises(InputError, match="checkpoint-2' was made with stage sft, this run has rm"):
         rm(saved_policy, Dataset.from_list(RANKINGS), folder, eval_size=0, **STEPS, **resume)
-    with pytest.raises(InputError, match="was written by sft, not by ppo"):
+    with pytest.raises(InputError, match="made with stage sft, this run has ppo"):
         ppo(saved_policy, vowels, Dataset.from_list(PROMPTS), folder, **QUICK_PPO, **resume)
-    with pytest.raises(InputError, match="holds a full model, but use_peft is set"):
+    with pytest.raises(InputError, match="made with use_peft False, this run has True"):
         sft(saved_policy, data, folder, use_peft=True, **STEPS, **resume)
     finished = {"resume_from_checkpoint": str(folder)}
     with pytest.raises(InputError, match="is the result of a stage, not a checkpoint"):
@@ -120,9 +120,9 @@ def test_a_reward_models_checkpoint_is_known(tmp_path):
     check_resumable(tmp_path, "ppo", adapter=True)
     (tmp_path / "run.json").write_text('{"run": {"stage": "rm", "use_peft": false}}')
     check_resumable(tmp_path, "rm", adapter=False)
-    with pytest.raises(InputError, match="was written by rm, not by sft"):
+    with pytest.raises(InputError, match="made with stage rm, this run has sft"):
         check_resumable(tmp_path, "sft", adapter=False)
-    with pytest.raises(InputError, match="holds a full model, but use_peft is set"):
+    with pytest.raises(InputError, match="made with use_peft False, this run has True"):
         check_resumable(tmp_path, "rm", adapter=True)
 
 

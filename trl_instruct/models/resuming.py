@@ -100,18 +100,8 @@ def fault_of(folder: Path) -> str | None:
 
 def check_resumable(checkpoint: Path, stage: str, *, adapter: bool) -> None:
     """InputError if a checkpoint is not of this stage, or not an adapter's as the run is."""
-    run = read_json(checkpoint / RUN_FILE)["run"]
-    if run.get("stage", stage) != stage:
-        raise InputError(
-            f"The checkpoint {str(checkpoint)!r} was written by {run['stage']}, not by {stage}. "
-            f"Resume from one of {stage}'s, or choose another output_dir."
-        )
-    if run.get("use_peft", adapter) != adapter:
-        held, needed = ("a full model", "is") if adapter else ("an adapter", "is not")
-        raise InputError(
-            f"The checkpoint {str(checkpoint)!r} holds {held}, but use_peft {needed} set. Resume "
-            "with the options of the run that wrote it."
-        )
+    before = read_json(checkpoint / RUN_FILE)["run"]
+    check_same_run(before, {"stage": stage, "use_peft": adapter}, checkpoint)
 
 
 class ResumableTrainer(Trainer):
