@@ -171,7 +171,7 @@ class Turns(TrainerCallback):
             self.watch(module, "batch_generation", lambda output: output[0][:, -COMPLETION:])
             self.watch(module, "masked_whiten")
         else:
-            self.watch(ours, "generate", lambda output: output[0])
+            self.watch(ours, "draw_in_all", lambda output: output[0])
             self.watch(ours.PPOTrainer, "advantages")
 
     def watch(self, owner: Any, name: str, completions: Callable[..., Any] | None = None) -> None:
