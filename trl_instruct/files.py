@@ -83,13 +83,11 @@ def listed_files(folder: Path) -> dict[str, Mark]:
     """As `read_manifest`; {} too for a file of another kind, or one that lists files elsewhere."""
     try:
         listed = read_manifest(folder)
-    except (OSError, ValueError):
+        ours = all(mark.keys() == {"size", "sha256"} for mark in listed.values())
+    except (OSError, ValueError, AttributeError):
         return {}
-    ours = isinstance(listed, dict) and all(
-        isinstance(mark, dict) and mark.keys() == {"size", "sha256"} for mark in listed.values()
-    )
-    inside = ours and not any({"/", ".."} & {*Path(name).parts} for name in listed)
-    return listed if inside else {}
+    inside = not any({"/", ".."} & {*Path(name).parts} for name in listed)
+    return listed if ours and inside else {}
 
 
 def list_too(path: Path) -> None:

@@ -179,15 +179,13 @@ def canonical_ranking(
     if weight is not None and not (orders.is_number(weight) and weight > 0):
         raise InputError(f"`weight` is {kind_of(weight)}; a finite number > 0 is needed.")
     best: dict[str, int] = {}
-    keys = [r if isinstance(r, str) else repr(r) for r in responses]
-    for index, key in enumerate(keys):
-        if key not in best or ranks[index] < ranks[best[key]]:
-            best[key] = index
+    for index in sorted(range(len(responses)), key=ranks.__getitem__):
+        best.setdefault(repr(responses[index]), index)
     kept = sorted(best.values())
     if len(kept) < 2:
         raise InputError(
-            f"`responses` are {len(keys)} times the same, {kind_of(responses[0])}; a ranking needs "
-            "at least 2 that differ. Delete the record."
+            f"`responses` are {len(responses)} times the same, {kind_of(responses[0])}; a ranking "
+            "needs at least 2 that differ. Delete the record."
         )
     return Ranking(
         prompt=record["prompt"],

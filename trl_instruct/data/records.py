@@ -166,11 +166,7 @@ def prompts_of(
     prompts = load_prompts(source, split, reading=reading)
     if not reading.skips:
         return prompts
-
-    def renders(record: Record) -> None:
-        render_prompt(record["prompt"], tokenizer, record)
-
-    return reading.checked(prompts, renders)
+    return reading.checked(prompts, lambda row: render_prompt(row["prompt"], tokenizer, row))
 
 
 def form_of(record: Record) -> str:
