@@ -129,7 +129,7 @@ def _rm_against_length(metrics: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def diagnose_ppo(run: FinishedStage) -> Iterator[Finding]:
-    """What the checks find whose metrics the run has logged (TRL's own trainer lacks some).
+    """What the checks find in the metrics that the run has logged (TRL's own trainer lacks some).
 
     A run that `stop_when_exploited` ended is as long as its result, up to the judge's peak.
     """
@@ -139,15 +139,15 @@ def diagnose_ppo(run: FinishedStage) -> Iterator[Finding]:
     peak = run.metrics.get("peak_iteration")
     if peak is not None:
         run = run._replace(logs=[log for log in run.logs if log["step"] <= peak])
-    for check, *needed in CHECKS:
-        ended = peak is not None and check is _episodes  # on purpose
-        if not ended and all(run.curve(name) for name in needed):
-            yield from check(run)
+    for check in (_over_optimisation, _kl, _drifts, _value, _steps):
+        yield from check(run)
+    if peak is None:  # else it was ended on purpose
+        yield from _episodes(run)
 
 
 def _over_optimisation(run: FinishedStage) -> Iterator[Finding]:
     steps = [step for step, _ in run.curve("objective/gold")]
-    if len(steps) < PPO.LEAST_ITERATIONS:
+    if len(steps) < PPO.LEAST_ITERATIONS or not run.curve("objective/scores"):
         return
     gold, scores = (_smooth(run.values(f"objective/{n}")) for n in ("gold", "scores"))
     best = max(range(len(gold)), key=gold.__getitem__)
@@ -179,28 +179,22 @@ def _gold_rose(run: FinishedStage) -> bool:
     return gold[-1] > gold[0] + least and gold[-1] >= max(gold) - least
 
 
-def _entropy(run: FinishedStage) -> Iterator[Finding]:
-    was, entropy = _ends(run, "policy/entropy")
-    if entropy < PPO.LEAST_ENTROPY * was:
-        yield found("ppo", "entropy_collapse", was=was, now=entropy)
-
-
-def _length(run: FinishedStage) -> Iterator[Finding]:
-    was, length = _ends(run, "objective/length")
-    if not 1 / PPO.MOST_LENGTH <= length / was <= PPO.MOST_LENGTH:
-        longer = "longer" if length > was else "shorter"
-        yield found("ppo", "length_drift", was=was, now=length, longer=longer)
-
-
-def _ended(run: FinishedStage) -> Iterator[Finding]:
-    was, ended = _ends(run, "objective/ended")
+def _drifts(run: FinishedStage) -> Iterator[Finding]:
+    was, now = _ends(run, "policy/entropy")
+    if now < PPO.LEAST_ENTROPY * was:
+        yield found("ppo", "entropy_collapse", was=was, now=now)
+    was, now = _ends(run, "objective/length")
+    if now / was > PPO.MOST_LENGTH or now / was < 1 / PPO.MOST_LENGTH:
+        longer = "longer" if now > was else "shorter"
+        yield found("ppo", "length_drift", was=was, now=now, longer=longer)
+    was, now = _ends(run, "objective/ended")
     # The continuation of an opening is cut at a length; it has no end of its own.
-    if ended < PPO.LEAST_ENDED and not run.config.get("opening_length"):
-        yield found("ppo", "missing_eos", was=was, now=ended)
+    if now < PPO.LEAST_ENDED and not run.config.get("opening_length"):
+        yield found("ppo", "missing_eos", was=was, now=now)
 
 
 def _value(run: FinishedStage) -> Iterator[Finding]:
-    explained = run.values("val/explained_variance")
+    explained = run.values("val/explained_variance") or [math.nan]
     late = statistics.fmean(explained[len(explained) // 2 :])
     if late < PPO.LEAST_EXPLAINED:
         start = ", or a value function that starts from a reward model (value_model_path)"
@@ -219,7 +213,7 @@ def _value_from_reward(run: FinishedStage) -> bool:
 
 
 def _steps(run: FinishedStage) -> Iterator[Finding]:
-    clipped = statistics.fmean(run.values("policy/clipfrac"))
+    clipped = statistics.fmean(run.values("policy/clipfrac") or [math.nan])
     moved = _kl_per_token(run)
     if clipped > PPO.MOST_CLIPPED:
         yield found("ppo", "clipped_much", clipped=clipped)
@@ -229,6 +223,8 @@ def _steps(run: FinishedStage) -> Iterator[Finding]:
 
 def _episodes(run: FinishedStage) -> Iterator[Finding]:
     curve = run.curve("objective/rlhf_reward")
+    if not curve:
+        return
     rewards, iterations = [reward for _, reward in curve], curve[-1][0]
     fifth = len(rewards) // 5
     if iterations >= PPO.LEAST_ITERATIONS > len(rewards):
@@ -245,26 +241,13 @@ def _episodes(run: FinishedStage) -> Iterator[Finding]:
     yield found("ppo", "too_few_episodes", how_far=how_far)
 
 
-# Each check with the metrics it needs.
-CHECKS: tuple[tuple[Any, ...], ...] = (
-    (_over_optimisation, "objective/gold", "objective/scores"),
-    (_kl, "objective/kl", "objective/length"),
-    (_entropy, "policy/entropy"),
-    (_length, "objective/length"),
-    (_ended, "objective/ended"),
-    (_value, "val/explained_variance"),
-    (_steps, "policy/clipfrac", "objective/kl", "objective/length"),
-    (_episodes, "objective/rlhf_reward"),
-)
-
-
 def _kl_per_token(run: FinishedStage) -> float:
     return _ends(run, "objective/kl")[1] / max(_ends(run, "objective/length")[1], 1.0)
 
 
 def _ends(run: FinishedStage, name: str) -> tuple[float, float]:
-    """Means of the first and of the last tenth of a curve."""
-    values = run.values(name)
+    """Means of the first and of the last tenth of a curve; NaN, beyond no threshold, without it."""
+    values = run.values(name) or [math.nan]
     tenth = max(1, len(values) // 10)
     return statistics.fmean(values[:tenth]), statistics.fmean(values[-tenth:])
 
