@@ -7,7 +7,6 @@ import socket
 import sys
 import threading
 import time
-from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -132,21 +131,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/health":
-            self._answer(HTTPStatus.OK, {"status": "ok", "reward": reward_name(self.server.reward)})
+            self._answer(200, {"status": "ok", "reward": reward_name(self.server.reward)})
         else:
-            self._refuse(HTTPStatus.NOT_FOUND, PATHS)
+            self._refuse(404, PATHS)
 
     def do_POST(self) -> None:
         size, most = self.headers.get("Content-Length", ""), self.server.max_bytes
         if self.path != "/score":
-            self._refuse(HTTPStatus.NOT_FOUND, PATHS)
+            self._refuse(404, PATHS)
         elif not self._authorised():
-            self._refuse(HTTPStatus.UNAUTHORIZED, "The token is missing or wrong.")
+            self._refuse(401, "The token is missing or wrong.")
         elif not re.fullmatch("[0-9]{1,12}", size):
-            self._refuse(HTTPStatus.LENGTH_REQUIRED, "Content-Length is needed.")
+            self._refuse(411, "Content-Length is needed.")
         elif int(size) > most:
-            told = f"The request has {int(size)} bytes; {most} are allowed."
-            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, told)
+            self._refuse(413, f"The request has {int(size)} bytes; {most} are allowed.")
         else:
             self._score(self.rfile.read(int(size)))
             return
@@ -159,13 +157,12 @@ class _Handler(BaseHTTPRequestHandler):
             if not isinstance(request, dict):
                 raise ValueError("an object is needed")
         except (ValueError, RecursionError) as error:
-            self._refuse(HTTPStatus.BAD_REQUEST, f"Not a JSON object: {error}")
+            self._refuse(400, f"Not a JSON object: {error}")
             return
         try:
-            self._answer(HTTPStatus.OK, {"scores": self.server.score(request)})
+            self._answer(200, {"scores": self.server.score(request)})
         except InputError as error:
-            away = isinstance(error, RewardUnreachableError)
-            status = HTTPStatus.SERVICE_UNAVAILABLE if away else HTTPStatus.UNPROCESSABLE_ENTITY
+            status = 503 if isinstance(error, RewardUnreachableError) else 422
             self._refuse(status, getattr(error, "fault", str(error)))
 
     def _authorised(self) -> bool:
@@ -173,10 +170,10 @@ class _Handler(BaseHTTPRequestHandler):
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
         return token is None or hmac.compare_digest(given.encode(), token.encode())
 
-    def _refuse(self, status: HTTPStatus, fault: str) -> None:
+    def _refuse(self, status: int, fault: str) -> None:
         self._answer(status, {"error": fault})
 
-    def _answer(self, status: HTTPStatus, content: dict[str, Any]) -> None:
+    def _answer(self, status: int, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Connection", "close")
