@@ -9,7 +9,6 @@ from datasets import IterableDataset
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import TrainerCallback
 from trl import RewardTrainer
 
 from trl_instruct.console import get_logger
@@ -84,7 +83,8 @@ class RankingRewardTrainer(ResumableTrainer, RewardTrainer):
         self.overlong = self.truncated = 0
         self._probe: list[list[int]] = []
         self._checked = False
-        own = None if isinstance(model, str) else model.config.get_text_config().pad_token_id
+        config = None if isinstance(model, str) else model.config.get_text_config()
+        self._own_pad_token = config and config.pad_token_id
         super().__init__(
             model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
         )
@@ -94,9 +94,22 @@ class RankingRewardTrainer(ResumableTrainer, RewardTrainer):
             self.data_collator = RankingCollator(
                 self.processing_class.pad_token_id, self.args.pad_to_multiple_of
             )
-        callback = _NoPadTokenIfEos(self.processing_class, own)
-        callback.settle(self.model)
-        self.add_callback(callback)
+        self._drop_pad_token()
+
+    def _drop_pad_token(self) -> None:
+        """If pad == eos, the model's config gets no pad token, so the score is read at the EOS.
+
+        TRL and transformers set it when the trainer is built and when it starts. An adapter is
+        saved without a config, so it trains with the pad token that its base has.
+        """
+        if self.processing_class.pad_token_id == self.processing_class.eos_token_id:
+            own = self._own_pad_token if isinstance(self.model, PeftModel) else None
+            self.model.config.get_text_config().pad_token_id = own
+
+    def restore(self) -> None:
+        """As in `ResumableTrainer`, when the training starts."""
+        super().restore()
+        self._drop_pad_token()
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Tokenizer, args: Any, name: str
@@ -296,22 +309,3 @@ def _pair_rows(ranks: Tensor, weights: Tensor) -> Tensor:
     row[ranks > 0] = torch.arange(int((ranks > 0).sum()), device=ranks.device)
     both = row.unsqueeze(2).expand_as(weights), row.unsqueeze(1).expand_as(weights)
     return torch.cat([rows[weights > 0] for rows in both])
-
-
-class _NoPadTokenIfEos(TrainerCallback):
-    """If pad == eos, the model's config gets no pad token, so the score is read at the EOS.
-
-    TRL and transformers set the tokenizer's pad token when the trainer is built and when it starts.
-    An adapter is saved without a config, so it trains with `own`, the pad token of its base.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, own: int | None):
-        self.is_eos, self.own = tokenizer.pad_token_id == tokenizer.eos_token_id, own
-
-    def settle(self, model: Any) -> None:
-        if self.is_eos:
-            text_config = model.config.get_text_config()
-            text_config.pad_token_id = self.own if isinstance(model, PeftModel) else None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.settle(kwargs["model"])
