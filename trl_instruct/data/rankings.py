@@ -131,8 +131,7 @@ def canonical_rankings(
     found = RankingCounts() if counts is None or not streamed else counts
 
     def convert(record: Record, row: int) -> dict[str, Any]:
-        with where.located(row):
-            ranking = canonical(record)
+        ranking = canonical(record)
         if streamed:  # which has no final log: its first of a kind is told
             if ranking.duplicates and not found.duplicates:
                 logger.warning("%s: repeated responses are left out and counted", where.where(row))
@@ -141,12 +140,8 @@ def canonical_rankings(
         found.update(ranking.counts)
         return {name: getattr(ranking, name) for name in ("responses", "ranks", "scores")}
 
-    if reading.skips:
-        dataset = reading.checked(dataset, canonical, where)
-    else:
-        reading.place(where)
     dataset = map_records(
-        dataset,
+        reading.checked(dataset, canonical, where),
         convert,
         with_indices=True,
         remove_columns=[name for name in orders.ORDERS if name in first],

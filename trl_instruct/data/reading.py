@@ -63,11 +63,6 @@ class Reading:
         if self.faults is not None:
             self.faults.append(str(fault))
 
-    def place(self, source: Source) -> None:
-        """Tell where the records of a source lie."""
-        if self.found is not None:
-            self.found.append(source)
-
     def keep(
         self, dataset: AnyDataset, passes: Callable[[Any, int], bool], source: Source, none: str
     ) -> AnyDataset:
@@ -75,16 +70,19 @@ class Reading:
 
         InputError if there are none: `none` says so, with the number of all in braces.
         """
+        kept, place = dataset, source
         if isinstance(dataset, IterableDataset):
-            self.place(source)
-            return dataset.filter(passes, with_indices=True)
-        records = enumerate(iterate(dataset, source=source))
-        rows = [row for row, record in records if passes(record, row)]
-        if not rows:
-            raise InputError(f"{source.name}: {none.format(len(dataset))}")
-        whole = len(rows) == len(dataset)
-        self.place(source if whole else source.narrowed(rows))
-        return dataset if whole else dataset.select(rows)
+            kept = dataset.filter(passes, with_indices=True)
+        else:
+            records = enumerate(iterate(dataset, source=source))
+            rows = [row for row, record in records if passes(record, row)]
+            if not rows:
+                raise InputError(f"{source.name}: {none.format(len(dataset))}")
+            if len(rows) < len(dataset):
+                kept, place = dataset.select(rows), source.narrowed(rows)
+        if self.found is not None:
+            self.found.append(place)
+        return kept
 
     def checked(
         self, dataset: AnyDataset, check: Callable[[Record], Any], source: Source | None = None
