@@ -144,7 +144,7 @@ def _run(name: str, config: Any, model_config: ModelConfig) -> StageResult:
         if config.reward_model_path is None:
             raise InputError("ppo needs reward_model_path: a reward model's folder or Hub id.")
         sources.insert(1, config.reward_model_path)
-    result = STAGES[name][0](*sources, config=config, model_config=model_config)
+    result = STAGES[name](*sources, config=config, model_config=model_config)
     if config.faults is None:
         made = " ".join(result.metrics.get("members") or [str(result)])
         _tell(f"{'reward model' if name == 'rm' else 'policy'}: {made}")
@@ -281,11 +281,7 @@ def label_command(arguments: list[str]) -> None:
     label(options)
 
 
-STAGES: dict[str, Any] = {
-    "sft": (sft, configs.SFTConfig),
-    "rm": (rm, configs.RewardConfig),
-    "ppo": (ppo, configs.PPOConfig),
-}
+STAGES: dict[str, Callable[..., StageResult]] = {"sft": sft, "rm": rm, "ppo": ppo}
 COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     command.__name__.removesuffix("_command").replace("_", "-"): command
     for command in (
@@ -299,7 +295,9 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
 OPTIONS: dict[str, Any] = {
     "pretrain": configs.PretrainConfig,
     "candidates": configs.CandidatesConfig,
-    **{name: config_class for name, (_, config_class) in STAGES.items()},
+    "sft": configs.SFTConfig,
+    "rm": configs.RewardConfig,
+    "ppo": configs.PPOConfig,
     "check": _add_check_options,
     "evaluate": configs.EvaluateConfig,
 }

@@ -1,4 +1,4 @@
-"""The shapes of published files: one short function each, from a file's row to our fields.
+"""The shapes of published files: short functions from a file's row to our fields.
 
 A function gives a record, or a list of them, with `prompt` and what else the row holds:
 `completion` (a demonstration); `responses` with `ranks` (1 = best; None: no place) or `scores`
