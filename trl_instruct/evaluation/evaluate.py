@@ -4,7 +4,6 @@ import copy
 import os
 import statistics
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,9 +92,7 @@ def evaluate(
     prompts = prompts_of(given, split, tokenizer, config.opening_length, reading)
     for name, model in models.items():
         check_format(prompts, tokenizers[name], **{f"model_{name}": model})
-    shown = None
-    if source is not None:
-        shown = load_demonstrations(source, reading=replace(reading, strict=False))
+    shown = None if source is None else load_demonstrations(source, reading=reading.of_another())
     several = config.best_of_n if judges and config.best_of_n > 1 else 0
     asked = tokenizers, prompts, shown, several
     subject = Subject(config, model_config, dict(models), *asked)

@@ -129,17 +129,16 @@ def _plot_frontier(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
         label = f"best of n of {best['model']} by {best['judge']}"
         axes.plot(kl, scores, "o-", ms=4, color=CURVE, label=label)
         for x, y, point in zip(kl, scores, best["points"], strict=True):
-            _write(axes, f"{point['n']}", (x, y), above=5, color=CURVE, fontsize="small")
+            look = {"color": CURVE, "fontsize": "small"}
+            axes.annotate(
+                f"{point['n']}", (x, y), xytext=(4, 5), textcoords="offset points", **look
+            )
     for name, model in evaluation["models"].items():
         if model["kl"] is not None and math.isfinite(model["kl"]):
-            axes.plot(model["kl"], model["scores"][judge]["mean"], "s", color=MODEL)
-            _write(axes, name, (model["kl"], model["scores"][judge]["mean"]), above=-12)
+            place = model["kl"], model["scores"][judge]["mean"]
+            axes.plot(*place, "s", color=MODEL)
+            axes.annotate(name, place, xytext=(4, -12), textcoords="offset points")
     label = f"KL to {evaluation['reference']}, nats per completion"
     axes.set(title=f"{judge} against KL", xlabel=label, ylabel="mean score")
     if best:
         axes.legend(fontsize="small")
-
-
-def _write(axes: Any, text: str, place: tuple[float, float], *, above: int, **look: Any) -> None:
-    """A label at a point, `above` points of type above it."""
-    axes.annotate(text, place, xytext=(4, above), textcoords="offset points", **look)

@@ -39,11 +39,9 @@ class WeightedSum:
     def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> Scores:
         """Scores of the completions, None where no reward applies."""
         scores = [call_part(part, prompts, completions, columns) for part in self.parts]
-        return [self._sum(row) for row in zip(*scores, strict=True)]
-
-    def _sum(self, row: Sequence[float | None]) -> float | None:
-        given = [w * s for w, s in zip(self.weights, row, strict=True) if s is not None]
-        return sum(given) if given else None
+        weighted = (zip(self.weights, row, strict=True) for row in zip(*scores, strict=True))
+        given = [[w * s for w, s in row if s is not None] for row in weighted]
+        return [sum(row) if row else None for row in given]
 
 
 def combined(scores: Sequence[float], how: str, *, beta: float = 1.0) -> float:

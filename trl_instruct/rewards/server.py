@@ -94,10 +94,8 @@ class RewardServer(ThreadingHTTPServer):
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(*connection)
 
-    def score(self, request: dict[str, Any]) -> Scores:
+    def score(self, /, prompts: Any = None, completions: Any = None, **columns: Any) -> Scores:
         """Scores of a request's completions; InputError if it is malformed or the reward fails."""
-        columns = dict(request)
-        prompts, completions = columns.pop("prompts", None), columns.pop("completions", None)
         if not isinstance(prompts, list) or not isinstance(completions, list):
             raise InputError("A request needs the lists `prompts` and `completions`.")
         for name, values in {"prompts": prompts, **columns}.items():
@@ -160,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(400, f"Not a JSON object: {error}")
             return
         try:
-            self._answer(200, {"scores": self.server.score(request)})
+            self._answer(200, {"scores": self.server.score(**request)})
         except InputError as error:
             status = 503 if isinstance(error, RewardUnreachableError) else 422
             self._refuse(status, getattr(error, "fault", str(error)))
