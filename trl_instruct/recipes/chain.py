@@ -82,13 +82,12 @@ def check_format(prompts: AnyDataset, tokenizer: Any, **models: Any) -> None:
     if given == "text" and any(token in first for token in tokenizer.get_added_vocab()):
         return  # text with the special tokens of a template is messages already
     for role, model in models.items():
-        name = name_of(model)
-        run = _read(Path(name)) if name else None
+        run = _read(Path(name_of(model) or "nowhere"))
         known = run.metrics.get("format", given) if run else given
-        if known != given:
+        if run and known != given:
             raise InputError(
-                f"`prompt` is {given}, but the {role.replace('_', ' ')} {name} was trained on "
-                f"{known}, as its metrics.json tells. Give the prompts as {known}."
+                f"`prompt` is {given}, but the {role.replace('_', ' ')} {run.folder} was trained "
+                f"on {known}, as its metrics.json tells. Give the prompts as {known}."
             )
 
 

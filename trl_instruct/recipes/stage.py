@@ -160,10 +160,9 @@ class StageRun:
     def check_source(self) -> None:
         """InputError for a model to start from that this run would remove when it begins."""
         source, here = self.model_config.model_name_or_path, self.folder.resolve()
-        if not self.files.held or self._resumes_here or not source:
-            return
+        removes = self.files.held and not self._resumes_here
         with self._listed_if_dry():
-            if here in (Path(source).resolve(), *Path(source).resolve().parents):
+            if source and removes and Path(source).resolve().is_relative_to(here):
                 raise InputError(
                     f"output_dir {str(self.folder)!r} is the folder of the model to start from, "
                     f"{source!r}, which would be lost. Choose another output_dir."

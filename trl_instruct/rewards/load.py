@@ -113,9 +113,8 @@ def _is_encoder(model: Any) -> bool:
 
 def _check_labels(source: ModelSource, *, trust_remote_code: bool) -> None:
     """InputError for a classifier with several labels: any of them could be the reward."""
-    config: Any = None
     if isinstance(source, nn.Module):
-        config = source.config
+        config: Any = source.config
     else:
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
