@@ -2,7 +2,7 @@
 
     python recipes/report.py runs/tiny/ppo
 
-Options: `--help`. The diagnosis' rules: trl_instruct/diagnosis/stages.py. From Python:
+Options: `--help`. The diagnosis' rules: trl_instruct/diagnosis/findings.yaml. From Python:
 `from trl_instruct import report`.
 """
 
