@@ -217,6 +217,9 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
             ("self.completion_lengths * self.scored", "self.completion_lengths"),
             (".float() - shift_of(self.model)", ".float()"),
             ("ref_policy or model.policy", "model.policy"),
+            ("rtol=0, atol=SAME)", "rtol=0, atol=9.0)"),
+            ("known = by_policy and _says_again", "known = not by_policy or _says_again"),
+            ("rollout.logprobs[mask], state_values", "0 * rollout.logprobs[mask], state_values"),
         ],
     ),
     (
@@ -315,8 +318,10 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         "generation/token_sampling.py",
         "generation/test_token_sampling.py generation/test_sampling.py",
         [
-            ("scores.float() / self.temperature", "scores.float() * self.temperature"),
-            ("scores.float() / self.temperature", "scores.float()"),
+            ("scores, temperature=self.temperature", "scores, temperature=1 / self.temperature"),
+            ("scores, temperature=self.temperature", "scores, temperature=1.0"),
+            ("token_logprobs(log_probs, token.squeeze(1))", "log_probs.amax(dim=1)"),
+            ("new, torch.stack(drawing", "new, 0 * torch.stack(drawing"),
             ("torch.rand_like(below[:, :1])", "torch.rand_like(below[:1, :1])"),
             ("drawn, right=True).clamp(", "drawn, right=True).sub(1).clamp(min=0, "),
             ("input_ids.shape[1] - self.width\n", "input_ids.shape[1]\n"),

@@ -280,11 +280,6 @@ class PPOConfig(SamplingConfig, TrainingArguments):
             )
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise InputError("missing_eos_penalty and missing_eos_score exclude each other.")
-        if self.missing_eos_penalty is not None and self.missing_eos_penalty < 0:
-            raise InputError(
-                f"missing_eos_penalty is {self.missing_eos_penalty}; it is subtracted from the "
-                "score, so give a positive number."
-            )
 
 
 @_with_help
