@@ -176,7 +176,7 @@ def test_bad_options_are_named(options, message):
         ({"dual_clip": 1.0}, "dual_clip is 1.0; it must be above 1"),
         ({"gamma": 1.5}, "gamma is 1.5; it must be between 0 and 1"),
         ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
-        ({"missing_eos_penalty": -1.0}, "give a positive number"),
+        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty is -1.0; it must not be negative"),
         ({"kl_estimator": "k2"}, "kl_estimator is str 'k2'"),
         (
             {"kl_estimator": "k3"},
