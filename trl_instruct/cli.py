@@ -36,9 +36,8 @@ from trl_instruct.recipes.rm import rm
 from trl_instruct.recipes.sft import sft
 from trl_instruct.recipes.stage import StageResult
 from trl_instruct.rewards.function import place_on, reward_name
-from trl_instruct.rewards.http import TOKEN_VARIABLE
+from trl_instruct.rewards.http import LOOPBACK, MOST_REQUEST_BYTES, TOKEN_VARIABLE
 from trl_instruct.rewards.load import load_reward
-from trl_instruct.rewards.server import LOOPBACK, MOST_BYTES, RewardServer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -101,7 +100,7 @@ def parser_of(name: str, **how: Any) -> OptionParser:
 
 def _add_listed(parser: ArgumentParser, name: str) -> None:
     """Add the arguments that options.yaml lists for a command."""
-    words = {"LOOPBACK": LOOPBACK, "MOST_BYTES": MOST_BYTES, "TOKEN": TOKEN_VARIABLE}
+    words = {"LOOPBACK": LOOPBACK, "MOST_BYTES": MOST_REQUEST_BYTES, "TOKEN": TOKEN_VARIABLE}
     words |= {"FORMATS": " ".join(FORMATS), "RECIPES": ", ".join(recipe_names())}
     kinds = {"int": int, "float": float, "Path": Path}
     parser.set_defaults(**TABLES["defaults"].get(name, {}))
@@ -165,6 +164,8 @@ def _tell(message: str) -> None:
 def serve_reward_command(arguments: list[str]) -> None:
     """Serve a reward over HTTP until interrupted."""
     options = _parse("serve-reward", arguments)
+    from trl_instruct.rewards.server import RewardServer
+
     named = options.reward_model_path
     reward = load_reward(
         named if len(named) > 1 else named[0],

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from trl_instruct import cli
+from trl_instruct import cli, serving
 from trl_instruct.errors import InputError
 from trl_instruct.rewards import http as http_reward
 from trl_instruct.rewards import server as reward_server
@@ -39,7 +39,8 @@ def length(prompts, completions, extra=(0, 0, 0)):
 
 @contextmanager
 def running(server):
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    often = {"poll_interval": 0.01} if isinstance(server, HTTPServer) else {}
+    thread = threading.Thread(target=server.serve_forever, kwargs=often)
     thread.start()
     try:
         yield server
@@ -368,20 +369,41 @@ def test_what_a_server_refuses(body, status, message):
         assert ask(server.url, b'{"prompts": ["a"], "completions": ["b"]}')[0] == 200
 
 
-def test_a_request_without_a_size_and_paths_that_are_not_there():
+def test_what_is_no_request_and_paths_that_are_not_there():
     with running(RewardServer(length)) as server:
         assert ask(server.url)[0] == 404
-        assert ask(server.url + "s", b"{}")[0] == 404
+        for path in ("s", "/"):
+            assert ask(server.url + path, b"{}")[0] == 404
         health = ask(server.url.replace("score", "health"))
         assert health == (200, {"status": "ok", "reward": "length"})
         connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
         connection.putrequest("POST", "/score")
         connection.putheader("Content-Length", "-1")
         connection.endheaders()
-        assert connection.getresponse().status == 411
+        assert connection.getresponse().status == 400
         connection.close()
         with pytest.raises(InputError, match="No server can listen at 127.0.0.1"):
             RewardServer(length, port=server.server_port)
+
+
+def test_a_request_may_come_in_parts_without_a_size():
+    """One that is too large is refused before all of it has come."""
+    content = json.dumps({"prompts": PROMPTS, "completions": COMPLETIONS}).encode()
+    with running(RewardServer(length, max_bytes=1000)) as server:
+        for parts, status in ((content[:20], content[20:]), 200), ((b" " * 500,) * 3, 413):
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+            connection.putrequest("POST", "/score")
+            connection.putheader("Transfer-Encoding", "chunked")
+            connection.endheaders()
+            for part in parts:
+                connection.send(b"%x\r\n%s\r\n" % (len(part), part))
+            if status == 200:  # of the other, the end never comes
+                connection.send(b"0\r\n\r\n")
+            answer = connection.getresponse()
+            told = json.loads(answer.read())
+            assert answer.status == status
+            assert told.get("scores") == [1, 2, 3] or "1000 are allowed" in told["error"]
+            connection.close()
 
 
 def test_requests_are_scored_one_at_a_time():
@@ -431,30 +453,81 @@ def test_a_large_request_without_the_token_is_told_so():
 
 
 def test_a_client_that_sends_a_byte_now_and_then_is_dropped(monkeypatch):
-    monkeypatch.setattr(http_reward.time, "sleep", REAL_SLEEP)
-    monkeypatch.setattr(reward_server._Handler, "timeout", 0.3)
-    head = b"POST /score HTTP/1.1\r\nContent-Length: 99\r\n\r\n"
+    monkeypatch.setattr(serving, "PATIENCE", 0.3)
+    head = b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Length: 999\r\n\r\n"
     with running(RewardServer(length)) as server:
-        for start in (b"", head):
-            with socket.create_connection(("127.0.0.1", server.server_port)) as client:
-                client.sendall(start)
-                began = time.monotonic()
-                with pytest.raises(OSError):  # the connection is closed
-                    while time.monotonic() - began < 2:
-                        client.sendall(b"x")
-                        time.sleep(0.02)
+        place = ("127.0.0.1", server.server_port)
+        with socket.create_connection(place, timeout=10) as client:
+            client.sendall(head)
+            assert client.recv(1000).startswith(b"HTTP/1.1 408 ")
+        with socket.create_connection(place) as client:
+            client.sendall(head)
+            began = time.monotonic()
+            with pytest.raises(OSError):  # the connection is closed
+                while time.monotonic() - began < 2:
+                    client.sendall(b"x")
+                    REAL_SLEEP(0.02)
 
 
-def test_threads_are_bounded_and_connections_wait(monkeypatch):
-    monkeypatch.setattr(reward_server, "MOST_THREADS", 2)
-    monkeypatch.setattr(reward_server._Handler, "timeout", 0.2)
+def test_clients_that_never_end_their_headers_keep_nobody_from_being_served():
     before = threading.active_count()
     with running(RewardServer(length)) as server, contextlib.ExitStack() as stack:
-        for _ in range(4):
-            stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port)))
-        REAL_SLEEP(0.1)
-        assert threading.active_count() - before <= 3  # with the one that accepts
-        assert HTTPReward(server.url, retries=0)(PROMPTS, COMPLETIONS) == [1, 2, 3]
+        for start in (b"", b"POST /score HTTP/1.1\r\nX: ") * 100:
+            place = ("127.0.0.1", server.server_port)
+            stack.enter_context(socket.create_connection(place)).sendall(start)
+        for _ in range(3):
+            assert HTTPReward(server.url, retries=0)(PROMPTS, COMPLETIONS) == [1, 2, 3]
+        assert threading.active_count() - before <= 2  # the server's, and the one that scores
+
+
+def test_bodies_are_bounded_and_requests_wait(monkeypatch, capfd):
+    monkeypatch.setattr(reward_server, "MOST_REQUESTS", 2)
+    scores = []
+    with running(RewardServer(length)) as server, contextlib.ExitStack() as stack:
+        for _ in range(2):
+            place = ("127.0.0.1", server.server_port)
+            slow = stack.enter_context(socket.create_connection(place))
+            slow.sendall(b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Length: 999\r\n\r\n")
+        REAL_SLEEP(0.2)
+        client = threading.Thread(
+            target=lambda: scores.extend(HTTPReward(server.url)(PROMPTS, COMPLETIONS))
+        )
+        client.start()
+        REAL_SLEEP(0.2)
+        assert ask(server.url.replace("score", "health"))[0] == 200
+        assert scores == []
+        slow.close()
+        client.join()
+    assert scores == [1, 2, 3]
+    assert capfd.readouterr().err == ""  # a client that has gone is no fault of the server's
+
+
+def test_health_is_told_while_a_request_is_scored_and_the_end_waits_for_that_one_alone():
+    inside, told, ends = threading.Event(), threading.Event(), []
+
+    def judge(prompts, completions):
+        inside.set()
+        assert told.wait(10)
+        return length(prompts, completions)
+
+    def client():
+        try:
+            ends.append(HTTPReward(server.url, retries=0)(PROMPTS, COMPLETIONS))
+        except RewardUnreachableError as error:
+            ends.append("HTTP 503" in str(error) and "The server ends." in str(error))
+
+    with running(RewardServer(judge)) as server:
+        clients = [threading.Thread(target=client) for _ in range(2)]
+        clients[0].start()
+        assert inside.wait(10)
+        assert ask(server.url.replace("score", "health"))[0] == 200
+        clients[1].start()
+        REAL_SLEEP(0.3)
+        server.shutdown()
+        told.set()
+        for each in clients:
+            each.join()
+    assert [1, 2, 3] in ends and True in ends
 
 
 def test_64_clients_that_come_at_once_all_get_a_place():
@@ -500,6 +573,27 @@ def test_the_served_model_is_loaded_as_asked(monkeypatch):
     monkeypatch.setattr(cli, "load_reward", load)
     with pytest.raises(InputError, match="runs/rm in bfloat16"):
         cli.serve_reward_command(["--reward_model_path", "runs/rm", "--dtype", "bfloat16"])
+
+
+@pytest.mark.parametrize("missing", ["starlette.applications", "uvicorn"])
+def test_a_missing_package_is_told_with_the_extra(missing, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, missing, None)
+    for name in ("trl_instruct.serving", "trl_instruct.rewards.server"):
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["serve-reward", "--reward_model_path", "runs/rm"])
+    told = capsys.readouterr().err
+    assert told.startswith("serve-reward: error: ") and told.count("\n") == 1
+    assert "pip install 'trl-instruct[serve]'" in told
+
+
+@pytest.mark.slow
+def test_only_who_serves_loads_a_web_server():
+    code = (
+        "import sys, trl_instruct.cli; print(*{'starlette', 'uvicorn'}.intersection(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 @pytest.mark.slow

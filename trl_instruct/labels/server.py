@@ -8,15 +8,14 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import uvicorn
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
@@ -25,8 +24,9 @@ from starlette.routing import Route
 
 from trl_instruct.console import say
 from trl_instruct.data.labels import Item, LabelStore
-from trl_instruct.errors import NOT_AS_EXPECTED, InputError
+from trl_instruct.errors import InputError
 from trl_instruct.labels.progress import progress
+from trl_instruct.serving import answer, as_json, http_server, listen
 
 PAGE = Path(__file__).with_name("page")
 MOST_BYTES = 256 * 1024  # of a request
@@ -163,8 +163,10 @@ def label_app(page: LabelPage, port: int, names: tuple[str, ...] = ()) -> Starle
     routes = [Route("/", index)]
     for path in PAGE.iterdir():
         routes.append(Route(f"/{path.name}", lambda _, path=path: FileResponse(path)))
+    given: Any = {"most": MOST_BYTES, "fault": "The request is not as the page sends it"}
     for call in (page.next, page.save, page.undo, page.progress, page.ask):
-        routes.append(Route(f"/api/{call.__name__}", _endpoint(call), methods=["POST"]))
+        endpoint = partial(answer, call=call, **given)
+        routes.append(Route(f"/api/{call.__name__}", endpoint, methods=["POST"]))
     return Starlette(routes=routes, middleware=[Middleware(BaseHTTPMiddleware, dispatch=guard)])
 
 
@@ -180,14 +182,14 @@ def _refused(request: Request, cookie: str, token: str, names: tuple[str, ...]) 
         given = request.query_params.get("token", given)
     same_site = request.headers.get("sec-fetch-site", "none") in ("none", "same-origin")
     if not _is_ours(host, names):
-        return _json(403, {"error": f"The host {host!r} is not this server's."})
+        return as_json(403, {"error": f"The host {host!r} is not this server's."})
     if not (opens or same_site) or (origin and urlsplit(origin).netloc != host):
-        return _json(403, {"error": "Requests of other sites are refused."})
+        return as_json(403, {"error": "Requests of other sites are refused."})
     if request.method == "POST" and not origin:
-        return _json(403, {"error": "A request that changes something needs an Origin."})
+        return as_json(403, {"error": "A request that changes something needs an Origin."})
     if not hmac.compare_digest(given.encode(), token.encode()):
         told = "The token is missing or wrong. Open the address that `trl-instruct label` printed."
-        return _json(401, {"error": told})
+        return as_json(401, {"error": told})
     return None
 
 
@@ -199,41 +201,12 @@ def _is_ours(host: str, names: tuple[str, ...]) -> bool:
     return False
 
 
-def _endpoint(call: Callable[[Given], Given]) -> Callable[[Request], Any]:
-    """A request's JSON in, the answer's out, in a thread; faults of the request are told."""
-
-    async def endpoint(request: Request) -> Response:
-        body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > MOST_BYTES:
-                return _json(413, {"error": f"A request may have {MOST_BYTES:,} bytes."})
-        try:
-            return _json(200, await run_in_threadpool(lambda: call(json.loads(body))))
-        except InputError as error:
-            return _json(422, {"error": str(error)})
-        except NOT_AS_EXPECTED as error:
-            return _json(400, {"error": f"The request is not as the page sends it: {error!r}"})
-
-    return endpoint
-
-
-def _json(status: int, content: Mapping[str, Any]) -> Response:
-    """In ASCII, which any text fits into."""
-    return Response(json.dumps(content), status, media_type="application/json")
-
-
 def serve(page: LabelPage, host: str, port: int) -> None:
     """Serve the page until Ctrl-C, or Enter in a terminal; its address is printed."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listening = socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        raise InputError(f"No page can be served at {host}, port {port}: {error}") from error
+    listening, address = listen("No page can be served", host, port)
     port = listening.getsockname()[1]
     app = label_app(page, port, (host.lower(), socket.gethostname().lower()))
-    quiet: Any = {"log_level": "warning", "access_log": False, "server_header": False}
-    server = uvicorn.Server(uvicorn.Config(app, proxy_headers=False, **quiet))
+    server = http_server(app)
 
     def wait_for_enter() -> None:
         server.should_exit = bool(sys.stdin.readline())
@@ -241,8 +214,7 @@ def serve(page: LabelPage, host: str, port: int) -> None:
     in_terminal = sys.stdin.isatty()
     if in_terminal:
         threading.Thread(target=wait_for_enter, daemon=True).start()
-    shown = f"[{host}]" if ":" in host else host
-    say(f"label: http://{shown}:{port}/?token={page.store.token}", secret=True)
+    say(f"label: {address}/?token={page.store.token}", secret=True)
     say(f"Press {'Enter' if in_terminal else 'Ctrl-C'} when the labelling is done.")
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listening])

@@ -47,6 +47,8 @@ class RewardError(InputError):
 class RewardUnreachableError(RewardError):
     """A reward cannot be reached: asking again for single completions would not help."""
 
+    http_status = 503  # of a server whose reward it is: clients try again
+
 
 def call_reward(
     reward: RewardFunction, prompts: Texts, completions: Texts, columns: Columns

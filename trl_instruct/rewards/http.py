@@ -25,7 +25,9 @@ from trl_instruct.rewards.function import (
 
 # Holds the token of a reward server: all users of a machine can see a command line.
 TOKEN_VARIABLE = "REWARD_SERVER_TOKEN"
-MOST_BYTES = 64 * 2**20
+MOST_BYTES = 64 * 2**20  # of an answer
+# Of a server: where it listens, what it takes, unless it is told otherwise.
+LOOPBACK, MOST_REQUEST_BYTES = "127.0.0.1", 16 * 2**20
 LONGEST_WAIT = 30.0
 # The system's, read once: that takes longer than a request.
 _certificates = cache(ssl.create_default_context)

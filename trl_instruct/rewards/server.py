@@ -1,16 +1,12 @@
 """A server for any reward function, which `HTTPReward` talks to."""
 
+import asyncio
 import hmac
-import json
-import re
-import socket
-import sys
 import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import AbstractContextManager
 from typing import Any
 
-from trl_instruct.errors import InputError
+from trl_instruct.errors import InputError, needs_extra
 from trl_instruct.rewards.function import (
     RewardFunction,
     RewardUnreachableError,
@@ -19,23 +15,31 @@ from trl_instruct.rewards.function import (
     is_column,
     reward_name,
 )
-from trl_instruct.rewards.http import TOKEN_VARIABLE, check_token, is_loopback
+from trl_instruct.rewards.http import (
+    LOOPBACK,
+    MOST_REQUEST_BYTES,
+    TOKEN_VARIABLE,
+    check_token,
+    is_loopback,
+)
 
-LOOPBACK = "127.0.0.1"
-MOST_BYTES = 16 * 2**20
-# Seconds for a whole request, after which the client is dropped.
-PATIENCE = 30.0
-# Requests at the same time; more wait in the queue of connections.
-MOST_THREADS = 128
-PATHS = "Use GET /health or POST /score."
+with needs_extra("serve"):
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    from trl_instruct.serving import answer, as_json, http_server, listen
+
+MOST_REQUESTS = 128  # whose bodies are held at the same time; more wait
 
 
-class RewardServer(ThreadingHTTPServer):
+class RewardServer(AbstractContextManager["RewardServer"]):
     """Scores over HTTP: `POST /score` as in `HTTPReward`, `GET /health`.
 
-    One request is scored at a time, a connection carries one. A request that is too large,
-    malformed or without the token is refused; a reward that fails gives status 422 with
-    `{"error": ...}`, one that cannot be reached 503.
+    One request is scored at a time. One that is too large, malformed or without the token is
+    refused; a reward that fails gives status 422 with `{"error": ...}`, one that cannot be reached
+    503. `url` is the address for requests.
 
     Args:
         host: address to listen at; other machines reach the server only if it is not loopback.
@@ -48,9 +52,6 @@ class RewardServer(ThreadingHTTPServer):
             and there is no token; the token cannot be used.
     """
 
-    daemon_threads = True
-    request_queue_size = 1024  # of connections; the standard library's 5 overflows under 64 clients
-
     def __init__(
         self,
         reward: RewardFunction,
@@ -58,127 +59,64 @@ class RewardServer(ThreadingHTTPServer):
         host: str = LOOPBACK,
         port: int = 0,
         token: str | None = None,
-        max_bytes: int = MOST_BYTES,
+        max_bytes: int = MOST_REQUEST_BYTES,
     ):
         self.reward, self.token, self.max_bytes = reward, check_token(token), max_bytes
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         if token is None and not is_loopback(host):
             raise InputError(
                 f"A server at {host!r} would score for other machines without a token. Set "
                 f"{TOKEN_VARIABLE} (or token=), or listen at {LOOPBACK}."
             )
-        self.lock, self.threads = threading.Lock(), threading.Semaphore(MOST_THREADS)
-        try:
-            super().__init__((host, port), _Handler)
-        except (OSError, OverflowError) as error:
-            raise InputError(f"No server can listen at {host}, port {port}: {error}") from error
+        self.socket, address = listen("No server can listen", host, port)
+        self.server_port, self.url = self.socket.getsockname()[1], f"{address}/score"
+        self.lock, self.places = threading.Lock(), asyncio.Semaphore(MOST_REQUESTS)
+        routes = [
+            Route("/health", self._health),
+            Route("/score", self._score, methods=["POST"]),
+            Route("/{path:path}", _not_found, methods=["GET", "POST"]),
+        ]
+        self.server = http_server(Starlette(routes=routes))
 
-    @property
-    def url(self) -> str:
-        """The address for requests."""
-        host = str(self.server_address[0])
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}/score"
+    def serve_forever(self) -> None:
+        """Serve until `shutdown`, or Ctrl-C; the request that is being scored is answered."""
+        self.server.run(sockets=[self.socket.dup()])  # `server_close` may come before its end
 
-    def process_request(self, *connection: Any) -> None:
-        """Handle a request in a thread, as soon as one is free."""
-        self.threads.acquire()
-        super().process_request(*connection)
+    def shutdown(self) -> None:
+        """End `serve_forever`, from another thread."""
+        self.server.should_exit = True
 
-    def shutdown_request(self, *connection: Any) -> None:
-        """End a request, whose thread is free again."""
-        super().shutdown_request(*connection)
-        self.threads.release()
+    def server_close(self) -> None:
+        """Stop listening."""
+        self.socket.close()
 
-    def handle_error(self, *connection: Any) -> None:
-        """Tell what went wrong, unless a client has gone."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handle_error(*connection)
+    def __exit__(self, *_: object) -> None:
+        self.server_close()
 
-    def score(self, /, prompts: Any = None, completions: Any = None, **columns: Any) -> Scores:
-        """Scores of a request's completions; InputError if it is malformed or the reward fails."""
+    async def _health(self, _: Request) -> Response:
+        return as_json(200, {"status": "ok", "reward": reward_name(self.reward)})
+
+    async def _score(self, request: Request) -> Response:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if self.token and not hmac.compare_digest(given.encode(), self.token.encode()):
+            return as_json(401, {"error": "The token is missing or wrong."})
+        async with self.places:
+            return await answer(request, self.max_bytes, self._scores, "Not a JSON object")
+
+    def _scores(self, request: Any) -> dict[str, Scores]:
+        if not isinstance(request, dict):
+            raise ValueError("an object is needed")
+        prompts, completions = request.pop("prompts", None), request.pop("completions", None)
         if not isinstance(prompts, list) or not isinstance(completions, list):
             raise InputError("A request needs the lists `prompts` and `completions`.")
-        for name, values in {"prompts": prompts, **columns}.items():
+        for name, values in {"prompts": prompts, **request}.items():
             if not is_column(values, len(completions)):
                 raise InputError(f"`{name}` must be a list as long as `completions`.")
         with self.lock:
-            return call_part(self.reward, prompts, completions, columns) if completions else []
+            if self.server.should_exit:
+                raise RewardUnreachableError("The server ends.")
+            scores = call_part(self.reward, prompts, completions, request) if completions else []
+        return {"scores": scores}
 
 
-class _Handler(BaseHTTPRequestHandler):
-    server: RewardServer
-    timeout = PATIENCE
-    rfile: Any
-    protocol_version = "HTTP/1.1"
-
-    def setup(self) -> None:
-        super().setup()
-        self.deadline, self.read_raw = time.monotonic() + self.timeout, self.rfile.raw.readinto
-        self.rfile.raw.readinto = self._readinto
-
-    def _readinto(self, buffer: Any) -> int | None:
-        """Read until the deadline: the socket's own timeout begins again with every byte."""
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        self.connection.settimeout(left)
-        try:
-            return self.read_raw(buffer)
-        finally:
-            self.connection.settimeout(self.timeout)  # for what is sent
-
-    def do_GET(self) -> None:
-        if self.path == "/health":
-            self._answer(200, {"status": "ok", "reward": reward_name(self.server.reward)})
-        else:
-            self._refuse(404, PATHS)
-
-    def do_POST(self) -> None:
-        size, most = self.headers.get("Content-Length", ""), self.server.max_bytes
-        if self.path != "/score":
-            self._refuse(404, PATHS)
-        elif not self._authorised():
-            self._refuse(401, "The token is missing or wrong.")
-        elif not re.fullmatch("[0-9]{1,12}", size):
-            self._refuse(411, "Content-Length is needed.")
-        elif int(size) > most:
-            self._refuse(413, f"The request has {int(size)} bytes; {most} are allowed.")
-        else:
-            self._score(self.rfile.read(int(size)))
-            return
-        while self.rfile.read1():  # what is unread when a connection closes resets it
-            pass
-
-    def _score(self, body: bytes) -> None:
-        try:
-            request = json.loads(body)
-            if not isinstance(request, dict):
-                raise ValueError("an object is needed")
-        except (ValueError, RecursionError) as error:
-            self._refuse(400, f"Not a JSON object: {error}")
-            return
-        try:
-            self._answer(200, {"scores": self.server.score(**request)})
-        except InputError as error:
-            status = 503 if isinstance(error, RewardUnreachableError) else 422
-            self._refuse(status, getattr(error, "fault", str(error)))
-
-    def _authorised(self) -> bool:
-        token = self.server.token
-        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        return token is None or hmac.compare_digest(given.encode(), token.encode())
-
-    def _refuse(self, status: int, fault: str) -> None:
-        self._answer(status, {"error": fault})
-
-    def _answer(self, status: int, content: dict[str, Any]) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Connection", "close")
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        """Log nothing: a line per request helps nobody."""
+async def _not_found(_: Request) -> Response:
+    return as_json(404, {"error": "Use GET /health or POST /score."})
