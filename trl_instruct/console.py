@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -53,11 +53,11 @@ def quiet_libraries() -> None:
         if handler is not None:
             handler.addFilter(_make_printable)
     if hasattr(transformers_logging, "set_tqdm_hook"):  # transformers since early 2026
-        transformers_logging.set_tqdm_hook(_without_model_files)
-
-
-def _without_model_files(bar: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    return bar(*args, **{**kwargs, "disable": kwargs.get("desc") in HARMLESS["bars"]})
+        transformers_logging.set_tqdm_hook(
+            lambda bar, args, kwargs: bar(
+                *args, **{**kwargs, "disable": kwargs.get("desc") in HARMLESS["bars"]}
+            )
+        )
 
 
 @contextlib.contextmanager

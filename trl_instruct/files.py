@@ -40,10 +40,14 @@ def written_at_once(path: Path) -> Iterator[TextIO]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file completely or not at all; NaN becomes null."""
-    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
     with written_at_once(path) as file:
-        json.dump(finite, file, indent=2, ensure_ascii=False, allow_nan=False)
+        json.dump(nan_as_null(content), file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
+
+
+def nan_as_null(content: Any) -> Any:
+    """What is to be JSON, with null for each NaN."""
+    return json.loads(json.dumps(content), parse_constant=lambda _: None)
 
 
 def read_json(path: Path) -> dict[str, Any]:

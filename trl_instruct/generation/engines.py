@@ -135,7 +135,7 @@ class VLLMSampler(Sampler):
         if self.engine.mode == "colocate" and self.processes.device.type == "cpu":
             # On a CPU vLLM packs its weights; TRL's way of loading finds no place for new ones.
             self.engine.sync_weights = partial(VLLMSampler._reload, me)
-        self.faults: list[Exception] = []
+        self.faults: list[Exception] = []  # of the server, until the processes have met
         if server and self.processes.is_main_process:
             client = self.engine.vllm_client
             for name in ("update_named_params", "generate"):
@@ -183,12 +183,8 @@ class VLLMSampler(Sampler):
         """As in `Sampler`."""
         with _failing("vLLM did not take the new weights"):
             self.engine.sync_weights()
-            self._raise_deferred()
-
-    def _raise_deferred(self) -> None:
-        """The server's first error, now that the processes have met."""
-        if self.faults:
-            raise self.faults[0]
+            if self.faults:
+                raise self.faults[0]
 
     @torch.no_grad()
     def generate(self, asked: list[list[int]], sampling: Sampling, seed: int) -> tuple[Rows, Any]:
@@ -213,7 +209,8 @@ class VLLMSampler(Sampler):
         torch.manual_seed(seed)
         with _failing("vLLM failed"):
             _, rows, logprobs, _ = engine.generate(asked, images=None, num_generations=1)
-            self._raise_deferred()
+            if self.faults:
+                raise self.faults[0]
         return rows, [[best for best, *_ in row] for row in logprobs]
 
 

@@ -1,12 +1,12 @@
 """How far the labelers are, and how far they agree."""
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from trl_instruct.data.labels import Answer
+from trl_instruct.files import nan_as_null
 
 
 def progress(answers: Sequence[Answer], items: int, labels_per_prompt: int) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def progress(answers: Sequence[Answer], items: int, labels_per_prompt: int) -> d
         Labeled(numbers[item.key], [*range(len(item.responses))], content["ranks"], 1.0, name, None)
         for item, name, _, content in ranked
     ]
-    each = reliability(labeled)
+    each = {name: one for name, one in reliability(labeled).items() if "mean" in one}
     found = []
     for name in sorted({answer.labeler for answer in answers}):
         own = [answer for answer in answers if answer.labeler == name]
@@ -32,17 +32,10 @@ def progress(answers: Sequence[Answer], items: int, labels_per_prompt: int) -> d
                 "skipped": len(own) - len(labels),
                 "flagged": sum(bool(answer.content.get("flag")) for answer in own),
                 "seconds": statistics.median(seconds) if seconds else None,
-                "agreement": _without_nan(each.get(name)),
+                "agreement": each.get(name),
             }
         )
     counts = Counter(answer.item.key for answer in ranked).values()
     done = sum(count >= labels_per_prompt for count in counts)
-    agree = _without_nan(agreement(labeled))
-    return {"items": items, "done": done, "agreement": agree, "labelers": found}
-
-
-def _without_nan(found: dict[str, float] | None) -> dict[str, float | None] | None:
-    """What the page can read; None if nothing was compared."""
-    if not found or "mean" not in found:
-        return None
-    return {name: None if math.isnan(value) else value for name, value in found.items()}
+    told = {"items": items, "done": done, "agreement": agreement(labeled), "labelers": found}
+    return nan_as_null(told)

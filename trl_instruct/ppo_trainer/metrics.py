@@ -15,7 +15,10 @@ from trl_instruct.ppo_trainer.rollouts import Rollout
 def iteration_metrics(
     accelerator: Accelerator, rollout: Rollout, kl: Tensor, returns: Tensor, *, kl_coef: float
 ) -> dict[str, float]:
-    """`episode_metrics` and `value_metrics` over all processes; each passes its own episodes."""
+    """`episode_metrics` and `value_metrics` over all processes; each passes its own episodes.
+
+    sampling/logprob_diff: mean difference of a sampler's own log-probabilities, nats, to those.
+    """
     count = rollout.scored.sum()
     total = accelerator.reduce(count, "sum")
     means = {
@@ -23,17 +26,11 @@ def iteration_metrics(
         for name, mean in episode_metrics(rollout, kl, kl_coef=kl_coef).items()
     }
     means |= value_metrics(*accelerator.gather((rollout.values, returns, rollout.mask)))
-    means |= sampler_metrics(accelerator, rollout)
+    if rollout.sampler_logprobs is not None:
+        apart = (rollout.logprobs - rollout.sampler_logprobs).abs()
+        found = accelerator.gather((apart, rollout.mask & ~apart.isnan()))
+        means["sampling/logprob_diff"] = masked_mean(*found)
     return {name: float(mean) for name, mean in means.items()}
-
-
-def sampler_metrics(accelerator: Accelerator, rollout: Rollout) -> dict[str, Tensor]:
-    """Mean difference of the policy's log-probabilities to the sampler's, nats, if it has any."""
-    if rollout.sampler_logprobs is None:
-        return {}
-    apart = (rollout.logprobs - rollout.sampler_logprobs).abs()
-    found = accelerator.gather((apart, rollout.mask & ~apart.isnan()))
-    return {"sampling/logprob_diff": masked_mean(*found)}
 
 
 def episode_metrics(rollout: Rollout, kl: Tensor, *, kl_coef: float) -> dict[str, Tensor]:
