@@ -34,6 +34,7 @@ from transformers import TrainerCallback, set_seed
 from trl import ModelConfig
 
 from trl_instruct import Bounded, load_prompts, load_reward, ppo
+from trl_instruct.generation.engines import begun
 from trl_instruct.generation.sampling import Sampling, prompt_tokens, sample_several
 from trl_instruct.intervals import mean_interval
 from trl_instruct.models.load import load_policy
@@ -122,7 +123,7 @@ def gold_on_test(policy: Any, tokenizer: Any) -> dict[str, float]:
     sampling = Sampling(OPTIONS["response_length"], batch_size=256)
     ids, _ = prompt_tokens(columns, tokenizer, policy, sampling)
     set_seed(0)
-    texts = [one.text for (one,) in sample_several(policy, tokenizer, ids, 1, sampling)]
+    texts = [one.text for (one,) in sample_several(begun(policy, tokenizer), ids, 1, sampling)]
     return mean_interval(gold_score(columns["prompt"], texts, task=columns["task"]))._asdict()
 
 
