@@ -120,7 +120,7 @@ bench-tiny: install  ## the tiny default for seeds 0, 1, 2 (about ten minutes)
 bench-data: install  ## all stages on the real data in DATA=../shared/data, English and Chinese
 	python benchmarks/real_data.py $(DATA) $(ARGS)
 
-bench-real: weights  ## reward models of SmolLM2-135M on real preferences in DATA, beside TRL's (two hours of one core)
+bench-real: weights  ## reward models of SmolLM2-135M on real preferences in DATA, beside TRL's (three hours of one core)
 	python benchmarks/real_preferences.py $(DATA) $(ARGS)
 
 bench-rankings: install  ## the reward model on real rankings in DATA, beside the length baseline
@@ -141,7 +141,7 @@ bench-ppo: install-trl112  ## PPO: iterations of ours and of TRL 1.12's (about f
 bench-ppo-tiny: install-trl112  ## PPO of ours and of TRL 1.12's on the tiny world: gold, seconds (ten minutes)
 	.venv-trl112/bin/python benchmarks/ppo_tiny.py
 
-bench-critic: install  ## PPO, its critic's options, TRL's RLOO and GRPO, side by side (two hours of one core)
+bench-critic: install  ## PPO, its critic's options, TRL's RLOO and GRPO, side by side (three hours of one core)
 	@$(MAKE) sft rm CONFIG=tiny
 	python benchmarks/critic.py $(DATA)
 
