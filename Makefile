@@ -141,7 +141,7 @@ bench-ppo: install-trl112  ## PPO: iterations of ours and of TRL 1.12's (about f
 bench-ppo-tiny: install-trl112  ## PPO of ours and of TRL 1.12's on the tiny world: gold, seconds (ten minutes)
 	.venv-trl112/bin/python benchmarks/ppo_tiny.py
 
-bench-critic: install  ## PPO, its critic's options, TRL's RLOO and GRPO, side by side (three hours of one core)
+bench-critic: install  ## PPO, its critic's options, TRL's RLOO and GRPO, side by side (two hours of one core)
 	@$(MAKE) sft rm CONFIG=tiny
 	python benchmarks/critic.py $(DATA)
 
