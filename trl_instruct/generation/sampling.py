@@ -1,6 +1,7 @@
 """Prompts -> completions: tokenised, cut to fit, sampled from the policy, decoded."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -136,11 +137,11 @@ class TransformersSampler(Sampler):
     def draw(self, prompts: Rows, sampling: Sampling, **options: Any) -> Drawn:
         """As in `Sampler`."""
         options |= {"eos_token_ids": self.eos_token_ids, "tokenizer": self.tokenizer}
-        if self.accelerator is None or self.accelerator.mixed_precision == "no":
+        with self.accelerator.autocast() if self.accelerator else nullcontext():
             drawn = Drawn(*generate(self.policy, prompts, sampling, **options))
+        if self.accelerator is None or self.accelerator.mixed_precision == "no":
             return drawn._replace(by_policy=drawn.logprobs is not None)
-        with self.accelerator.autocast():
-            return generate(self.policy, prompts, sampling, **options)._replace(logprobs=None)
+        return drawn._replace(logprobs=None)  # rounded otherwise than the update will be
 
 
 class Completion(NamedTuple):
