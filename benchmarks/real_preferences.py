@@ -1,6 +1,6 @@
 """Reward models of SmolLM2-135M on real preferences, beside "longer wins" and TRL's RewardTrainer.
 
-python benchmarks/real_preferences.py ../shared/data [SET ...]    # about three hours of one CPU core
+python benchmarks/real_preferences.py ../shared/data [SET ...]  # about three hours of one CPU core
 
 Three sets: long answers compared by people (K = 4, length helps nobody), instructions ranked by
 GPT-4 (AlpacaEval, K = 4 to 9), dialogues with two replies compared by people (HH). A part of the
