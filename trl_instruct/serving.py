@@ -49,13 +49,14 @@ async def answer(request: Request, most: int, call: Callable[[Any], Any], fault:
     """
     try:
         body = await asyncio.wait_for(_body(request, most), PATIENCE)
-        if len(body) > most:
-            size = request.headers.get("content-length", "too many")
-            return as_json(413, {"error": f"The request has {size} bytes; {most} are allowed."})
-        return as_json(200, await run_in_threadpool(lambda: call(json.loads(body))))
     except (asyncio.TimeoutError, ClientDisconnect):
         told = f"The request did not arrive within {PATIENCE:g} seconds."
         return as_json(408, {"error": told}, Connection="close")
+    if len(body) > most:
+        size = request.headers.get("content-length", "too many")
+        return as_json(413, {"error": f"The request has {size} bytes; {most} are allowed."})
+    try:
+        return as_json(200, await run_in_threadpool(lambda: call(json.loads(body))))
     except InputError as error:
         told = getattr(error, "fault", str(error))
         return as_json(getattr(error, "http_status", 422), {"error": told})

@@ -5,7 +5,7 @@ import math
 import tempfile
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -181,10 +181,8 @@ class VLLMSampler(Sampler):
     @torch.no_grad()
     def follow(self) -> None:
         """As in `Sampler`."""
-        with _failing("vLLM did not take the new weights"):
+        with _failing("vLLM did not take the new weights", deferred=self.faults):
             self.engine.sync_weights()
-            if self.faults:
-                raise self.faults[0]
 
     @torch.no_grad()
     def generate(self, asked: list[list[int]], sampling: Sampling, seed: int) -> tuple[Rows, Any]:
@@ -207,10 +205,8 @@ class VLLMSampler(Sampler):
         # vLLM seeds itself once. In this process it draws from torch's generator; a seed in the
         # request would draw the same completion for the same prompt.
         torch.manual_seed(seed)
-        with _failing("vLLM failed"):
+        with _failing("vLLM failed", deferred=self.faults):
             _, rows, logprobs, _ = engine.generate(asked, images=None, num_generations=1)
-            if self.faults:
-                raise self.faults[0]
         return rows, [[best for best, *_ in row] for row in logprobs]
 
 
@@ -259,10 +255,14 @@ def _deferred(call: Callable[..., Any], faults: list[Exception]) -> Callable[...
 
 
 @contextmanager
-def _failing(what: str, option: str = "use_vllm") -> Iterator[None]:
-    """Turn any error of an engine into a SamplerError."""
+def _failing(
+    what: str, option: str = "use_vllm", deferred: Sequence[Exception] = ()
+) -> Iterator[None]:
+    """Turn any error of an engine, one that was deferred too, into a SamplerError."""
     try:
         yield
+        for error in deferred:
+            raise error
     except Exception as error:
         told = f"{what} ({type(error).__name__}: {summary(error)})"
         raise SamplerError(f"{told}. Leave {option} out to sample without it.") from error

@@ -142,7 +142,7 @@ class ResumableTrainer(Trainer):
             remembered = read_json(checkpoint / RUN_FILE)
             check_same_run(remembered["run"], self.run(), checkpoint)
             self.counts_before = counts = remembered["counts"]
-            self.seconds_before = counts["seconds"]
+            self.seconds_before, self.resumed_from = counts["seconds"], checkpoint
             if checkpoint.resolve() == self.checkpoint_of(counts["step"]).resolve():
                 self.saved_step = counts["step"]
         return checkpoint
@@ -168,6 +168,8 @@ class ResumableTrainer(Trainer):
                 f"The checkpoint is of step {state.global_step}, but this run has "
                 f"{state.max_steps} in all. Train longer, or resume from an earlier checkpoint."
             )
+        if best := state.best_model_checkpoint:  # beside the other, if the run was moved
+            state.best_model_checkpoint = str(self.resumed_from.with_name(Path(best).name))
         state.compute_steps(self.args, state.max_steps)
         scheduler = self.lr_scheduler
         if hasattr(scheduler, "lr_lambdas"):

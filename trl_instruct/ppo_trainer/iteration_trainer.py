@@ -68,8 +68,6 @@ class IterationTrainer(ResumableTrainer):
         self.state = TrainerState(stateful_callbacks=exported)
         if checkpoint is not None:
             self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            if best := self.state.best_model_checkpoint:  # beside this one, if the run was moved
-                self.state.best_model_checkpoint = str(checkpoint.parent / Path(best).name)
             self._load_callback_state()
             self._load_optimizer_and_scheduler(str(checkpoint))
             load_shards(self.accelerator, self.model_wrapped, checkpoint)
