@@ -202,7 +202,7 @@ def with_logprobs(
 
     `ref_policy` is None if the policy is LoRA, with its base as the reference; the temperature is
     that of sampling. A forward pass has up to `batch_size` episodes of similar length.
-    `by_policy`: the policy itself drew; what it said then stands if it says the same again.
+    `by_policy`: the policy itself drew; its log-probabilities then stand if a check agrees.
     """
     if by_policy:
         told: Any = rollout.sampler_logprobs
