@@ -545,7 +545,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
             ("part.squares + part.seen * (part.mean - mean) ** 2", "part.squares"),
             ("(s - mean) / std", "s / std"),
             ("        self.own = Moments()\n", ""),
-            ("len(as_text(completion)) - self.free", "len(as_text(completion))"),
+            ("len(text) - self.free", "len(text)"),
             ("[-self.per_character", "[self.per_character"),
         ],
     ),

@@ -120,10 +120,8 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def progress_bar(name: str, total: int, **options: Any) -> tqdm:
     """A progress bar over `total` steps; `options` are tqdm's."""
-    interval = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
-    return tqdm(
-        desc=one_line(name), total=total, mininterval=interval, dynamic_ncols=True, **options
-    )
+    pause = 0.2 if sys.stderr.isatty() else 10.0  # a log file wants few lines
+    return tqdm(desc=one_line(name), total=total, mininterval=pause, dynamic_ncols=True, **options)
 
 
 def plural(count: int, noun: str) -> str:

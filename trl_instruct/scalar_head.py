@@ -149,8 +149,7 @@ def shift_of(model: Model) -> float:
 
 def keep_shift(model: Model, shift: float, std: float) -> None:
     """Put the demonstrations' mean score and its standard deviation in the model's config."""
-    setattr(model.config, SHIFT, shift)
-    setattr(model.config, STD, std)
+    model.config.update({SHIFT: shift, STD: std})
 
 
 def forget_shift(model: Model) -> None:

@@ -154,7 +154,7 @@ def test_what_cannot_be_exported(tmp_path):
     with pytest.raises(InputError, match="holds no ties, and each of the 1 rankings has some"):
         exported([TIED], tmp_path / "a.json", "label-studio-ranker")
     talk = [{**TALK[0], "responses": [[a("No."), u("?"), a("No.")], [a("Sedge.")]]}]
-    with pytest.raises(InputError, match="hold one text. --to rankings holds messages"):
+    with pytest.raises(InputError, match="hold one text: use --to rankings"):
         exported(talk, tmp_path / "a.json", "argilla-ranking")
     assert (tmp_path / "there.json").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["there.json"]

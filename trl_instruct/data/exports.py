@@ -125,6 +125,4 @@ def _text(response: Any) -> str:
         return response
     if len(response) == 1 and isinstance(response[0]["content"], str):
         return response[0]["content"]
-    raise InputError(
-        f"A response is {kind_of(response)}; tools hold one text. --to rankings holds messages."
-    )
+    raise InputError(f"A response is {kind_of(response)}; tools hold one text: use --to rankings.")

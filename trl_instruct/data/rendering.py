@@ -110,11 +110,8 @@ def render_prompts(
             rows.append(render_prompt(prompt, tokenizer, record_of(columns or {}, row)))
     ended = sum(ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1 for ids in rows)
     if ended:
-        logger.warning(
-            "%d prompts end with EOS once they are in the chat template: it may not know "
-            "add_generation_prompt",
-            ended,
-        )
+        told = "%d prompts end with EOS in the chat template: it may lack add_generation_prompt"
+        logger.warning(told, ended)
     return rows
 
 

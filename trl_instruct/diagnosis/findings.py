@@ -46,11 +46,8 @@ def diagnose(chain: Mapping[str, FinishedStage]) -> list[Finding]:
     """The findings for each stage in a chain, from its own measurements, in the order they ran."""
     checks = {"sft": diagnose_sft, "rm": diagnose_rm, "ppo": diagnose_ppo}
     words = WORDS["any"]["stage_missing"]
-    missing = [
-        Finding(name, "stage_missing", figure=gap, **words)
-        for name, run in chain.items()
-        for gap in run.gaps
-    ]
+    gaps = [(name, gap) for name, run in chain.items() for gap in run.gaps]
+    missing = [Finding(name, "stage_missing", figure=gap, **words) for name, gap in gaps]
     return missing + [f for name in checks if name in chain for f in checks[name](chain[name])]
 
 
@@ -258,10 +255,8 @@ def _window(values: Sequence[float]) -> int:
 
 def _smooth(values: Sequence[float]) -> list[float]:
     """Trailing mean over a sixth of the curve (at least 3 points, fewer at its start)."""
-    window = _window(values)
-    return [
-        statistics.fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)
-    ]
+    window, ends = _window(values), range(1, len(values) + 1)
+    return [statistics.fmean(values[max(0, end - window) : end]) for end in ends]
 
 
 def _error(values: Sequence[float]) -> float:

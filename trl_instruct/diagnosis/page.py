@@ -141,9 +141,7 @@ def read_comparisons(store: str | os.PathLike | None) -> tuple[str, list[list[st
     if store is None:
         return None
     if "://" not in os.fspath(store) and not Path(store).is_file():
-        raise InputError(
-            f"comparisons {os.fspath(store)!r}: no such file. Run label --models first."
-        )
+        raise InputError(f"comparisons {str(store)!r}: no such file. Run label --models first.")
     with needs_extra("label"):
         from trl_instruct.data.labels import LabelStore
         from trl_instruct.labels.comparisons import comparison_rows

@@ -151,8 +151,7 @@ def render(summary: dict[str, Any]) -> str:
     """The summary as a plain-text table with samples below."""
     scores = [s for s in ("gold", "rm") if s in summary]
     titles = {"gold": "gold score (95 %)", "rm": "RM score (95 %)"}
-    header = ["", *(titles[s] for s in scores), "KL to SFT", "tokens", "ended"]
-    rows = [header]
+    rows = [["", *(titles[s] for s in scores), "KL to SFT", "tokens", "ended"]]
     for name in summary["length"]:
         means = [show_interval(summary[s][name]) for s in scores]
         kl = f"{summary['kl']:.2f}" if name == "ppo" else "-"

@@ -94,14 +94,10 @@ def evaluate(
         check_format(prompts, tokenizers[name], **{f"model_{name}": model})
     shown = None if source is None else load_demonstrations(source, reading=reading.of_another())
     several = config.best_of_n if judges and config.best_of_n > 1 else 0
-    asked = tokenizers, prompts, shown, several
-    subject = Subject(config, model_config, dict(models), *asked)
+    subject = Subject(config, model_config, dict(models), tokenizers, prompts, shown, several)
     with run_stage("evaluate", config, model_config) as run:
-        size = config.per_device_eval_batch_size
-        rewards = {
-            name: load_reward(judge, processing_class, batch_size=size, **trust)
-            for name, judge in judges.items()
-        }
+        how: Any = {"batch_size": config.per_device_eval_batch_size, **trust}
+        rewards = {name: load_reward(j, processing_class, **how) for name, j in judges.items()}
         run.begin()
         evaluation = measured_evaluation(subject, rewards)
         evaluation["reward_models"] = {

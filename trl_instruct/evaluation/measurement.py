@@ -30,13 +30,8 @@ from trl_instruct.models.precision import frozen_dtype
 from trl_instruct.models.processes import seed_process, shared_out
 from trl_instruct.models.properties import ModelSource, context_length, evaluating
 from trl_instruct.padding import pad_rows, similar_lengths
-from trl_instruct.rewards.function import (
-    RewardFunction,
-    as_completions,
-    call_reward,
-    merge_states,
-    place_on,
-)
+from trl_instruct.rewards import function
+from trl_instruct.rewards.function import RewardFunction, place_on
 from trl_instruct.types import Model, Tokenizer
 
 JUDGED_AT_ONCE = 512
@@ -220,13 +215,13 @@ def _judge(
             columns, drawn = prompts[part], [completions[row] for row in part]
             asked = columns.pop("prompt")
             columns["completion_ids"] = [completion.ids for completion in drawn]
-            texts = as_completions(asked, [completion.text for completion in drawn])
-            found += call_reward(reward, asked, texts, columns)
+            texts = function.as_completions(asked, [completion.text for completion in drawn])
+            found += function.call_reward(reward, asked, texts, columns)
             progress(len(part))
         return found
 
     judged = shared_out(range(len(completions)), scores)
-    merge_states(reward)
+    function.merge_states(reward)
     return judged
 
 

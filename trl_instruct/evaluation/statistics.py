@@ -73,9 +73,7 @@ def best_of_n(picked_by: Tensor, scores: Mapping[str, Tensor]) -> list[dict[str,
     points = []
     for n in sizes(picked_by.shape[1]):
         chances = chances_to_be_best(picked_by, n)
-        means = {
-            name: (chances * values).sum(dim=1).mean().item() for name, values in scores.items()
-        }
+        means = {k: (chances * own).sum(dim=1).mean().item() for k, own in scores.items()}
         points.append({"n": n, "kl": best_of_n_kl(n), "scores": means})
     return points
 

@@ -130,9 +130,7 @@ def _plot_frontier(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
         axes.plot(kl, scores, "o-", ms=4, color=CURVE, label=label)
         for x, y, point in zip(kl, scores, best["points"], strict=True):
             look = {"color": CURVE, "fontsize": "small"}
-            axes.annotate(
-                f"{point['n']}", (x, y), xytext=(4, 5), textcoords="offset points", **look
-            )
+            axes.annotate(f"{point['n']}", (x, y), (4, 5), textcoords="offset points", **look)
     for name, model in evaluation["models"].items():
         if model["kl"] is not None and math.isfinite(model["kl"]):
             place = model["kl"], model["scores"][judge]["mean"]

@@ -72,9 +72,7 @@ class PagedSampler(Sampler):
     def generate(self, asked: list[list[int]], sampling: Sampling, seed: int) -> tuple[Rows, Any]:
         """As in `Sampler`."""
         if sampling.stop_strings:
-            raise SamplerError(
-                "Continuous batching stops at no stop_strings. Leave one of them out."
-            )
+            raise SamplerError("Continuous batching stops at no stop_strings. Leave one out.")
         how = GenerationConfig(
             **{"max_new_tokens": sampling.response_length, "temperature": sampling.temperature},
             **{"do_sample": True, "top_k": 0, "top_p": 1.0, "eos_token_id": self.eos_token_ids},
@@ -244,12 +242,8 @@ def _deferred(call: Callable[..., Any], faults: list[Exception]) -> Callable[...
         except Exception as error:
             faults.append(error)
             deque((weight for part in given if isinstance(part, Iterator) for weight in part), 0)
-            blank: list[Any] = [[0]] * len(named.get("prompts", ()))
-            return {
-                "prompt_ids": blank,
-                "completion_ids": blank,
-                "logprobs": [[[None]]] * len(blank),
-            }
+            rows: list[Any] = [[0]] * len(named.get("prompts", ()))
+            return {"prompt_ids": rows, "completion_ids": rows, "logprobs": [[[None]]] * len(rows)}
 
     return run
 

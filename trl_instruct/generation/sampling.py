@@ -193,10 +193,8 @@ def decode(
     whole = completion_texts([row for row, _ in rows], tokenizer)
     # Where the first of the strings begins in each text, or None.
     ends = [min((t.index(s) for s in stop_strings if s in t), default=None) for t in whole]
-    return [
-        text if end is None else full[:end]
-        for text, full, end in zip(texts, whole, ends, strict=True)
-    ]
+    found = zip(texts, whole, ends, strict=True)
+    return [text if end is None else full[:end] for text, full, end in found]
 
 
 def unused_sampling(policy: Model) -> dict[str, Any]:

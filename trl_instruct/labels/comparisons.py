@@ -1,5 +1,6 @@
 """Checkpoints compared blindly by people: their answers, and win rates from people's ranks."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,9 +76,7 @@ def comparison_rows(store: LabelStore) -> tuple[str, list[list[str]]]:
     models = [name for names in compared[0].columns["sources"] for name in names]
     numbers = {item.key: number for number, item in enumerate(compared)}
     groups = [numbers[item.key] for item, _ in given]
-    ranks: dict[str, list[float]] = {name: [] for name in models}
-    lengths: dict[str, list[int]] = {name: [] for name in models}
-    ratings: dict[str, list[float]] = {name: [] for name in models}
+    ranks, lengths, ratings = (defaultdict[str, list[Any]](list) for _ in range(3))
     for item, content in given:
         for place, names in enumerate(item.columns["sources"]):
             for name in names:

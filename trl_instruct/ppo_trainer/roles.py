@@ -35,9 +35,8 @@ def check_roles(
     model: nn.Module, ref_model: nn.Module | None, reward_model: Any, value_model: nn.Module
 ) -> None:
     """InputError if one object has two roles."""
-    judges = [
-        p if isinstance(p, nn.Module) else getattr(p, "model", p) for p in parts_of(reward_model)
-    ]
+    parts = parts_of(reward_model)
+    judges = [p if isinstance(p, nn.Module) else getattr(p, "model", p) for p in parts]
     roles = [("model", model), ("ref_model", ref_model), ("value_model", value_model)]
     roles += [("reward_model", judge) for judge in judges]
     for (name, one), (other, two) in combinations(roles, 2):

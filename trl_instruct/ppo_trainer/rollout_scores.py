@@ -45,9 +45,8 @@ def rollout_scores(
     found = [sentence for _, sentences in everywhere for sentence in sentences]
     if found and (not skip or len(found) == sum(count for count, _ in everywhere)):
         function.load_states(reward, before)
-        raise function.RewardError(
-            f"{found[0]}, and {len(found) - 1} more" if found[1:] else found[0]
-        )
+        more = f", and {len(found) - 1} more" if found[1:] else ""
+        raise function.RewardError(f"{found[0]}{more}")
     function.merge_states(reward)
     return scores, len(found)
 

@@ -100,13 +100,11 @@ class RewardModule(nn.Module):
         own, counts = input_ids[:, width:], attention_mask[:, width:].bool().cumprod(dim=1).sum(1)
         last = own.gather(1, (counts - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
         ended = (counts > 0) & (last == self.tokenizer.eos_token_id)
-        texts = decode(own, counts, ended, self.tokenizer)
+        texts = function.as_completions(asked, decode(own, counts, ended, self.tokenizer))
         names = [name for name in records[0] if name not in ("prompt", "input_ids")]
         columns = {name: [record[name] for record in records] for name in names}
         columns["completion_ids"] = unpadded(own, counts)
-        given = function.call_reward(
-            self.reward, asked, function.as_completions(asked, texts), columns
-        )
+        given = function.call_reward(self.reward, asked, texts, columns)
         scores = torch.tensor(given, device=input_ids.device).view(-1, 1, 1)
         hidden = scores.expand(-1, input_ids.shape[1], 1)
         return BaseModelOutput(last_hidden_state=hidden, hidden_states=(hidden,))

@@ -154,11 +154,9 @@ def option_errors() -> Iterator[None]:
         raise
     except json.JSONDecodeError as error:
         raise InputError(f"{error.doc!r} is not a JSON object; one is needed: {error}.") from error
-    except RuntimeError as error:  # a tracker that is not installed
-        if "install" not in str(error):
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "install" not in str(error):  # as of a tracker
             raise
-        raise InputError(" ".join(str(error).split())) from error
-    except (ValueError, TypeError, ImportError, OSError) as error:
         raise InputError(" ".join(str(error).split())) from error
     except Exception as error:  # of the Hub's client, if push_to_hub finds no network or token
         if not type(error).__module__.startswith(("httpx", "huggingface_hub")):

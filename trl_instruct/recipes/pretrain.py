@@ -105,9 +105,8 @@ def tokenize_texts(
             )
         return {"input_ids": rows}
 
-    rows = texts.map(
-        tokenize, batched=True, remove_columns=texts.column_names, desc="tokenizing texts"
-    )
+    columns = texts.column_names
+    rows = texts.map(tokenize, batched=True, remove_columns=columns, desc="tokenizing texts")
     if config.packing:
         return rows
     lengths = [len(row) for row in rows["input_ids"]]

@@ -10,17 +10,9 @@ from pathlib import Path
 import yaml
 from filelock import FileLock, Timeout
 
+from trl_instruct import files
 from trl_instruct.errors import InputError
-from trl_instruct.files import (
-    CONFIG_FILE,
-    MANIFEST_FILE,
-    METRICS_FILE,
-    PARTIAL,
-    Mark,
-    listed_files,
-    mark_of,
-    write_json,
-)
+from trl_instruct.files import CONFIG_FILE, MANIFEST_FILE, METRICS_FILE, PARTIAL, listed_files
 from trl_instruct.models.adapters import FINGERPRINT
 from trl_instruct.models.resuming import all_checkpoints, is_finished
 from trl_instruct.scalar_head import SHIFT_FILE
@@ -152,7 +144,7 @@ class RunFiles:
     def put_in_place(self) -> None:
         """Move the new files to their places, metrics last; ours, wherever a kill comes."""
         marks = listed_files(self.folder)
-        new = {name: mark_of(self.new / name) for name in self.incoming()}
+        new = {name: files.mark_of(self.new / name) for name in self.incoming()}
         there = {name for name in new if os.path.lexists(self.folder / name)}
         for name in there:
             if self._mark(name) != marks.get(name, {}):
@@ -164,7 +156,7 @@ class RunFiles:
             # A config that stays the same is never away: --config may name it.
             (self.new if new[name] == marks[name] else self.folder).joinpath(name).unlink()
         present = {name: mark for name, mark in marks.items() if (self.folder / name).exists()}
-        write_json(self.folder / MANIFEST_FILE, {**present, **new})
+        files.write_json(self.folder / MANIFEST_FILE, {**present, **new})
         for name in sorted(self.incoming(), key=lambda name: name == METRICS_FILE):
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(self.new / name, self.folder / name)
@@ -176,11 +168,11 @@ class RunFiles:
         found = all_checkpoints(self.folder)
         return [path for path in found if not is_finished(path)] if resume else found
 
-    def _mark(self, name: str) -> Mark | None:
+    def _mark(self, name: str) -> files.Mark | None:
         """The mark of a file in the folder; None for links, and what is no file."""
         path = self.folder / name
         here = path.resolve() == self.folder.resolve() / name and path.is_file()
-        return mark_of(path) if here else None
+        return files.mark_of(path) if here else None
 
 
 def fits(name: str, patterns: Iterable[str]) -> bool:

@@ -82,10 +82,8 @@ def common_prefix(input_ids: Tensor, lengths: Tensor, counts: Tensor) -> Tensor:
     rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
     inside = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths.unsqueeze(1) - 1
     agrees = (input_ids == input_ids[first]) & inside
-    agreed = agrees.long().cumprod(dim=1).sum(dim=1)
-    return counts.new_zeros(counts.shape).scatter_reduce(
-        0, rows, agreed, "amin", include_self=False
-    )
+    alike = agrees.long().cumprod(dim=1).sum(dim=1)
+    return counts.new_zeros(counts.shape).scatter_reduce(0, rows, alike, "amin", include_self=False)
 
 
 def split_attention(

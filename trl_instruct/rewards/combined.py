@@ -6,16 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from trl_instruct.errors import InputError
-from trl_instruct.rewards.function import (
-    RewardFunction,
-    RewardUnreachableError,
-    Scores,
-    Texts,
-    as_text,
-    call_part,
-    reward_name,
-    within,
-)
+from trl_instruct.rewards import function
+from trl_instruct.rewards.function import RewardFunction, Scores, Texts, call_part, reward_name
 
 COMBINATIONS = ("mean", "min", "pessimistic")
 
@@ -147,9 +139,8 @@ def pooled(parts: Iterable[Moments]) -> Moments:
     held = list(parts)
     seen = sum(part.seen for part in held)
     mean = sum(part.seen * part.mean for part in held) / max(1, seen)
-    return Moments(
-        seen, mean, sum(part.squares + part.seen * (part.mean - mean) ** 2 for part in held)
-    )
+    squares = sum(part.squares + part.seen * (part.mean - mean) ** 2 for part in held)
+    return Moments(seen, mean, squares)
 
 
 class Normalised:
@@ -202,9 +193,9 @@ class TimeLimit:
         """Scores of the completions, None where the reward does not apply."""
         given = prompts, completions, columns
         try:
-            return within(self.seconds, lambda: call_part(self.parts[0], *given))
+            return function.within(self.seconds, lambda: call_part(self.parts[0], *given))
         except TimeoutError as error:
-            raise RewardUnreachableError(
+            raise function.RewardUnreachableError(
                 f"Reward {self.__name__!r} did not return within {self.seconds:g} seconds for "
                 f"{len(completions)} completions. Mend it, or set another time limit."
             ) from error
@@ -218,5 +209,6 @@ class LengthPenalty:
 
     def __call__(self, prompts: Texts, completions: Texts, **columns: Any) -> list[float]:
         """Scores of the completions, one float each."""
-        excess = [max(0, len(as_text(completion)) - self.free) for completion in completions]
+        texts = map(function.as_text, completions)
+        excess = [max(0, len(text) - self.free) for text in texts]
         return [-self.per_character * characters for characters in excess]

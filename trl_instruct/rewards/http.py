@@ -14,14 +14,8 @@ import httpx2 as httpx
 
 from trl_instruct.console import brief
 from trl_instruct.errors import InputError
-from trl_instruct.rewards.function import (
-    RewardError,
-    RewardUnreachableError,
-    Scores,
-    Texts,
-    is_column,
-    within,
-)
+from trl_instruct.rewards import function
+from trl_instruct.rewards.function import RewardError, RewardUnreachableError, Scores, Texts
 
 # Holds the token of a reward server: all users of a machine can see a command line.
 TOKEN_VARIABLE = "REWARD_SERVER_TOKEN"
@@ -74,7 +68,7 @@ class HTTPReward:
             RewardError: it answered with an error or without scores.
         """
         count = len(completions)
-        given = {k: v for k, v in columns.items() if is_column(v, count)}
+        given = {k: v for k, v in columns.items() if function.is_column(v, count)}
         given |= {"prompts": prompts, "completions": completions}
         scores: Scores = []
         for start in range(0, count, self.batch_size):
@@ -139,7 +133,7 @@ def post_json(url: str, content: Any, token: str | None, timeout: float, retries
             with httpx.Client(**options) as client:
                 request = client.build_request("POST", url, content=body, headers=headers)
                 # The client's own timeout begins again with every byte.
-                return within(timeout, partial(_answer, client, request))
+                return function.within(timeout, partial(_answer, client, request))
         except (httpx.HTTPError, OSError) as error:
             last = brief(str(error), most=400) or type(error).__name__
         if attempt < retries:

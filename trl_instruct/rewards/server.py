@@ -7,21 +7,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from trl_instruct.errors import InputError, needs_extra
-from trl_instruct.rewards.function import (
-    RewardFunction,
-    RewardUnreachableError,
-    Scores,
-    call_part,
-    is_column,
-    reward_name,
-)
-from trl_instruct.rewards.http import (
-    LOOPBACK,
-    MOST_REQUEST_BYTES,
-    TOKEN_VARIABLE,
-    check_token,
-    is_loopback,
-)
+from trl_instruct.rewards import function, http
+from trl_instruct.rewards.function import RewardFunction, RewardUnreachableError, Scores
+from trl_instruct.rewards.http import LOOPBACK, MOST_REQUEST_BYTES, TOKEN_VARIABLE
 
 with needs_extra("serve"):
     from starlette.applications import Starlette
@@ -61,8 +49,8 @@ class RewardServer(AbstractContextManager["RewardServer"]):
         token: str | None = None,
         max_bytes: int = MOST_REQUEST_BYTES,
     ):
-        self.reward, self.token, self.max_bytes = reward, check_token(token), max_bytes
-        if token is None and not is_loopback(host):
+        self.reward, self.token, self.max_bytes = reward, http.check_token(token), max_bytes
+        if token is None and not http.is_loopback(host):
             raise InputError(
                 f"A server at {host!r} would score for other machines without a token. Set "
                 f"{TOKEN_VARIABLE} (or token=), or listen at {LOOPBACK}."
@@ -93,7 +81,7 @@ class RewardServer(AbstractContextManager["RewardServer"]):
         self.server_close()
 
     async def _health(self, _: Request) -> Response:
-        return as_json(200, {"status": "ok", "reward": reward_name(self.reward)})
+        return as_json(200, {"status": "ok", "reward": function.reward_name(self.reward)})
 
     async def _score(self, request: Request) -> Response:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -109,12 +97,13 @@ class RewardServer(AbstractContextManager["RewardServer"]):
         if not isinstance(prompts, list) or not isinstance(completions, list):
             raise InputError("A request needs the lists `prompts` and `completions`.")
         for name, values in {"prompts": prompts, **request}.items():
-            if not is_column(values, len(completions)):
+            if not function.is_column(values, len(completions)):
                 raise InputError(f"`{name}` must be a list as long as `completions`.")
         with self.lock:
             if self.server.should_exit:
                 raise RewardUnreachableError("The server ends.")
-            scores = call_part(self.reward, prompts, completions, request) if completions else []
+            given = self.reward, prompts, completions, request
+            scores = function.call_part(*given) if completions else []
         return {"scores": scores}
 
 
