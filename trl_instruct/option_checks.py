@@ -70,7 +70,8 @@ def check_sampler(config: Any) -> None:
     for switch, values in TABLES["samplers"].items():
         for reason, names in values.get(getattr(config, switch), {}).items():
             check_refused(dict.fromkeys(names.split(), reason), config)
-    if not (config.use_vllm or config.use_transformers_continuous_batching):
+    half = config.bf16 or config.fp16
+    if not (config.use_vllm or config.use_transformers_continuous_batching or half):
         names = [name for name in vars(config) if name.startswith("vllm_importance_sampling_")]
         check_refused(dict.fromkeys(names, "the policy draws for itself."), config)
 

@@ -14,8 +14,10 @@ from trl import ModelConfig
 
 from trl_instruct.configs import SFTConfig
 from trl_instruct.errors import InputError
+from trl_instruct.generation import sampling
+from trl_instruct.generation.logits import completion_logprobs
 from trl_instruct.models import precision
-from trl_instruct.models.precision import autocast_of, cast_lm_head_to_fp32, store_in
+from trl_instruct.models.precision import autocast_of, cast_lm_head_to_fp32, rounded, store_in
 from trl_instruct.models.shared_base import view_of
 from trl_instruct.ppo_trainer import roles
 from trl_instruct.ppo_trainer.rollouts import ValueModel
@@ -158,3 +160,61 @@ def test_a_run_with_frozen_models_in_bfloat16(make_trainer):
     assert {w.dtype for w in plain.ref_model.parameters()} == {torch.float32}
     heads = plain.policy.lm_head, plain.ref_model.lm_head
     assert [type(head).__name__ for head in heads] == ["Float32Linear"] * 2
+
+
+@torch.no_grad()
+def test_a_rounded_model_has_its_cache_in_16_bit_and_leaves_the_other_alone():
+    model = tiny_model(tie_word_embeddings=True)
+    half = rounded(model)
+    assert {w.dtype for w in half.parameters()} == {torch.bfloat16}
+    assert half.lm_head.weight is half.model.embed_tokens.weight
+    assert {w.dtype for w in model.parameters()} == {torch.float32}
+    assert {b.dtype for b in half.buffers()} == {b.dtype for b in model.buffers()}
+    kept = {}
+    with HALF:
+        for name, one in (("whole", model), ("half", half)):
+            kept[name] = one(IDS, use_cache=True).past_key_values.layers[0].keys.dtype
+    assert kept == {"whole": torch.float32, "half": torch.bfloat16}
+
+
+def test_under_bf16_a_policy_samples_from_its_rounded_weights(make_trainer, monkeypatch):
+    """Anew in each iteration; the update weighs each token by the sampler's log-probability."""
+    trainer, heads, drawn = make_trainer(bf16=True, max_steps=2, learning_rate=1e-2), [], []
+    real = sampling.generate
+
+    def spy(policy, prompts, *given, **options):
+        heads.append((policy.lm_head.weight, trainer.policy.lm_head.weight.clone()))
+        drawn.append((policy, prompts, real(policy, prompts, *given, **options)))
+        return drawn[-1][-1]
+
+    monkeypatch.setattr(sampling, "generate", spy)
+    monkeypatch.setattr(sampling, "has_bf16", lambda: True)  # an accelerator
+    trainer.train()
+    for copied, own in heads:
+        torch.testing.assert_close(copied, own.bfloat16(), rtol=0, atol=0)
+    assert not torch.equal(heads[0][0], heads[1][0])
+    assert trainer.sampler.rounded is None
+    assert {w.dtype for w in trainer.policy.parameters()} == {torch.float32}
+    policy, prompts, found = drawn[0]
+    tokens = *sampling.pad_prompts(prompts, torch.device("cpu")), *found[:2]
+    with HALF:
+        again = completion_logprobs(policy, *tokens, temperature=1.0)
+    mask = torch.arange(again.shape[1]) < found.completion_lengths.unsqueeze(1)
+    torch.testing.assert_close(found.logprobs[mask], again[mask], rtol=0, atol=0.02)
+    apart = [log["sampling/logprob_diff"] for log in trainer.state.log_history[:2]]
+    assert all(0 < one < 0.05 for one in apart)
+
+
+def test_what_samples_itself(make_trainer, make_policy, monkeypatch):
+    """A policy on a CPU; with an adapter, whose base is rounded already; without bf16."""
+    adapted = get_peft_model(make_policy(), LoraConfig(target_modules="all-linear"))
+    for there, given in (
+        (False, {"bf16": True}),
+        (True, {"bf16": True, "model": adapted}),
+        (True, {"bf16": False}),
+    ):
+        monkeypatch.setattr(sampling, "has_bf16", lambda there=there: there)
+        sampler = make_trainer(**given).sampler
+        sampler.follow()
+        assert sampler.rounded is None
+        assert sampler.draw([[5, 6]], sampling.Sampling(2)).by_policy is not given["bf16"]

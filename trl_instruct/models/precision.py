@@ -1,5 +1,6 @@
 """Precision: what frozen models are stored in, and language models' heads in float32."""
 
+import copy
 from collections.abc import Container
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -43,6 +44,12 @@ def store_in(model: nn.Module, dtype: torch.dtype, shared: Container[nn.Paramete
             for weight in module.parameters(recurse=False):
                 if weight not in kept and weight not in shared:
                     weight.data = weight.data.to(dtype)
+
+
+def rounded(model: Model) -> Model:
+    """A copy that does not train, its weights in bfloat16, its buffers as they are."""
+    weights = {id(w): nn.Parameter(w.bfloat16(), requires_grad=False) for w in model.parameters()}
+    return copy.deepcopy(model, weights)
 
 
 def autocast_of(model: nn.Module) -> AbstractContextManager:
