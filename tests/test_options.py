@@ -200,6 +200,7 @@ OWN = {
             "models/test_precision.py::test_a_run_with_frozen_models_in_bfloat16",
             "frozen_dtype cast_lm_head_to_fp32",
         ),
+        ("models/test_precision.py::test_frozen_models_wait_on_the_cpu", "offload_frozen"),
         ("ppo_trainer/test_ema.py::test_the_average_is_what_is_saved", "ema_decay"),
         ("ppo_trainer/test_ppo_curves.py::test_samples_are_shown", "num_sample_generations"),
         ("ppo_trainer/test_ppo_run.py::test_how_long_a_run_is", "total_episodes"),

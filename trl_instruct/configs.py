@@ -214,6 +214,7 @@ class PPOConfig(SamplingConfig, TrainingArguments):
     rollout_batch_size: int | None = None
     vllm_importance_sampling_correction: bool = True
     vllm_importance_sampling_clip_max: float = 3.0
+    offload_frozen: bool = False
     missing_eos_penalty: float | None = None
     missing_eos_score: float | None = None
     on_error: Literal["stop", "skip"] = "stop"

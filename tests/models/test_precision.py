@@ -218,3 +218,38 @@ def test_what_samples_itself(make_trainer, make_policy, monkeypatch):
         sampler.follow()
         assert sampler.rounded is None
         assert sampler.draw([[5, 6]], sampling.Sampling(2)).by_policy is not given["bf16"]
+
+
+def test_frozen_models_wait_on_the_cpu(make_trainer, make_reward_model, tokenizer, monkeypatch):
+    """Reference, reward and gold are on the device while they work, one after the other."""
+    judges = [RewardModel(make_reward_model(seed=seed), tokenizer) for seed in (5, 6)]
+    given = {"reward_model": judges[0], "gold": judges[1], "max_steps": 2}
+    moves, move = [], roles.place_on
+
+    def spy(frozen, device, *rest):
+        moves.append((frozen, "the device" if device is trainer.args.device else device))
+        return move(frozen, device, *rest)
+
+    kept, trainer = (make_trainer(offload_frozen=one, **given) for one in (False, True))
+    monkeypatch.setattr(roles, "place_on", spy)
+    trainer.train()
+    frozen = (trainer.ref_model, *judges)
+    assert moves == [(one, place) for one in frozen for place in ("the device", "cpu")] * 2
+    moves.clear()
+    kept.train()
+    assert moves == []
+    for name, weight in kept.model.state_dict().items():
+        torch.testing.assert_close(trainer.model.state_dict()[name], weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", ["one base", "8 bit"])
+def test_frozen_models_that_cannot_be_moved(make_trainer, make_policy, tokenizer, how):
+    policy = get_peft_model(make_policy(), LoraConfig(target_modules="all-linear"))
+    judge = tiny_model(classifier=True)
+    judge.is_loaded_in_8bit = how == "8 bit"
+    if how == "one base":
+        judge.model = policy.get_base_model().model
+    given = {"model": policy, "reward_model": RewardModel(judge, tokenizer)}
+    with pytest.raises(InputError, match="offload_frozen moves whole frozen models"):
+        make_trainer(offload_frozen=True, **given)
+    make_trainer(**given)

@@ -155,3 +155,17 @@ def test_the_table(base):
         "policy           6          6  0.0  float32\n"
         "about 8.6 MB at 8 x 64 tokens: weights 7.6, gradients 0.0, optimizer 0.0, activations 0.9"
     )
+
+
+def test_frozen_models_that_wait_count_once(base):
+    """Of 104 and 52 bytes beside the policy's 24 + 80 the larger is there at a time."""
+    roles = {"policy": Model(base), "ref_policy": Model(nn.Linear(5, 4, bias=False))}
+    roles |= {"reward": Model(nn.Linear(5, 4, bias=False)).half()}
+    work = [Work(1, 2, predicted=1)]
+    found = {
+        waits: estimate(roles, work, arguments(offload_frozen=waits)).weights
+        for waits in (False, True)
+    }
+    assert found == {False: 104 + 104 + 52, True: 104 + 104}
+    on_cpu = arguments(offload_frozen=True, device=torch.device("cpu"))
+    assert estimate(roles, work, on_cpu).weights == found[False]

@@ -183,10 +183,8 @@ def gathered_states(
     if accelerator.distributed_type not in SHARDED:
         return [None] * len(names)
     state: dict[str, Tensor] = accelerator.get_state_dict(model) or {}
-    return [
-        {k.removeprefix(f"{name}."): w for k, w in state.items() if k.startswith(f"{name}.")}
-        for name in names
-    ]
+    heads = [f"{name}." for name in names]
+    return [{k.removeprefix(h): w for k, w in state.items() if k.startswith(h)} for h in heads]
 
 
 def load_shards(accelerator: Accelerator, model: nn.Module, checkpoint: Path) -> None:

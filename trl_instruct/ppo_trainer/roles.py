@@ -2,7 +2,8 @@
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from trl import ModelConfig
 
 from trl_instruct.configs import PPOConfig
 from trl_instruct.errors import InputError
+from trl_instruct.models import precision
 from trl_instruct.models.adapters import is_quantized, with_lora
 from trl_instruct.models.load import load_policy, load_reward_model, reference_of
 from trl_instruct.models.precision import cast_lm_head_to_fp32, rounds_frozen, store_in
@@ -207,22 +209,42 @@ def place_frozen(
     judges: Sequence[RewardFunction | None],
     tokenizer: Tokenizer,
     *,
-    dtype: torch.dtype,
+    args: PPOConfig,
     trained: Sequence[nn.Module],
 ) -> None:
-    """Put frozen models on the run's device, stored in `dtype` except what they share with those
+    """Put frozen models in their place, stored in `frozen_dtype` except what they share with those
     that train; tell the rewards whose tokens they get.
 
     The reference is stored so only if the policy computes in that dtype: else it would differ.
+    InputError if `offload_frozen` cannot move one.
     """
-    shared = {weight for model in trained for weight in model.parameters()}
+    shared, dtype = {w for m in trained for w in m.parameters()}, precision.frozen_dtype(args)
+    place = torch.device("cpu") if args.offload_frozen else accelerator.device
+    parts = [p for judge in judges if judge is not None for p in parts_of(judge)]
+    models = [ref_model, *(getattr(part, "model", None) for part in parts)]
+    moved = [m for m in models if isinstance(m, nn.Module) and args.offload_frozen]
+    if any(is_quantized(m) or shared & {*m.parameters()} for m in moved):
+        raise InputError(
+            "offload_frozen moves whole frozen models; one here has 8 or 4 bits, or it shares its "
+            "weights with a model that trains, where they cost nothing. Leave the option out."
+        )
     if ref_model is not None:
         disable_dropout_and_rescaling(ref_model)
         if dtype is MIXED.get(accelerator.mixed_precision):
             store_in(ref_model, dtype, shared)
-        ref_model.eval().requires_grad_(False).to(accelerator.device)
+        ref_model.eval().requires_grad_(False).to(place)
         cast_like_sharded(accelerator, ref_model)
     for judge in judges:
         if judge is not None:
-            place_on(judge, accelerator.device, dtype, shared)
+            place_on(judge, place, dtype, shared)
             tell_tokenizer(judge, tokenizer)
+
+
+@contextmanager
+def in_use(frozen: Any, args: PPOConfig) -> Iterator[None]:
+    """Inside, a frozen model or reward is on the run's device: with `offload_frozen` only here."""
+    if args.offload_frozen and frozen is not None:
+        place_on(frozen, args.device)
+    yield
+    if args.offload_frozen and frozen is not None:
+        place_on(frozen, "cpu")

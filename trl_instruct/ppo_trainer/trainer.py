@@ -24,7 +24,6 @@ from trl_instruct.generation.sampler import Sampler, SamplerError, draw_in_all
 from trl_instruct.generation.sampling import pad_prompts, prompt_tokens
 from trl_instruct.generation.token_sampling import Sampling
 from trl_instruct.models import sharding
-from trl_instruct.models.precision import frozen_dtype
 from trl_instruct.models.properties import evaluating, model_name
 from trl_instruct.models.tokenizers import check_tokenizer
 from trl_instruct.option_checks import check_arguments
@@ -48,7 +47,7 @@ from trl_instruct.ppo_trainer.metrics import (
 )
 from trl_instruct.ppo_trainer.micro_batch import add_ptx_gradient, ppo_sums
 from trl_instruct.ppo_trainer.ptx import PretrainingRows, pretraining_rows
-from trl_instruct.ppo_trainer.roles import check_roles, place_frozen, reference_for
+from trl_instruct.ppo_trainer.roles import check_roles, in_use, place_frozen, reference_for
 from trl_instruct.ppo_trainer.rollout_scores import judged_metrics, rollout_scores, without_eos
 from trl_instruct.ppo_trainer.rollouts import (
     PolicyAndValue,
@@ -132,7 +131,7 @@ class PPOTrainer(IterationTrainer):
             )
         sharding.check_launch(self.accelerator, [model, value_model], args)
         frozen = self.accelerator, self.ref_model, [self.reward, self.gold], processing_class
-        place_frozen(*frozen, dtype=frozen_dtype(args), trained=[model, value_model])
+        place_frozen(*frozen, args=args, trained=[model, value_model])
         self.kl_coef, self.judged = args.kl_coef, []
         self.skipped = 0
         self.average: MovingAverage | None = None
@@ -212,7 +211,7 @@ class PPOTrainer(IterationTrainer):
             blank = torch.zeros_like(drawn.completion_ids, dtype=torch.float32)  # not known yet
             rollout = Rollout(*tokens, blank, blank, blank, blank[:, 0], drawn.logprobs)
             how: Any = {"temperature": self.args.temperature, "by_policy": drawn.by_policy}
-            with evaluating(model), self.accelerator.autocast():
+            with evaluating(model), self.accelerator.autocast(), in_use(self.ref_model, self.args):
                 return with_logprobs(rollout, model, self.ref_model, batch_size=size, **how)
 
     def score(self, rollout: Rollout, rows: Sequence[int]) -> Rollout:
@@ -223,7 +222,7 @@ class PPOTrainer(IterationTrainer):
         """
         given = self.reward_inputs(rollout, rows)
         skip = self.args.on_error == "skip"
-        with self.saved_on(RewardError):
+        with self.saved_on(RewardError), in_use(self.reward, self.args):
             found, self.skipped = rollout_scores(self.reward, *given, rows=rows, skip=skip)
         scores = torch.tensor(found, device=rollout.scores.device)
         return rollout._replace(scores=without_eos(scores, rollout.ended, self.args))
@@ -245,7 +244,8 @@ class PPOTrainer(IterationTrainer):
         if self.gold is None:
             return {}
         given, iteration = self.reward_inputs(rollout, rows), self.state.global_step + 1
-        return judged_metrics(self.gold, *given, rows=rows, iteration=iteration)
+        with in_use(self.gold, self.args):
+            return judged_metrics(self.gold, *given, rows=rows, iteration=iteration)
 
     def rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Per-token rewards including the KL penalty, and the KL itself: each `(B, C)`."""

@@ -147,9 +147,11 @@ def estimate(roles: Mapping[str, nn.Module | None], works: Sequence[Work], args:
     packed = sum(_count(p) for p in held if not p.is_floating_point())
     share = args.world_size if launched_sharded() else 1
     ddp = args.world_size > 1 and not launched_sharded()
-    on_cpu = args.device.type == "cpu"
+    on_cpu, waiting = args.device.type == "cpu", [0]
+    if getattr(args, "offload_frozen", False) and not on_cpu:  # one is there at a time
+        waiting = [row.bytes for row in rows if row.role.startswith(("ref", "reward"))] or waiting
     return Estimate(
-        weights=sum(row.bytes for row in rows),
+        weights=sum(row.bytes for row in rows) - sum(waiting) + max(waiting),
         gradients=(2 if ddp else 1) * gradients // share,
         optimizer=optimizer_bytes(str(getattr(args.optim, "value", args.optim)), trainable)
         // share,

@@ -85,15 +85,13 @@ class RankingRewardTrainer(ResumableTrainer, RewardTrainer):
         self._checked = False
         config = None if isinstance(model, str) else model.config.get_text_config()
         self._own_pad_token = config and config.pad_token_id
-        super().__init__(
-            model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs
-        )
+        data = data_collator, train_dataset, eval_dataset
+        super().__init__(model, args, *data, processing_class, **kwargs)
         if self.args.disable_dropout:
             disable_dropout(self.model)  # TRL's misses rates outside nn.Dropout (OPT)
         if data_collator is None:
-            self.data_collator = RankingCollator(
-                self.processing_class.pad_token_id, self.args.pad_to_multiple_of
-            )
+            pad = self.processing_class.pad_token_id
+            self.data_collator = RankingCollator(pad, self.args.pad_to_multiple_of)
         self._drop_pad_token()
 
     def _drop_pad_token(self) -> None:
