@@ -8,7 +8,8 @@ python benchmarks/over_optimisation.py --rule            # the rule that stops, 
 
 A run is called REWARD-KL_COEF-PASSES-SEED and adds one line to runs/over_optimisation/runs.jsonl;
 what is there, or at work in another process, is skipped: start two to use two cores. Base, SFT
-policy, rankings and reward models of a seed are made when they are first needed.
+policy, rankings and reward models of a seed are made when they are first needed. `--runs FILE` is
+another file of runs: over_optimisation.jsonl beside this script has those of the table in docs.
 
 No run is stopped. Each keeps the policy of every iteration and notes what gold and a member that
 is no part of the reward (member 4) say in it, so that the rule can be asked afterwards where it
@@ -138,7 +139,7 @@ def run(reward: str, kl_coef: float, passes: int, seed: int) -> dict[str, Any]:
     result = ppo(source, given, "tiny:prompts", callbacks=[kept], **options)
     logs = json.loads((result.path / "trainer_state.json").read_text(encoding="utf-8"))
     logs = [log for log in logs["log_history"] if "objective/gold" in log]
-    series = {name: [log.get(f"objective/{name}") for log in logs] for name in SERIES}
+    series = {name: [rounded(log.get(f"objective/{name}")) for log in logs] for name in SERIES}
     policy, tokenizer = load_policy(str(result), ModelConfig()), load_tokenizer(source)
     found: dict[str, Any] = {"series": series, "test": {"end": gold_on_test(policy, tokenizer)}}
     for name in JUDGES:
@@ -149,6 +150,11 @@ def run(reward: str, kl_coef: float, passes: int, seed: int) -> dict[str, Any]:
     return {"reward": reward, "kl_coef": kl_coef, "passes": passes, "seed": seed, **found} | {
         "seconds": seconds
     }
+
+
+def rounded(value: float | None) -> float | None:
+    """A value to four digits, a tenth of what 256 completions tell."""
+    return None if value is None else float(f"{value:.4g}")
 
 
 class Stop(NamedTuple):
@@ -168,9 +174,9 @@ def stop_of(series: dict[str, list], name: str) -> Stop | None:
     return None
 
 
-def read() -> list[dict[str, Any]]:
+def read(file: Path) -> list[dict[str, Any]]:
     """The runs that are finished."""
-    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.is_file() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return [json.loads(line) for line in lines]
 
 
@@ -240,11 +246,12 @@ def main() -> None:
     """Run what is missing, or show what there is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="A pattern of the runs' names.")
+    parser.add_argument("--runs", type=Path, default=RESULTS, help="The file of finished runs.")
     parser.add_argument("--table", action="store_true", help="Print the table.")
     parser.add_argument("--rule", action="store_true", help="Print how the rule fares.")
     options = parser.parse_args()
     if options.table or options.rule:
-        print("\n".join((table if options.table else rule)(read())))
+        print("\n".join((table if options.table else rule)(read(options.runs))))
         return
     disable_progress_bars()
     RUNS.mkdir(parents=True, exist_ok=True)
@@ -254,10 +261,10 @@ def main() -> None:
             continue
         try:
             with FileLock(RUNS / f"{name}.lock", timeout=0):
-                if (reward, kl_coef, passes, seed) in map(key_of, read()):
+                if (reward, kl_coef, passes, seed) in map(key_of, read(options.runs)):
                     continue
                 found = run(reward, kl_coef, passes, seed)
-                with RESULTS.open("a", encoding="utf-8") as file:
+                with options.runs.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(found) + "\n")
                 ends = {end: round(gold["mean"], 3) for end, gold in found["test"].items()}
                 print(f"{name}: {ends}", flush=True)

@@ -47,12 +47,13 @@ class Work(NamedTuple):
 class Estimate(NamedTuple):
     """Estimated bytes of a step at its peak, in one process.
 
-    weights: of all roles. gradients: of those that train; once more for DDP's buckets; a process's
-    share with FSDP and ZeRO, which reduce them in every micro-batch. optimizer: its state, also
-    shared so. copies: autocast's, two bytes of each float32 weight that trains, which it keeps from
-    the forward pass to its end (frozen weights are rounded one at a time, or stored so). process:
-    on CPU, code and the allocator's waste, and pages of a quantised model's file: they stay mapped.
-    activations: see `activation_bytes`.
+    weights: of all roles that are there at once. gradients: of those that train; once more for
+    DDP's buckets; a process's share with FSDP and ZeRO, which reduce them in every micro-batch.
+    optimizer: its state, also shared so. copies: autocast's, two bytes of each float32 weight that
+    trains, which it keeps from the forward pass to its end (frozen weights are rounded one at a
+    time, or stored so); the copy that a policy draws with takes less. process: on CPU, code and the
+    allocator's waste, and pages of a quantised model's file: they stay mapped. activations: see
+    `activation_bytes`.
     """
 
     weights: int
