@@ -73,7 +73,7 @@ def check_sampler(config: Any) -> None:
     half = config.bf16 or config.fp16
     if not (config.use_vllm or config.use_transformers_continuous_batching or half):
         names = [name for name in vars(config) if name.startswith("vllm_importance_sampling_")]
-        check_refused(dict.fromkeys(names, "the policy draws for itself."), config)
+        check_refused(dict.fromkeys(names, "the policy draws without bf16 or fp16."), config)
 
 
 def check_numbers(config: Any) -> None:
@@ -106,8 +106,9 @@ def check_training(config: Any) -> None:
             raise InputError(f"{name} is {getattr(config, name)!r}; a JSON object is needed.")
     if config.dataloader_persistent_workers and not config.dataloader_num_workers:
         raise InputError("dataloader_persistent_workers needs dataloader_num_workers above 0.")
-    if getattr(config, "activation_offloading", False) and not torch.accelerator.is_available():
-        raise InputError("activation_offloading moves activations off a GPU; there is none.")
+    for name in ("activation_offloading", "offload_frozen"):
+        if getattr(config, name, False) and not torch.accelerator.is_available():
+            raise InputError(f"{name} moves what a GPU would hold; there is none. Leave it out.")
     if getattr(config, "kl_estimator", None) == "k3":
         raise InputError(
             "kl_estimator is 'k3'; as a reward, its gradient is that of KL(policy || ref) - "

@@ -9,17 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import logging
 
@@ -36,10 +29,11 @@ def register_scalar_head(config_class: type[PreTrainedConfig]) -> None:
 
     Does nothing if it has one already, or if the model is not a language model.
     """
-    known = config_class in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-    if known or not all(config_class in m for m in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING)):
+    known = config_class in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    writers, backbones = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING
+    if known or config_class not in writers or config_class not in backbones:
         return
-    backbone = MODEL_MAPPING[config_class]
+    backbone = backbones[config_class]
     name = backbone.__name__.removesuffix("Model") + "ForSequenceClassification"
     # The backbone's base class has the prefix of its weights, their initialisation, ...
     family = next(c for c in backbone.__mro__[1:] if issubclass(c, Model))

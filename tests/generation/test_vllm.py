@@ -5,8 +5,10 @@
 
 import inspect
 import json
+import sys
 import weakref
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -96,6 +98,18 @@ def begun(monkeypatch, tokenizer):
         return sampler
 
     return begin
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_process_group_of_others_outlives_the_engine(begun, policy, monkeypatch, there):
+    """vLLM ends torch's group with its engine: not if accelerate had made it before."""
+    state, ended = ModuleType("parallel_state"), []
+    state.destroy_distributed_environment = lambda: ended.append(True)
+    monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", state)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: there)
+    begun(policy)
+    state.destroy_distributed_environment()
+    assert bool(ended) is not there
 
 
 def test_trls_class_is_as_the_sampler_uses_it():
@@ -260,7 +274,7 @@ def test_engines_that_fail(begun, policy, monkeypatch, tokenizer):
     ("options", "told"),
     [
         ({"vllm_mode": "server"}, "vllm_mode is not an option here: use_vllm is not set"),
-        ({"vllm_importance_sampling_clip_max": 2.0}, "the policy draws for itself"),
+        ({"vllm_importance_sampling_clip_max": 2.0}, "the policy draws without bf16"),
         ({"use_vllm": True, "vllm_server_timeout": 1.0}, "vllm_mode is not server"),
         (
             {"use_vllm": True, "vllm_mode": "server", "vllm_tensor_parallel_size": 2},

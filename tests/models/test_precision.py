@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from conftest import byte_tokenizer, tiny_model
 from peft import LoraConfig, get_peft_model
 from test_roles import roles_of
@@ -177,6 +178,16 @@ def test_a_rounded_model_has_its_cache_in_16_bit_and_leaves_the_other_alone():
     assert kept == {"whole": torch.float32, "half": torch.bfloat16}
 
 
+def on_a_gpu(trainer, sharded=False):
+    """Tell the sampler that the trainer's device is one."""
+    own = trainer.accelerator
+    kind = DistributedType.FSDP if sharded else own.distributed_type
+    there = {"device": SimpleNamespace(type="cuda"), "distributed_type": kind}
+    there |= {"mixed_precision": own.mixed_precision, "autocast": own.autocast}
+    trainer.sampler.accelerator = SimpleNamespace(**there)
+    return trainer
+
+
 def test_under_bf16_a_policy_samples_from_its_rounded_weights(make_trainer, monkeypatch):
     """Anew in each iteration; the update weighs each token by the sampler's log-probability."""
     trainer, heads, drawn = make_trainer(bf16=True, max_steps=2, learning_rate=1e-2), [], []
@@ -188,8 +199,7 @@ def test_under_bf16_a_policy_samples_from_its_rounded_weights(make_trainer, monk
         return drawn[-1][-1]
 
     monkeypatch.setattr(sampling, "generate", spy)
-    monkeypatch.setattr(sampling, "has_bf16", lambda: True)  # an accelerator
-    trainer.train()
+    on_a_gpu(trainer).train()
     for copied, own in heads:
         torch.testing.assert_close(copied, own.bfloat16(), rtol=0, atol=0)
     assert not torch.equal(heads[0][0], heads[1][0])
@@ -205,51 +215,71 @@ def test_under_bf16_a_policy_samples_from_its_rounded_weights(make_trainer, monk
     assert all(0 < one < 0.05 for one in apart)
 
 
-def test_what_samples_itself(make_trainer, make_policy, monkeypatch):
-    """A policy on a CPU; with an adapter, whose base is rounded already; without bf16."""
+def test_what_samples_itself(make_trainer, make_policy):
+    """A policy on a CPU; sharded; with an adapter, whose base is rounded already; without bf16."""
     adapted = get_peft_model(make_policy(), LoraConfig(target_modules="all-linear"))
-    for there, given in (
-        (False, {"bf16": True}),
-        (True, {"bf16": True, "model": adapted}),
-        (True, {"bf16": False}),
+    for there, sharded, given in (
+        (False, False, {"bf16": True}),
+        (True, True, {"bf16": True}),
+        (True, False, {"bf16": True, "model": adapted}),
+        (True, False, {"bf16": False}),
     ):
-        monkeypatch.setattr(sampling, "has_bf16", lambda there=there: there)
-        sampler = make_trainer(**given).sampler
+        trainer = make_trainer(**given)
+        sampler = (on_a_gpu(trainer, sharded) if there else trainer).sampler
         sampler.follow()
         assert sampler.rounded is None
-        assert sampler.draw([[5, 6]], sampling.Sampling(2)).by_policy is not given["bf16"]
+        drawn = sampler.draw([[5, 6]], sampling.Sampling(2))
+        assert drawn.by_policy is not given["bf16"]
+    whole = on_a_gpu(make_trainer(bf16=True))
+    whole.sampler.follow()
+    assert whole.sampler.rounded is not None
 
 
 def test_frozen_models_wait_on_the_cpu(make_trainer, make_reward_model, tokenizer, monkeypatch):
     """Reference, reward and gold are on the device while they work, one after the other."""
     judges = [RewardModel(make_reward_model(seed=seed), tokenizer) for seed in (5, 6)]
-    given = {"reward_model": judges[0], "gold": judges[1], "max_steps": 2}
+    given = {"reward_model": judges[0], "gold": judges[1], "max_steps": 2, "bf16": False}
     moves, move = [], roles.place_on
 
     def spy(frozen, device, *rest):
-        moves.append((frozen, "the device" if device is trainer.args.device else device))
+        moves.append((frozen, "the device" if isinstance(device, torch.device) else device))
         return move(frozen, device, *rest)
 
-    kept, trainer = (make_trainer(offload_frozen=one, **given) for one in (False, True))
     monkeypatch.setattr(roles, "place_on", spy)
+    kept = make_trainer(**given)
+    assert moves == [(judge, "the device") for judge in judges]
+    kept.train()
+    assert len(moves) == 2
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    moves.clear()
+    trainer = make_trainer(offload_frozen=True, **given)
+    assert moves == [(judge, "cpu") for judge in judges]
+    moves.clear()
     trainer.train()
     frozen = (trainer.ref_model, *judges)
     assert moves == [(one, place) for one in frozen for place in ("the device", "cpu")] * 2
-    moves.clear()
-    kept.train()
-    assert moves == []
     for name, weight in kept.model.state_dict().items():
         torch.testing.assert_close(trainer.model.state_dict()[name], weight, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("how", ["one base", "8 bit"])
-def test_frozen_models_that_cannot_be_moved(make_trainer, make_policy, tokenizer, how):
+def test_which_frozen_models_wait(make_trainer, make_policy, tokenizer, monkeypatch):
+    """Not those over the policy's base or of 8 bits, nor rewards without a model."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     policy = get_peft_model(make_policy(), LoraConfig(target_modules="all-linear"))
-    judge = tiny_model(classifier=True)
-    judge.is_loaded_in_8bit = how == "8 bit"
-    if how == "one base":
-        judge.model = policy.get_base_model().model
-    given = {"model": policy, "reward_model": RewardModel(judge, tokenizer)}
-    with pytest.raises(InputError, match="offload_frozen moves whole frozen models"):
-        make_trainer(offload_frozen=True, **given)
-    make_trainer(**given)
+    over_base, packed, whole = (
+        RewardModel(tiny_model(classifier=True, seed=seed), tokenizer) for seed in (1, 2, 3)
+    )
+    over_base.model.model = policy.get_base_model().model
+    packed.model.is_loaded_in_8bit = True
+    given = {"model": policy, "bf16": False, "offload_frozen": True}
+    for judge in (over_base, packed, lambda prompts, completions: [0.0] * len(prompts)):
+        with pytest.raises(InputError, match="no frozen model here can wait on the CPU"):
+            make_trainer(reward_model=judge, **given)
+    trainer = make_trainer(reward_model=over_base, gold=whole, **given)
+    waiting, _ = trainer.in_use.args
+    assert waiting == [whole]
+
+
+def test_without_an_accelerator_nothing_can_be_offloaded(ppo_config):
+    with pytest.raises(InputError, match="offload_frozen moves what a GPU would hold"):
+        ppo_config(offload_frozen=True)

@@ -91,21 +91,19 @@ def test_activations():
     """2 rows of 8 tokens: 16 x 10 numbers a layer of 4 bytes; logits of 5 tokens, three times."""
     work = Work(rows=2, length=8, predicted=5)
     logits = 2 * 5 * 100 * 4
-    plain = activation_bytes(work, **SIZES, checkpointing=False)
+    plain = activation_bytes(work, **SIZES, kept=3 * 16)
     assert plain == 16 * (3 * 16 * 10) * 4 + 3 * logits
-    spared = activation_bytes(work, **SIZES, checkpointing=True)
+    spared = activation_bytes(work, **SIZES, kept=3 + 16)
     assert spared == 16 * ((3 + 16) * 10) * 4 + 3 * logits
-    two = activation_bytes(work._replace(models=2), **SIZES, checkpointing=True)
+    two = activation_bytes(work._replace(models=2), **SIZES, kept=3 + 16)
     assert two == 2 * 16 * ((3 + 16) * 10) * 4 + 3 * logits
-    read = activation_bytes(work._replace(backward=False), **SIZES, checkpointing=False)
+    read = activation_bytes(work._replace(backward=False), **SIZES, kept=3 * 16)
     assert read == 16 * (2 * 3 * 10) * 4 + logits
-    half = activation_bytes(
-        work._replace(backward=False), **{**SIZES, "width": 2}, checkpointing=False
-    )
+    half = activation_bytes(work._replace(backward=False), **{**SIZES, "width": 2}, kept=3 * 16)
     assert half == 16 * (2 * 3 * 10) * 2 + logits // 2
-    tiles = activation_bytes(work._replace(tile=300), **SIZES, checkpointing=False)
+    tiles = activation_bytes(work._replace(tile=300), **SIZES, kept=3 * 16)
     assert tiles == 16 * (3 * 16 * 10) * 4 + 300 * 4
-    few = activation_bytes(work._replace(tile=5000), **SIZES, checkpointing=False)
+    few = activation_bytes(work._replace(tile=5000), **SIZES, kept=3 * 16)
     assert few == 16 * (3 * 16 * 10) * 4 + logits  # fewer than a tile
 
 
@@ -158,14 +156,26 @@ def test_the_table(base):
 
 
 def test_frozen_models_that_wait_count_once(base):
-    """Of 104 and 52 bytes beside the policy's 24 + 80 the larger is there at a time."""
+    """The reference or the whole reward is there at a time, beside the policy's 24 + 80 bytes."""
     roles = {"policy": Model(base), "ref_policy": Model(nn.Linear(5, 4, bias=False))}
-    roles |= {"reward": Model(nn.Linear(5, 4, bias=False)).half()}
+    roles |= {name: Model(nn.Linear(5, 4, bias=False)).half() for name in ("reward", "reward 2")}
+    roles["reward 3"] = Model(nn.Linear(5, 4, bias=False)).half()
     work = [Work(1, 2, predicted=1)]
     found = {
         waits: estimate(roles, work, arguments(offload_frozen=waits)).weights
         for waits in (False, True)
     }
-    assert found == {False: 104 + 104 + 52, True: 104 + 104}
+    assert found == {False: 104 + 104 + 3 * 52, True: 104 + 3 * 52}
     on_cpu = arguments(offload_frozen=True, device=torch.device("cpu"))
     assert estimate(roles, work, on_cpu).weights == found[False]
+
+
+def test_under_checkpointing_8_bit_layers_keep_their_inputs(base):
+    """Found with the peak of a step: bitsandbytes holds them where torch cannot drop them."""
+    packed = Model(nn.Linear(5, 4, bias=False).requires_grad_(False))
+    recomputes, works = arguments(gradient_checkpointing=True), [Work(1, 4, 0)]
+    found = estimate({"policy": packed}, works, recomputes).activations
+    assert found == 4 * (3 + 16) * 10 * 4
+    packed.base.weight.data = packed.base.weight.data.to(torch.int8)
+    assert estimate({"policy": packed}, works, recomputes).activations == found + 4 * 3 * 7 * 10 * 4
+    assert estimate({"policy": packed}, works, arguments()).activations == 4 * 3 * 16 * 10 * 4

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 import tempfile
 import weakref
 from collections import deque
@@ -117,6 +118,7 @@ class VLLMSampler(Sampler):
         names = [field.name for field in fields(SamplingConfig) if field.name.startswith("vllm_")]
         given = {name.removeprefix("vllm_"): getattr(self.options, name) for name in names}
         given["trust_remote_code"] = self.options.trust_remote_code
+        in_group = torch.distributed.is_initialized()
         with needs_extra("vllm"):
             from trl.generation import vllm_generation
         with (
@@ -133,6 +135,10 @@ class VLLMSampler(Sampler):
         if self.engine.mode == "colocate" and self.processes.device.type == "cpu":
             # On a CPU vLLM packs its weights; TRL's way of loading finds no place for new ones.
             self.engine.sync_weights = partial(VLLMSampler._reload, me)
+        if self.engine.mode == "colocate" and in_group:
+            # vLLM ends torch's process group with its engine, even one that was there before.
+            state = vars(sys.modules["vllm.distributed.parallel_state"])
+            state["destroy_distributed_environment"] = lambda: None
         self.faults: list[Exception] = []  # of the server, until the processes have met
         if server and self.processes.is_main_process:
             client = self.engine.vllm_client

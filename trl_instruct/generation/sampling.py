@@ -17,7 +17,7 @@ from trl_instruct.generation.token_sampling import NEVER, Sampling
 from trl_instruct.models.precision import rounded
 from trl_instruct.models.properties import context_length, evaluating
 from trl_instruct.models.sharding import SHARDED
-from trl_instruct.option_checks import check_stop_strings, has_bf16
+from trl_instruct.option_checks import check_stop_strings
 from trl_instruct.padding import completion_lengths, left_padded_mask, unpadded
 from trl_instruct.types import Model, Tokenizer
 
@@ -146,9 +146,9 @@ class TransformersSampler(Sampler):
     def follow(self) -> None:
         """As in `Sampler`."""
         held, whole = self.accelerator, not isinstance(self.policy, PeftModel)
-        if held is None or held.distributed_type in SHARDED:
+        if held is None or held.distributed_type in SHARDED or held.device.type == "cpu":
             return
-        if whole and held.mixed_precision == "bf16" and has_bf16():
+        if whole and held.mixed_precision == "bf16":
             self.rounded = rounded(self.policy)
 
     def draw(self, prompts: Rows, sampling: Sampling, **options: Any) -> Drawn:

@@ -45,7 +45,7 @@ def policy_loss(
 
 
 def importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, *, clip_max: float) -> Tensor:
-    """Truncated importance sampling of tokens that another program drew: `(N,)` weights of losses.
+    """Truncated importance sampling of tokens that a sampler drew: `(N,)` weights of losses.
 
     weight = min(policy / sampler, clip_max), both before the update; 1 where the sampler's
     log-probability is NaN. All are `(N,)`. Yao et al. 2025, "Your efficient RL framework secretly

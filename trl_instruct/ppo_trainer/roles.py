@@ -2,9 +2,10 @@
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -211,40 +212,44 @@ def place_frozen(
     *,
     args: PPOConfig,
     trained: Sequence[nn.Module],
-) -> None:
+) -> Callable[[Any], AbstractContextManager[None]]:
     """Put frozen models in their place, stored in `frozen_dtype` except what they share with those
-    that train; tell the rewards whose tokens they get.
+    that train; tell the rewards whose tokens they get. Returns `in_use` for these models.
 
-    The reference is stored so only if the policy computes in that dtype: else it would differ.
-    InputError if `offload_frozen` cannot move one.
+    The reference is stored so only if the policy computes in that dtype: else it would differ. With
+    `offload_frozen` models wait on the CPU, but for those over weights that train, and of 8 or 4
+    bits. InputError if that leaves none.
     """
     shared, dtype = {w for m in trained for w in m.parameters()}, precision.frozen_dtype(args)
-    place = torch.device("cpu") if args.offload_frozen else accelerator.device
-    parts = [p for judge in judges if judge is not None for p in parts_of(judge)]
-    models = [ref_model, *(getattr(part, "model", None) for part in parts)]
-    moved = [m for m in models if isinstance(m, nn.Module) and args.offload_frozen]
-    if any(is_quantized(m) or shared & {*m.parameters()} for m in moved):
-        raise InputError(
-            "offload_frozen moves whole frozen models; one here has 8 or 4 bits, or it shares its "
-            "weights with a model that trains, where they cost nothing. Leave the option out."
-        )
+    waiting = [one for one in (ref_model, *judges) if args.offload_frozen and _moves(one, shared)]
+    if args.offload_frozen and not waiting:
+        raise InputError("offload_frozen: no frozen model here can wait on the CPU. Leave it out.")
     if ref_model is not None:
         disable_dropout_and_rescaling(ref_model)
         if dtype is MIXED.get(accelerator.mixed_precision):
             store_in(ref_model, dtype, shared)
+        place = "cpu" if ref_model in waiting else accelerator.device
         ref_model.eval().requires_grad_(False).to(place)
         cast_like_sharded(accelerator, ref_model)
     for judge in judges:
         if judge is not None:
-            place_on(judge, place, dtype, shared)
+            place_on(judge, "cpu" if judge in waiting else accelerator.device, dtype, shared)
             tell_tokenizer(judge, tokenizer)
+    return partial(in_use, waiting, args.device)
+
+
+def _moves(frozen: Any, shared: set[nn.Parameter]) -> bool:
+    """Whether it has models, all of 16 or 32 bits, none over weights that train."""
+    found = [m for part in parts_of(frozen) for m in (part, getattr(part, "model", None))]
+    held = [model for model in found if isinstance(model, nn.Module)]
+    return bool(held) and not any(is_quantized(m) or shared & {*m.parameters()} for m in held)
 
 
 @contextmanager
-def in_use(frozen: Any, args: PPOConfig) -> Iterator[None]:
-    """Inside, a frozen model or reward is on the run's device: with `offload_frozen` only here."""
-    if args.offload_frozen and frozen is not None:
-        place_on(frozen, args.device)
+def in_use(waiting: Sequence[Any], device: torch.device, frozen: Any) -> Iterator[None]:
+    """Inside, a frozen model or reward is on the device, also one that waits on the CPU."""
+    if frozen in waiting:
+        place_on(frozen, device)
     yield
-    if args.offload_frozen and frozen is not None:
+    if frozen in waiting:
         place_on(frozen, "cpu")

@@ -28,6 +28,7 @@ from trl_instruct.models.properties import evaluating, model_name
 from trl_instruct.models.tokenizers import check_tokenizer
 from trl_instruct.option_checks import check_arguments
 from trl_instruct.padding import unpadded
+from trl_instruct.ppo_trainer import rollouts
 from trl_instruct.ppo_trainer.advantages import (
     adapted_kl_coef,
     advantages_and_returns,
@@ -47,16 +48,9 @@ from trl_instruct.ppo_trainer.metrics import (
 )
 from trl_instruct.ppo_trainer.micro_batch import add_ptx_gradient, ppo_sums
 from trl_instruct.ppo_trainer.ptx import PretrainingRows, pretraining_rows
-from trl_instruct.ppo_trainer.roles import check_roles, in_use, place_frozen, reference_for
+from trl_instruct.ppo_trainer.roles import check_roles, place_frozen, reference_for
 from trl_instruct.ppo_trainer.rollout_scores import judged_metrics, rollout_scores, without_eos
-from trl_instruct.ppo_trainer.rollouts import (
-    PolicyAndValue,
-    Rollout,
-    ValueModel,
-    disable_dropout_and_rescaling,
-    prompt_batches,
-    with_logprobs,
-)
+from trl_instruct.ppo_trainer.rollouts import PolicyAndValue, Rollout, ValueModel
 from trl_instruct.ppo_trainer.run_state import restore, save_rest
 from trl_instruct.rewards.function import RewardError, RewardFunction, as_completions
 from trl_instruct.rewards.reward_model import RewardModel
@@ -115,8 +109,8 @@ class PPOTrainer(IterationTrainer):
         if isinstance(reward_model, nn.Module):
             reward_model = RewardModel(reward_model, processing_class)
         self.reward, self.gold = reward_model, gold
-        disable_dropout_and_rescaling(model)
-        disable_dropout_and_rescaling(value_model)
+        rollouts.disable_dropout_and_rescaling(model)
+        rollouts.disable_dropout_and_rescaling(value_model)
         super().__init__(
             model=PolicyAndValue(model, ValueModel(value_model)),
             args=args,
@@ -131,7 +125,7 @@ class PPOTrainer(IterationTrainer):
             )
         sharding.check_launch(self.accelerator, [model, value_model], args)
         frozen = self.accelerator, self.ref_model, [self.reward, self.gold], processing_class
-        place_frozen(*frozen, args=args, trained=[model, value_model])
+        self.in_use = place_frozen(*frozen, args=args, trained=[model, value_model])
         self.kl_coef, self.judged = args.kl_coef, []
         self.skipped = 0
         self.average: MovingAverage | None = None
@@ -194,7 +188,7 @@ class PPOTrainer(IterationTrainer):
         first, stride = self.accelerator.process_index, self.accelerator.num_processes
         sizes = (len(self.prompts), self.batch_size, self.num_iterations)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        for batch in prompt_batches(*sizes, seed=seed):
+        for batch in rollouts.prompt_batches(*sizes, seed=seed):
             yield batch[first::stride]
 
     @torch.no_grad()
@@ -211,8 +205,9 @@ class PPOTrainer(IterationTrainer):
             blank = torch.zeros_like(drawn.completion_ids, dtype=torch.float32)  # not known yet
             rollout = Rollout(*tokens, blank, blank, blank, blank[:, 0], drawn.logprobs)
             how: Any = {"temperature": self.args.temperature, "by_policy": drawn.by_policy}
-            with evaluating(model), self.accelerator.autocast(), in_use(self.ref_model, self.args):
-                return with_logprobs(rollout, model, self.ref_model, batch_size=size, **how)
+            given = rollout, model, self.ref_model
+            with evaluating(model), self.accelerator.autocast(), self.in_use(self.ref_model):
+                return rollouts.with_logprobs(*given, batch_size=size, **how)
 
     def score(self, rollout: Rollout, rows: Sequence[int]) -> Rollout:
         """The rollout with the reward's score of each completion, adjusted for a missing EOS.
@@ -222,7 +217,7 @@ class PPOTrainer(IterationTrainer):
         """
         given = self.reward_inputs(rollout, rows)
         skip = self.args.on_error == "skip"
-        with self.saved_on(RewardError), in_use(self.reward, self.args):
+        with self.saved_on(RewardError), self.in_use(self.reward):
             found, self.skipped = rollout_scores(self.reward, *given, rows=rows, skip=skip)
         scores = torch.tensor(found, device=rollout.scores.device)
         return rollout._replace(scores=without_eos(scores, rollout.ended, self.args))
@@ -244,7 +239,7 @@ class PPOTrainer(IterationTrainer):
         if self.gold is None:
             return {}
         given, iteration = self.reward_inputs(rollout, rows), self.state.global_step + 1
-        with in_use(self.gold, self.args):
+        with self.in_use(self.gold):
             return judged_metrics(self.gold, *given, rows=rows, iteration=iteration)
 
     def rewards(self, rollout: Rollout) -> tuple[Tensor, Tensor]:

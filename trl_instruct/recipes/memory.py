@@ -11,6 +11,8 @@ from trl_instruct.models.sharding import launched_sharded
 # Values kept for the backward pass per token and layer, in hidden sizes: Korthikanti et al. 2022
 # (arXiv:2205.05198), equation 1, without dropout masks and with fused attention.
 KEPT_PER_LAYER = 16
+# Of them the inputs of linear layers: bitsandbytes' in 8 bit keep these, whatever is recomputed.
+KEPT_INPUTS = 7
 # As large as the vocabulary, with a backward pass: logits, log-probabilities and their gradient.
 KEPT_LOGITS = 3
 FLOAT32, HALF = 4, 2
@@ -108,22 +110,17 @@ def optimizer_bytes(optim: str, parameters: int) -> int:
 
 
 def activation_bytes(
-    work: Work, *, hidden: int, layers: int, vocabulary: int, width: int, checkpointing: bool
+    work: Work, *, hidden: int, layers: int, vocabulary: int, width: int, kept: int
 ) -> int:
-    """Bytes that a forward pass keeps: logits, and layer inputs or a cache.
+    """Bytes that a forward pass keeps: hidden states, or a cache, and logits.
 
-    `hidden`, `layers` and `vocabulary` are sizes of the model, `width` bytes per value. With
-    `checkpointing`, the backward pass recomputes activations inside each layer. Logits are float32
-    and three times as many with a backward pass; without one they stay as the head returns them,
-    and are read a few rows at a time; of tiles there is one.
+    `hidden`, `layers` and `vocabulary` are sizes of the model, `width` bytes per value, `kept` the
+    hidden sizes of a token for the backward pass. Logits are float32 and three times as many with
+    a backward pass; without one they stay as the head returns them, and are read a few rows at a
+    time; of tiles there is one.
     """
     tokens = work.rows * work.length
-    if not work.backward:
-        kept = 2 * layers  # keys and values, for sampling
-    elif checkpointing:
-        kept = layers + KEPT_PER_LAYER
-    else:
-        kept = layers * KEPT_PER_LAYER
+    kept = kept if work.backward else 2 * layers  # keys and values, for sampling
     behind, logits = tokens * hidden * kept * width * work.models, work.rows * work.predicted
     if work.tile or not work.backward:
         whole = logits * vocabulary
@@ -141,8 +138,12 @@ def estimate(roles: Mapping[str, nn.Module | None], works: Sequence[Work], args:
     trainable = sum(row.trainable for row in rows)
     mixed = args.bf16 or args.fp16
     width = HALF if mixed or "bfloat16" in rows[0].dtypes else FLOAT32
-    sizes = {"hidden": text.hidden_size, "layers": text.num_hidden_layers, "width": width}
-    sizes |= {"vocabulary": text.vocab_size, "checkpointing": args.gradient_checkpointing}
+    layers, dtypes = text.num_hidden_layers, ", ".join(row.dtypes for row in rows)
+    kept = layers * KEPT_PER_LAYER
+    if args.gradient_checkpointing:  # recomputed in one layer at a time
+        kept = layers * (1 + KEPT_INPUTS * ("int8" in dtypes)) + KEPT_PER_LAYER
+    sizes = {"hidden": text.hidden_size, "layers": layers, "width": width, "kept": kept}
+    sizes["vocabulary"] = text.vocab_size
     held = {p for m in roles.values() if m is not None for p in m.parameters()}
     gradients = sum(p.nbytes for p in held if p.requires_grad)
     packed = sum(_count(p) for p in held if not p.is_floating_point())
@@ -150,7 +151,7 @@ def estimate(roles: Mapping[str, nn.Module | None], works: Sequence[Work], args:
     ddp = args.world_size > 1 and not launched_sharded()
     on_cpu, waiting = args.device.type == "cpu", [0]
     if getattr(args, "offload_frozen", False) and not on_cpu:  # one is there at a time
-        waiting = [row.bytes for row in rows if row.role.startswith(("ref", "reward"))] or waiting
+        waiting = [sum(r.bytes for r in rows if r.role.startswith(s)) for s in ("ref", "reward")]
     return Estimate(
         weights=sum(row.bytes for row in rows) - sum(waiting) + max(waiting),
         gradients=(2 if ddp else 1) * gradients // share,
