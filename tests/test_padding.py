@@ -14,7 +14,7 @@ from trl_instruct.padding import (
     unpadded,
 )
 from trl_instruct.ppo_trainer.advantages import masked_mean, masked_moments, masked_whiten
-from trl_instruct.ppo_trainer.metrics import mean_over_steps
+from trl_instruct.ppo_trainer.metrics import step_means
 
 VALUES = torch.tensor([[1.0, 2.0, 6.0], [4.0, math.nan, math.inf]])
 MASK = torch.tensor([[True, True, True], [True, False, False]])
@@ -91,5 +91,5 @@ def test_rows_and_their_padding_by_hand():
 def test_moments_and_means_by_hand():
     moments = masked_moments(torch.tensor([[1.0, 3.0, 9.0]]), torch.tensor([[True, True, False]]))
     assert [value.item() for value in moments] == [2.0, 2.0]
-    found = mean_over_steps([{"val/ratio": 0.5}, {"val/ratio": 1.5}])
+    found = step_means([{"val/ratio": 0.5}, {"val/ratio": 1.5}])
     assert found == {"val/ratio": 1.0, "val/ratio_var": 0.25, "policy/steps": 2}

@@ -14,9 +14,9 @@ from trl_instruct.reward_trainer.prefix import share_prefix
 from trl_instruct.reward_trainer.prefix_scores import shared_scores, sharing_fault, token_scores
 from trl_instruct.rewards.score_position import (
     batched_logits,
+    row_scores,
     score_positions,
     scores_at,
-    separate_scores,
 )
 
 PROMPTS = [list(range(20, 40)), [50, 51, 52]]
@@ -86,7 +86,7 @@ def test_a_shared_prompt_with_flex_attention(make_reward_model, monkeypatch):
 def test_a_shared_prompt_changes_no_score(make_reward_model, kind):
     model = make_reward_model(kind).eval()
     expected = alone(model)
-    torch.testing.assert_close(separate_scores(model, model, IDS, MASK)[0], expected)
+    torch.testing.assert_close(row_scores(model, model, IDS, MASK)[0], expected)
     torch.testing.assert_close(shared(model), expected, atol=1e-5, rtol=1e-5)
     assert fault(model) is None
 
@@ -103,7 +103,7 @@ def test_a_shared_prompt_without_a_mask(make_reward_model, monkeypatch, kind):
     assert model.config._attn_implementation == prefix_scores.SPLIT
     for counts in (COUNTS, torch.tensor([1, 2, 1, 1])):
         torch.testing.assert_close(shared(model, counts), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(separate_scores(model, model, IDS, MASK)[0], expected)
+    torch.testing.assert_close(row_scores(model, model, IDS, MASK)[0], expected)
 
 
 def test_attention_that_is_not_sdpa_keeps_its_mask(reward_model):
@@ -127,7 +127,7 @@ def test_left_padding_changes_no_score(reward_model):
     width = IDS.shape[1]
     ids = torch.stack([row.roll(width - int(n)) for row, n in zip(IDS, LENGTHS, strict=True)])
     mask = MASK.flip(1)
-    scores, _ = separate_scores(reward_model, reward_model, ids, mask)
+    scores, _ = row_scores(reward_model, reward_model, ids, mask)
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -157,7 +157,7 @@ def test_a_classifier_with_another_head_reads_its_score_itself():
     model = classifier("bert")
     with torch.no_grad():
         expected = model(input_ids=IDS, attention_mask=MASK).logits.squeeze(-1)
-        torch.testing.assert_close(separate_scores(model, model, IDS, MASK)[0], expected)
+        torch.testing.assert_close(row_scores(model, model, IDS, MASK)[0], expected)
     assert fault(model) == "it has no head `score` on every token"
 
 

@@ -76,7 +76,7 @@ def policy_metrics(logprobs: Tensor, old_logprobs: Tensor) -> dict[str, Tensor]:
     return {"policy/approxkl": 0.5 * log_ratio**2, "val/ratio": log_ratio.exp()}
 
 
-def mean_over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def step_means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Mean of each metric over the optimizer steps of an iteration, and the ratio's variance."""
     means = {name: statistics.fmean(step[name] for step in steps) for name in steps[0]}
     variance = statistics.pvariance(step["val/ratio"] for step in steps)

@@ -40,12 +40,7 @@ from trl_instruct.ppo_trainer.advantages import (
 from trl_instruct.ppo_trainer.curves import LOGGED_SAMPLES, is_due, show_samples
 from trl_instruct.ppo_trainer.ema import MovingAverage
 from trl_instruct.ppo_trainer.iteration_trainer import IterationTrainer, set_learning_rate
-from trl_instruct.ppo_trainer.metrics import (
-    check_finite,
-    iteration_metrics,
-    mean_over_steps,
-    told_means,
-)
+from trl_instruct.ppo_trainer.metrics import check_finite, iteration_metrics, step_means, told_means
 from trl_instruct.ppo_trainer.micro_batch import add_ptx_gradient, ppo_sums
 from trl_instruct.ppo_trainer.ptx import PretrainingRows, pretraining_rows
 from trl_instruct.ppo_trainer.roles import check_roles, place_frozen, reference_for
@@ -274,7 +269,7 @@ class PPOTrainer(IterationTrainer):
             steps.append(self.step(episodes, advantages[part], returns[part]))
             if steps[-1]["policy/approxkl"] > (self.args.target_kl or math.inf):
                 break
-        return mean_over_steps(steps)
+        return step_means(steps)
 
     def minibatches(self) -> Iterator[Tensor]:
         """Rows of this process's rollout, one minibatch at a time, reshuffled in every epoch."""

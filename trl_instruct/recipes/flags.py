@@ -16,13 +16,8 @@ from trl import ModelConfig, TrlParser
 from trl_instruct.configs import CandidatesConfig, EvaluateConfig, StageConfig
 from trl_instruct.errors import InputError, kind_of
 from trl_instruct.option_checks import TABLES, check_refused
-from trl_instruct.recipes.options import (
-    Config,
-    check_names,
-    check_types,
-    field_types,
-    option_errors,
-)
+from trl_instruct.recipes import options
+from trl_instruct.recipes.options import Config, field_types
 
 LIBRARIES = {
     ModelConfig: "Model, LoRA, 8 and 4 bit (TRL's ModelConfig)",
@@ -121,14 +116,14 @@ def parse(
         _check_file(arguments[arguments.index("--config") + 1 :], config_class)
     parser = OptionParser(config_class, whole="--help-all" in arguments, **about)
     try:
-        with option_errors():
+        with options.option_errors():
             config, model_config, unknown = parser.parse_args_and_config(
                 arguments, return_remaining_strings=True
             )
     except InputError as error:
         raise InputError(_named(str(error), arguments)) from error
     names = [s.lstrip("-").split("=")[0] for s in unknown if s.startswith("--")]
-    check_names(names, config_class)
+    options.check_names(names, config_class)
     check_refused(config_class.REFUSED, model_config)
     if unknown:
         raise InputError(f"Arguments that belong to no option: {' '.join(unknown)}.")
@@ -160,13 +155,13 @@ def _check_file(following: list[str], config_class: type[StageConfig]) -> None:
     if "--config" in following:
         raise InputError("--config was given twice; give one file, and flags for the rest.")
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(options, dict):
-        raise InputError(f"{path} holds {kind_of(options)}; lines of `option: value` are needed.")
-    options.pop("env", None)  # environment variables, which TrlParser sets
-    check_names(options, config_class, f"{path}: ")
+    if not isinstance(given, dict):
+        raise InputError(f"{path} holds {kind_of(given)}; lines of `option: value` are needed.")
+    given.pop("env", None)  # environment variables, which TrlParser sets
+    options.check_names(given, config_class, f"{path}: ")
     # The parser reads text, as from a flag: 1e-5 is text in YAML.
-    typed = {name: value for name, value in options.items() if not isinstance(value, str)}
-    check_types(typed, config_class, f"{path}: ")
+    typed = {name: value for name, value in given.items() if not isinstance(value, str)}
+    options.check_types(typed, config_class, f"{path}: ")

@@ -9,13 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
-from trl_instruct.reward_trainer.prefix import (
-    SharedRows,
-    prefix_blocks,
-    prefix_mask,
-    share_prefix,
-    split_attention,
-)
+from trl_instruct.reward_trainer import prefix
+from trl_instruct.reward_trainer.prefix import SharedRows
 from trl_instruct.rewards.score_position import on_head
 
 # Attention limited to the last tokens: columns of a shared row are further apart.
@@ -33,8 +28,9 @@ def _attention(
     attend = partial(AttentionInterface()["sdpa"], module, **options)
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return attend(query, key, value, attention_mask)
-    lengths = [[prefix, *filter(None, own)] for prefix, *own in attention_mask[0, 0].tolist()]
-    return split_attention(lambda *given: attend(*given)[0], (query, key, value), lengths), None
+    lengths = [[first, *filter(None, own)] for first, *own in attention_mask[0, 0].tolist()]
+    tensors = query, key, value
+    return prefix.split_attention(lambda *given: attend(*given)[0], tensors, lengths), None
 
 
 AttentionInterface.register(SPLIT, _attention)
@@ -86,7 +82,7 @@ def _forward_shared(
         mask: Any = nn.functional.one_hot(segments + 1).sum(dim=1)[None, None, :, 1:].cpu()
     else:
         flex = attention == "flex_attention"
-        mask = prefix_blocks(segments) if flex else prefix_mask(segments, dtype)
+        mask = prefix.prefix_blocks(segments) if flex else prefix.prefix_mask(segments, dtype)
     outputs = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
     return outputs, (given.flatten().cumsum(0) - 1).view_as(segments)
 
@@ -110,7 +106,7 @@ def sharing_fault(
         # In half precision the comparison below could miss a token or two.
         if window is not None and window < longest:
             return f"it attends to {window} tokens and a response with its prompt has {longest}"
-    shared = share_prefix(input_ids, lengths, lengths.new_tensor([len(lengths)]))
+    shared = prefix.share_prefix(input_ids, lengths, lengths.new_tensor([len(lengths)]))
     real = torch.arange(input_ids.shape[1], device=lengths.device) < lengths.unsqueeze(1)
     place = shared.rows.unsqueeze(1), shared.columns * real
     own = real & (shared.segments[place] > 0)

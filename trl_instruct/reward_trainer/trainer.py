@@ -22,12 +22,7 @@ from trl_instruct.reward_trainer.batches import RankingCollator, tokenize_pair, 
 from trl_instruct.reward_trainer.losses import pair_loss, pair_weights
 from trl_instruct.reward_trainer.prefix import share_prefix, sharing_pays
 from trl_instruct.reward_trainer.prefix_scores import shared_scores, sharing_fault, skips_hidden
-from trl_instruct.rewards.score_position import (
-    pad_token_of,
-    score_positions,
-    scores_at,
-    separate_scores,
-)
+from trl_instruct.rewards.score_position import pad_token_of, row_scores, score_positions, scores_at
 from trl_instruct.types import Tokenizer
 
 logger = get_logger(__name__)
@@ -224,7 +219,7 @@ class RankingRewardTrainer(ResumableTrainer, RewardTrainer):
         table = torch.zeros(ranks.shape, device=ids.device)
         if self.forward == "pairs":
             rows, pairs = _pair_rows(ranks, weights), weights > 0
-            scores, outputs = separate_scores(model, bare, ids[rows], mask[rows])
+            scores, outputs = row_scores(model, bare, ids[rows], mask[rows])
             chosen, rejected = scores.float().chunk(2)
             loss = pair_loss(chosen, rejected, weights[pairs], center=center)
             responses = scores.new_zeros(len(ids)).index_put((rows,), scores.detach())
@@ -252,7 +247,7 @@ class RankingRewardTrainer(ResumableTrainer, RewardTrainer):
             if skips_hidden(bare, shape[1]) or sharing_pays(shape, ids.shape, hidden):
                 columns = score_positions(ids, mask, pad_token_of(bare))
                 return shared_scores(model, bare, shared, columns, self._dtype(bare))
-        return separate_scores(model, bare, ids, mask)
+        return row_scores(model, bare, ids, mask)
 
     def _check_sharing(self, model: Any, bare: Any) -> None:
         """Check with the longest ranking; "grouped" if the model cannot share a prefix."""

@@ -86,14 +86,11 @@ class Ensemble:
 
 
 class Clipped:
-    """A reward's scores, clipped to [low, high]; a bound that is None does not clip."""
+    """A reward's scores, clipped to [low, high]; by default neither bound clips."""
 
-    def __init__(
-        self, reward: RewardFunction, *, low: float | None = None, high: float | None = None
-    ):
+    def __init__(self, reward: RewardFunction, *, low: float = -math.inf, high: float = math.inf):
         self.parts, self.__name__ = [reward], f"clipped {reward_name(reward)}"
-        self.low = -math.inf if low is None else low
-        self.high = math.inf if high is None else high
+        self.low, self.high = low, high
         if self.low > self.high:
             raise InputError(f"Scores cannot be clipped to [{low}, {high}]: low is above high.")
 

@@ -74,7 +74,7 @@ def on_head(model: Any, hook: Hook) -> Iterator[None]:
         config.pad_token_id = pad_token_id
 
 
-def separate_scores(model: Any, bare: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+def row_scores(model: Any, bare: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
     """Scores `(R,)` of rows `(R, T)` in one pass, and the output; `bare`: the model, unwrapped."""
     tokens = {"input_ids": ids, "attention_mask": mask}
     with scores_at(bare, score_positions(ids, mask, pad_token_of(bare)), ids.shape[1]):
@@ -98,6 +98,6 @@ def batched_logits(model: Model, rows: list[list[int]], filler: int, batch_size:
         ids = pad_rows(batch, filler).to(model.device)
         mask = right_padded_mask(lengths, ids.shape[1]).long().to(ids.device)
         with autocast_of(model):
-            _, output = separate_scores(model, model, ids, mask)
+            _, output = row_scores(model, model, ids, mask)
         logits[chosen] = output.logits.float().cpu()
     return logits
