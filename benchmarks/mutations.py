@@ -176,8 +176,8 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         f"{TRAINER} -k 'ends_early or beta_'",
         [
             ("> (self.args.target_kl or math.inf)", "> math.inf"),
-            ('kl, size = metrics["objective/kl"]', 'kl, size = metrics["objective/kl_k3"]'),
-            ("target=target, horizon", "target=1.0, horizon"),
+            ('metrics["objective/kl"], **given', 'metrics["objective/kl_k3"], **given'),
+            ('"target": target', '"target": 1.0'),
         ],
     ),
     (
@@ -603,7 +603,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         [
             ("self.accelerator.num_processes / tokens", "1 / tokens"),
             ("self.accelerator.gather((values, mask))", "(values, mask)"),
-            ("horizon, episodes=size", "horizon, episodes=self.local_batch_size"),
+            ('"episodes": self.batch_size', '"episodes": self.local_batch_size'),
             ("yield batch[first::stride]", "yield batch[::stride]"),
             ('self.accelerator.reduce(rollout.mask.sum(), "sum")', "rollout.mask.sum()"),
         ],

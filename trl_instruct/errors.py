@@ -52,9 +52,8 @@ def redact(content: Any) -> Any:
 
 def printable(text: str) -> str:
     """The text, all but line breaks and printable characters (right-to-left marks, too) escaped."""
-    return "\n".join(
-        "".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in text.splitlines()
-    )
+    rows = text.splitlines()
+    return "\n".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in row) for row in rows)
 
 
 def harmless(text: str, most: int = 10_000) -> str:

@@ -131,7 +131,7 @@ ONE, OTHER = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
         (launched(FSDP, fsdp_version=1), [ONE, OTHER], PLAIN, "fsdp_version 1; set it to 2"),
         (launched(FSDP, cpu_ram_efficient_loading=True), [ONE, OTHER], PLAIN, "set it to false"),
         (launched(FSDP), [ONE, OTHER], AVERAGED, "ema_decay or stop_when_exploited; leave"),
-        (launched(DEEPSPEED), [ONE, ONE], PLAIN, "policy and value model share; set share_base"),
+        (launched(DEEPSPEED), [ONE, ONE], PLAIN, "policy and value share; set share_base"),
         (launched(DEEPSPEED), [ONE, OTHER], DECAYING, "weight_decay, which would change the pol"),
     ],
 )

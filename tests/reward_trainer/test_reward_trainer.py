@@ -13,7 +13,7 @@ from transformers.integrations import flex_attention as transformers_flex
 from trl_instruct.configs import RewardConfig
 from trl_instruct.data.pairs import rankings_to_pairs
 from trl_instruct.errors import InputError
-from trl_instruct.reward_trainer import prefix_scores
+from trl_instruct.reward_trainer import prefix, prefix_scores
 from trl_instruct.reward_trainer.batches import RankingCollator
 from trl_instruct.reward_trainer.trainer import RankingRewardTrainer
 from trl_instruct.rewards.reward_model import RewardModel
@@ -89,7 +89,7 @@ def forwards(monkeypatch):
 def split(monkeypatch):
     """Prompts are shared without a mask, in short rows too."""
     monkeypatch.setattr(prefix_scores, "SPLIT_FROM", 0)
-    monkeypatch.setattr(prefix_scores, "prefix_mask", None)
+    monkeypatch.setattr(prefix, "prefix_mask", None)
 
 
 def score_alone(model, tokenizer, prompt, response):
@@ -144,7 +144,7 @@ def test_without_a_mask_too(make_reward_model, tmp_path, split, forwards, kind, 
 
 def test_long_rows_need_no_mask(reward_model, tmp_path, monkeypatch):
     """By default, and though with a mask it would pay to compute these responses apart."""
-    monkeypatch.setattr(prefix_scores, "prefix_mask", None)
+    monkeypatch.setattr(prefix, "prefix_mask", None)
     rankings = [{"prompt": ASKED, "responses": [c * 80 for c in "xyz"], "ranks": [1, 2, 3]}]
     trainers = [trainer_for(reward_model, tmp_path, rankings, forward=f) for f in FORWARDS[:2]]
     losses = [t.compute_loss(t.model, batch_of(t)).item() for t in trainers]
@@ -163,7 +163,7 @@ def flex_on_cpu(monkeypatch):
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda query, key, value: None)
     monkeypatch.setattr(transformers_flex, "compile_friendly_flex_attention", formula)
-    monkeypatch.setattr(prefix_scores, "prefix_mask", None)
+    monkeypatch.setattr(prefix, "prefix_mask", None)
 
 
 @pytest.mark.slow

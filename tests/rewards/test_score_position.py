@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from trl_instruct.padding import pad_rows, right_padded_mask
-from trl_instruct.reward_trainer import prefix_scores
+from trl_instruct.reward_trainer import prefix, prefix_scores
 from trl_instruct.reward_trainer.prefix import share_prefix
 from trl_instruct.reward_trainer.prefix_scores import shared_scores, sharing_fault, token_scores
 from trl_instruct.rewards.score_position import (
@@ -78,7 +78,7 @@ def test_a_shared_prompt_with_flex_attention(make_reward_model, monkeypatch):
     model = make_reward_model().eval()
     expected = shared(model)
     model.set_attn_implementation("flex_attention")
-    monkeypatch.setattr(prefix_scores, "prefix_mask", None)
+    monkeypatch.setattr(prefix, "prefix_mask", None)
     torch.testing.assert_close(shared(model), expected)
 
 
@@ -98,7 +98,7 @@ def test_a_shared_prompt_without_a_mask(make_reward_model, monkeypatch, kind):
     model = classifier(kind, **grouped) if kind == "qwen2" else make_reward_model(kind).eval()
     expected = alone(model)
     monkeypatch.setattr(prefix_scores, "SPLIT_FROM", 0)
-    monkeypatch.setattr(prefix_scores, "prefix_mask", None)
+    monkeypatch.setattr(prefix, "prefix_mask", None)
     assert fault(model) is None
     assert model.config._attn_implementation == prefix_scores.SPLIT
     for counts in (COUNTS, torch.tensor([1, 2, 1, 1])):
@@ -116,7 +116,7 @@ def test_attention_that_is_not_sdpa_keeps_its_mask(reward_model):
 def test_a_model_that_needs_the_mask_gets_it_back(reward_model, monkeypatch):
     """Its layers see lengths in place of a mask, and do not pass them on."""
     expected = alone(reward_model.eval())
-    monkeypatch.setattr(prefix_scores, "split_attention", lambda attend, tensors, lengths: 1 / 0)
+    monkeypatch.setattr(prefix, "split_attention", lambda attend, tensors, lengths: 1 / 0)
     assert fault(reward_model) is None
     assert reward_model.config._attn_implementation == "sdpa"
     torch.testing.assert_close(shared(reward_model), expected, atol=1e-5, rtol=1e-5)

@@ -14,9 +14,10 @@ from trl.scripts.utils import DatasetConfig
 
 from trl_instruct.console import get_logger, plural
 from trl_instruct.data import sources
-from trl_instruct.data.orders import dense_ranks
+from trl_instruct.data.orders import dense_ranks, is_number
 from trl_instruct.data.reading import Reading, rename
 from trl_instruct.data.recognition import Shape, shape_of
+from trl_instruct.data.rendering import ARGUMENTS
 from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, iterate
 from trl_instruct.errors import NOT_AS_EXPECTED, InputError, explained, kind_of
 
@@ -82,11 +83,10 @@ def mixed(load: Callable[..., AnyDataset], entries: Sequence[Any], streaming: bo
     parts = [load(entry, entry.split, streaming) for entry in mixture]
     shares: list[Any] = [getattr(entry, "fraction", None) for entry in mixture]
     if any(share is not None for share in shares):
-        if None in shares or streaming:
-            raise InputError("fraction: give it for each of the datasets, and none that streams.")
+        if streaming or not all(is_number(share) and share > 0 for share in shares):
+            raise InputError("fraction: give it for each, above 0, and for none that streams.")
         whole = sum(shares)
-        sizes = zip(parts, shares, strict=True)
-        total = min(len(part) * whole / share for part, share in sizes if share > 0)
+        total = min(len(p) * whole / share for p, share in zip(parts, shares, strict=True))
         counts = [round(share / whole * total) for share in shares]
         parts = [part.select(range(n)) for part, n in zip(parts, counts, strict=True)]
     names = ", ".join(entry.path for entry in mixture)
@@ -138,8 +138,8 @@ def _convert(
     return converted, where.narrowed([row for row, _ in found])
 
 
-def _streamed(rows: IterableDataset, **options: Any) -> Iterator[dict[str, Any]]:
-    yield from (record for _, record in _records(rows, **options))
+def _streamed(rows: Any, counts: "_Counts", **options: Any) -> Iterator[dict[str, Any]]:
+    yield from (one for _, one in _records(rows, counts=_Counts(counts.kind), **options))
 
 
 def _records(
@@ -157,7 +157,7 @@ def _records(
             counts.left_out["a faulty row"] += 1
             continue
         for record in fitting:
-            kept = {}
+            kept = {k: v for k, v in members[0].items() if k in ARGUMENTS and v is not None}
             if counts.kind == "prompt" and not shape.group:  # other columns go to the reward
                 kept = {k: v for k, v in members[0].items() if k not in REWARD_ARGUMENTS}
             yield number, {**kept, **record}

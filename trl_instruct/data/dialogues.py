@@ -130,17 +130,18 @@ def keep_dialogue(
 
 
 def _repeat(rows: Iterable[Record], fields: tuple[str, ...]) -> bool:
-    """Whether replies repeat the prompt: in any row of messages, in all rows of text."""
-    text = False
+    """Whether replies repeat the prompt: any of messages; all of text but those equal to it."""
+    text = seen = False
     for record in rows:
         prompt = record.get("prompt")
-        repeated = [_begins(r, prompt) for field in fields for r in _replies(record, field)]
+        repeated = [_begins(r, prompt) for f in fields for r in _replies(record, f) if r != prompt]
         text = not isinstance(prompt, list)
         if any(repeated) and not text:
             return True
         if text and not all(repeated):
             return False
-    return text
+        seen |= any(repeated)
+    return seen
 
 
 def _replies(record: Record, field: str) -> list[Any]:
@@ -149,10 +150,10 @@ def _replies(record: Record, field: str) -> list[Any]:
 
 
 def _begins(reply: Any, prompt: Any) -> bool:
-    """Whether a reply begins with the prompt and goes on after it."""
+    """Whether a reply begins with the prompt."""
     if not isinstance(prompt, str | list) or not isinstance(reply, type(prompt)):
         return False
-    return 0 < len(prompt) < len(reply) and reply[: len(prompt)] == prompt
+    return 0 < len(prompt) <= len(reply) and reply[: len(prompt)] == prompt
 
 
 def _without(record: Record, fields: tuple[str, ...]) -> dict[str, Any]:

@@ -172,7 +172,9 @@ def canonical_pairs(
     records.require_columns(first, where, ("chosen", "rejected"), "A pair")
     dataset, first = keep_dialogue(dataset, where, first, "chosen")
     implicit = "prompt" not in first
-    if not implicit:
+    if implicit:
+        records.check_implicit(first, where)
+    else:
         dataset = take_off_prompts(dataset, where, ("chosen", "rejected"))
     form = records.form_of({"prompt": first["chosen"]} if implicit else first)
     check = partial(records.check_pair, form=form, implicit=implicit)

@@ -111,6 +111,16 @@ def as_rankings(preferences: Dataset) -> Dataset:
     )
 
 
+def _ranked(mixture: Dataset) -> Dataset:
+    """Rankings and pairs as rankings, the pairs as those of K = 2."""
+
+    def ranked(row: Record) -> dict[str, Any]:
+        pair = {"responses": [row["chosen"], row["rejected"]], "ranks": [1, 2]}
+        return {} if row["ranks"] else pair
+
+    return map_records(mixture, ranked, remove_columns=["chosen", "rejected"])
+
+
 def _without(rows: Dataset, labelers: set[str], reading: Reading, strict: bool = False) -> Dataset:
     """The records not by these labelers (`strict`: who must be there); tells what is left out."""
     source, none = reading.source, "all {} records are by labelers that leave_out_labelers names."
@@ -139,7 +149,8 @@ def load_either(
     """Load rankings or pairs, as the columns say; arguments as `load_rankings`."""
     if isinstance(source, list):
         load = partial(load_either, reading=reading, counts=counts)
-        return mixed(lambda entry, part, _: load(entry, part), source, streaming=False)
+        rows = mixed(lambda entry, part, _: load(entry, part), source, streaming=False)
+        return _ranked(rows) if {"responses", "chosen"} <= set(rows.column_names) else rows
     rows, where, _ = read(source, split, False, "ranking", reading)
     first = first_record(rows, where)
     if "responses" in first:
@@ -147,7 +158,6 @@ def load_either(
     if "chosen" in first:
         return canonical_pairs(rows, where, reading, counts)
     raise InputError(
-        f"{where.name}: the reward model needs rankings (`prompt`, `responses` "
-        "and `ranks` or `scores`) or pairs (`prompt`, `chosen`, `rejected`). Columns found: "
-        f"{', '.join(first)}. Name them with columns (responses=answers), or rename them."
+        f"{where.name}: rankings (`prompt`, `responses`, `ranks` or `scores`) or pairs (`prompt`, "
+        f"`chosen`, `rejected`) are needed, not {', '.join(first)}. Name them: --columns OURS=NAME."
     )

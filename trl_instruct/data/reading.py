@@ -158,7 +158,7 @@ def rename(dataset: AnyDataset, where: Source, reading: Reading) -> AnyDataset:
     if inside is None:
         return dataset.rename_columns(names) if names else dataset
     return map_records(
-        dataset, lambda row: {inside: {names.get(k, k): v for k, v in row[inside].items()}}
+        dataset, lambda row: {inside: {names.get(k, k): v for k, v in (row[inside] or {}).items()}}
     )
 
 

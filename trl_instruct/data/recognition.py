@@ -11,7 +11,7 @@ import yaml
 from trl_instruct.data import shapes
 from trl_instruct.data import tool_exports as tools
 from trl_instruct.data.dialogues import prompt_in_dialogue
-from trl_instruct.data.sources import Record
+from trl_instruct.data.sources import NAMES, Record
 
 
 class Shape(NamedTuple):
@@ -60,10 +60,9 @@ def shape_of(first: Record, kind: str) -> Shape | None:
     if {"prompt", "responses"} <= set(first):
         return None
     replies = {"completion", "messages"}
-    replies |= set() if "prompt" in first else {"conversations", "output"}
+    replies |= set() if "prompt" in first else {"conversations", "output", "response"}
     labels = [first.get("label"), first.get("kto_tag")]
-    # True and false, or 1 and 0 as csv files have it.
-    judged = any(isinstance(v, bool | int | float) and v in (0, 1) for v in labels)
+    judged = any(str(label).lower() in NAMES["judged"].split() for label in labels)
     if judged and replies & set(first):
         return UNPAIRED
     if kind == "demonstration" and {"prompt", "completion"} <= set(first):

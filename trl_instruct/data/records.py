@@ -3,6 +3,7 @@
 An `InputError` names the source, the line (or row) and the field at fault.
 """
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from trl_instruct.errors import InputError, kind_of
 
 logger = get_logger(__name__)
 
+AS_TEXT = re.compile(r"\[\s*\{\s*.(role|content|from|value).\s*:")
 MESSAGE = {"role": Value("string"), "content": Value("string")}
 
 
@@ -224,12 +226,21 @@ def check_pair(record: Record, *, form: str, implicit: bool = False) -> None:
         raise InputError(f"`margin` is {kind_of(margin)}; a finite number is needed.")
 
 
+def check_implicit(first: Record, where: Source) -> None:
+    """InputError for pairs of text that have a prompt of another name than ours beside them."""
+    names = (*sources.NAMES["aliases"]["prompt"].split(), *sources.NAMES["like_prompts"].split())
+    if isinstance(first["chosen"], str) and {"prompt", *names} & {name.lower() for name in first}:
+        require_columns(first, where, ("prompt",), "A pair")
+
+
 def check_content(field: str, value: Any) -> None:
     """Check that a field is text or well-formed messages, and neither null nor empty."""
     if isinstance(value, list):
         _check_messages(field, value)
     elif not isinstance(value, str):
         raise InputError(f"`{field}` is {kind_of(value)}; text or a list of messages is needed.")
+    elif AS_TEXT.match(value):
+        raise InputError(f"`{field}` is messages as text, {kind_of(value)}; write the list itself.")
     elif not value.strip():
         raise InputError(f"`{field}` is empty ({value!r}); write its text or delete the record.")
 
@@ -247,6 +258,11 @@ def _check_messages(field: str, messages: Sequence[Any]) -> None:
                 found = f"its keys are {', '.join(message)}" if key not in message else ""
                 found = found or f"`{key}` is {kind_of(message[key])}"
                 raise InputError(f"`{field}[{index}]` has no text `{key}` ({found}); {needed}.")
+        known = dialogues.ROLES.get(message["role"].lower(), message["role"])
+        if known != message["role"]:
+            raise InputError(
+                f"`{field}[{index}]` has the role {message['role']!r}; write {known!r}."
+            )
     last = messages[-1]
     said = last.get("tool_calls") or (last["content"] or "").strip()
     if not last["role"].strip() or not said:

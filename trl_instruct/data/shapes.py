@@ -51,6 +51,8 @@ def unpaired(rows: Sequence[Record]) -> Given:
     """KTO, `label` or `kto_tag`: good ones are demonstrations, both kinds make a ranking."""
     given = [judged(row) for row in rows]
     labels = [row.get("label", row.get("kto_tag")) for row in rows]
+    if odd := [label for label in labels if label not in (None, 0, 1)]:
+        raise InputError(f"`label` is {kind_of(odd[0])}; true (a good reply) or false is needed.")
     ranks = [None if label is None else 1 if label else 2 for label in labels]
     ranked = {"responses": [one.get("completion") for one in given], "ranks": ranks}
     shown = [one for one, label in zip(given, labels, strict=True) if label]
@@ -201,7 +203,7 @@ def distilabel(row: Record) -> Given:
     names = {"generations": "ratings", "responses": "scores", "candidates": "ranks"}
     texts, order = next(pair for pair in names.items() if set(pair) <= set(row))
     responses, numbers = row[texts] or [], [number_of(number) for number in row[order] or []]
-    record = {"prompt": _asked(row, "system_prompt"), "responses": responses}
+    record = {"prompt": _asked(row), "responses": responses}
     record["ranks" if order == "ranks" else "scores"] = numbers
     matches = len(responses) == len(numbers)
     return record if matches else {**record, "why": f"{order} that do not match the {texts}"}
@@ -300,28 +302,32 @@ def ratings_of(row: Record) -> list[str]:
     return []
 
 
-def _asked(row: Record, system: str = "system") -> Any:
+def _asked(row: Record) -> Any:
     """Instruction and input as text; as messages if there are system, history or messages."""
     names = ("context_messages", "instruction", "question", "input", "context")  # Dolly's
     asked = [value for name in names if (value := row.get(key_of(row, name) or ""))]
     if asked and isinstance(asked[0], list):
-        return asked[0]
+        return _with_system(row, asked[0])
     text = "\n".join(asked)
-    if system not in row and "history" not in row:
+    if key_of(row, "system", "system_prompt", "history") is None:
         return text
-    turns = [{"role": "system", "content": row[system]}] if row.get(system) else []
+    turns: list[dict[str, str]] = []
     for question, answer in row.get("history") or []:
         turns += [{"role": "user", "content": question}, *(said(answer) or ())]
-    return [*turns, {"role": "user", "content": text}]
+    return _with_system(row, [*turns, {"role": "user", "content": text}])
 
 
 def _turns(row: Record) -> list[dict[str, str]]:
-    """The dialogue, with the text of `system` unless a system turn is there."""
+    """The dialogue, with the text of a system column."""
     name = next(name for name in DIALOGUES if name in row)
-    turns = messages_of(name, row[name] or [])
-    if not row.get("system") or (turns and turns[0]["role"] == "system"):
-        return turns
-    return [{"role": "system", "content": row["system"]}, *turns]
+    return _with_system(row, messages_of(name, row[name] or []))
+
+
+def _with_system(row: Record, turns: list[Any]) -> list[Any]:
+    """Messages, with the text of `system` or `system_prompt` unless they begin with such a turn."""
+    text = row.get(key_of(row, "system", "system_prompt") or "")
+    told = not text or (turns and turns[0].get("role") == "system")
+    return turns if told else [{"role": "system", "content": text}, *turns]
 
 
 def _dialogues(row: Record) -> list[Any]:

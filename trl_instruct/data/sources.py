@@ -1,5 +1,6 @@
 """Where records come from: a dataset, a file, a folder, the Hub, the embedded tiny world."""
 
+import glob
 import gzip
 import json
 import re
@@ -229,7 +230,7 @@ def _load_file(path: Path, builder: str, split: str, streaming: bool, where: Sou
         raise InputError(f"{where.name}: no split {split!r}; a single file has only 'train'.")
     _check_start(path, builder, where)
     options = CSV_OPTIONS if builder == "csv" else {}
-    files = {"train": str(path)}
+    files = {"train": glob.escape(str(path))}
     load = partial(load_dataset, builder, data_files=files, split=split, streaming=streaming)
     try:
         try:

@@ -33,8 +33,8 @@ def argilla_table(row: Record) -> list[Any]:
             answers += zip(question, users, given or [], states, strict=True)
         elif isinstance(given, list) and given and isinstance(given[0], Mapping):
             answers += [(name, a.get("user_id"), a.get("value"), a.get("status")) for a in given]
-    questions = {answer[0] for answer in answers}
-    fields = {k: v for k, v in row.items() if "." not in k and k not in questions}
+    others = {answer[0] for answer in answers} | {"id", "_server_id", "external_id", "status"}
+    fields = {k: v for k, v in row.items() if "." not in k and k not in others}
     return _rankings(fields, answers)
 
 
@@ -51,6 +51,8 @@ def _rankings(given: Mapping[str, Any], answers: Iterable[Answer]) -> list[Any]:
             continue
         rates = max((n for n in fields if n != "prompt" and n in question), key=len, default=None)
         if rates and isinstance(value, int | float):
+            if rates in rated[_name(user)]:
+                raise InputError(f"`{rates}` is rated in two questions; export one of them.")
             rated[_name(user)][rates] = value
             continue
         if not isinstance(value, list) or not value:
@@ -84,7 +86,7 @@ def label_studio(tasks: Sequence[Record]) -> list[Any]:
     found: list[Any] = []
     rated: dict[Any, list[tuple[str, float]]] = {}  # of a labeler; of tasks with several, each
     for task in tasks:
-        data, before = _present(task["data"] or {}), len(found) + len(rated)
+        data, before = _present(task["data"] or {}), len(found) + sum(map(len, rated.values()))
         for annotation in task["annotations"] or []:
             if annotation.get("was_cancelled"):
                 found.append("a cancelled answer")
@@ -101,14 +103,16 @@ def label_studio(tasks: Sequence[Record]) -> list[Any]:
                     own = rates != "prompt" and isinstance(data.get(rates), str)
                     text = data[rates] if own else _text(data, ["prompt"], "completion")
                     ratings.append((text, float(value["rating"])))
+            if len(dict(ratings)) < len(ratings):
+                raise InputError("a text has two ratings; export one of their tags.")
             if ratings:
                 task_number = len(rated) if len(ratings) > 1 else None
                 rated.setdefault((labeler, task_number), []).extend(ratings)
-        if len(found) + len(rated) == before:
+        if len(found) + sum(map(len, rated.values())) == before:
             found.append({"prompt": _text(data, [], "prompt"), "responses": []})
     for (labeler, _), given in rated.items():
         texts, scores = map(list, zip(*given, strict=True))
-        prompt = tasks[0]["data"]["prompt"]
+        prompt = _text(_present(tasks[0]["data"]), [], "prompt")
         found.append({"prompt": prompt, "responses": texts, "scores": scores, "labeler": labeler})
     return found
 
@@ -122,7 +126,7 @@ def label_studio_min(rows: Sequence[Record]) -> list[Any]:
         for name, given in row.items():
             values = [v for v in given if isinstance(v, Mapping)] if isinstance(given, list) else []
             values = [v for v in values if {"ranker", "selected", "rating"} & set(v)]
-            results += [{"value": value} for value in values]
+            results += [{"value": v, "to_name": name.removesuffix("_rating")} for v in values]
             if values:
                 data.pop(name, None)
         annotations = [{"completed_by": row["annotator"], "result": results}]

@@ -103,9 +103,8 @@ def chances_to_be_best(scores: Tensor, n: int) -> Tensor:
     """
     total = scores.shape[1]
     all_subsets = math.comb(total, n)
-    within = torch.tensor(
-        [math.comb(count, n) / all_subsets for count in range(total + 1)], dtype=torch.float64
-    )
+    shares = [math.comb(count, n) / all_subsets for count in range(total + 1)]
+    within = torch.tensor(shares, dtype=torch.float64)
     ordered = scores.sort(dim=1).values
     below = torch.searchsorted(ordered, scores.contiguous(), right=False)
     up_to = torch.searchsorted(ordered, scores.contiguous(), right=True)

@@ -105,11 +105,8 @@ def plot(evaluation: dict[str, Any], path: Path) -> None:
 
 
 def _plot_win_rates(axes: Any, evaluation: dict[str, Any], judge: str) -> None:
-    rates = {
-        name: model["win_rate"][judge]
-        for name, model in evaluation["models"].items()
-        if "win_rate" in model
-    }
+    won = {n: m["win_rate"] for n, m in evaluation["models"].items() if "win_rate" in m}
+    rates = {name: by_judge[judge] for name, by_judge in won.items()}
     plot_intervals(axes, rates, color=MODEL)
     controlled = [rate["length_controlled"] for rate in rates.values()]
     beside = [place + 0.1 for place in range(len(rates))]

@@ -109,9 +109,7 @@ class VLLMSampler(Sampler):
         check_policy(policy)
         server, size = self.options.vllm_mode == "server", self.options.vllm_tensor_parallel_size
         if accelerator is None and (server or size > 1):
-            raise InputError(
-                "vllm_mode server and vllm_tensor_parallel_size are for ppo. Leave them out here."
-            )
+            raise InputError("vllm_mode server, vllm_tensor_parallel_size are for ppo. Omit them.")
         self.processes = accelerator or Accelerator()
         super().begin(policy, tokenizer, self.processes)
         self.saved = policy.state_dict().keys()  # not the buffers that a config tells

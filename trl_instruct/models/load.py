@@ -39,9 +39,8 @@ def load_policy(
     """
     if isinstance(source, Model | PeftModel):
         if not source.can_generate():
-            raise InputError(
-                f"A {type(source).__name__} was given; an AutoModelForCausalLM is needed."
-            )
+            kind = type(source).__name__
+            raise InputError(f"A {kind} was given; an AutoModelForCausalLM is needed.")
         scalar_head.disable_rescaling(unwrapped(source))
         return source
     if not adapters.is_adapter(source):

@@ -58,6 +58,8 @@ def check_launch(accelerator: Accelerator, models: list[nn.Module], config: Any)
     if kind not in SHARDED:
         return
     weights = [w for model in models for w in model.parameters()]
+    averages = config.ema_decay is not None or config.stop_when_exploited
+    shared = len(set(map(id, weights))) < len(weights)
     faults = {
         "fsdp_version 1; set it to 2": kind == DistributedType.FSDP and not accelerator.is_fsdp2,
         "fsdp_cpu_ram_efficient_loading, which loads the weights of reference and reward model in "
@@ -66,16 +68,12 @@ def check_launch(accelerator: Accelerator, models: list[nn.Module], config: Any)
         "models that were loaded as shards; load them before PPOConfig is made, or call ppo()": any(
             hasattr(weight, "ds_id") for weight in weights
         ),
-        "ema_decay or stop_when_exploited; leave them out": (
-            config.ema_decay is not None or config.stop_when_exploited
-        ),
+        "ema_decay or stop_when_exploited; leave them out": averages,
         "value_warmup_iterations and weight_decay, which would change the policy; leave one out": (
             kind == DistributedType.DEEPSPEED
             and config.value_warmup_iterations > 0 < config.weight_decay
         ),
-        "weights that policy and value model share; set share_base to false and omit value_head": (
-            len(set(map(id, weights))) < len(weights)
-        ),
+        "weights that policy and value share; set share_base to false, omit value_head": shared,
         "weights of 8 or 4 bit; load them in full precision": not all(
             weight.is_floating_point() for weight in weights
         ),

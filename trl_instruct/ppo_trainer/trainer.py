@@ -366,10 +366,8 @@ class PPOTrainer(IterationTrainer):
         """Adapt beta for the next iteration if the KL has a target and the policy trains."""
         target, horizon = self.args.adaptive_kl_target, self.args.adaptive_kl_horizon
         if target is not None and self.state.global_step >= self.args.value_warmup_iterations:
-            kl, size = metrics["objective/kl"], self.batch_size
-            self.kl_coef = adapted_kl_coef(
-                self.kl_coef, kl, target=target, horizon=horizon, episodes=size
-            )
+            given = {"target": target, "horizon": horizon, "episodes": self.batch_size}
+            self.kl_coef = adapted_kl_coef(self.kl_coef, metrics["objective/kl"], **given)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the policy (its moving average, if there is one) and tokenizer, for deployment.

@@ -53,9 +53,8 @@ class Estimate(NamedTuple):
     DDP's buckets; a process's share with FSDP and ZeRO, which reduce them in every micro-batch.
     optimizer: its state, also shared so. copies: autocast's, two bytes of each float32 weight that
     trains, which it keeps from the forward pass to its end (frozen weights are rounded one at a
-    time, or stored so); the copy that a policy draws with takes less. process: on CPU, code and the
-    allocator's waste, and pages of a quantised model's file: they stay mapped. activations: see
-    `activation_bytes`.
+    time, or stored so); the copy that a policy draws with takes less. process: on CPU, code, the
+    allocator's waste, a quantised model's file, which stays mapped. activations: `activation_bytes`
     """
 
     weights: int

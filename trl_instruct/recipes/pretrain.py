@@ -129,9 +129,8 @@ def model_from_scratch(
         raise InputError(f"architecture_kwargs: {config.architecture} has no field {unknown[0]!r}.")
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     sizes = {"vocab_size": len(tokenizer), "bos_token_id": None}
-    model = transformers.AutoModelForCausalLM.from_config(
-        _architecture(config, **sizes, **special, **kwargs)
-    )
+    whole = _architecture(config, **sizes, **special, **kwargs)
+    model = transformers.AutoModelForCausalLM.from_config(whole)
     context = context_length(model)
     if context is not None and context < config.max_length:
         raise InputError(

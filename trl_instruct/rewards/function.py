@@ -134,9 +134,8 @@ class _Call(NamedTuple):
         """Scores, NaN for a fault, and faults by index; RewardError if it fails as a whole."""
         name, count = reward_name(self.reward), len(self.completions)
         try:
-            scores: Any = self.reward(
-                prompts=self.prompts, completions=self.completions, **self.columns
-            )
+            given = {"prompts": self.prompts, "completions": self.completions}
+            scores: Any = self.reward(**given, **self.columns)
             if inspect.isawaitable(scores):
                 scores = _awaited(scores)
             returned = _returned(scores)
