@@ -141,6 +141,13 @@ def test_what_a_chat_template_reads_is_kept():
     assert load_rankings(rows(pair | {"tools": tools}))[0]["tools"] == tools
 
 
+def test_a_call_of_a_tool_is_not_dropped():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    turns = [{**u("q"), "tool_calls": None}, call, {**a("x"), "tool_calls": None}]
+    with pytest.raises(InputError, match=r"`conversations\[1\]` calls a tool"):
+        load_demonstrations(rows({"conversations": turns}))
+
+
 def test_messages_that_are_written_as_text():
     text = json.dumps([u("Hi")])
     with pytest.raises(InputError, match="`prompt` is messages as text"):

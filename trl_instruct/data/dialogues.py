@@ -36,6 +36,8 @@ def _message(field: str, turn: Mapping[str, Any]) -> dict[str, str]:
     role = turn.get("role") or turn.get("from")
     if role not in ROLES:
         raise InputError(f"`{field}` has the role {role!r}; one of {', '.join(ROLES)} is known.")
+    if turn.get("tool_calls"):
+        raise InputError(f"`{field}` calls a tool; only `messages` of plain text may hold calls.")
     content = turn.get("content") if turn.get("role") else turn.get("value")
     if isinstance(content, list):
         if any(not isinstance(part, Mapping) or part.get("text") is None for part in content):
