@@ -101,13 +101,16 @@ def begun(monkeypatch, tokenizer):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_process_group_of_others_outlives_the_engine(begun, policy, monkeypatch, there):
+def test_a_process_group_of_others_outlives_the_engine(
+    begun, policy, tokenizer, monkeypatch, there
+):
     """vLLM ends torch's group with its engine: not if accelerate had made it before."""
-    state, ended = ModuleType("parallel_state"), []
+    sampler, ended = begun(policy), []
+    state = ModuleType("parallel_state")
     state.destroy_distributed_environment = lambda: ended.append(True)
     monkeypatch.setitem(sys.modules, "vllm.distributed.parallel_state", state)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: there)
-    begun(policy)
+    sampler.begin(policy, tokenizer, sampler.processes)
     state.destroy_distributed_environment()
     assert bool(ended) is not there
 
