@@ -108,7 +108,7 @@ def check_training(config: Any) -> None:
         raise InputError("dataloader_persistent_workers needs dataloader_num_workers above 0.")
     for name in ("activation_offloading", "offload_frozen"):
         if getattr(config, name, False) and not torch.accelerator.is_available():
-            raise InputError(f"{name} moves what a GPU would hold; there is none. Leave it out.")
+            raise InputError(f"{name} moves memory off a GPU; there is none. Leave it out.")
     if getattr(config, "kl_estimator", None) == "k3":
         raise InputError(
             "kl_estimator is 'k3'; as a reward, its gradient is that of KL(policy || ref) - "

@@ -281,5 +281,5 @@ def test_which_frozen_models_wait(make_trainer, make_policy, tokenizer, monkeypa
 
 
 def test_without_an_accelerator_nothing_can_be_offloaded(ppo_config):
-    with pytest.raises(InputError, match="offload_frozen moves what a GPU would hold"):
+    with pytest.raises(InputError, match="offload_frozen moves memory off a GPU; there is none"):
         ppo_config(offload_frozen=True)

@@ -158,6 +158,6 @@ def load_either(
     if "chosen" in first:
         return canonical_pairs(rows, where, reading, counts)
     raise InputError(
-        f"{where.name}: rankings (`prompt`, `responses`, `ranks` or `scores`) or pairs (`prompt`, "
-        f"`chosen`, `rejected`) are needed, not {', '.join(first)}. Name them: --columns OURS=NAME."
+        f"{where.name}: rm needs rankings (`prompt`, `responses`, `ranks` or `scores`) or pairs "
+        f"(`prompt`, `chosen`, `rejected`), not: {', '.join(first)}. Name them: --columns OURS=COL."
     )
