@@ -148,7 +148,7 @@ bench-critic: install  ## PPO, its critic's options, TRL's RLOO and GRPO, side b
 check-gpu: install  ## one GPU measured from its rates to whole runs of ppo (at most 12 minutes)
 	python benchmarks/check_gpu.py
 
-bench-over-optimisation: install  ## gold and KL against six rewards, with and without the stop (two hours; go on with ARGS)
+bench-over-optimisation: install  ## gold and KL against six rewards, with and without the stop (three to five hours of one core; go on with ARGS)
 	python benchmarks/over_optimisation.py $(ARGS)
 
 bench-memory: install  ## PPO's memory: four models, and one base in four roles (about five minutes)
