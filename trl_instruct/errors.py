@@ -14,8 +14,10 @@ NOT_AS_EXPECTED = (
 )
 
 # Of the machine: disk full, quota, file or name too long, read-only, no permission.
-_REFUSALS = "ENOSPC EDQUOT EFBIG ENAMETOOLONG EROFS EACCES EPERM"
-REFUSALS: set[int] = {getattr(errno, name) for name in _REFUSALS.split()}
+REFUSALS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG),
+    *(errno.EROFS, errno.EACCES, errno.EPERM),
+}
 
 # hub_token, api_key, X-Auth-Token, password; not eos_token, max_tokens.
 _SECRET = (

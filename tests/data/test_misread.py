@@ -208,6 +208,9 @@ def test_rankings_and_pairs_in_one_mixture(tmp_path):
     mixed = load_either([{"path": str(path)} for path in paths])
     assert mixed["responses"][:] == [["a", "b", "c"], ["x", "y"]]
     assert mixed["ranks"][:] == [[1, 2, 3], [1, 2]] and count_pairs(mixed) == 4
+    named = [written(tmp_path / f"{n}.jsonl", ranking | {"chosen": n}) for n in "vw"]
+    alone = load_either([{"path": str(path)} for path in named])
+    assert alone["chosen"][:] == ["v", "w"] and len(alone["responses"][0]) == 3
     for share in (0, "0.5", -1):
         shares = [{"path": str(path), "fraction": share} for path in paths]
         with pytest.raises(InputError, match="fraction: give it for each, above 0"):

@@ -133,7 +133,7 @@ def keep_dialogue(
 
 def _repeat(rows: Iterable[Record], fields: tuple[str, ...]) -> bool:
     """Whether replies repeat the prompt: any of messages; all of text but those equal to it."""
-    text = seen = False
+    seen = False
     for record in rows:
         prompt = record.get("prompt")
         repeated = [_begins(r, prompt) for f in fields for r in _replies(record, f) if r != prompt]

@@ -111,8 +111,10 @@ def _task(record: Record, tool: str, kind: str) -> dict[str, Any]:
         "pairwise": [("comparison", "comparison", {"selected": order[0]})],
         "rating": [(f"{name}_rating", name, {"rating": value}) for name, value in stars.items()],
     }
-    keys = ("from_name", "to_name", "value")
-    results = [{"type": kind, **dict(zip(keys, one, strict=True))} for one in given[kind]]
+    results = [
+        {"from_name": tag, "to_name": about, "type": kind, "value": value}
+        for tag, about, value in given[kind]
+    ]
     user = None if labeler is None else {"id": str(labeler), "email": str(labeler)}
     return {"data": held, "annotations": [{"completed_by": user, "result": results}]}
 

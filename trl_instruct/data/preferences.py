@@ -14,6 +14,7 @@ from trl_instruct.data.pairs import canonical_pairs, split_by_prompt
 from trl_instruct.data.rankings import RankingCounts, canonical_rankings
 from trl_instruct.data.reading import AS_PUBLISHED, Reading
 from trl_instruct.data.records import form_of, load_demonstrations
+from trl_instruct.data.shapes import PAIR
 from trl_instruct.data.sources import Record, first_record, iterate, map_records
 from trl_instruct.errors import InputError
 
@@ -96,29 +97,18 @@ def count_pairs(preferences: Dataset) -> int:
     return sum(a != b for ranks in every for a, b in combinations(ranks, 2))
 
 
-def as_rankings(preferences: Dataset) -> Dataset:
-    """Pairs as rankings of K = 2, the chosen response first; rankings as they are."""
-    if "responses" in preferences.column_names:
+def as_rankings(preferences: Dataset, *, mixture: bool = False) -> Dataset:
+    """Pairs as rankings of K = 2, chosen first; rankings, also those in a mixture, as they are."""
+    if "responses" in preferences.column_names and not mixture:
         return preferences
-    both = ["chosen", "rejected"]
-    kinds = {name: kind for name, kind in preferences.features.items() if name not in both}
+    kinds = {name: kind for name, kind in preferences.features.items() if name not in PAIR}
     kinds |= {"responses": List(preferences.features["chosen"]), "ranks": List(Value("int64"))}
-    return map_records(
-        preferences,
-        lambda pair: {"responses": [pair[name] for name in both], "ranks": [1, 2]},
-        remove_columns=both,
-        features=Features(kinds),
-    )
-
-
-def _ranked(mixture: Dataset) -> Dataset:
-    """Rankings and pairs as rankings, the pairs as those of K = 2."""
 
     def ranked(row: Record) -> dict[str, Any]:
-        pair = {"responses": [row["chosen"], row["rejected"]], "ranks": [1, 2]}
-        return {} if row["ranks"] else pair
+        pair = {"responses": [row[name] for name in PAIR], "ranks": [1, 2]}
+        return {} if row.get("ranks") else pair
 
-    return map_records(mixture, ranked, remove_columns=["chosen", "rejected"])
+    return map_records(preferences, ranked, remove_columns=[*PAIR], features=Features(kinds))
 
 
 def _without(rows: Dataset, labelers: set[str], reading: Reading, strict: bool = False) -> Dataset:
@@ -150,7 +140,8 @@ def load_either(
     if isinstance(source, list):
         load = partial(load_either, reading=reading, counts=counts)
         rows = mixed(lambda entry, part, _: load(entry, part), source, streaming=False)
-        return _ranked(rows) if {"responses", "chosen"} <= set(rows.column_names) else rows
+        both = {"responses", *PAIR} <= set(rows.column_names)
+        return as_rankings(rows, mixture=True) if both else rows
     rows, where, _ = read(source, split, False, "ranking", reading)
     first = first_record(rows, where)
     if "responses" in first:

@@ -26,8 +26,9 @@ from trl_instruct.models.sharding import MIXED, cast_like_sharded, launched_shar
 from trl_instruct.models.shared_base import SharedBase, classifier_around, view_of
 from trl_instruct.models.tokenizers import check_same_tokens, load_tokenizer
 from trl_instruct.ppo_trainer.rollouts import disable_dropout_and_rescaling
+from trl_instruct.rewards import function
 from trl_instruct.rewards.combined import Ensemble
-from trl_instruct.rewards.function import RewardFunction, parts_of, place_on, tell_tokenizer
+from trl_instruct.rewards.function import RewardFunction, models_of, parts_of, place_on
 from trl_instruct.rewards.load import is_python, load_reward, sole_reward
 from trl_instruct.rewards.reward_model import RewardModel
 from trl_instruct.scalar_head import score_head
@@ -38,10 +39,8 @@ def check_roles(
     model: nn.Module, ref_model: nn.Module | None, reward_model: Any, value_model: nn.Module
 ) -> None:
     """InputError if one object has two roles."""
-    parts = parts_of(reward_model)
-    judges = [p if isinstance(p, nn.Module) else getattr(p, "model", p) for p in parts]
     roles = [("model", model), ("ref_model", ref_model), ("value_model", value_model)]
-    roles += [("reward_model", judge) for judge in judges]
+    roles += [("reward_model", judge) for judge in models_of(reward_model)]
     for (name, one), (other, two) in combinations(roles, 2):
         if one is not None and one is two and name != other:
             raise InputError(
@@ -234,14 +233,13 @@ def place_frozen(
     for judge in judges:
         if judge is not None:
             place_on(judge, "cpu" if judge in waiting else accelerator.device, dtype, shared)
-            tell_tokenizer(judge, tokenizer)
+            function.tell_tokenizer(judge, tokenizer)
     return partial(in_use, waiting, args.device)
 
 
 def _moves(frozen: Any, shared: set[nn.Parameter]) -> bool:
     """Whether it has models, all of 16 or 32 bits, none over weights that train."""
-    found = [m for part in parts_of(frozen) for m in (part, getattr(part, "model", None))]
-    held = [model for model in found if isinstance(model, nn.Module)]
+    held = models_of(frozen)
     return bool(held) and not any(is_quantized(m) or shared & {*m.parameters()} for m in held)
 
 

@@ -56,9 +56,8 @@ class RewardModule(nn.Module):
         self.reward = reward
         self.tokenizer = tokenizer
         function.tell_tokenizer(reward, tokenizer)
-        models = [getattr(part, "model", None) for part in function.parts_of(reward)]
         # Registered, so they move to the device with this module.
-        self.models = nn.ModuleList(m for m in models if isinstance(m, nn.Module))
+        self.models = nn.ModuleList(function.models_of(reward))
         self.score = nn.Identity()
         # Record and ids, padded with 0 to the width of their batch, as TRL passes them on.
         self.pending: deque[tuple[Mapping[str, Any], Tensor]] = deque()

@@ -6,7 +6,6 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from torch import nn
 from transformers import TrainerCallback
 from trl import ModelConfig
 
@@ -30,7 +29,7 @@ from trl_instruct.recipes.memory import Work, memory_table
 from trl_instruct.recipes.options import data_of, named_source, option_errors, stage_options
 from trl_instruct.recipes.publishing import without_secrets
 from trl_instruct.recipes.stage import StageResult, StageRun, run_stage, starting_point
-from trl_instruct.rewards.function import counts_of, parts_of
+from trl_instruct.rewards.function import counts_of, models_of
 from trl_instruct.rewards.load import Reward, load_reward
 from trl_instruct.types import Tokenizer
 
@@ -145,8 +144,7 @@ def _tell_before(run: StageRun, roles: Roles, trainer: Any) -> None:
         run.say(f"{trainer.cut_prompts} of {len(trainer.prompts)} prompts were cut from the left")
     args, held = trainer.args, {"policy": roles.policy, "ref_policy": trainer.ref_model}
     held["value"] = roles.value
-    judges = [getattr(part, "model", None) for part in parts_of(roles.reward)]
-    for number, judge in enumerate((j for j in judges if isinstance(j, nn.Module)), start=1):
+    for number, judge in enumerate(models_of(roles.reward), start=1):
         held["reward" if number == 1 else f"reward {number}"] = judge
     length = max(map(len, trainer.prompts)) + args.response_length
     tile = TILE * TOKENS_AT_ONCE if args.device.type in KERNEL_ON else 0

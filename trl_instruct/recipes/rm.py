@@ -77,9 +77,11 @@ def rm(
     config, model_config = stage_options(
         RewardConfig, config, model_config, output_dir, dataset, options
     )
-    known, metric = "accuracy, loss, margin", config.metric_for_best_model
-    if metric is not None and metric.removeprefix("eval_") not in known.split(", "):
-        raise InputError(f"metric_for_best_model is {metric!r}; in training rm measures {known}.")
+    known, metric = ("accuracy", "loss", "margin"), config.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        raise InputError(
+            f"metric_for_best_model is {metric!r}; rm measures {', '.join(known)} while it trains."
+        )
     remember_reading(config, model)
     test = held_out_of(dataset, eval_dataset, config)
 

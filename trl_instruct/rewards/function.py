@@ -317,6 +317,13 @@ def parts_of(reward: RewardFunction) -> list[Any]:
     return list({id(part): part for part in parts}.values())
 
 
+def models_of(reward: Any) -> list[nn.Module]:
+    """The models that a reward's parts hold; of a model, itself."""
+    parts = parts_of(reward)
+    held = [p if isinstance(p, nn.Module) else getattr(p, "model", None) for p in parts]
+    return [model for model in held if isinstance(model, nn.Module)]
+
+
 def place_on(
     reward: RewardFunction,
     device: Any,
@@ -327,9 +334,9 @@ def place_on(
 
     Their linear layers are stored in `dtype` (see `store_in`, also for `shared`).
     """
+    for model in models_of(reward):
+        store_in(model, dtype, shared)
     for part in parts_of(reward):
-        if isinstance(model := getattr(part, "model", None), nn.Module):
-            store_in(model, dtype, shared)
         if hasattr(part, "to"):
             part.to(device)
 
