@@ -22,6 +22,10 @@ else
 # Idle OpenMP threads must not spin: on a busy machine that costs more than the work itself.
 export OMP_WAIT_POLICY ?= passive
 endif
+# glibc returns large tensors to the system at each free and gets them anew, page by page: without
+# these a training step of SmolLM2 takes 1.15 times as long on one thread, 1.5 times on two.
+export MALLOC_MMAP_MAX_ ?= 0
+export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
 .DEFAULT_GOAL = help
 .DELETE_ON_ERROR:
