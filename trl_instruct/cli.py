@@ -263,15 +263,12 @@ def evaluate_command(arguments: list[str]) -> None:
 
 def merge_command(arguments: list[str]) -> None:
     """Merge a LoRA adapter into its base."""
-    options = _parse("merge", arguments)
-    _tell(f"merged: {merge(options.adapter, options.output_dir, dtype=options.dtype)}")
+    _tell(f"merged: {merge(**vars(_parse('merge', arguments)))}")
 
 
 def average_command(arguments: list[str]) -> None:
     """Average the weights of reward models into one (WARM)."""
-    options = _parse("average", arguments)
-    trust = {"trust_remote_code": options.trust_remote_code}
-    _tell(f"reward model: {average(options.models, options.output_dir, **trust)}")
+    _tell(f"reward model: {average(**vars(_parse('average', arguments)))}")
 
 
 def label_command(arguments: list[str]) -> None:

@@ -19,14 +19,12 @@ def left_padded_mask(lengths: Tensor, width: int) -> Tensor:
     >>> left_padded_mask(torch.tensor([1, 3]), 3).int().tolist()
     [[0, 0, 1], [1, 1, 1]]
     """
-    columns = torch.arange(width, device=lengths.device)
-    return columns >= width - lengths.unsqueeze(1)
+    return torch.arange(width, device=lengths.device) >= width - lengths.unsqueeze(1)
 
 
 def right_padded_mask(lengths: Tensor, width: int) -> Tensor:
     """Like `left_padded_mask`, for sequences at the left end of their row (completions)."""
-    columns = torch.arange(width, device=lengths.device)
-    return columns < lengths.unsqueeze(1)
+    return torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)
 
 
 def position_ids(mask: Tensor) -> Tensor:

@@ -234,3 +234,25 @@ def test_one_of_pku_safe_rlhfs_columns_can_be_named():
     given = {"prompt": "q", "response_0": "x", "response_1": "y", "better_response_id": 1}
     read = load_rankings(rows(given), reading=Reading({"ranks": "better_response_id"}))
     assert read[0]["ranks"] == [2, 1]
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_prompt_beside_messages(column, caplog):
+    """It is put before them, unless they begin with one."""
+    own = {"role": "system", "content": "Own."}
+    talks = [[u("q"), a("r")], [u("q2"), a("r2")], [own, u("q3"), a("r3")]]
+    data = rows(*({"messages": m, column: t} for m, t in zip(talks, ["", "S", "S"], strict=True)))
+    found = load_demonstrations(data)
+    assert [row["prompt"][0]["content"] for row in found] == ["q", "S", "Own."]
+    assert found["completion"][:] == [talk[-1:] for talk in talks]
+    assert "system prompt beside `messages`" in caplog.text
+    prompts = load_prompts(rows(*data))
+    assert [row["prompt"][0]["content"] for row in prompts] == ["q", "S", "Own."]
+
+
+def test_tool_calls_beside_a_system_prompt_are_kept():
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    talk = [u("q"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    found = load_demonstrations(rows({"messages": talk, "system": "S"}))[0]
+    assert found["prompt"][0]["content"] == "S"
+    assert found["completion"][0]["tool_calls"] == [call]

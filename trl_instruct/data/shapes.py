@@ -44,7 +44,7 @@ def dialogue(row: Record) -> Given:
     if any(isinstance(turn.get("content"), list) for turn in turns):
         turns = messages_of("messages", turns)
     asked = [m for m in turns if m["role"] == "user"][:1] if row.get("prompt") else []
-    return {"prompt": asked} if asked else split_reply(turns)
+    return {"prompt": asked} if asked else split_reply(with_system(row, turns))
 
 
 def unpaired(rows: Sequence[Record]) -> Given:
@@ -307,27 +307,32 @@ def _asked(row: Record) -> Any:
     names = ("context_messages", "instruction", "question", "input", "context")  # Dolly's
     asked = [value for name in names if (value := row.get(key_of(row, name) or ""))]
     if asked and isinstance(asked[0], list):
-        return _with_system(row, asked[0])
+        return with_system(row, asked[0])
     text = "\n".join(asked)
     if key_of(row, "system", "system_prompt", "history") is None:
         return text
     turns: list[dict[str, str]] = []
     for question, answer in row.get("history") or []:
         turns += [{"role": "user", "content": question}, *(said(answer) or ())]
-    return _with_system(row, [*turns, {"role": "user", "content": text}])
+    return with_system(row, [*turns, {"role": "user", "content": text}])
 
 
 def _turns(row: Record) -> list[dict[str, str]]:
     """The dialogue, with the text of a system column."""
     name = next(name for name in DIALOGUES if name in row)
-    return _with_system(row, messages_of(name, row[name] or []))
+    return with_system(row, messages_of(name, row[name] or []))
 
 
-def _with_system(row: Record, turns: list[Any]) -> list[Any]:
+def with_system(row: Record, turns: Any) -> Any:
     """Messages, with the text of `system` or `system_prompt` unless they begin with such a turn."""
-    text = row.get(key_of(row, "system", "system_prompt") or "")
-    told = not text or (turns and turns[0].get("role") == "system")
+    text, head = row.get(key_of(row, "system", "system_prompt") or ""), (turns or [None])[0]
+    told = not text or not isinstance(head, Mapping) or head.get("role") == "system"
     return turns if told else [{"role": "system", "content": text}, *turns]
+
+
+def with_system_message(row: Record) -> dict[str, Any]:
+    """The same of `messages`."""
+    return {"messages": with_system(row, row["messages"])}
 
 
 def _dialogues(row: Record) -> list[Any]:

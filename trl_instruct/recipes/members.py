@@ -90,32 +90,32 @@ def render(metrics: dict[str, Any]) -> str:
 
 
 def average(
-    sources: Sequence[str | os.PathLike],
+    models: Sequence[str | os.PathLike],
     output_dir: str | os.PathLike,
     *,
     trust_remote_code: bool = False,
 ) -> Path:
     """Average the weights of reward models into one: WARM (Rame et al. 2024), no cost in PPO.
 
-    The sources, two or more folders or Hub ids, must have started from the same weights: `rm` with
+    The models, folders or Hub ids, must have started from the same weights: `rm` with
     `members`. Adapters are merged into their base. The shift is the mean of theirs. Returns the new
     or empty folder, which plain transformers loads. InputError for other shapes or tokenizers, an
     output_dir that is not empty, and as in `load_reward_model`.
     """
     folder = empty_folder(output_dir)
-    if len(sources) < 2:
+    if len(models) < 2:
         raise InputError("average needs two or more reward models, and a folder for the result.")
     trust: Any = {"trust_remote_code": trust_remote_code}
-    first = load_reward_model(sources[0], ModelConfig(), **trust)
-    tokenizer = load_tokenizer(sources[0], **trust)
+    first = load_reward_model(models[0], ModelConfig(), **trust)
+    tokenizer = load_tokenizer(models[0], **trust)
     averaged, shifts = AveragedModel(first), []
-    for source in sources:
+    for source in models:
         model = load_reward_model(source, ModelConfig(), **trust)
         same = [p.shape for p in model.parameters()] == [p.shape for p in first.parameters()]
         if not same or not same_tokenizer(load_tokenizer(source, **trust), tokenizer):
             raise InputError(
                 f"{os.fspath(source)!r} has another shape or tokenizer than "
-                f"{os.fspath(sources[0])!r}; only models that started from one can be averaged."
+                f"{os.fspath(models[0])!r}; only models that started from one can be averaged."
             )
         averaged.update_parameters(model)
         shifts.append(shift_of(model))
@@ -123,7 +123,7 @@ def average(
     keep_shift(result, statistics.fmean(shifts), getattr(first.config, "reward_std", 0.0))
     for part in (result, tokenizer):
         part.save_pretrained(folder)
-    names = ", ".join(in_markdown(Path(source).name) for source in sources)
+    names = ", ".join(in_markdown(Path(source).name) for source in models)
     head = "library_name: transformers\npipeline_tag: text-classification\ntags: [trl-instruct, rm]"
     ModelCard(
         f"---\n{head}\n---\n\n# {in_markdown(folder.name)}\n\nA reward model: the average of the "

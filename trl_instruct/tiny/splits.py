@@ -24,8 +24,7 @@ def owner(task: Task) -> str:
     """The one split whose data may hold the task, in any of its wordings."""
     asked = task.format, task.groups, task.tone, task.word, task.noun, task.category
     place = zlib.crc32(repr(asked).encode()) % 100
-    ends = list(accumulate(SHARES.values()))
-    return list(SHARES)[bisect(ends, place)]
+    return list(SHARES)[bisect(list(accumulate(SHARES.values())), place)]
 
 
 def split(name: str) -> Dataset:
