@@ -214,6 +214,15 @@ def test_a_ready_config_is_copied_and_takes_no_options_beside_it():
         resolve(SFTConfig, None, model_config, {"output_dir": "x", "lora_r": 1})
 
 
+def test_one_text_is_a_list_of_one(tmp_path):
+    """Not a list of its letters: each completion ended at the first E, N or D."""
+    assert PPOConfig(str(tmp_path), stop_strings="END").stop_strings == ["END"]
+    assert RewardConfig(str(tmp_path), columns="prompt=q").columns == ["prompt=q"]
+    file = tmp_path / "a.yaml"
+    file.write_text(f"stop_strings: END\noutput_dir: {tmp_path}\n", encoding="utf-8")
+    assert parse(PPOConfig, ["--config", str(file)])[0].stop_strings == ["END"]
+
+
 @pytest.mark.parametrize(
     ("given", "taken"), [("True", True), ("false", False), ("x/checkpoint-2", "x/checkpoint-2")]
 )

@@ -2,7 +2,7 @@
 make sense at any scale; the help in configs.yaml cites the place in the paper (Ouyang et al. 2022).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -61,6 +61,9 @@ class StageConfig(_Mixin):
     bf16: bool | None = None
 
     def __post_init__(self) -> None:
+        for name in (own.name for own in fields(self) if str(own.type).startswith("list[str]")):
+            if isinstance(text := getattr(self, name), str):
+                setattr(self, name, [text])
         option_checks.check_finite(self)
         option_checks.check_refused(self.REFUSED, self)
         option_checks.check_numbers(self)

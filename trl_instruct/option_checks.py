@@ -51,9 +51,7 @@ def has_bf16() -> bool:
 def check_stop_strings(stop_strings: Sequence[str] | None) -> None:
     """InputError for an empty stop string: every completion would end at once."""
     if stop_strings and not all(stop_strings):
-        raise InputError(
-            f"stop_strings are {list(stop_strings)}: an empty one ends every text. Remove it."
-        )
+        raise InputError(f"stop_strings are {list(stop_strings)}: an empty one ends every text.")
 
 
 NEEDED: dict[str, Callable[[Any], bool]] = {

@@ -57,11 +57,13 @@ def test_pairs_whose_prompt_has_another_name(name):
         (("true", "false"), "'true'"),
         (("good", "bad"), "'good'"),
         (("1", "0"), "'1'"),
+        (("yes", "no"), "'yes'"),
+        (("Positive", "Negative"), "'Positive'"),
         ((1, -1), "-1"),
         ((1, 3), "3"),
     ],
 )
-@pytest.mark.parametrize("name", ["label", "kto_tag"])
+@pytest.mark.parametrize("name", ["label", "kto_tag", "Label"])
 def test_labels_that_are_not_true_or_false(name, labels, shown):
     given = [
         {"prompt": "q", "completion": reply, name: label}
@@ -197,7 +199,7 @@ def test_roles_that_no_chat_template_knows(roles, write):
     """The whole dialogue, with its reply, was the prompt."""
     turns = [{"role": role, "content": "x"} for role in roles]
     for load in (load_prompts, load_demonstrations):
-        with pytest.raises(InputError, match=f"has the role .*; write '{write}'"):
+        with pytest.raises(InputError, match=f"is of role .*; write '{write}'"):
             load(rows({"messages": turns}))
 
 
@@ -245,7 +247,7 @@ def test_a_system_prompt_beside_messages(column, caplog):
     found = load_demonstrations(data)
     assert [row["prompt"][0]["content"] for row in found] == ["q", "S", "Own."]
     assert found["completion"][:] == [talk[-1:] for talk in talks]
-    assert "system prompt beside `messages`" in caplog.text
+    assert "system prompt beside messages" in caplog.text
     prompts = load_prompts(rows(*data))
     assert [row["prompt"][0]["content"] for row in prompts] == ["q", "S", "Own."]
 
@@ -256,3 +258,33 @@ def test_tool_calls_beside_a_system_prompt_are_kept():
     found = load_demonstrations(rows({"messages": talk, "system": "S"}))[0]
     assert found["prompt"][0]["content"] == "S"
     assert found["completion"][0]["tool_calls"] == [call]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "prompt,completion\nName a city, please.,Rome\nName a river, please.,Po\n",
+        "prompt,chosen,rejected\nq,yes, sure,no\nq2,well, sure,no\n",
+        "prompt,completion\na,b,\nc,d,\n",
+    ],
+)
+def test_a_csv_with_more_cells_than_its_header(text, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(text, encoding="utf-8")
+    for load in (load_demonstrations, load_either, load_prompts):
+        with pytest.raises(InputError, match=r"a\.csv: rows have more cells than the header"):
+            load(path)
+
+
+def test_messages_that_are_no_list_beside_a_system_prompt():
+    with pytest.raises(InputError, match="`messages` is dict"):
+        load_demonstrations(rows({"messages": u("q"), "system": "S"}))
+    with pytest.raises(InputError, match=r"`system` is list \['S'\]; text is needed"):
+        load_demonstrations(rows({"messages": [u("q"), a("r")], "system": ["S"]}))
+
+
+def test_a_system_prompt_beside_pairs_of_messages():
+    pair = {"system": "S", "chosen": [u("q"), a("good")], "rejected": [u("q"), a("bad")]}
+    found = load_pairs(rows(pair))[0]
+    assert found["prompt"] == [{"role": "system", "content": "S"}, u("q")]
+    assert (found["chosen"], found["rejected"]) == ([a("good")], [a("bad")])

@@ -315,12 +315,47 @@ def test_a_template_that_hides_the_reply():
         render(ONE_TURN, assistant("Rome"), tokenizer)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "hello",
+        "{% for m in messages %}{% if not (loop.last and m.role == 'assistant') %}{{ m.content }}"
+        "{% endif %}{% endfor %}assistant\n",
+    ],
+)
+def test_a_template_that_ends_before_the_reply(template):
+    """Nothing would be trained on; both responses of a pair would be the same."""
+    tokenizer = byte_level()
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match="the reply's text is not in it"):
+        render(ONE_TURN, assistant("Rome"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "record", "told"),
+    [
+        (GEMMA, {"tools": "search, calc"}, "`tools` is a list"),
+        (GEMMA, {"chat_template_kwargs": ["x"]}, "`chat_template_kwargs` an object"),
+        (GEMMA, {"chat_template_kwargs": {"add_generation_prompt": False}}, "refuses the messages"),
+        (GEMMA, {"chat_template_kwargs": {"continue_final_message": True}}, "refuses the messages"),
+        ("{{ messages[0]['content'].index('|') }}", {}, "refuses the messages"),
+        ({"tool_use": GEMMA}, {}, "refuses the messages"),
+    ],
+)
+def test_what_ended_in_a_traceback(template, record, told):
+    tokenizer = byte_level()
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match=told):
+        render(ONE_TURN, assistant("Rome"), tokenizer, record)
+
+
 def test_what_a_record_gives_its_template():
     tools = [{"name": "a", "parameters": {"b": {"type": "string", "enum": None}}}]
     given = {"tools": tools, "chat_template_kwargs": {"enable_thinking": False, "other": None}}
     expected = [{"name": "a", "parameters": {"b": {"type": "string"}}}]
     assert template_arguments(given) == {"tools": expected, "enable_thinking": False}
     assert template_arguments({"tools": [], "chat_template_kwargs": None}) == {}
+    assert template_arguments({"tools": "", "chat_template_kwargs": '{"a": 1}'}) == {"a": 1}
 
 
 def test_a_prompt_that_ends_with_eos(caplog):

@@ -18,7 +18,7 @@ from trl_instruct.data.orders import dense_ranks, is_number
 from trl_instruct.data.reading import Reading, rename
 from trl_instruct.data.recognition import Shape, shape_of
 from trl_instruct.data.rendering import ARGUMENTS
-from trl_instruct.data.shapes import with_system, with_system_message
+from trl_instruct.data.shapes import with_system_message
 from trl_instruct.data.sources import AnyDataset, Record, Source, first_record, iterate
 from trl_instruct.errors import NOT_AS_EXPECTED, InputError, explained, kind_of
 
@@ -57,8 +57,9 @@ def read(
             "would join them",
             *(where.name, unread, unread),
         )
-    if "prompt" not in first and with_system(first, first.get("messages")) != first.get("messages"):
-        logger.warning("%s: the system prompt beside `messages` is put before them", where.name)
+    headed = {} if "prompt" in first else with_system_message(first)
+    if any(turns != first[name] for name, turns in headed.items()):
+        logger.warning("%s: the system prompt beside messages is put before them", where.name)
         dataset = sources.map_records(dataset, with_system_message, features=dataset.features)
     return dataset, where, None
 

@@ -282,6 +282,5 @@ def _answer_of(connection: sql.Connection, answer_id: str) -> Any:
 
 
 def _write(connection: sql.Connection, answer_id: str, *values: str) -> None:
-    names = ("item", "labeler", "action", "content")
-    row = dict(zip(names, values, strict=True))
+    row = dict(zip(("item", "labeler", "action", "content"), values, strict=True))
     connection.execute(sql.insert(ANSWERS).values(id=answer_id, time=time.time(), **row))

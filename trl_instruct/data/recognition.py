@@ -61,9 +61,8 @@ def shape_of(first: Record, kind: str) -> Shape | None:
         return None
     replies = {"completion", "messages"}
     replies |= set() if "prompt" in first else {"conversations", "output", "response"}
-    labels = [first.get("label"), first.get("kto_tag")]
-    judged = any(str(label).lower() in NAMES["judged"].split() for label in labels)
-    if judged and replies & set(first):
+    label = str(first.get(shapes.key_of(first, "label", "kto_tag") or ""))
+    if label.lower() in NAMES["judged"].split() and replies & set(first):
         return UNPAIRED
     if kind == "demonstration" and {"prompt", "completion"} <= set(first):
         return None

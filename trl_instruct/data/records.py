@@ -260,9 +260,7 @@ def _check_messages(field: str, messages: Sequence[Any]) -> None:
                 raise InputError(f"`{field}[{index}]` has no text `{key}` ({found}); {needed}.")
         known = dialogues.ROLES.get(message["role"].lower(), message["role"])
         if known != message["role"]:
-            raise InputError(
-                f"`{field}[{index}]` has the role {message['role']!r}; write {known!r}."
-            )
+            raise InputError(f"`{field}[{index}]` is of role {message['role']!r}; write {known!r}.")
     last = messages[-1]
     said = last.get("tool_calls") or (last["content"] or "").strip()
     if not last["role"].strip() or not said:

@@ -17,7 +17,7 @@ from trl.trainer.utils import remove_none_values
 
 from trl_instruct.console import get_logger
 from trl_instruct.data.sources import Record
-from trl_instruct.errors import InputError, located
+from trl_instruct.errors import NOT_AS_EXPECTED, InputError, explained, located
 from trl_instruct.types import Tokenizer
 
 logger = get_logger(__name__)
@@ -71,15 +71,13 @@ def render_all(
     else:
         arguments = template_arguments(record)
         answers = all(completion[0]["role"] == "assistant" for completion in completions)
-        opening = _chat(prompt, tokenizer, add_generation_prompt=answers, **arguments)
+        opening = _chat(prompt, tokenizer, arguments, opens=answers)
         before, ids = [], _ids(opening, tokenizer)
         rests, closings = [], []
         for completion in completions:
-            whole = _chat([*prompt, *completion], tokenizer, **arguments)
+            whole = _chat([*prompt, *completion], tokenizer, arguments)
             said = str(completion[0].get("content") or "")
-            # Some templates open a turn differently for a policy than in a dialogue.
-            start = len(opening) if whole.startswith(opening) else _place(said, whole, opening)
-            rests.append(whole[start:])
+            rests.append(whole[_place(said, whole, opening) :])
             alone = len(completion) == 1 and rests[-1].startswith(said)
             closings.append(rests[-1][len(said) :] if alone else None)
     rendered = []
@@ -96,7 +94,7 @@ def render_prompt(prompt: Any, tokenizer: Tokenizer, record: Record | None = Non
     if isinstance(prompt, str):
         before, ids = _plain(prompt, tokenizer)
         return before + ids
-    opening = _chat(prompt, tokenizer, add_generation_prompt=True, **template_arguments(record))
+    opening = _chat(prompt, tokenizer, template_arguments(record), opens=True)
     return _ids(opening, tokenizer)
 
 
@@ -125,11 +123,10 @@ def template_arguments(record: Record | None) -> dict[str, Any]:
 
     Tables give every struct the union of its keys: absent ones come back as null, and are left out.
     """
-    record = record or {}
-    tools = record.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    given = {"tools": tools or None, **(record.get("chat_template_kwargs") or {})}
-    return remove_none_values(given)
+    given = [(record or {}).get(name) or None for name in ARGUMENTS]
+    with explained("`tools` is a list, `chat_template_kwargs` an object, or JSON of them"):
+        tools, others = (json.loads(v) if isinstance(v, str) else v for v in given)
+        return remove_none_values({"tools": tools, **(others or {})})
 
 
 def completion_texts(
@@ -179,7 +176,7 @@ def _after_anchor(text: str, tokenizer: Tokenizer) -> list[int]:
     return _ids(text, tokenizer)
 
 
-def _chat(messages: Sequence[Any], tokenizer: Tokenizer, **arguments: Any) -> str:
+def _chat(messages: Sequence[Any], tokenizer: Tokenizer, given: Any, opens: bool = False) -> str:
     """The messages in the chat template; InputError if there is none, or if it refuses them."""
     if tokenizer.chat_template is None:
         raise InputError(
@@ -188,8 +185,9 @@ def _chat(messages: Sequence[Any], tokenizer: Tokenizer, **arguments: Any) -> st
         )
     clean = [_message(message) for message in messages]
     try:
-        return tokenizer.apply_chat_template(clean, tokenize=False, **arguments)
-    except (TemplateError, TypeError, KeyError) as error:
+        how: Any = {"tokenize": False, "add_generation_prompt": opens}
+        return tokenizer.apply_chat_template(clean, **how, **given)
+    except (TemplateError, *NOT_AS_EXPECTED) as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise InputError(
             f"The chat template refuses the messages with the roles {roles}: {error}. Change them "
@@ -210,7 +208,10 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _place(said: str, whole: str, opening: str) -> int:
-    """Where the reply's text begins in a rendered dialogue that does not begin with `opening`."""
+    """Where the reply begins in a rendered dialogue, mostly behind `opening`, at least its text."""
+    if whole.startswith(opening) and whole != opening:
+        return len(opening)
+    # Some templates open a turn differently for a policy than in a dialogue.
     alike = takewhile(lambda pair: pair[0] == pair[1], zip(opening, whole, strict=False))
     place = whole.find(said.strip(), len(list(alike)))
     if not said.strip() or place < 0:

@@ -50,7 +50,7 @@ def dialogue(row: Record) -> Given:
 def unpaired(rows: Sequence[Record]) -> Given:
     """KTO, `label` or `kto_tag`: good ones are demonstrations, both kinds make a ranking."""
     given = [judged(row) for row in rows]
-    labels = [row.get("label", row.get("kto_tag")) for row in rows]
+    labels = [row.get(key_of(row, "label", "kto_tag") or "") for row in rows]
     if odd := [label for label in labels if label not in (None, 0, 1)]:
         raise InputError(f"`label` is {kind_of(odd[0])}; true (a good reply) or false is needed.")
     ranks = [None if label is None else 1 if label else 2 for label in labels]
@@ -325,14 +325,18 @@ def _turns(row: Record) -> list[dict[str, str]]:
 
 def with_system(row: Record, turns: Any) -> Any:
     """Messages, with the text of `system` or `system_prompt` unless they begin with such a turn."""
-    text, head = row.get(key_of(row, "system", "system_prompt") or ""), (turns or [None])[0]
-    told = not text or not isinstance(head, Mapping) or head.get("role") == "system"
-    return turns if told else [{"role": "system", "content": text}, *turns]
+    text = row.get(key_of(row, "system", "system_prompt") or "")
+    head = turns[0] if isinstance(turns, list) and turns else None
+    if not text or not isinstance(head, Mapping) or head.get("role") == "system":
+        return turns
+    if not isinstance(text, str):
+        raise InputError(f"`system` is {kind_of(text)}; text is needed.")
+    return [{"role": "system", "content": text}, *turns]
 
 
 def with_system_message(row: Record) -> dict[str, Any]:
-    """The same of `messages`."""
-    return {"messages": with_system(row, row["messages"])}
+    """The same of a record's `messages`, or of both sides of a pair."""
+    return {name: with_system(row, row[name]) for name in ("messages", *PAIR) if name in row}
 
 
 def _dialogues(row: Record) -> list[Any]:

@@ -335,7 +335,10 @@ def _open_text(path: Path) -> Any:
 
 def _decode_cells(dataset: AnyDataset, where: Source) -> AnyDataset:
     """Decode a csv file's list cells, which are JSON: '["a", "b"]' -> ["a", "b"]."""
-    columns = set(first_record(dataset, where)) & set(LIST_CELLS)
+    first = first_record(dataset, where)
+    if "__index_level_0__" in first:  # pandas takes the first cells of too wide rows as an index
+        raise InputError(f"{where.name}: rows have more cells than the header. Quote their commas.")
+    columns = set(first) & set(LIST_CELLS)
 
     def decoded(record: Record, row: int) -> dict[str, Any]:
         found = {column: record[column] for column in columns}

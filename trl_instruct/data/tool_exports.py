@@ -153,8 +153,7 @@ def _ranker(data: Mapping[str, Any], order: Any) -> dict[str, Any]:
     if "responses" not in fitting and len(fitting) != 1:
         found = f"the lists {', '.join(fitting)} have" if fitting else "no list of `data` has"
         raise InputError(
-            f"`ranker` has the items {kind_of(lists[0])}, which {found}. Say which: --columns "
-            "responses=LIST."
+            f"`ranker` has {kind_of(lists[0])}, which {found}. Say which: --columns responses=LIST."
         )
     texts = fitting.get("responses") or next(iter(fitting.values()))
     responses, ranks = [texts[name] for name in names], [*range(1, len(names) + 1)]

@@ -173,8 +173,7 @@ def disable_dropout_and_rescaling(model: PreTrainedModel) -> None:
 def last_hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """A list to which each backbone call adds its `(B, T, H)`; a model may make no such call."""
     seen: list[Tensor] = []
-    backbone = unwrapped(model).base_model
-    handle = backbone.register_forward_hook(
+    handle = unwrapped(model).base_model.register_forward_hook(
         lambda module, inputs, output: seen.append(output.last_hidden_state)
     )
     try:
