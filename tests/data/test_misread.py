@@ -274,6 +274,8 @@ def test_a_csv_with_more_cells_than_its_header(text, tmp_path):
     for load in (load_demonstrations, load_either, load_prompts):
         with pytest.raises(InputError, match=r"a\.csv: rows have more cells than the header"):
             load(path)
+    path.write_text("prompt,completion,__index_level_0__\na,b,7\n", encoding="utf-8")
+    assert load_demonstrations(path)["completion"][:] == ["b"]
 
 
 def test_messages_that_are_no_list_beside_a_system_prompt():

@@ -243,7 +243,7 @@ def _load_file(path: Path, builder: str, split: str, streaming: bool, where: Sou
     except (StopIteration, *UNREADABLE) as error:
         raise _file_fault(error, path, builder, where) from error
     if builder == "csv":
-        dataset = _decode_cells(dataset, where)
+        dataset = _decode_cells(dataset, where, _first_line(path))
     if not streaming:
         return dataset
     inputs = {"dataset": dataset, "path": path, "builder": builder, "where": where}
@@ -333,10 +333,10 @@ def _open_text(path: Path) -> Any:
     return opener(path, "rt", encoding="utf-8-sig")
 
 
-def _decode_cells(dataset: AnyDataset, where: Source) -> AnyDataset:
+def _decode_cells(dataset: AnyDataset, where: Source, header: str) -> AnyDataset:
     """Decode a csv file's list cells, which are JSON: '["a", "b"]' -> ["a", "b"]."""
     first = first_record(dataset, where)
-    if "__index_level_0__" in first:  # pandas takes the first cells of too wide rows as an index
+    if "__index_level_0__" in first and "__index_level_0__" not in header:  # rows are too wide
         raise InputError(f"{where.name}: rows have more cells than the header. Quote their commas.")
     columns = set(first) & set(LIST_CELLS)
 
