@@ -1,7 +1,7 @@
 """Is the reward exploited? Gold and KL of PPO against six rewards: the table in
 docs/over_optimisation.md.
 
-python benchmarks/over_optimisation.py                   # all that is missing: three to five hours
+python benchmarks/over_optimisation.py                   # all that is missing: two to five hours
 python benchmarks/over_optimisation.py --only mean-0.02-2-   # of the runs, those that match
 python benchmarks/over_optimisation.py --table           # what there is so far, as markdown
 python benchmarks/over_optimisation.py --rule            # the rule that stops, on the same runs
