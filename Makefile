@@ -16,7 +16,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PYTHONUNBUFFERED = 1
 # For models as small as the tiny default's, a second thread pays only if nothing waits for it:
 # installation measures how many to use (benchmarks/threads.py).
-ifneq ($(filter tiny%,$(CONFIG)),)
+ifeq ($(filter bench-imdb bench-real,$(MAKECMDGOALS))$(filter-out tiny%,$(CONFIG)),)
 export OMP_NUM_THREADS ?= $(or $(shell cat .venv/threads 2>/dev/null),1)
 else
 # Idle OpenMP threads must not spin: on a busy machine that costs more than the work itself.
@@ -130,7 +130,7 @@ bench-real: weights  ## reward models of SmolLM2-135M on real preferences in DAT
 bench-rankings: install  ## the reward model on real rankings in DATA, beside the length baseline
 	python benchmarks/real_rankings.py $(DATA)
 
-bench-imdb: weights  ## movie reviews in DATA, continued positively by SmolLM2-135M (27 minutes of one core)
+bench-imdb: weights  ## movie reviews in DATA, continued positively by SmolLM2-135M (20 minutes of two cores)
 	python benchmarks/imdb.py $(DATA) $(ARGS)
 
 bench-imdb-scratch: install  ## the same by a model made from scratch (about seven minutes)
