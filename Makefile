@@ -130,7 +130,7 @@ bench-real: weights  ## reward models of SmolLM2-135M on real preferences in DAT
 bench-rankings: install  ## the reward model on real rankings in DATA, beside the length baseline
 	python benchmarks/real_rankings.py $(DATA)
 
-bench-imdb: weights  ## movie reviews in DATA, continued positively by SmolLM2-135M (20 minutes of two cores)
+bench-imdb: weights  ## movie reviews in DATA, continued positively by SmolLM2-135M (21 minutes of two cores)
 	python benchmarks/imdb.py $(DATA) $(ARGS)
 
 bench-imdb-scratch: install  ## the same by a model made from scratch (about seven minutes)

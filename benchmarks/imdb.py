@@ -1,6 +1,6 @@
 """Movie reviews, continued positively, by SmolLM2-135M: the first table in docs/imdb.md.
 
-python benchmarks/imdb.py ../shared/data        # 20 minutes on two CPU cores
+python benchmarks/imdb.py ../shared/data        # 21 minutes on two CPU cores
 
 The policy, LoRA over frozen weights, is fine-tuned on openings of reviews and how they go on. A
 classifier over MiniLM learns the reviews' labels; PPO optimises the policy against it. Two judges
