@@ -290,3 +290,28 @@ def test_a_system_prompt_beside_pairs_of_messages():
     found = load_pairs(rows(pair))[0]
     assert found["prompt"] == [{"role": "system", "content": "S"}, u("q")]
     assert (found["chosen"], found["rejected"]) == ([a("good")], [a("bad")])
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_system_prompt_beside_dialogues_of_every_shape(parts):
+    """Contents in parts, rated pairs, prompts of pairs, another tool's pairs."""
+
+    def said(message):
+        content = message["content"]
+        return message | {"content": [{"type": "text", "text": content}] if parts else content}
+
+    good, bad = [said(u("q")), said(a("good"))], [said(u("q")), said(a("bad"))]
+    prompt = [{"role": "system", "content": "S"}, u("q")]
+    shown = load_demonstrations(rows({"messages": good, "system": "S"}))[0]
+    assert (shown["prompt"], shown["completion"]) == (prompt, [a("good")])
+    assert load_prompts(rows({"messages": good, "system": "S"}))[0]["prompt"] == prompt
+    if parts:  # pairs need contents of text
+        return
+    pair = {"chosen": good, "rejected": bad, "system": "S"}
+    rated = pair | {"score_chosen": 5.0, "score_rejected": 1.0}
+    swift = {"messages": good, "rejected_response": "bad", "system": "S"}
+    for given in (pair, rated, swift):
+        found = load_pairs(rows(given))[0]
+        assert (found["prompt"], found["chosen"]) == (prompt, [a("good")])
+        assert found["rejected"] == [a("bad")]
+    assert load_prompts(rows(pair))[0]["prompt"] == prompt

@@ -41,7 +41,11 @@ def read(
     where = Source.of(source, split)
     dataset = rename(sources.load_records(source, split, streaming), where, reading)
     first = _typical_record(dataset, where)
-    shape = shape_of(first, kind)
+    headed = {} if "prompt" in first else with_system_message(first)
+    if any(turns != first[name] for name, turns in headed.items()):
+        logger.warning("%s: the system prompt beside messages is put before them", where.name)
+        dataset = sources.map_records(dataset, with_system_message, features=dataset.features)
+    shape = shape_of(first := {**first, **headed}, kind)
     if shape is not None:
         return *_convert(dataset, where, shape, _Counts(kind), reading), shape
 
@@ -57,10 +61,6 @@ def read(
             "would join them",
             *(where.name, unread, unread),
         )
-    headed = {} if "prompt" in first else with_system_message(first)
-    if any(turns != first[name] for name, turns in headed.items()):
-        logger.warning("%s: the system prompt beside messages is put before them", where.name)
-        dataset = sources.map_records(dataset, with_system_message, features=dataset.features)
     return dataset, where, None
 
 

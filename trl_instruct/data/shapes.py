@@ -44,7 +44,7 @@ def dialogue(row: Record) -> Given:
     if any(isinstance(turn.get("content"), list) for turn in turns):
         turns = messages_of("messages", turns)
     asked = [m for m in turns if m["role"] == "user"][:1] if row.get("prompt") else []
-    return {"prompt": asked} if asked else split_reply(with_system(row, turns))
+    return {"prompt": asked} if asked else split_reply(turns)
 
 
 def unpaired(rows: Sequence[Record]) -> Given:
@@ -327,16 +327,18 @@ def with_system(row: Record, turns: Any) -> Any:
     """Messages, with the text of `system` or `system_prompt` unless they begin with such a turn."""
     text = row.get(key_of(row, "system", "system_prompt") or "")
     head = turns[0] if isinstance(turns, list) and turns else None
-    if not text or not isinstance(head, Mapping) or head.get("role") == "system":
+    if not text or not isinstance(head, Mapping) or head.get("role") in (None, "system"):
         return turns
     if not isinstance(text, str):
         raise InputError(f"`system` is {kind_of(text)}; text is needed.")
-    return [{"role": "system", "content": text}, *turns]
+    content = [{"type": "text", "text": text}] if isinstance(head.get("content"), list) else text
+    return [{"role": "system", "content": content}, *turns]
 
 
 def with_system_message(row: Record) -> dict[str, Any]:
-    """The same of a record's `messages`, or of both sides of a pair."""
-    return {name: with_system(row, row[name]) for name in ("messages", *PAIR) if name in row}
+    """The same of a record's `messages`, or of both sides of a pair that holds its prompt."""
+    names = ("messages",) if {*DIALOGUES} & set(row) else PAIR
+    return {name: with_system(row, row[name]) for name in names if name in row}
 
 
 def _dialogues(row: Record) -> list[Any]:
