@@ -571,7 +571,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
             ("torch.sigmoid(weights[0])", "torch.sigmoid(weights[1])"),
             ("range((most - 1).bit_length())", "range(most.bit_length())"),
             ("return math.log(n) - (n - 1) / n", "return math.log(n) - (n - 1)"),
-            ("math.comb(count, n) / math.comb(total, n)", "math.comb(count, n)"),
+            ("math.comb(count, n) / all_subsets", "math.comb(count, n)"),
             ("scores.contiguous(), right=False", "scores.contiguous(), right=True"),
             ("/ (up_to - below)", ""),
             ("1 - len(set(found)) / len(found)", "len(set(found)) / len(found)"),

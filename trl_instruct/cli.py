@@ -193,8 +193,7 @@ def report_command(arguments: list[str]) -> None:
     """Write one page on finished stages: what is at fault?"""
     options = _parse("report", arguments)
     path = report(**vars(options))
-    evaluation = read_evaluation(options.evaluation)
-    for line in summary_lines(read_chain(options.folder), evaluation):
+    for line in summary_lines(read_chain(options.folder), read_evaluation(options.evaluation)):
         say(line)
     say(f"report: {path}")
 

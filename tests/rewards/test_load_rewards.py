@@ -355,6 +355,6 @@ def test_lora_and_quantised_reward_models(reward_model, saved_reward_model, toke
 def test_a_file_of_rewards_that_cannot_be_run(tmp_path, code, message):
     file = tmp_path / "rules.py"
     file.write_text(code)
-    with pytest.raises(InputError, match=f"rules.py fails: .*(?:{message})") as told:
+    with pytest.raises(InputError, match=f"rules.py cannot be run: .*(?:{message})") as told:
         load_reward(f"{file}:short")
     assert str(told.value).isprintable()

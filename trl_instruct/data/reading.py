@@ -152,7 +152,8 @@ def rename(dataset: AnyDataset, where: Source, reading: Reading) -> AnyDataset:
         elif reading.strict:
             fault = f"there is a column {name!r} too" if clash else f"there is no column {column!r}"
             raise InputError(
-                f"{where.name}: columns says {name}={column}, but {fault} among {', '.join(held)}."
+                f"{where.name}: columns says {name}={column}, but {fault}. Columns found: "
+                f"{', '.join(held)}."
             )
     if inside is None:
         return dataset.rename_columns(names) if names else dataset

@@ -92,10 +92,9 @@ def _has_answers(first: Record) -> bool:
 def _holds(first: Record, path: str) -> bool:
     """Whether the record has a column, or what `path` says of its value."""
     name, _, inside = path.partition(".")
-    listed = name.endswith("[]")
     key = next((column for column in first if column.lower() == name.removesuffix("[]")), None)
     value = first[key] if key else None
-    if listed:
+    if name.endswith("[]"):
         value = value[0] if isinstance(value, list) and value else None
         if not inside:
             return value is not None and not isinstance(value, Mapping)

@@ -94,8 +94,7 @@ def render_prompt(prompt: Any, tokenizer: Tokenizer, record: Record | None = Non
     if isinstance(prompt, str):
         before, ids = _plain(prompt, tokenizer)
         return before + ids
-    opening = _chat(prompt, tokenizer, template_arguments(record), opens=True)
-    return _ids(opening, tokenizer)
+    return _ids(_chat(prompt, tokenizer, template_arguments(record), opens=True), tokenizer)
 
 
 def render_prompts(

@@ -102,7 +102,8 @@ def chances_to_be_best(scores: Tensor, n: int) -> Tensor:
     Ties split their probabilities equally.
     """
     total = scores.shape[1]
-    shares = [math.comb(count, n) / math.comb(total, n) for count in range(total + 1)]
+    all_subsets = math.comb(total, n)
+    shares = [math.comb(count, n) / all_subsets for count in range(total + 1)]
     within = torch.tensor(shares, dtype=torch.float64)
     ordered = scores.sort(dim=1).values
     below = torch.searchsorted(ordered, scores.contiguous(), right=False)

@@ -74,9 +74,8 @@ class LabelPage:
             content["seconds"] = round(float(given["seconds"]), 1)
         if given["action"] == "label":
             order = _order(item, labeler)
-            places = sorted(range(len(order)), key=order.__getitem__)
             label = {name: given.get(name) for name in ("ranks", "overall", "checks")}
-            content |= _reordered(label, places)
+            content |= _reordered(label, sorted(range(len(order)), key=order.__getitem__))
         saved = self.store.save(_id(given), item.key, labeler, given["action"], content)
         return {"saved": saved, **self.next(given)}
 

@@ -97,9 +97,8 @@ def classifier_around(model: Model) -> Model:
     with torch.device("meta"):
         classifier = AutoModelForSequenceClassification.from_config(config)
     backbone = classifier.base_model_prefix
-    parts = {name for name, _ in classifier.named_children()}
     same = type(classifier.base_model) is type(model.base_model)
-    if parts != {backbone, "score"} or not same:
+    if {name for name, _ in classifier.named_children()} != {backbone, "score"} or not same:
         raise InputError(
             f"A {type(classifier).__name__} does not have the backbone of a "
             f"{type(model).__name__}, so the two cannot share one. Load them separately: leave "

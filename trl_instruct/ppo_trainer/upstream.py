@@ -80,8 +80,7 @@ class RewardModule(nn.Module):
         ids, lengths = pad_prompts([row["input_ids"] for row in rows], torch.device("cpu"))
         pad = self.tokenizer.pad_token_id
         padded = torch.where(left_padded_mask(lengths, ids.shape[1]), ids, pad)
-        shown = padded.masked_fill(padded == pad, 0)
-        self.pending.extend(zip(rows, shown, strict=True))
+        self.pending.extend(zip(rows, padded.masked_fill(padded == pad, 0), strict=True))
         return {"input_ids": padded}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **unused: Any) -> BaseModelOutput:

@@ -158,6 +158,5 @@ def tiny_base(folder: Path, **options: Any) -> StageResult:
     if (folder / METRICS_FILE).is_file():
         return StageResult(folder)
     defaults = yaml.safe_load(TINY_OPTIONS.read_text(encoding="utf-8"))
-    dataset = defaults.pop("dataset_name")
     replaced = {"output_dir": str(folder), "overwrite_output_dir": True}  # if it was cut short
-    return pretrain(dataset, **{**defaults, **options, **replaced})
+    return pretrain(defaults.pop("dataset_name"), **{**defaults, **options, **replaced})

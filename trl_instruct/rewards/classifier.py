@@ -82,7 +82,8 @@ class ClassifierReward:
         """Tokens of a text, cut from the left to the context."""
         text = as_text(completion)
         if self.with_prompt:
-            text = as_text(prompt) + "\n" * (not isinstance(prompt, str)) + text
+            join = "" if isinstance(prompt, str) else "\n"
+            text = as_text(prompt) + join + text
         ids = self.tokenizer(text, truncation=False)["input_ids"]
         if len(ids) <= self.context:
             return ids

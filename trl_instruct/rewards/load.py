@@ -154,7 +154,7 @@ def _from_file(reward: str) -> RewardFunction:
     except (Exception, SystemExit) as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
         where = f"line {lines[-1]}, " if lines else ""
-        told = f"{file} fails: {where}{type(error).__name__}: {error}"
+        told = f"{file} cannot be run: {where}{type(error).__name__}: {error}"
         raise InputError(f"Reward {reward!r}: {told}") from error
     found = getattr(module, name, None)
     if not callable(found):

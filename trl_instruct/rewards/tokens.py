@@ -90,4 +90,5 @@ def cut_prompt(rows: list[list[int]], prompt_ids: list[int], *, max_length: int)
     """
     most = max(0, len(prompt_ids) - 1)
     longest = max((len(row) for row in rows if len(row) - most <= max_length), default=0)
-    return [row[max(0, longest - max_length) :] for row in rows]
+    cut = max(0, longest - max_length)
+    return [row[cut:] for row in rows]

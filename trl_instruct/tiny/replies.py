@@ -28,7 +28,8 @@ def good_reply(task: Task, rng: random.Random) -> str:
 def flawed_reply(task: Task, rng: random.Random) -> str:
     """A reply that breaks each constraint at its rate of world.yaml."""
     draft = _good_draft(task, rng)
-    (_spoil_answer if task.format == "answer" else _spoil_items)(task, draft, rng)
+    spoil = _spoil_answer if task.format == "answer" else _spoil_items
+    spoil(task, draft, rng)
     if _hit("tone", rng):
         others = [opening for openings in world.TONES.values() for opening in openings]
         draft.opening = rng.choice(others) if rng.random() < 0.5 else ""
