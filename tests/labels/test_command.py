@@ -68,6 +68,8 @@ def test_a_held_out_part_is_a_split_of_its_own(tmp_path, served):
     [
         (None, [], "There is nothing to label"),
         (None, ["--models", "a=b"], "There is nothing to label"),
+        (None, ["nowhere.db"], "nowhere.db: no such store of labels."),
+        (None, ["nowhere.jsonl"], "no such file or folder"),
         (CANDIDATES, ["--labels_per_prompt", "0"], "labels_per_prompt is 0"),
         ([{"prompt": "Q"}], [], "`responses` missing"),
         ([{"prompt": "Q", "responses": ["a", "a"]}], [], "has 1 that differ"),
@@ -77,7 +79,10 @@ def test_a_held_out_part_is_a_split_of_its_own(tmp_path, served):
         (CANDIDATES, ["--port", "99999"], "No page can be served at 127.0.0.1, port 99999"),
     ],
 )
-def test_what_cannot_be_labelled_is_told_in_one_line(tmp_path, capsys, rows, options, message):
+def test_what_cannot_be_labelled_is_told_in_one_line(
+    tmp_path, monkeypatch, capsys, rows, options, message
+):
+    monkeypatch.chdir(tmp_path)
     source = []
     if rows:
         write(tmp_path / "c.jsonl", rows)
@@ -86,6 +91,8 @@ def test_what_cannot_be_labelled_is_told_in_one_line(tmp_path, capsys, rows, opt
         cli.main(["label", *source, *options])
     *_, last = capsys.readouterr().err.strip().splitlines()  # after the bars of datasets
     assert last.startswith("label: error: ") and message in last
+    stores = [tmp_path / "labels.db"] if "--port" in options else []
+    assert list(tmp_path.rglob("*.db")) == stores
 
 
 def test_win_rates_by_hand(tmp_path):

@@ -32,9 +32,16 @@ def label(options: Namespace) -> None:
     check_numbers(options)
     models = named_sources(options.models or [], "models")
     remember_reading(options, *models.values())
-    store = LabelStore(options.store or _address(options, models))
+    ranked, asked = ([], {}) if options.report else _sources(options, models)
+    address = options.store or _address(options, models)
+    if not (ranked or asked or "://" in address or Path(address).expanduser().is_file()):
+        raise InputError(f"{address}: no such store of labels.")
+    store = LabelStore(address)
     if not options.report:
-        _fill(store, options, models)
+        added = store.add(ranked, options.split) + store.add(_compared(options, models, asked))
+        if not (count := len(store.items())):
+            raise InputError(f"{address} holds no prompts yet; give a folder of candidates.")
+        say(f"{address}: {plural(count, 'prompt')}, {added} of them new")
         answer = None
         if models:
             sampling = _sampling(options)
@@ -68,24 +75,26 @@ def _address(options: Namespace, models: Mapping[str, Any]) -> str:
     return str(folder / ("labels.db" if options.source else "comparisons.db"))
 
 
-def _fill(store: LabelStore, options: Namespace, models: Mapping[str, Any]) -> None:
-    """Add what is new to a store, and tell how much that is."""
-    added = 0
+def _sources(options: Namespace, models: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Candidates to rank, and the columns of prompts that models are to answer."""
+    ranked, asked = [], {}
     if options.source and not LABEL_STORE.fullmatch(options.source):
-        added += store.add(_candidates(options.source, options.split), options.split)
+        ranked = list(_candidates(options.source, options.split))
     if models and options.dataset_name:
         tokenizer = load_tokenizer(next(iter(models.values())))
         given = options.dataset_name, options.split, tokenizer, None, Reading.of(options)
-        columns = records.prompts_of(*given)[:]
-        answers = answers_of(models, columns["prompt"], columns=columns, **_sampling(options))
-        added += store.add(
-            comparison(prompt, {name: texts[row] for name, texts in answers.items()})
-            for row, prompt in enumerate(columns["prompt"])
-        )
-    told = len(store.items())
-    if not told:
-        raise InputError(f"{store.address} holds no prompts yet; give a folder of candidates.")
-    say(f"{store.address}: {plural(told, 'prompt')}, {added} of them new")
+        asked = records.prompts_of(*given)[:]
+    return ranked, asked
+
+
+def _compared(
+    options: Namespace, models: Mapping[str, Any], asked: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """The models' answers to each prompt."""
+    if asked:
+        answers = answers_of(models, asked["prompt"], columns=asked, **_sampling(options))
+        for row, prompt in enumerate(asked["prompt"]):
+            yield comparison(prompt, {name: texts[row] for name, texts in answers.items()})
 
 
 def _candidates(source: str, split: str) -> Iterator[dict[str, Any]]:
