@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_instruct.files import MANIFEST_FILE, damage, read_manifest, write_manifest
+from trl_instruct.files import MANIFEST_FILE, damage, listed_files, write_manifest
 
 
 @pytest.fixture
@@ -16,8 +16,8 @@ def folder(tmp_path):
 
 def test_sizes_and_hashes(folder):
     sha256_of_abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
-    assert read_manifest(folder)["weights"] == {"size": 3, "sha256": sha256_of_abc}
-    assert list(read_manifest(folder)) == ["base/config", "weights"]
+    assert listed_files(folder)["weights"] == {"size": 3, "sha256": sha256_of_abc}
+    assert list(listed_files(folder)) == ["base/config", "weights"]
     assert damage(folder) is None
 
 
@@ -42,7 +42,7 @@ def test_a_flipped_bit(folder):
 
 
 def test_no_manifest(tmp_path):
-    assert read_manifest(tmp_path) == {} and damage(tmp_path) is None
+    assert listed_files(tmp_path) == {} and damage(tmp_path) is None
 
 
 def test_a_manifest_that_was_cut(folder):

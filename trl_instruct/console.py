@@ -52,12 +52,11 @@ def quiet_libraries() -> None:
     for handler in (logging.lastResort, *handlers):
         if handler is not None:
             handler.addFilter(_make_printable)
-    if hasattr(transformers_logging, "set_tqdm_hook"):  # transformers since early 2026
-        transformers_logging.set_tqdm_hook(
-            lambda bar, args, kwargs: bar(
-                *args, **{**kwargs, "disable": kwargs.get("desc") in HARMLESS["bars"]}
-            )
+    transformers_logging.set_tqdm_hook(
+        lambda bar, args, kwargs: bar(
+            *args, **{**kwargs, "disable": kwargs.get("desc") in HARMLESS["bars"]}
         )
+    )
 
 
 @contextlib.contextmanager

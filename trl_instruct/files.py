@@ -78,15 +78,10 @@ def write_manifest(folder: Path, names: Iterable[str] | None = None) -> None:
     write_json(folder / MANIFEST_FILE, {name: mark_of(folder / name) for name in listed})
 
 
-def read_manifest(folder: Path) -> dict[str, Mark]:
-    """The files that a folder's manifest lists, {} without one; ValueError if it is not JSON."""
-    return read_json(folder / MANIFEST_FILE)
-
-
 def listed_files(folder: Path) -> dict[str, Mark]:
-    """As `read_manifest`; {} too for a file of another kind, or one that lists files elsewhere."""
+    """The files that a folder's manifest lists; {} without one, or if it is none of ours."""
     try:
-        listed = read_manifest(folder)
+        listed = read_json(folder / MANIFEST_FILE)
         ours = all(mark.keys() == {"size", "sha256"} for mark in listed.values())
     except (OSError, ValueError, AttributeError):
         return {}
@@ -102,7 +97,7 @@ def list_too(path: Path) -> None:
 
 def damage(folder: Path) -> str | None:
     """The first listed file that is missing or differs, and how; None if all are as written."""
-    for name, mark in read_manifest(folder).items():
+    for name, mark in read_json(folder / MANIFEST_FILE).items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"

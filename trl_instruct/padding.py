@@ -123,10 +123,10 @@ class LengthBatchSampler(Sampler[int]):
         return iter(length_batches(self.lengths, self.batch_size, seed=self.seed + self.epoch))
 
 
-def pad_rows(rows: list[list[int]], filler: int) -> Tensor:
-    """Rows of unequal length as one tensor, padded on the right."""
+def pad_rows(rows: Sequence[Sequence[int]], filler: int, *, side: str = "right") -> Tensor:
+    """Rows of unequal length as one tensor, padded on the right or left."""
     tensors = [torch.tensor(row) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_value=filler)
+    return pad_sequence(tensors, batch_first=True, padding_value=filler, padding_side=side)
 
 
 def unpadded(ids: Tensor, lengths: Tensor) -> list[list[int]]:

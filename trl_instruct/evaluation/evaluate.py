@@ -1,6 +1,5 @@
 """Checkpoints side by side on held-out prompts: scores, win rates, KL, perplexity, fluency."""
 
-import copy
 import os
 import statistics
 from collections.abc import Mapping
@@ -21,8 +20,8 @@ from trl_instruct.evaluation.statistics import best_of_n, distinct, repetition, 
 from trl_instruct.evaluation.tables import FIGURE, plot, render
 from trl_instruct.files import read_metrics, write_json
 from trl_instruct.intervals import mean_interval
-from trl_instruct.models.properties import ModelSource, is_nameless, model_name
-from trl_instruct.models.tokenizers import check_tokenizer, load_tokenizer
+from trl_instruct.models.properties import ModelSource, is_nameless
+from trl_instruct.models.tokenizers import load_tokenizer
 from trl_instruct.recipes.chain import check_format, remember_reading
 from trl_instruct.recipes.options import data_of, named_source, stage_options
 from trl_instruct.recipes.stage import StageResult, run_stage
@@ -150,10 +149,7 @@ def _tokenizers(
     tokenizers = {}
     for name, source in models.items():
         given = processing_class if is_nameless(source) else None
-        if given is None:
-            tokenizers[name] = load_tokenizer(source, **trust)
-        else:
-            tokenizers[name] = check_tokenizer(copy.copy(given), model_name(source))
+        tokenizers[name] = load_tokenizer(source, given, **trust)
     template = next((t.chat_template for t in tokenizers.values() if t.chat_template), None)
     for tokenizer in tokenizers.values():
         tokenizer.chat_template = tokenizer.chat_template or template

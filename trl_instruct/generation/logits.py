@@ -37,11 +37,8 @@ def completion_logits(model: Model, sequences: Sequences) -> Tensor:
         narrowed.append(True)
         return at_states(inputs[0], sequences).unsqueeze(0), *inputs[1:]
 
-    handle = head.register_forward_pre_hook(narrow)
-    try:
+    with head.register_forward_pre_hook(narrow):
         logits = model(**accepted(bare, **sequences._asdict(), use_cache=False)).logits
-    finally:
-        handle.remove()
     return logits.squeeze(0) if narrowed else at_states(logits, sequences)
 
 

@@ -18,7 +18,7 @@ from trl_instruct.models.precision import rounded
 from trl_instruct.models.properties import context_length, evaluating
 from trl_instruct.models.sharding import SHARDED
 from trl_instruct.option_checks import check_stop_strings
-from trl_instruct.padding import completion_lengths, left_padded_mask, unpadded
+from trl_instruct.padding import completion_lengths, left_padded_mask, pad_rows, unpadded
 from trl_instruct.types import Model, Tokenizer
 
 
@@ -76,10 +76,7 @@ def prompt_tokens(
 def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token lists to `(B, P)` ids, padded on the left with 0, and `(B,)` lengths."""
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, ids.shape[1] - len(prompt) :] = torch.tensor(prompt)
-    return ids.to(device), lengths
+    return pad_rows(prompts, 0, side="left").to(device), lengths
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ def fault_of(folder: Path) -> str | None:
             f"trl-instruct wrote it, without {files.MANIFEST_FILE})"
         )
     try:
-        fault, names = files.damage(folder), files.read_manifest(folder)
+        fault, names = files.damage(folder), read_json(folder / files.MANIFEST_FILE)
     except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
         return f"its {files.MANIFEST_FILE} is damaged ({type(error).__name__})"
     needed = RUN_FILE in names and any(name.startswith("rng_state") for name in names)

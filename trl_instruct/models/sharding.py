@@ -1,7 +1,7 @@
 """Weights sharded over processes (FSDP, DeepSpeed), gathered where they must be whole."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -155,20 +155,16 @@ def is_zero3(accelerator: Accelerator) -> bool:
     return sharing and accelerator.state.deepspeed_plugin.zero_stage == 3
 
 
-@contextmanager
-def micro_batch(accelerator: Accelerator, model: nn.Module, *, last: bool) -> Iterator[None]:
+def micro_batch(accelerator: Accelerator, model: nn.Module, *, last: bool) -> Any:
     """Around a prepared model's passes: gradients are exchanged in a step's last micro-batch.
 
     FSDP exchanges them in each: until then a process keeps the whole gradient, not its shard.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.sync_gradients = last  # its backward then also takes the step
-        yield
-    elif last or isinstance(model, FSDPModule):
-        yield
-    else:
-        with accelerator.no_sync(model):
-            yield
+    elif not last and not isinstance(model, FSDPModule):
+        return accelerator.no_sync(model)
+    return nullcontext()
 
 
 def gathered_states(

@@ -1,5 +1,6 @@
 """The tokenizer of a model, with what all stages rely on."""
 
+import copy
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -11,13 +12,19 @@ from trl_instruct.types import Model, Tokenizer
 
 def load_tokenizer(
     source: ModelSource,
+    given: Tokenizer | None = None,
     *,
     revision: str = "main",
     trust_remote_code: bool = False,
     special_tokens: dict[str, str] | None = None,
 ) -> Tokenizer:
-    """The tokenizer of a model, padding on the left, with EOS (also for a missing pad token)."""
+    """A model's tokenizer, or a copy of the given one, with EOS (also for a missing pad token).
+
+    A model's pads on the left.
+    """
     path = model_name(source)
+    if given is not None:
+        return check_tokenizer(copy.deepcopy(given), path, special_tokens)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, padding_side="left", revision=revision, trust_remote_code=trust_remote_code

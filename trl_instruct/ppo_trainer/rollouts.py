@@ -173,13 +173,10 @@ def disable_dropout_and_rescaling(model: PreTrainedModel) -> None:
 def last_hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """A list to which each backbone call adds its `(B, T, H)`; a model may make no such call."""
     seen: list[Tensor] = []
-    handle = unwrapped(model).base_model.register_forward_hook(
+    with unwrapped(model).base_model.register_forward_hook(
         lambda module, inputs, output: seen.append(output.last_hidden_state)
-    )
-    try:
+    ):
         yield seen
-    finally:
-        handle.remove()
 
 
 def state_values(value: ValueModel, sequences: Sequences) -> Tensor:

@@ -85,9 +85,8 @@ def _tiles(model: PreTrainedModel, head: Any) -> bool:
         return False
     if bare not in _plain:
         found: list[Tensor] = []
-        handle = head.register_forward_hook(lambda module, given, output: found.append(output))
-        with torch.no_grad(), evaluating(bare):
+        hook = head.register_forward_hook(lambda module, given, output: found.append(output))
+        with torch.no_grad(), evaluating(bare), hook:
             logits = bare(torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)).logits
-        handle.remove()
         _plain[bare] = len(found) == 1 and torch.equal(found[0].float(), logits.float())
     return _plain[bare]

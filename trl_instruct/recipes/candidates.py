@@ -25,8 +25,8 @@ from trl_instruct.generation.sampling import Completion, Sampling, prompt_tokens
 from trl_instruct.models.load import load_policy
 from trl_instruct.models.precision import frozen_dtype
 from trl_instruct.models.processes import seed_process, shared_out
-from trl_instruct.models.properties import ModelSource, model_name
-from trl_instruct.models.tokenizers import check_tokenizer, load_tokenizer
+from trl_instruct.models.properties import ModelSource
+from trl_instruct.models.tokenizers import load_tokenizer
 from trl_instruct.recipes.chain import check_format, remember_reading
 from trl_instruct.recipes.dry_run import fitting
 from trl_instruct.recipes.options import data_of, held_out_of, stage_options
@@ -119,8 +119,7 @@ def sample_candidates(
     path, reading = Path(output_file), Reading.of(config)
     _check_unranked(path)
     trust: Any = {"trust_remote_code": config.trust_remote_code}
-    own = processing_class or load_tokenizer(policy, **trust)
-    tokenizer = check_tokenizer(own, model_name(policy))
+    tokenizer = load_tokenizer(policy, processing_class, **trust)
     model = load_policy(policy, model_config, **trust).to(PartialState().device)
     source = data_of(prompts, config), config.dataset_train_split
     records = prompts_of(*source, tokenizer, config.opening_length, reading)

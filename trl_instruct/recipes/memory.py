@@ -154,8 +154,7 @@ def estimate(roles: Mapping[str, nn.Module | None], works: Sequence[Work], args:
     return Estimate(
         weights=sum(row.bytes for row in rows) - sum(waiting) + max(waiting),
         gradients=(2 if ddp else 1) * gradients // share,
-        optimizer=optimizer_bytes(str(getattr(args.optim, "value", args.optim)), trainable)
-        // share,
+        optimizer=optimizer_bytes(args.optim, trainable) // share,
         copies=HALF * trainable if mixed else 0,
         process=(PROCESS + FLOAT32 * packed) if on_cpu else 0,
         activations=max(activation_bytes(work, **sizes) for work in works),

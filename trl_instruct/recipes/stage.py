@@ -1,7 +1,6 @@
 """What every stage does around its training: claim a folder, show progress, save a result."""
 
 import contextlib
-import copy
 import os
 import shutil
 import signal
@@ -339,16 +338,13 @@ def starting_point(
         check_finished(Path(model))
     given = {role: getattr(run.config, role, None) for role in ("eos_token", "pad_token")}
     special_tokens = {role: token for role, token in given.items() if token is not None}
-    if processing_class is not None:
-        own = copy.deepcopy(processing_class)
-        tokenizer = tokenizers.check_tokenizer(own, model_name(model), special_tokens)
-    else:
-        tokenizer = tokenizers.load_tokenizer(
-            model,
-            revision=model_config.model_revision,
-            trust_remote_code=run.config.trust_remote_code,
-            special_tokens=special_tokens,
-        )
+    tokenizer = tokenizers.load_tokenizer(
+        model,
+        processing_class,
+        revision=model_config.model_revision,
+        trust_remote_code=run.config.trust_remote_code,
+        special_tokens=special_tokens,
+    )
     template = getattr(run.config, "chat_template_path", None)
     if template is not None:
         tokenizers.install_chat_template(tokenizer, template)

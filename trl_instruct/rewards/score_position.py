@@ -21,8 +21,6 @@ from trl_instruct.padding import pad_rows, right_padded_mask, similar_lengths
 from trl_instruct.scalar_head import ScalarHead
 from trl_instruct.types import Model
 
-Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]
-
 
 def score_positions(input_ids: Tensor, attention_mask: Tensor, pad_token_id: int | None) -> Tensor:
     """Column at which each row's score is read, `(R,)`: its last token that is not padding.
@@ -36,8 +34,7 @@ def score_positions(input_ids: Tensor, attention_mask: Tensor, pad_token_id: int
     return (columns * counts).amax(dim=1)
 
 
-@contextlib.contextmanager
-def scores_at(model: Any, columns: Tensor, width: int) -> Iterator[None]:
+def scores_at(model: Any, columns: Tensor, width: int) -> contextlib.AbstractContextManager[None]:
     """Make the classifier's logits those of the given tokens, whatever it treats as padding.
 
     `columns` `(R,)` has the token of each row, `width` is T; a `score` on every token is needed.
@@ -52,12 +49,11 @@ def scores_at(model: Any, columns: Tensor, width: int) -> Iterator[None]:
         # The same at every token: the classifier may read any of them.
         return scores.unsqueeze(1).expand_as(logits)
 
-    with on_head(model, read):
-        yield
+    return on_head(model, read)
 
 
 @contextlib.contextmanager
-def on_head(model: Any, hook: Hook) -> Iterator[None]:
+def on_head(model: Any, hook: Callable[..., Tensor | None]) -> Iterator[None]:
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Module):
         yield
@@ -66,11 +62,10 @@ def on_head(model: Any, hook: Hook) -> Iterator[None]:
     pad_token_id = config.pad_token_id
     if pad_token_id is None:
         config.pad_token_id = 0  # a batch needs one; the token that it selects is not used
-    handle = head.register_forward_hook(hook)
     try:
-        yield
+        with head.register_forward_hook(hook):
+            yield
     finally:
-        handle.remove()
         config.pad_token_id = pad_token_id
 
 
