@@ -149,6 +149,11 @@ def test_a_scheduler_without_a_floor_gets_none():
         ({"lr_scheduler_type": "zigzag"}, "lr_scheduler_type: zigzag is not a valid SchedulerT"),
         ({"learning_rate": -1}, r"learning_rate is -1; it must not be negative"),
         ({"dataloader_persistent_workers": True}, "needs dataloader_num_workers above 0"),
+        (
+            {"load_best_model_at_end": True, "save_strategy": "no"},
+            "load_best_model_at_end needs an eval_strategy and a save_strategy",
+        ),
+        ({"neftune_noise_alpha": -1.0}, "neftune_noise_alpha is -1.0; it must not be negative"),
         ({"per_device_train_batch_size": 0}, r"train_batch_size is 0; it must be at least 1"),
         ({"gradient_accumulation_steps": 0}, r"accumulation_steps is 0; it must be at least 1"),
         ({"num_train_epochs": -1.0}, r"num_train_epochs is -1.0; make it above 0"),

@@ -87,6 +87,8 @@ class StageConfig(_Mixin):
                 setattr(self, name, text.replace("\\n", "\n"))  # a shell types no line break
         if self.datasets and (self.dataset_name or self.dataset_config):
             raise InputError("datasets and dataset_name were both given; use one of them.")
+        if self.datasets and self.dataset_train_split != "train":
+            raise InputError("datasets is given: write the split into each of them (split).")
         option_checks.check_training(self)
 
 

@@ -204,6 +204,8 @@ def test_faulty_mixtures(files):
             load_demonstrations(mixture)
     with pytest.raises(InputError, match="datasets and dataset_name were both given"):
         SFTConfig(use_cpu=True, datasets=[{"path": ours}], dataset_name=ours)
+    with pytest.raises(InputError, match="datasets is given: write the split into each of them"):
+        SFTConfig(use_cpu=True, datasets=[{"path": ours}], dataset_train_split="test")
 
 
 def test_preferences_from_a_mixture(tmp_path):

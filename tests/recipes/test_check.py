@@ -1,6 +1,7 @@
 """The dry run: every fault, nothing trained, nothing left behind."""
 
 import json
+import re
 
 import pytest
 from conftest import CHAT_TEMPLATE
@@ -58,6 +59,26 @@ def test_sft(saved_policy, tmp_path, capsys):
     assert "sft: 8 rows in batches of 4: 2 optimizer steps a pass, 2 optimizer steps" in told
     assert "policy" in told  # its memory
     assert told.splitlines()[-1] == "check: 5 faults"
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--lr_scheduler_type", "warmup_stable_decay"), "argument: 'num_decay_steps'"),
+        (("--adam_beta1", 2), "Invalid beta parameter at index 0: 2.0"),
+        (("--optim", "galore_adamw"), "You need to install `galore_torch`"),
+    ],
+)
+def test_what_an_optimizer_or_a_scheduler_refuses(saved_policy, tmp_path, capsys, option, message):
+    path, said = write(tmp_path / "d.jsonl", DEMONSTRATIONS), "These options cannot be used: "
+    code, told = check("sft", saved_policy, path, tmp_path / "x", capsys, *option)
+    (fault,) = (line for line in told.splitlines() if line.startswith("fault"))
+    assert code == 2 and fault.startswith(f"fault 1: {said}") and message in fault
+    options = {**QUICK, option[0].removeprefix("--"): option[1]}
+    with pytest.raises(InputError, match=f"{said}.*{re.escape(message)}"):
+        sft(saved_policy, path, tmp_path / "x", **options)
     assert not (tmp_path / "x").exists()
 
 

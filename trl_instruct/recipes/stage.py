@@ -245,6 +245,9 @@ class StageRun:
             )
         if plan := plan_of(trainer):
             self.say(plan)
+        if self.dry:
+            with self._loading(Interruption()):  # options that they refuse
+                trainer.create_optimizer_and_scheduler(num_training_steps=1)
         if self.dry or self._had_ended(trainer):
             raise StageEnd
         self.begin()
@@ -276,9 +279,10 @@ class StageRun:
         """Turn an error before the first step into an `InputError`: of options, or a checkpoint."""
         try:
             yield
-        except (RuntimeError, OSError, *NOT_AS_EXPECTED) as error:
-            begun = progress.begun or isinstance(error, InputError)
-            if begun or not (self.checkpoint or isinstance(error, ValueError | ArithmeticError)):
+        except (RuntimeError, OSError, ImportError, *NOT_AS_EXPECTED) as error:
+            of_options = isinstance(error, ValueError | ArithmeticError | TypeError | ImportError)
+            told = progress.begun or isinstance(error, InputError)
+            if told or not (self.checkpoint or of_options):
                 raise
             told = "These options cannot be used"
             if self.checkpoint:
