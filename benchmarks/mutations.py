@@ -136,6 +136,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
             ("(logprobs, rollout.logprobs[mask],", "(logprobs, logprobs.detach(),"),
             ("(values, rollout.values[mask],", "(values, values.detach(),"),
             ("(values, rollout.values[mask],", "(values, returns[mask],"),
+            ("one * completion.shape[1])", "one * (completion.shape[1] - 1))"),
             ('"policy/entropy": entropies', '"policy/entropy": -logprobs.detach()'),
             ("cliprange_value=args.cliprange_value)", "cliprange_value=args.cliprange)"),
             ("        cliprange=args.cliprange,", "        cliprange=0.2,"),
@@ -311,7 +312,6 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
             ),
             ("prompt_ids.shape[1] - prompt_lengths)[", "0 * prompt_lengths)["),
             ("values[:, -sequences.states.shape[1] :]", "values[:, : sequences.states.shape[1]]"),
-            ("ids.shape[1] - 1\n", "0\n"),
         ],
     ),
     (
@@ -602,6 +602,7 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
         TWO,
         [
             ("self.accelerator.num_processes / tokens", "1 / tokens"),
+            ("[mine::every]", "[::every]"),
             ("self.accelerator.gather((values, mask))", "(values, mask)"),
             ('"episodes": self.batch_size', '"episodes": self.local_batch_size'),
             ("yield batch[first::stride]", "yield batch[::stride]"),
@@ -619,7 +620,6 @@ MUTATIONS: list[tuple[str, str, list[tuple[str, str]]]] = [
             ),
         ],
     ),
-    ("ppo_trainer/ptx.py", TWO, [("[mine::processes]", "[:count]")]),
     (
         "models/precision.py",
         "models/test_precision.py",

@@ -78,9 +78,7 @@ def similar_lengths(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return batches
 
 
-def length_batches(
-    lengths: Sequence[int], batch_size: int, *, seed: int, pool: int = 50
-) -> list[int]:
+def length_batches(lengths: Sequence[int], batch_size: int, *, seed: int) -> list[int]:
     """An order of rows in which each batch has similar lengths and batches come at random.
 
     If the rows do not fill the last batch, the short one comes last, so that no batch holds parts
@@ -89,12 +87,12 @@ def length_batches(
     transformers' group_by_length also sorts the batches of a pool: long and short texts then come
     in waves, and a small model learns markedly less.
     """
-    rng = random.Random(seed)
+    rng, pool = random.Random(seed), 50 * batch_size
     rows = list(range(len(lengths)))
     rng.shuffle(rows)
     order: list[int] = []
-    for start in range(0, len(rows), batch_size * pool):
-        drawn = sorted(rows[start : start + batch_size * pool], key=lambda row: lengths[row])
+    for start in range(0, len(rows), pool):
+        drawn = sorted(rows[start : start + pool], key=lambda row: lengths[row])
         last: list[int] = []
         if short := len(drawn) % batch_size:
             first = rng.randrange(len(drawn) - short + 1)

@@ -55,6 +55,27 @@ def test_parquet_folder_and_saved_folder(tmp_path):
     assert list(load_records(tmp_path / "splits", streaming=True)) == ROWS
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_of_csv_files_is_read_as_one_of_them(tmp_path, streaming):
+    text = 'prompt,responses,ranks\nNA,"[""None"", ""b""]","[1, 2]"\n'
+    write(tmp_path / "train.csv", text)
+    (row,) = load_records(tmp_path / "train.csv", streaming=streaming)
+    assert row == {"prompt": "NA", "responses": ["None", "b"], "ranks": [1, 2]}
+    assert list(load_records(tmp_path, streaming=streaming)) == [row]
+
+
+def test_files_that_a_folder_leaves_out_are_named(tmp_path, monkeypatch, caplog):
+    write(tmp_path / "train.jsonl", LINES)
+    write(tmp_path / "metrics.json", "{}")
+    monkeypatch.chdir(tmp_path)
+    assert list(load_records(".")) == ROWS and not caplog.messages
+    write(tmp_path / "more.jsonl", LINES)
+    write(tmp_path / "old.csv", "prompt,n\na,1\n")
+    assert list(load_records(tmp_path)) == ROWS
+    left_out = "left out by kind or name: more.jsonl, old.csv."
+    assert caplog.messages == [f"{tmp_path} is read as json; {left_out}"]
+
+
 def test_a_dataset_is_taken_as_it_is():
     dataset = Dataset.from_list(ROWS)
     stream = dataset.to_iterable_dataset()

@@ -131,7 +131,7 @@ def test_bad_input_leaves_no_file(policy, tokenizer, tmp_path):
         return [1.0]
 
     for options, message in (
-        ({"num_candidates": 1}, "num_candidates is 1; a ranking needs at least 2"),
+        ({"num_candidates": 1}, "num_candidates is 1; it must be above 1"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"rows": [{"prompt": "p" * 126}]}, "Prompt 1 is 126 tokens long"),
         ({"rows": [{"question": "p"}]}, "`prompt` missing"),

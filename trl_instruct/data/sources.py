@@ -9,18 +9,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
 import yaml
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_dataset_builder
+from datasets.data_files import FILES_TO_IGNORE
 from datasets.exceptions import DatasetGenerationError
 from trl.scripts.utils import DatasetConfig
 
+from trl_instruct.console import get_logger
 from trl_instruct.errors import InputError, kind_of, located, needs_extra
+from trl_instruct.files import MANIFEST_FILE, METRICS_FILE
+
+logger = get_logger(__name__)
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 Record: TypeAlias = Mapping[str, Any]
@@ -31,6 +36,7 @@ BUILDERS = {
     **dict.fromkeys((".json", ".jsonl", ".json.gz", ".jsonl.gz"), "json"),
     **{".csv": "csv", ".parquet": "parquet"},
 }
+NO_DATA = {*FILES_TO_IGNORE, METRICS_FILE, MANIFEST_FILE}  # in folders of data
 LABEL_STORE = re.compile(r".*\.(db|sqlite)|(sqlite|postgresql|mysql|mariadb)(\+\w+)?://.*", re.I)
 NAMES = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
 TEXT_CELLS, LIST_CELLS = NAMES["text_cells"].split(), NAMES["list_cells"].split()
@@ -167,7 +173,7 @@ def _load_path(source: str | PathLike, split: str, streaming: bool, where: Sourc
         return Dataset.from_list(LabelStore(str(source)).records(split))
     if path.is_dir():
         return _load_folder(path, split, streaming, where)
-    builder = next((kind for end, kind in BUILDERS.items() if path.name.lower().endswith(end)), "")
+    builder = _builder_of(path)
     if path.is_file() and builder:
         return _load_file(path, builder, split, streaming, where)
     if path.is_file():
@@ -176,6 +182,11 @@ def _load_path(source: str | PathLike, split: str, streaming: bool, where: Sourc
     if builder or isinstance(source, PathLike) or str(source).startswith((".", "/", "~")):
         raise InputError(f"{where.name}: no such file or folder (looked in {Path.cwd()}).")
     return _load_named(DatasetConfig(str(source)), split, streaming, where)
+
+
+def _builder_of(path: Path) -> str:
+    """What reads a file, by its name; empty if it is no data file."""
+    return next((kind for end, kind in BUILDERS.items() if path.name.lower().endswith(end)), "")
 
 
 def _load_entry(config: DatasetConfig, split: str, streaming: bool, where: Source) -> AnyDataset:
@@ -208,7 +219,7 @@ def _load_folder(path: Path, split: str, streaming: bool, where: Source) -> AnyD
     was_saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
         if not was_saved:
-            return load_dataset(str(path), split=split, streaming=streaming)
+            return _load_kind(path, split, streaming, where)
         saved = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:
         known = "whole saved dataset" if was_saved else f"data file ({', '.join(BUILDERS)})"
@@ -217,6 +228,21 @@ def _load_folder(path: Path, split: str, streaming: bool, where: Source) -> AnyD
         cause = error.__cause__ or error
         raise InputError(f"{where.name}: split {split!r} could not be loaded: {cause}") from error
     return _take_split(saved, split, where) if isinstance(saved, DatasetDict) else saved
+
+
+def _load_kind(path: Path, split: str, streaming: bool, where: Source) -> AnyDataset:
+    """The files of a folder that `datasets` reads; the log names data files that it leaves out."""
+    builder = load_dataset_builder(str(path := path.resolve()))
+    named = chain.from_iterable((builder.config.data_files or {}).values())
+    read = {Path(file) for file in named}
+    data = (file for file in path.rglob("*") if _builder_of(file) and file.name not in NO_DATA)
+    if unread := sorted(file.name for file in data if file not in read):
+        left_out = f"left out by kind or name: {', '.join(unread)}"
+        logger.warning(f"{where.name} is read as {builder.name}; {left_out}.")
+    if builder.name != "csv":
+        return load_dataset(str(path), split=split, streaming=streaming)
+    dataset = load_dataset(str(path), split=split, streaming=streaming, **CSV_OPTIONS)
+    return _decode_cells(dataset, where, _first_line(min(read)))
 
 
 def _take_split(splits: Mapping[str, AnyDataset], split: str, where: Source) -> AnyDataset:

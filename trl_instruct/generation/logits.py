@@ -68,13 +68,6 @@ def join(
     return Sequences(ids, mask.long(), position_ids(mask), states)
 
 
-def whole_text(ids: Tensor) -> Sequences:
-    """Full rows of text, `(B, T)`: every token but the first of a row is predicted."""
-    mask = torch.ones_like(ids)
-    last = torch.arange(ids.shape[1], device=ids.device) == ids.shape[1] - 1
-    return Sequences(ids, mask, position_ids(mask.bool()), (~last).expand_as(ids))
-
-
 @torch.no_grad()
 def completion_logprobs(
     model: nn.Module,

@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from trl_instruct.configs import PPOConfig
-from trl_instruct.generation.logits import join, whole_text
+from trl_instruct.generation.logits import join
 from trl_instruct.models.sharding import is_zero3, micro_batch
 from trl_instruct.ppo_trainer.losses import importance_weights, policy_loss, value_loss
 from trl_instruct.ppo_trainer.metrics import policy_metrics
@@ -56,7 +56,10 @@ def ptx_loss(model: nn.Module, ids: Tensor, *, with_values: bool = False) -> Ten
     `ppo_sums`, the ids `(B, T)` are full rows. `with_values` runs the value model too and ignores
     its values (ZeRO-3 needs that).
     """
-    logprobs, _, values = model(whole_text(ids), ids[:, 1:].flatten(), with_values=with_values)
+    prompt, completion = ids[:, :1], ids[:, 1:]  # all tokens but the first are predicted
+    one = torch.ones_like(ids[:, 0])
+    rows = join(prompt, one, completion, one * completion.shape[1])
+    logprobs, _, values = model(rows, completion.flatten(), with_values=with_values)
     loss = -logprobs.mean()
     return loss if values is None else loss + 0.0 * values.sum()
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
@@ -52,11 +51,6 @@ class PretrainingRows:
             self.left += next(self.tokens)
         taken, self.left = self.left[: count * self.length], self.left[count * self.length :]
         return torch.tensor(taken).view(count, self.length)
-
-    def rows_for(self, accelerator: Accelerator, count: int) -> Tensor:
-        """The next `count` rows of this process; each process reads the rows of all of them."""
-        mine, processes = accelerator.process_index, accelerator.num_processes
-        return self.take(count * processes)[mine::processes]
 
     def state(self) -> dict[str, Any]:
         """Where the next row begins, as JSON."""

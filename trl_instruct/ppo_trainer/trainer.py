@@ -287,8 +287,9 @@ class PPOTrainer(IterationTrainer):
         stats: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=tokens.device))
         still = self.state.global_step < self.args.value_warmup_iterations  # the policy stays
         if self.pretraining is not None and not still:
-            count = self.args.ptx_rows_per_episode * len(rollout.scores)
-            rows = self.pretraining.rows_for(self.accelerator, count)
+            every, mine = self.accelerator.num_processes, self.accelerator.process_index
+            count = self.args.ptx_rows_per_episode * len(rollout.scores) * every
+            rows = self.pretraining.take(count)[mine::every]
             ptx = add_ptx_gradient(self.accelerator, self.model_wrapped, rows, args=self.args)
             stats["loss/ptx"] = ptx / weight
         micro_batches = rollout.lengths.argsort().split(self.args.per_device_train_batch_size)

@@ -114,8 +114,6 @@ def sample_candidates(
         CandidatesConfig, config, model_config, None, prompts, options, trains=False
     )
     count, size = config.num_candidates, config.per_device_eval_batch_size
-    if count < 2:
-        raise InputError(f"num_candidates is {count}; a ranking needs at least 2.")
     path, reading = Path(output_file), Reading.of(config)
     _check_unranked(path)
     trust: Any = {"trust_remote_code": config.trust_remote_code}

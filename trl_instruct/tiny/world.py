@@ -4,12 +4,10 @@ import json
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-_TEXT = Path(__file__).with_name("world.yaml").read_text(encoding="utf-8")
-WORLD: dict[str, Any] = yaml.safe_load(_TEXT)
+WORLD = yaml.safe_load(Path(__file__).with_name("world.yaml").read_text(encoding="utf-8"))
 CATEGORIES: dict[str, list[str]] = {k: nouns.split() for k, nouns in WORLD["categories"].items()}
 CATEGORY_OF = {noun: category for category, nouns in CATEGORIES.items() for noun in nouns}
 NOUNS = list(CATEGORY_OF)
