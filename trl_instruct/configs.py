@@ -257,8 +257,7 @@ class PPOConfig(SamplingConfig, TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.stop_when_exploited:
-            limit: int | None = getattr(self, "save_total_limit", None)
-            self.save_total_limit = limit or 1
+            self.save_total_limit: int | None = self.save_total_limit or 1
             if self.metric_for_best_model not in (None, "objective/gold"):
                 raise InputError(
                     f"metric_for_best_model is {self.metric_for_best_model!r}, but "

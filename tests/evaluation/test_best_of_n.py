@@ -4,7 +4,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from trl_instruct.evaluation.statistics import best_of_n, best_of_n_kl, chances_to_be_best, sizes
+from trl_instruct.evaluation.statistics import best_of_n, best_of_n_kl, chances_to_be_best
 
 
 def test_the_kl_is_that_of_stiennon_et_al():
@@ -61,7 +61,7 @@ def test_prompts_count_the_same():
     ("most", "expected"), [(1, [1]), (2, [1, 2]), (5, [1, 2, 4, 5]), (16, [1, 2, 4, 8, 16])]
 )
 def test_sizes_double_up_to_all_samples(most, expected):
-    assert sizes(most) == expected
+    assert [point["n"] for point in best_of_n(torch.zeros(1, most), {})] == expected
 
 
 def test_the_best_of_two_by_hand():

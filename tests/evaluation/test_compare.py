@@ -3,10 +3,11 @@ import json
 import pytest
 import yaml
 from datasets import Dataset
-from test_recipes import DEMONSTRATIONS, PROMPTS, QUICK, QUICK_PPO, RANKINGS, write
+from test_recipes import DEMONSTRATIONS, PROMPTS, QUICK, QUICK_PPO, RANKINGS, chat, write
 
 from trl_instruct.errors import InputError
 from trl_instruct.evaluation.compare import compare, render
+from trl_instruct.evaluation.evaluate import evaluate
 from trl_instruct.recipes.ppo import ppo
 from trl_instruct.recipes.rm import rm
 from trl_instruct.recipes.sft import sft
@@ -66,6 +67,23 @@ def test_a_split_of_the_prompts_themselves(run, tmp_path):
     assert compare(again, eval_dataset=prompts)["prompts"] == 3
     with pytest.raises(InputError, match="a split of what\\? Name an eval_dataset_name"):
         ppo(*folders, Dataset.from_list(PROMPTS), tmp_path / "other", **options)
+
+
+def test_messages_are_refused_where_the_policy_knows_text(run, tmp_path):
+    aligned, _ = run
+    talk = write(tmp_path / "talk.jsonl", [chat(row) for row in DEMONSTRATIONS])
+    assert aligned.metrics["format"] == "text"
+    message = "`prompt` is messages, but the (policy|model a) .* was trained on text"
+    with pytest.raises(InputError, match=message):
+        compare(aligned, eval_dataset=talk)
+    stages, prompts = aligned.path.parent, Dataset.from_list(PROMPTS)
+    options = {**QUICK_PPO, "eval_dataset_name": talk}
+    with pytest.raises(InputError, match=message):
+        ppo(stages / "sft", stages / "rm", prompts, tmp_path / "ppo", **options)
+    models, options = {"a": aligned}, {"use_cpu": True, "output_dir": tmp_path / "e"}
+    with pytest.raises(InputError, match=message):
+        evaluate(models, prompts, demonstrations=talk, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.jsonl"]
 
 
 def test_the_table(run):

@@ -19,7 +19,7 @@ from trl_instruct.files import CONFIG_FILE, list_too, write_json
 from trl_instruct.intervals import show_interval
 from trl_instruct.models.tokenizers import load_tokenizer
 from trl_instruct.option_checks import TABLES
-from trl_instruct.recipes.chain import FinishedStage, read_chain
+from trl_instruct.recipes.chain import FinishedStage, check_format, read_chain
 from trl_instruct.recipes.options import resolve
 from trl_instruct.rewards.function import reward_name
 from trl_instruct.rewards.load import is_address, is_python, load_reward
@@ -77,6 +77,7 @@ def compare(
     size = config.local_rollout_forward_batch_size
     how = EvaluateConfig(reference="sft", per_device_eval_batch_size=size, **options)
     prompts = prompts_of(*data, config.opening_length, Reading.of(config, strict=False))
+    check_format(prompts, tokenizer, policy=sft)
     tokenizers = dict.fromkeys(models, tokenizer)
     subject = Subject(how, ModelConfig(), models, tokenizers, prompts, one_seed=True)
     summary = _summary(chain, measured_evaluation(subject, rewards))

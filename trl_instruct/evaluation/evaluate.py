@@ -3,6 +3,7 @@
 import os
 import statistics
 from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -89,9 +90,9 @@ def evaluate(
     tokenizer = tokenizers[config.baseline or next(iter(models))]
     given, split = data_of(dataset, config), config.dataset_train_split
     prompts = prompts_of(given, split, tokenizer, config.opening_length, reading)
-    for name, model in models.items():
-        check_format(prompts, tokenizers[name], **{f"model_{name}": model})
     shown = None if source is None else load_demonstrations(source, reading=reading.of_another())
+    for name, rows in product(models, filter(None, (prompts, shown))):
+        check_format(rows, tokenizers[name], **{f"model_{name}": models[name]})
     several = config.best_of_n if judges and config.best_of_n > 1 else 0
     subject = Subject(config, model_config, dict(models), tokenizers, prompts, shown, several)
     with run_stage("evaluate", config, model_config) as run:

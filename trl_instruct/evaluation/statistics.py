@@ -70,17 +70,12 @@ def best_of_n(picked_by: Tensor, scores: Mapping[str, Tensor]) -> list[dict[str,
     That judge's scores of N samples per prompt are `picked_by` `(B, N)`; all judges', of the same
     samples, `scores`. Per n: `n`, `kl` (see `best_of_n_kl`) and `scores`, the expected by judge.
     """
-    points = []
-    for n in sizes(picked_by.shape[1]):
+    points, most = [], picked_by.shape[1]
+    for n in (*(2**power for power in range((most - 1).bit_length())), most):
         chances = chances_to_be_best(picked_by, n)
         means = {k: (chances * own).sum(dim=1).mean().item() for k, own in scores.items()}
         points.append({"n": n, "kl": best_of_n_kl(n), "scores": means})
     return points
-
-
-def sizes(most: int) -> list[int]:
-    """1, 2, 4, ... and `most` itself."""
-    return [*(2**power for power in range((most - 1).bit_length())), most]
 
 
 def best_of_n_kl(n: int) -> float:

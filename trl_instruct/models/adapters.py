@@ -20,7 +20,7 @@ from trl import ModelConfig, get_peft_config
 
 from trl_instruct.errors import NOT_AS_EXPECTED, InputError, explained, summary
 from trl_instruct.models.properties import check_finished, model_name
-from trl_instruct.scalar_head import compute_in_float32, read_beside_adapter
+from trl_instruct.scalar_head import compute_in_float32, read_beside_adapter, score_head
 from trl_instruct.types import Model
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -219,10 +219,8 @@ def with_lora(model: Model, model_config: ModelConfig, task_type: str = POLICY) 
 
 def float32_head(model: Model) -> Model:
     """Make an adapter classifier's head float32, as peft makes LoRA's: bfloat16 loses updates."""
-    head = getattr(model, "score", None)
-    if isinstance(head, ModulesToSaveWrapper):
-        head = head.modules_to_save[head.active_adapter]
-        compute_in_float32(head.to(torch.float32))
+    if isinstance(getattr(model, "score", None), ModulesToSaveWrapper):
+        compute_in_float32(score_head(model).to(torch.float32))
     return model
 
 

@@ -11,7 +11,7 @@ from trl import ModelConfig
 
 from trl_instruct.configs import PPOConfig
 from trl_instruct.data.reading import Reading
-from trl_instruct.data.records import load_prompts, load_texts, openings, prompts_of
+from trl_instruct.data.records import form_of, load_prompts, load_texts, openings, prompts_of
 from trl_instruct.data.rendering import Rendered
 from trl_instruct.data.sources import name_of
 from trl_instruct.errors import InputError
@@ -91,7 +91,7 @@ def ppo(
         roles = load_roles(base, reward, value, tokenizer, config, model_config)
         check_vocabulary(tokenizer, roles.policy)
         prompts = fitting(prompts, tokenizer, roles.policy, reading, config)
-        _check_held_out(config, tokenizer, roles.policy, reading)
+        _check_held_out(config, model, tokenizer, roles.policy, reading)
         trust: Any = {"trust_remote_code": config.trust_remote_code}
         gold = load_reward(config.gold, tokenizer, **trust) if config.gold is not None else None
         with option_errors():
@@ -115,13 +115,16 @@ def ppo(
         labels = {"score": "objective/scores", "kl": "objective/kl", "length": "objective/length"}
         output = run.train(trainer, labels)
         metrics = {**output.metrics, "cut_prompts": trainer.cut_prompts, **_counted(run, roles)}
+        metrics["format"] = form_of(prompts[0])
         if run.is_main:
             curves.plot(trainer.state.log_history, run.new / curves.FIGURE)
         return run.finish(trainer, metrics)
     return run.earlier()
 
 
-def _check_held_out(config: PPOConfig, tokenizer: Any, policy: Any, reading: Reading) -> None:
+def _check_held_out(
+    config: PPOConfig, source: ModelSource, tokenizer: Any, policy: Any, reading: Reading
+) -> None:
     """InputError for a held-out prompt that `compare` could not read after the training."""
     if config.dataset_test_split and config.eval_dataset_name is None:
         if config.dataset_name is None or config.dataset_config is not None:
@@ -132,6 +135,7 @@ def _check_held_out(config: PPOConfig, tokenizer: Any, policy: Any, reading: Rea
     split = config.dataset_test_split or "train"
     given = tokenizer, config.opening_length, reading.of_another()
     prompts = prompts_of(config.eval_dataset_name, split, *given)
+    check_format(prompts, tokenizer, policy=source)
     prompt_tokens(prompts[:], tokenizer, policy, config)
 
 

@@ -281,8 +281,8 @@ class StageRun:
             yield
         except (RuntimeError, OSError, ImportError, *NOT_AS_EXPECTED) as error:
             of_options = isinstance(error, ValueError | ArithmeticError | TypeError | ImportError)
-            told = progress.begun or isinstance(error, InputError)
-            if told or not (self.checkpoint or of_options):
+            said = progress.begun or isinstance(error, InputError)
+            if said or not (self.checkpoint or of_options):
                 raise
             told = "These options cannot be used"
             if self.checkpoint:
