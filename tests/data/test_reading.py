@@ -105,6 +105,9 @@ def test_a_suffix_is_for_text():
     talk = {"prompt": [{"role": "user", "content": "Gem?"}]}
     with pytest.raises(InputError, match="row 1: `prompt` is list .*; prompt_suffix is for text"):
         load_prompts(rows(talk), reading=Reading(prompt_suffix="\n"))
+    whole = {"messages": [*talk["prompt"], {"role": "assistant", "content": "Opal."}]}
+    with pytest.raises(InputError, match="row 1: `prompt` is .*; prompt_suffix is for text"):
+        load_demonstrations(rows(whole), reading=Reading(prompt_suffix="\n"))
 
 
 def test_a_column_beside_the_prompt_is_not_lost_in_silence(caplog):
