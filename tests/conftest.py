@@ -22,6 +22,9 @@ from transformers import (
 
 from trl_instruct.configs import PPOConfig
 from trl_instruct.console import silence_harmless_warnings
+from trl_instruct.generation.logits import completion_logits, join, spread
+from trl_instruct.logprobs import logprobs_in_parts
+from trl_instruct.padding import right_padded_mask
 from trl_instruct.ppo_trainer.trainer import PPOTrainer
 
 CONTEXT = 128
@@ -78,6 +81,14 @@ def pytest_configure():
 
 def pytest_unconfigure():
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+
+@torch.no_grad()
+def completion_logprobs(model, prompt_ids, prompt_lengths, completion_ids, lengths, *, temperature):
+    """Log-probability of each completion token, `(B, C)` nats, 0 after the end."""
+    logits = completion_logits(model, join(prompt_ids, prompt_lengths, completion_ids, lengths))
+    mask = right_padded_mask(lengths, completion_ids.shape[1])
+    return spread(logprobs_in_parts(logits, completion_ids[mask], temperature=temperature), mask)
 
 
 def byte_tokenizer(pad_token="<pad>", chat_template=None):

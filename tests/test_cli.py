@@ -317,8 +317,6 @@ def test_ppo_without_a_reward(given, tmp_path, capsys):
     _, options, _ = given
     arguments = {k: options[k] for k in ("model_name_or_path", "dataset_name", "output_dir")}
     assert "needs reward_model_path" in fails(capsys, "ppo", *flags(arguments))
-    arguments |= {"reward_model_path": options["model_name_or_path"], "summary_file": "s.json"}
-    assert "name an eval_dataset_name" in fails(capsys, "ppo", *flags(arguments))
 
 
 def test_candidates_without_prompts_or_policy(tmp_path, saved_policy, capsys):

@@ -151,7 +151,7 @@ def test_a_scheduler_without_a_floor_gets_none():
         ({"dataloader_persistent_workers": True}, "needs dataloader_num_workers above 0"),
         (
             {"load_best_model_at_end": True, "save_strategy": "no"},
-            "load_best_model_at_end needs an eval_strategy and a save_strategy",
+            "needs an eval_strategy and a save_strategy",
         ),
         ({"neftune_noise_alpha": -1.0}, "neftune_noise_alpha is -1.0; it must not be negative"),
         ({"per_device_train_batch_size": 0}, r"train_batch_size is 0; it must be at least 1"),

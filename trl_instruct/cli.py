@@ -216,8 +216,6 @@ def rm_command(arguments: list[str]) -> None:
 def ppo_command(arguments: list[str]) -> None:
     """Stage 3: optimise a policy against a reward with PPO."""
     config, model_config = _parse("ppo", arguments)
-    if config.summary_file and not (config.eval_dataset_name or config.dataset_test_split):
-        raise InputError("summary_file is of held-out prompts; name an eval_dataset_name.")
     result = _run("ppo", config, model_config)
     if (config.eval_dataset_name or config.dataset_test_split) and PartialState().is_main_process:
         compare(

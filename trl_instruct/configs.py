@@ -88,7 +88,7 @@ class StageConfig(_Mixin):
         if self.datasets and (self.dataset_name or self.dataset_config):
             raise InputError("datasets and dataset_name were both given; use one of them.")
         if self.datasets and self.dataset_train_split != "train":
-            raise InputError("datasets is given: write the split into each of them (split).")
+            raise InputError("dataset_train_split is not read beside datasets; give each a split.")
         option_checks.check_training(self)
 
 

@@ -105,7 +105,8 @@ def check_training(config: Any) -> None:
     if config.dataloader_persistent_workers and not config.dataloader_num_workers:
         raise InputError("dataloader_persistent_workers needs dataloader_num_workers above 0.")
     if config.load_best_model_at_end and config.eval_strategy == "no":
-        raise InputError("load_best_model_at_end needs an eval_strategy and a save_strategy.")
+        named = "load_best_model_at_end (or early_stopping_patience)"
+        raise InputError(f"{named} needs an eval_strategy and a save_strategy.")
     for name in ("activation_offloading", "offload_frozen"):
         if getattr(config, name, False) and not torch.accelerator.is_available():
             raise InputError(f"{name} moves memory off a GPU; there is none. Leave it out.")

@@ -123,7 +123,7 @@ class LengthBatchSampler(Sampler[int]):
 
 def pad_rows(rows: Sequence[Sequence[int]], filler: int, *, side: str = "right") -> Tensor:
     """Rows of unequal length as one tensor, padded on the right or left."""
-    tensors = [torch.tensor(row) for row in rows]
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=filler, padding_side=side)
 
 

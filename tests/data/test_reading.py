@@ -207,7 +207,7 @@ def test_faulty_mixtures(files):
             load_demonstrations(mixture)
     with pytest.raises(InputError, match="datasets and dataset_name were both given"):
         SFTConfig(use_cpu=True, datasets=[{"path": ours}], dataset_name=ours)
-    with pytest.raises(InputError, match="datasets is given: write the split into each of them"):
+    with pytest.raises(InputError, match="dataset_train_split is not read beside datasets"):
         SFTConfig(use_cpu=True, datasets=[{"path": ours}], dataset_train_split="test")
 
 

@@ -64,6 +64,21 @@ def test_a_folder_of_csv_files_is_read_as_one_of_them(tmp_path, streaming):
     assert list(load_records(tmp_path, streaming=streaming)) == [row]
 
 
+def test_faults_in_a_folder_of_csv_files_are_one_line(tmp_path):
+    write(tmp_path / "a.csv", 'prompt,responses\nA,"[""x""]"\n')
+    write(tmp_path / "b.csv", "prompt,n\nB,1\n")
+    assert [row["prompt"] for row in load_records(tmp_path, streaming=True)] == ["A", "B"]
+    with pytest.raises(InputError, match="could not be loaded: Schema at index 1") as caught:
+        load_records(tmp_path)
+    assert "\n" not in str(caught.value)
+    write(tmp_path / "b.csv", "prompt,responses\nA,[x\n")
+    with pytest.raises(InputError, match=f"^{tmp_path}, row 2: `responses` is str"):
+        load_records(tmp_path)
+    write(tmp_path / "b.csv", "prompt;n\nA;1\n")
+    with pytest.raises(InputError, match="b.csv: the columns are separated by ';'"):
+        load_records(tmp_path)
+
+
 def test_files_that_a_folder_leaves_out_are_named(tmp_path, monkeypatch, caplog):
     write(tmp_path / "train.jsonl", LINES)
     write(tmp_path / "metrics.json", "{}")
@@ -73,7 +88,7 @@ def test_files_that_a_folder_leaves_out_are_named(tmp_path, monkeypatch, caplog)
     write(tmp_path / "old.csv", "prompt,n\na,1\n")
     assert list(load_records(tmp_path)) == ROWS
     left_out = "left out by kind or name: more.jsonl, old.csv."
-    assert caplog.messages == [f"{tmp_path} is read as json; {left_out}"]
+    assert caplog.messages == [f"{tmp_path}: read as json; {left_out}"]
 
 
 def test_a_dataset_is_taken_as_it_is():

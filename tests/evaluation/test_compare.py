@@ -80,6 +80,8 @@ def test_messages_are_refused_where_the_policy_knows_text(run, tmp_path):
     options = {**QUICK_PPO, "eval_dataset_name": talk}
     with pytest.raises(InputError, match=message):
         ppo(stages / "sft", stages / "rm", prompts, tmp_path / "ppo", **options)
+    with pytest.raises(InputError, match="summary_file needs held-out prompts"):
+        ppo(stages / "sft", stages / "rm", prompts, tmp_path / "ppo", **QUICK_PPO, summary_file="s")
     models, options = {"a": aligned}, {"use_cpu": True, "output_dir": tmp_path / "e"}
     with pytest.raises(InputError, match=message):
         evaluate(models, prompts, demonstrations=talk, **options)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from conftest import completion_logprobs
 from peft import LoraConfig, get_peft_model
 
 from trl_instruct.configs import PPOConfig
 from trl_instruct.errors import InputError
 from trl_instruct.generation.engines import PagedSampler, begun
-from trl_instruct.generation.logits import completion_logprobs
 from trl_instruct.generation.sampler import SamplerError
 from trl_instruct.generation.sampling import pad_prompts
 from trl_instruct.generation.token_sampling import Sampling

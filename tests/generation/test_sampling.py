@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from conftest import completion_logprobs
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 from trl_instruct.data.rendering import render_prompts
 from trl_instruct.errors import InputError
-from trl_instruct.generation.logits import completion_logprobs
 from trl_instruct.generation.sampler import eos_token_ids
 from trl_instruct.generation.sampling import (
     decode,

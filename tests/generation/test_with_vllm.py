@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import letters, tiny_model
+from conftest import completion_logprobs, letters, tiny_model
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trl import ModelConfig
@@ -14,7 +14,6 @@ from trl import ModelConfig
 from trl_instruct.configs import EvaluateConfig, PPOConfig
 from trl_instruct.evaluation.measurement import Subject, measure
 from trl_instruct.generation.engines import VLLMSampler
-from trl_instruct.generation.logits import completion_logprobs
 from trl_instruct.generation.sampler import SamplerError
 from trl_instruct.generation.token_sampling import Sampling
 from trl_instruct.padding import right_padded_mask

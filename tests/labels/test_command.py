@@ -68,7 +68,7 @@ def test_a_held_out_part_is_a_split_of_its_own(tmp_path, served):
     [
         (None, [], "There is nothing to label"),
         (None, ["--models", "a=b"], "There is nothing to label"),
-        (None, ["nowhere.db"], "nowhere.db: no such store of labels."),
+        (None, ["nowhere.db"], "nowhere.db: no such store of labels"),
         (None, ["nowhere.jsonl"], "no such file or folder"),
         (CANDIDATES, ["--labels_per_prompt", "0"], "labels_per_prompt is 0"),
         ([{"prompt": "Q"}], [], "`responses` missing"),

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer, completion_logprobs, tiny_model
 from peft import LoraConfig, get_peft_model
 from test_roles import roles_of
 from torch import nn
@@ -16,7 +16,6 @@ from trl import ModelConfig
 from trl_instruct.configs import SFTConfig
 from trl_instruct.errors import InputError
 from trl_instruct.generation import sampling
-from trl_instruct.generation.logits import completion_logprobs
 from trl_instruct.models import precision
 from trl_instruct.models.precision import autocast_of, cast_lm_head_to_fp32, rounded, store_in
 from trl_instruct.models.shared_base import view_of

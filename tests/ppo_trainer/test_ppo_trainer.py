@@ -4,13 +4,13 @@ from itertools import chain
 
 import pytest
 import torch
+from conftest import completion_logprobs
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import TrainerCallback
 
 from trl_instruct.errors import InputError
-from trl_instruct.generation.logits import completion_logprobs
 from trl_instruct.generation.sampling import pad_prompts
 from trl_instruct.padding import right_padded_mask
 from trl_instruct.ppo_trainer import token_statistics

@@ -2,9 +2,10 @@ from itertools import chain
 
 import pytest
 import torch
+from conftest import completion_logprobs
 from peft import PromptTuningConfig, get_peft_model
 
-from trl_instruct.generation.logits import completion_logprobs, join, spread
+from trl_instruct.generation.logits import join, spread
 from trl_instruct.generation.sampling import pad_prompts
 from trl_instruct.padding import right_padded_mask
 from trl_instruct.ppo_trainer.rollouts import (

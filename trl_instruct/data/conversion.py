@@ -53,7 +53,8 @@ def read(
         with where.located(row):
             return {"prompt": reading.prompt_of(record)}
 
-    if reading.writes_prompts() and ({"prompt", "messages"} & {*first} or reading.prompt_template):
+    asked = "prompt" in first or (reading.strict and "messages" in first)
+    if reading.writes_prompts() and (asked or reading.prompt_template):
         dataset = sources.map_records(dataset, with_prompt, with_indices=True)
     elif "prompt" in first and (unread := _unread(first)):
         logger.warning(

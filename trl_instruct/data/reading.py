@@ -130,7 +130,9 @@ class Reading:
         if not self.prompt_suffix:
             return prompt
         if not isinstance(prompt, str):
-            raise InputError(f"`prompt` is {kind_of(prompt)}; prompt_suffix is for text prompts.")
+            raise InputError(
+                f"`prompt` is {kind_of(prompt)}; prompt_suffix is for text; '' is none."
+            )
         return prompt if prompt.endswith(self.prompt_suffix) else prompt + self.prompt_suffix
 
 

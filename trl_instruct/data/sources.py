@@ -221,11 +221,13 @@ def _load_folder(path: Path, split: str, streaming: bool, where: Source) -> AnyD
         if not was_saved:
             return _load_kind(path, split, streaming, where)
         saved = datasets.load_from_disk(str(path))
+    except InputError:
+        raise
     except FileNotFoundError as error:
         known = "whole saved dataset" if was_saved else f"data file ({', '.join(BUILDERS)})"
         raise InputError(f"{where.name}: the folder holds no {known}.") from error
     except (ValueError, LookupError, TypeError, DatasetGenerationError) as error:
-        cause = error.__cause__ or error
+        cause = " ".join(str(error.__cause__ or error).split())
         raise InputError(f"{where.name}: split {split!r} could not be loaded: {cause}") from error
     return _take_split(saved, split, where) if isinstance(saved, DatasetDict) else saved
 
@@ -235,12 +237,16 @@ def _load_kind(path: Path, split: str, streaming: bool, where: Source) -> AnyDat
     builder = load_dataset_builder(str(path := path.resolve()))
     named = chain.from_iterable((builder.config.data_files or {}).values())
     read = {Path(file) for file in named}
-    data = (file for file in path.rglob("*") if _builder_of(file) and file.name not in NO_DATA)
-    if unread := sorted(file.name for file in data if file not in read):
-        left_out = f"left out by kind or name: {', '.join(unread)}"
-        logger.warning(f"{where.name} is read as {builder.name}; {left_out}.")
+    files = (file.relative_to(path) for file in path.rglob("*") if file not in read)
+    data = (file for file in files if _builder_of(file) and file.name not in NO_DATA)
+    hidden = (".", "__")  # as `datasets` sees it
+    if unread := sorted(str(f) for f in data if not any(p.startswith(hidden) for p in f.parts)):
+        shown = ", ".join(unread[:3]) + (f" and {len(unread) - 3} more" if unread[3:] else "")
+        logger.warning(f"{where.name}: read as {builder.name}; left out by kind or name: {shown}.")
     if builder.name != "csv":
         return load_dataset(str(path), split=split, streaming=streaming)
+    for file in read:
+        _check_start(file, "csv", Source(str(file)))
     dataset = load_dataset(str(path), split=split, streaming=streaming, **CSV_OPTIONS)
     return _decode_cells(dataset, where, _first_line(min(read)))
 
@@ -367,7 +373,7 @@ def _decode_cells(dataset: AnyDataset, where: Source, header: str) -> AnyDataset
     columns = set(first) & set(LIST_CELLS)
 
     def decoded(record: Record, row: int) -> dict[str, Any]:
-        found = {column: record[column] for column in columns}
+        found = {column: record[column] for column in columns & {*record}}
         for column, cell in found.items():
             try:
                 found[column] = None if cell is None else json.loads(cell)

@@ -15,7 +15,7 @@ from trl_instruct.data.rendering import render
 from trl_instruct.data.sources import iterate
 from trl_instruct.errors import InputError, explained
 from trl_instruct.generation.engines import begun
-from trl_instruct.generation.logits import completion_logprobs
+from trl_instruct.generation.logits import join, spread
 from trl_instruct.generation.sampler import Sampler
 from trl_instruct.generation.sampling import (
     Completion,
@@ -29,7 +29,8 @@ from trl_instruct.models.load import load_policy
 from trl_instruct.models.precision import frozen_dtype
 from trl_instruct.models.processes import seed_process, shared_out
 from trl_instruct.models.properties import ModelSource, context_length, evaluating
-from trl_instruct.padding import pad_rows, similar_lengths
+from trl_instruct.padding import pad_rows, right_padded_mask, similar_lengths
+from trl_instruct.ppo_trainer.token_statistics import token_statistics
 from trl_instruct.rewards import function
 from trl_instruct.rewards.function import RewardFunction, place_on
 from trl_instruct.types import Model, Tokenizer
@@ -177,6 +178,7 @@ def sample(
 
 
 @torch.no_grad()
+@torch.no_grad()
 def sequence_logprobs(
     model: Model,
     prompts: Sequence[list[int]],
@@ -193,9 +195,10 @@ def sequence_logprobs(
             asked, own = zip(*(texts[row] for row in rows), strict=True)
             counts = torch.tensor([len(ids) for ids in own], device=model.device)
             answers = pad_rows([*own], 0).to(model.device)
-            tokens = *pad_prompts(asked, model.device), answers, counts
-            logprobs = completion_logprobs(model, *tokens, temperature=sampling.temperature)
-            found[rows] = logprobs.sum(dim=1).cpu()
+            mask = right_padded_mask(counts, answers.shape[1])
+            given = join(*pad_prompts(asked, model.device), answers, counts), answers[mask]
+            logprobs, _ = token_statistics(model, *given, temperature=sampling.temperature)
+            found[rows] = spread(logprobs, mask).sum(dim=1).cpu()
             progress(len(rows))
         return found.tolist()
 

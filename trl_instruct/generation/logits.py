@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trl_instruct.logprobs import logprobs_in_parts
 from trl_instruct.models.properties import accepted, unwrapped
 from trl_instruct.padding import position_ids, right_padded_mask, roll_rows
 from trl_instruct.types import Model
@@ -66,25 +65,6 @@ def join(
     mask = right_padded_mask(lengths, width)
     states = right_padded_mask(lengths - 1, width) & ~right_padded_mask(prompt_lengths - 1, width)
     return Sequences(ids, mask.long(), position_ids(mask), states)
-
-
-@torch.no_grad()
-def completion_logprobs(
-    model: nn.Module,
-    prompt_ids: Tensor,
-    prompt_lengths: Tensor,
-    completion_ids: Tensor,
-    lengths: Tensor,
-    *,
-    temperature: float,
-) -> Tensor:
-    """Log-probability of each completion token, `(B, C)` nats, 0 after the end.
-
-    Arguments as in `Rollout`. All rows go through one forward pass: the caller splits them.
-    """
-    logits = completion_logits(model, join(prompt_ids, prompt_lengths, completion_ids, lengths))
-    mask = right_padded_mask(lengths, completion_ids.shape[1])
-    return spread(logprobs_in_parts(logits, completion_ids[mask], temperature=temperature), mask)
 
 
 def spread(values: Tensor, mask: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def label(options: Namespace) -> None:
     ranked, asked = ([], {}) if options.report else _sources(options, models)
     address = options.store or _address(options, models)
     if not (ranked or asked or "://" in address or Path(address).expanduser().is_file()):
-        raise InputError(f"{address}: no such store of labels.")
+        raise InputError(f"{address}: no such store of labels; give candidates, or --dataset_name.")
     store = LabelStore(address)
     if not options.report:
         added = store.add(ranked, options.split) + store.add(_compared(options, models, asked))

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from trl_instruct import files
 from trl_instruct.console import get_logger
-from trl_instruct.errors import InputError, redact
+from trl_instruct.errors import NOT_AS_EXPECTED, InputError, redact, summary
 from trl_instruct.files import read_json, write_json
 from trl_instruct.option_checks import TABLES
 
@@ -128,6 +128,15 @@ class ResumableTrainer(Trainer):
         """`Trainer.train`; `resume_from_checkpoint` is as in `find_checkpoint`."""
         checkpoint = self.remember(resume_from_checkpoint)
         return super().train(checkpoint and str(checkpoint), *rest)
+
+    def check_optimizer(self) -> None:
+        """InputError for options that the optimizer or the scheduler refuses; neither is kept."""
+        try:
+            self.create_optimizer_and_scheduler(num_training_steps=1)
+        except (ImportError, *NOT_AS_EXPECTED) as error:
+            raise InputError(f"These options cannot be used: {summary(error)}") from error
+        for made in ("optimizer", "lr_scheduler"):
+            setattr(self, made, None)
 
     def remember(self, resume_from_checkpoint: str | bool | None) -> Path | None:
         """The checkpoint to resume from, if any; InputError for one of other data or options."""

@@ -20,7 +20,7 @@ def load_tokenizer(
 ) -> Tokenizer:
     """A model's tokenizer, or a copy of the given one, with EOS (also for a missing pad token).
 
-    A model's pads on the left.
+    The model's own pads on the left.
     """
     path = model_name(source)
     if given is not None:

@@ -1,7 +1,6 @@
 """What a PPO run shows: a completion now and then, and its curves at the end."""
 
 import importlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,7 @@ PANELS: tuple[tuple[str, str, str], ...] = (
 
 def sample_text(step: int, steps: int, prompt: Any, completion: str, score: float) -> str:
     """One prompt and completion of an iteration, for the terminal."""
-    asked = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
-    asked, said = one_line(asked), one_line(completion)
+    asked, said = one_line(prompt), one_line(completion)
     place = f"[{step}/{steps}]"
     return f"{place} > {asked}\n{' ' * len(place)} {said}  [score {score:.2f}]"
 

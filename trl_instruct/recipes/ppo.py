@@ -11,10 +11,11 @@ from trl import ModelConfig
 
 from trl_instruct.configs import PPOConfig
 from trl_instruct.data.reading import Reading
-from trl_instruct.data.records import form_of, load_prompts, load_texts, openings, prompts_of
+from trl_instruct.data.records import load_prompts, load_texts, openings, prompts_of
 from trl_instruct.data.rendering import Rendered
 from trl_instruct.data.sources import name_of
 from trl_instruct.errors import InputError
+from trl_instruct.files import read_metrics
 from trl_instruct.generation.sampling import prompt_tokens, unused_sampling
 from trl_instruct.models.properties import ModelSource
 from trl_instruct.models.tokenizers import check_vocabulary
@@ -64,7 +65,7 @@ def ppo(
         processing_class, config, model_config, callbacks, options: as in `sft`, with `PPOConfig`.
 
     Returns:
-        The folder, with the last iteration's metrics, cut_prompts, seconds and, if above 0,
+        The folder, with the last iteration's metrics, cut_prompts, seconds, format and, if above 0,
         reward_truncated (texts cut to a reward model's context) and reward_unparsable (a judge's
         answers without a score).
 
@@ -115,7 +116,8 @@ def ppo(
         labels = {"score": "objective/scores", "kl": "objective/kl", "length": "objective/length"}
         output = run.train(trainer, labels)
         metrics = {**output.metrics, "cut_prompts": trainer.cut_prompts, **_counted(run, roles)}
-        metrics["format"] = form_of(prompts[0])
+        # What the policy knows: text prompts may be messages that are rendered.
+        metrics |= {k: v for k, v in read_metrics(model).items() if k == "format"}
         if run.is_main:
             curves.plot(trainer.state.log_history, run.new / curves.FIGURE)
         return run.finish(trainer, metrics)
@@ -131,6 +133,8 @@ def _check_held_out(
             raise InputError("dataset_test_split: a split of what? Name an eval_dataset_name.")
         config.eval_dataset_name = config.dataset_name
     if config.eval_dataset_name is None:
+        if config.summary_file:
+            raise InputError("summary_file needs held-out prompts: name an eval_dataset_name.")
         return
     split = config.dataset_test_split or "train"
     given = tokenizer, config.opening_length, reading.of_another()

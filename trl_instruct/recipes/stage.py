@@ -22,7 +22,7 @@ from trl_instruct.configs import RewardConfig, SFTConfig, StageConfig
 from trl_instruct.console import say
 from trl_instruct.errors import NOT_AS_EXPECTED, InputError, explained, summary
 from trl_instruct.files import CONFIG_FILE, MANIFEST_FILE, METRICS_FILE, read_metrics, write_json
-from trl_instruct.models import adapters, tokenizers
+from trl_instruct.models import adapters, resuming, tokenizers
 from trl_instruct.models.load import merge_in_place, needs_base
 from trl_instruct.models.properties import ModelSource, check_finished, context_length, model_name
 from trl_instruct.models.resuming import AUTO, check_resumable, check_weights, find_checkpoint
@@ -245,9 +245,8 @@ class StageRun:
             )
         if plan := plan_of(trainer):
             self.say(plan)
-        if self.dry:
-            with self._loading(Interruption()):  # options that they refuse
-                trainer.create_optimizer_and_scheduler(num_training_steps=1)
+        if isinstance(trainer, resuming.ResumableTrainer):  # TRL's PPOTrainer has one by now
+            trainer.check_optimizer()
         if self.dry or self._had_ended(trainer):
             raise StageEnd
         self.begin()
@@ -279,10 +278,9 @@ class StageRun:
         """Turn an error before the first step into an `InputError`: of options, or a checkpoint."""
         try:
             yield
-        except (RuntimeError, OSError, ImportError, *NOT_AS_EXPECTED) as error:
-            of_options = isinstance(error, ValueError | ArithmeticError | TypeError | ImportError)
-            said = progress.begun or isinstance(error, InputError)
-            if said or not (self.checkpoint or of_options):
+        except (RuntimeError, OSError, *NOT_AS_EXPECTED) as error:
+            begun = progress.begun or isinstance(error, InputError)
+            if begun or not (self.checkpoint or isinstance(error, ValueError | ArithmeticError)):
                 raise
             told = "These options cannot be used"
             if self.checkpoint:
