@@ -88,9 +88,9 @@ CHARACTERS = 160
 
 
 def continued(reviews: Dataset, tokenizer: Any) -> Dataset:
-    """Demonstrations: openings as PPO's, and the next 64 tokens of the review."""
+    """Demonstrations: openings as PPO's, and the next 48 tokens of the review."""
     rows = tokenizer(reviews["text"][:], add_special_tokens=False)["input_ids"]
-    completions = tokenizer.batch_decode([row[OPENING:][:64] for row in rows])
+    completions = tokenizer.batch_decode([row[OPENING:][:48] for row in rows])
     return Dataset.from_dict(
         {"prompt": openings(reviews, tokenizer, OPENING)["prompt"], "completion": completions}
     )

@@ -99,7 +99,7 @@ def kept(folder: Path, given: dict[str, Any]) -> Dataset:
 
     data = data.map(shorten).filter(lambda r: len(r["responses"]) > 1 and len(r["prompt"]) < 600)
     data = data.select(range(min(given["rankings"], len(data))))
-    return data.select_columns(["prompt", "responses", "ranks"])
+    return load_rankings(data.select_columns(["prompt", "responses", "ranks"]))
 
 
 @contextlib.contextmanager
@@ -153,8 +153,8 @@ def stock(train: Dataset, test: Dataset, folder: Path, bf16: bool) -> dict[str, 
         model=model,
         args=trl.RewardConfig(
             str(folder),
-            per_device_train_batch_size=PAIRS_A_STEP // 4,
-            gradient_accumulation_steps=4,
+            per_device_train_batch_size=PAIRS_A_STEP // 8,
+            gradient_accumulation_steps=8,
             **TRAINING,
             bf16=bf16,
         ),
@@ -164,6 +164,7 @@ def stock(train: Dataset, test: Dataset, folder: Path, bf16: bool) -> dict[str, 
     )
     with timed(trl.RewardTrainer) as seconds:
         trainer.train()
+    trainer.save_model(str(folder))
     reward = RewardModel(trainer.model, tokenizer)
     return {**evaluate_reward(reward, test, tokenizer).metrics, "seconds": seconds[0]}
 

@@ -56,6 +56,14 @@ def test_accuracy_and_log_loss(measured):
     assert sizes == [3, 3, 6]
 
 
+def test_ranks_with_gaps_lose_no_pair(tokenizer):
+    """As when some responses of a ranking are left out: 1 and 6 are further apart than K."""
+    rows = [{"prompt": "p", "responses": ["c", "aaa", "bb"], "ranks": [1, 4, 6]}]
+    measured = measure(rows, tokenizer)
+    assert (measured["eval_pairs"], measured["accuracy"]) == (3, 1.0)
+    assert set(measured["by_distance"]) == {"2", "3", "5"}
+
+
 def test_the_interval_is_over_prompts(measured):
     """Deviations from the mean 1/3 by prompt: 1 - 1, 1 - 1/3, 0 - 2/3."""
     expected = over_three_prompts((0 + 4 / 9 + 4 / 9) / 36)

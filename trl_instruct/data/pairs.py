@@ -112,7 +112,7 @@ def ranking_to_pairs(
 ) -> list[tuple[int, int]]:
     """Index pairs (chosen, rejected) of one ranking; arguments as `rankings_to_pairs`."""
     ranks = ranking.ranks
-    reach = 1 if which == "adjacent" else len(ranks)
+    reach = 1 if which == "adjacent" else max(ranks)
     compared = []
     for i, j in combinations(range(len(ranks)), 2):
         chosen, rejected = (i, j) if ranks[i] <= ranks[j] else (j, i)
