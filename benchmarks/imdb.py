@@ -73,7 +73,7 @@ PPO: dict[str, Any] = {
     "total_episodes": 22 * 64,
     "learning_rate": 5e-4,
     "warmup_steps": 2,
-    "kl_coef": 0.16,
+    "kl_coef": 0.14,
 }
 CLASSIFIER: dict[str, Any] = {
     "num_train_epochs": 3,
