@@ -73,7 +73,7 @@ PPO: dict[str, Any] = {
     "total_episodes": 22 * 64,
     "learning_rate": 5e-4,
     "warmup_steps": 2,
-    "kl_coef": 0.14,
+    "kl_coef": 0.16,
 }
 CLASSIFIER: dict[str, Any] = {
     "num_train_epochs": 3,
@@ -88,9 +88,9 @@ CHARACTERS = 160
 
 
 def continued(reviews: Dataset, tokenizer: Any) -> Dataset:
-    """Demonstrations: openings as PPO's, and the next 48 tokens of the review."""
+    """Demonstrations: openings as PPO's, and the next 64 tokens of the review."""
     rows = tokenizer(reviews["text"][:], add_special_tokens=False)["input_ids"]
-    completions = tokenizer.batch_decode([row[OPENING:][:48] for row in rows])
+    completions = tokenizer.batch_decode([row[OPENING:][:64] for row in rows])
     return Dataset.from_dict(
         {"prompt": openings(reviews, tokenizer, OPENING)["prompt"], "completion": completions}
     )
