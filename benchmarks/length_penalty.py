@@ -1,6 +1,6 @@
-"""A penalty on following length, in training or after it: the second table in docs/reward_model.md.
+"""A penalty on following length, in training or after it: its table is in docs/reward_model.md.
 
-python benchmarks/length_penalty.py ../shared/data   # nine minutes of a core, after make bench-real
+python benchmarks/length_penalty.py ../shared/data   # 12 minutes of a core, after make bench-real
 
 Trains a reward model of SmolLM2-135M on the AlpacaEval rankings of real_preferences.py, its loss
 increased by |correlation of score and length| (ODIN, Chen et al. 2024, with weight 1): of a batch's

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import yaml
@@ -86,6 +87,15 @@ def test_messages_are_refused_where_the_policy_knows_text(run, tmp_path):
     with pytest.raises(InputError, match=message):
         evaluate(models, prompts, demonstrations=talk, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["talk.jsonl"]
+
+
+@pytest.mark.parametrize("content", ["[1]", "{"])
+def test_metrics_of_another_kind_beside_a_policy_cost_no_run(run, saved_policy, tmp_path, content):
+    shutil.copytree(saved_policy, tmp_path / "policy")
+    (tmp_path / "policy" / "metrics.json").write_text(content)
+    prompts, reward = Dataset.from_list(PROMPTS), run[0].path.parent / "rm"
+    aligned = ppo(tmp_path / "policy", reward, prompts, tmp_path / "ppo", **QUICK_PPO)
+    assert "format" not in aligned.metrics and (aligned.path / "model.safetensors").is_file()
 
 
 def test_the_table(run):

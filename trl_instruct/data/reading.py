@@ -131,7 +131,7 @@ class Reading:
             return prompt
         if not isinstance(prompt, str):
             raise InputError(
-                f"`prompt` is {kind_of(prompt)}; prompt_suffix is for text; '' is none."
+                f"`prompt` is {kind_of(prompt)}; prompt_suffix is for text: '' for none."
             )
         return prompt if prompt.endswith(self.prompt_suffix) else prompt + self.prompt_suffix
 

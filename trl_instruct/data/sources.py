@@ -36,7 +36,7 @@ BUILDERS = {
     **dict.fromkeys((".json", ".jsonl", ".json.gz", ".jsonl.gz"), "json"),
     **{".csv": "csv", ".parquet": "parquet"},
 }
-NO_DATA = {*FILES_TO_IGNORE, METRICS_FILE, MANIFEST_FILE}  # in folders of data
+NO_DATA = {*FILES_TO_IGNORE, METRICS_FILE, MANIFEST_FILE}  # .json that is no records
 LABEL_STORE = re.compile(r".*\.(db|sqlite)|(sqlite|postgresql|mysql|mariadb)(\+\w+)?://.*", re.I)
 NAMES = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
 TEXT_CELLS, LIST_CELLS = NAMES["text_cells"].split(), NAMES["list_cells"].split()
@@ -243,12 +243,11 @@ def _load_kind(path: Path, split: str, streaming: bool, where: Source) -> AnyDat
     if unread := sorted(str(f) for f in data if not any(p.startswith(hidden) for p in f.parts)):
         shown = ", ".join(unread[:3]) + (f" and {len(unread) - 3} more" if unread[3:] else "")
         logger.warning(f"{where.name}: read as {builder.name}; left out by kind or name: {shown}.")
-    if builder.name != "csv":
-        return load_dataset(str(path), split=split, streaming=streaming)
     for file in read:
-        _check_start(file, "csv", Source(str(file)))
-    dataset = load_dataset(str(path), split=split, streaming=streaming, **CSV_OPTIONS)
-    return _decode_cells(dataset, where, _first_line(min(read)))
+        _check_start(file, builder.name, Source(str(file)))
+    options = CSV_OPTIONS if builder.name == "csv" else {}
+    dataset = load_dataset(str(path), split=split, streaming=streaming, **options)
+    return _decode_cells(dataset, where, _first_line(min(read))) if options else dataset
 
 
 def _take_split(splits: Mapping[str, AnyDataset], split: str, where: Source) -> AnyDataset:

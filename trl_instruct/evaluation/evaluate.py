@@ -98,13 +98,13 @@ def evaluate(
     with run_stage("evaluate", config, model_config) as run:
         how: Any = {"batch_size": config.per_device_eval_batch_size, **trust}
         rewards = {name: load_reward(j, processing_class, **how) for name, j in judges.items()}
-        run.begin()
-        evaluation = measured_evaluation(subject, rewards)
-        evaluation["reward_models"] = {
+        known = {
             name: {what: metrics[what] for what in ("accuracy", "ceiling") if what in metrics}
             for name, judge in judges.items()
             if "accuracy" in (metrics := read_metrics(judge))
         }
+        run.begin()
+        evaluation = {**measured_evaluation(subject, rewards), "reward_models": known}
         if run.is_main:
             write_json(run.new / EVALUATION_FILE, evaluation)
             plot(evaluation, run.new / FIGURE)

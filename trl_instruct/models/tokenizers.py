@@ -18,10 +18,7 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     special_tokens: dict[str, str] | None = None,
 ) -> Tokenizer:
-    """A model's tokenizer, or a copy of the given one, with EOS (also for a missing pad token).
-
-    The model's own pads on the left.
-    """
+    """A model's tokenizer, padding on the left, or a copy of the given one; with EOS and pad."""
     path = model_name(source)
     if given is not None:
         return check_tokenizer(copy.deepcopy(given), path, special_tokens)

@@ -75,6 +75,12 @@ def remember_reading(config: Any, *models: Any) -> None:
         return
 
 
+def known_form(model: Any) -> str | None:
+    """ "text" or "messages", if a model is the result of a stage that tells on which it trained."""
+    run = _read(Path(name_of(model) or "nowhere"))
+    return run.metrics.get("format") if run else None
+
+
 def check_format(prompts: AnyDataset, tokenizer: Any, **models: Any) -> None:
     """InputError if the prompts are messages and a model, by its role, knows text; or reverse."""
     first = first_record(prompts, Source.of(prompts))["prompt"]
@@ -82,12 +88,11 @@ def check_format(prompts: AnyDataset, tokenizer: Any, **models: Any) -> None:
     if given == "text" and any(token in first for token in tokenizer.get_added_vocab()):
         return  # text with the special tokens of a template is messages already
     for role, model in models.items():
-        run = _read(Path(name_of(model) or "nowhere"))
-        known = run.metrics.get("format", given) if run else given
-        if run and known != given:
+        known = known_form(model)
+        if known and known != given:
             raise InputError(
-                f"`prompt` is {given}, but the {role.replace('_', ' ')} {run.folder} was trained "
-                f"on {known}, as its metrics.json tells. Give the prompts as {known}."
+                f"`prompt` is {given}, but the {role.replace('_', ' ')} {name_of(model)} was "
+                f"trained on {known}, as its metrics.json tells. Give the prompts as {known}."
             )
 
 

@@ -15,7 +15,6 @@ from trl_instruct.data.records import load_prompts, load_texts, openings, prompt
 from trl_instruct.data.rendering import Rendered
 from trl_instruct.data.sources import name_of
 from trl_instruct.errors import InputError
-from trl_instruct.files import read_metrics
 from trl_instruct.generation.sampling import prompt_tokens, unused_sampling
 from trl_instruct.models.properties import ModelSource
 from trl_instruct.models.tokenizers import check_vocabulary
@@ -24,7 +23,7 @@ from trl_instruct.ppo_trainer.roles import Roles, load_roles
 from trl_instruct.ppo_trainer.token_statistics import KERNEL_ON, TILE, TOKENS_AT_ONCE
 from trl_instruct.ppo_trainer.trainer import PPOTrainer
 from trl_instruct.ppo_trainer.upstream import upstream_trainer
-from trl_instruct.recipes.chain import check_format, remember_reading
+from trl_instruct.recipes.chain import check_format, known_form, remember_reading
 from trl_instruct.recipes.dry_run import fitting, tell_lengths, tell_records, tell_rewards
 from trl_instruct.recipes.memory import Work, memory_table
 from trl_instruct.recipes.options import data_of, named_source, option_errors, stage_options
@@ -116,8 +115,8 @@ def ppo(
         labels = {"score": "objective/scores", "kl": "objective/kl", "length": "objective/length"}
         output = run.train(trainer, labels)
         metrics = {**output.metrics, "cut_prompts": trainer.cut_prompts, **_counted(run, roles)}
-        # What the policy knows: text prompts may be messages that are rendered.
-        metrics |= {k: v for k, v in read_metrics(model).items() if k == "format"}
+        if form := known_form(model):  # its prompts here may be messages that are rendered
+            metrics["format"] = form
         if run.is_main:
             curves.plot(trainer.state.log_history, run.new / curves.FIGURE)
         return run.finish(trainer, metrics)
